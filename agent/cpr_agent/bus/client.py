@@ -1,0 +1,134 @@
+"""The client side, for cprctl: calls with timeouts, and errors as they came."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import BusType, MessageFlag, MessageType
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+from cpr_agent.bus.contract import BUS_NAME, ROOT, escape
+
+CALL_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 10.0
+
+
+class CallError(Exception):
+    """The agent, or the bus, said no; ``kind`` is the last part of the D-Bus error name."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.kind = name.removeprefix(f"{BUS_NAME}.Error.")
+        super().__init__(text)
+
+
+class Client:
+    """A connection to the agent."""
+
+    def __init__(self, bus: MessageBus) -> None:
+        self._bus = bus
+        self._removed: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connected(cls, address: str | None) -> AsyncIterator[Client]:
+        """Raises CallError if there is no bus."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                bus = MessageBus(address) if address else MessageBus(bus_type=BusType.SYSTEM)
+                await bus.connect()
+        except (OSError, TimeoutError, EOFError) as error:
+            raise CallError("NoBus", f"cannot connect to D-Bus: {error or 'timed out'}") from error
+        try:
+            yield cls(bus)
+        finally:
+            bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+
+    async def manager(self, member: str, signature: str = "", *body: Any) -> Any:
+        return await self.call(ROOT, f"{BUS_NAME}.Manager", member, signature, *body)
+
+    async def vm(self, name: str, member: str, signature: str = "", *body: Any) -> Any:
+        return await self.call(f"{ROOT}/vm/{escape(name)}", f"{BUS_NAME}.VM", member, signature, *body)
+
+    async def properties(self, path: str, interface: str) -> dict[str, Any]:
+        values = await self.call(path, "org.freedesktop.DBus.Properties", "GetAll", "s", f"{BUS_NAME}.{interface}")
+        return dict(plain(values))
+
+    async def vm_properties(self, name: str) -> dict[str, Any]:
+        return await self.properties(f"{ROOT}/vm/{escape(name)}", "VM")
+
+    async def call(self, path: str, interface: str, member: str, signature: str = "", *body: Any) -> Any:
+        """The first value of the reply, or None. Raises CallError."""
+        message = Message(
+            destination=BUS_NAME,
+            path=path,
+            interface=interface,
+            member=member,
+            signature=signature,
+            body=list(body),
+            flags=MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION,
+        )
+        reply = await self._send(message)
+        return reply.body[0] if reply.body else None
+
+    async def run_job(self, member: str, options: dict[str, Variant], timeout_s: float | None) -> str:
+        """Start a job and wait for its end; returns its result, ``"done"`` if all is well. Raises CallError.
+
+        It goes on if this process goes away.
+        """
+        rule = f"type='signal',interface='{BUS_NAME}.Manager',member='JobRemoved',path='{ROOT}'"
+        match = Message(
+            destination="org.freedesktop.DBus",
+            path="/org/freedesktop/DBus",
+            interface="org.freedesktop.DBus",
+            member="AddMatch",
+            signature="s",
+            body=[rule],
+        )
+        self._bus.add_message_handler(self._on_message)
+        await self._send(match)
+        job = await self.manager(member, "a{sv}", options)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    path, result = await self._removed.get()
+                    if path == job:
+                        return result
+        except TimeoutError:
+            raise CallError("Timeout", f"job {job} was not done within {timeout_s:.0f} s; it goes on") from None
+
+    def _on_message(self, message: Message) -> bool:
+        if message.message_type is MessageType.SIGNAL and message.member == "JobRemoved":
+            self._removed.put_nowait((message.body[1], message.body[2]))
+        return False
+
+    async def _send(self, message: Message) -> Message:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                reply = await self._bus.call(message)
+        except TimeoutError:
+            raise CallError("Timeout", f"no answer to {message.member} within {CALL_TIMEOUT_S:.0f} s") from None
+        if reply is None:
+            raise CallError("NoReply", f"no answer to {message.member}")
+        if reply.message_type is MessageType.ERROR:
+            raise CallError(str(reply.error_name), str(reply.body[0]) if reply.body else str(reply.error_name))
+        return reply
+
+
+def plain(value: Any) -> Any:
+    """Variants, all the way down, as the values in them."""
+    if isinstance(value, Variant):
+        return plain(value.value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value
+
+
+def options(**values: str | bool) -> dict[str, Variant]:
+    return {name: Variant("b" if isinstance(value, bool) else "s", value) for name, value in values.items()}

@@ -1,0 +1,270 @@
+"""What each object on the bus does: ten lines a method at most, the decisions are core's."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, ClassVar
+
+from dbus_next.signature import Variant
+
+from cpr_agent import __version__
+from cpr_agent.bus.contract import ROOT, escape
+from cpr_agent.bus.options import take_options, vardict
+from cpr_agent.core.jobs import Job
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import DaxDevice, Finding, Survives
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
+from cpr_agent.report.timeline import GuestTimeline
+
+Result = Awaitable[list[Any]]
+
+
+class BusObject:
+    """One object: ``interface`` of the contract at ``path``. Its method M is ``call_M``, its property P ``get_P``."""
+
+    interface: ClassVar[str]
+    path: str
+
+    def method(self, name: str) -> Callable[..., Result]:
+        function: Callable[..., Result] = getattr(self, f"call_{name}")
+        return function
+
+    async def property(self, name: str) -> Any:
+        value = getattr(self, f"get_{name}")()
+        return await value if isinstance(value, Awaitable) else value
+
+
+class ManagerObject(BusObject):
+    interface = "org.cpragent1.Manager"
+    path = ROOT
+
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    async def call_SaveAll(self, options: dict[str, Variant]) -> list[Any]:
+        taken = take_options(options, {"survives": "s"})
+        return [job_path(self._manager.save_all(_survives(taken, Survives.KEXEC)))]
+
+    async def call_LoadAll(self, options: dict[str, Variant]) -> list[Any]:
+        taken = take_options(options, {"autostart": "b"})
+        return [job_path(self._manager.load_all(taken.get("autostart", False)))]
+
+    async def call_Check(self, options: dict[str, Variant]) -> list[Any]:
+        take_options(options, {})
+        return [[_finding(finding) for finding in await self._manager.findings()]]
+
+    async def call_ListVMs(self) -> list[Any]:
+        return [[[vm.name, str(vm.state), vm_path(vm.name)] for _, vm in sorted(self._manager.vms.items())]]
+
+    async def call_ListDevices(self) -> list[Any]:
+        users = [(vm.name, await vm.claimed_memory()) for vm in self._manager.vms.values()]
+        return [
+            [
+                _device(device, [name for name, memory in users if memory and memory.uuid == device.uuid])
+                for device in self._manager.ports.memory.devices()
+            ]
+        ]
+
+    async def call_ListHistory(self) -> list[Any]:
+        return [[_timeline(timeline) for timeline in self._manager.ports.history.all()]]
+
+    async def call_Reload(self) -> list[Any]:
+        await self._manager.reload()
+        return [[[vm.name, str(vm.problem)] for vm in self._manager.vms.values() if vm.problem]]
+
+    def get_Version(self) -> str:
+        return __version__
+
+    def get_Jobs(self) -> list[str]:
+        return [job_path(job) for job in self._manager.jobs.current.values()]
+
+
+class VmObject(BusObject):
+    interface = "org.cpragent1.VM"
+
+    def __init__(self, vm: Vm, admin_socket: str) -> None:
+        self._vm = vm
+        self._admin_socket = admin_socket
+        self.path = vm_path(vm.name)
+
+    async def call_CprSave(self, filename: str, mode: str, options: dict[str, Variant]) -> list[Any]:
+        taken = take_options(options, {"survives": "s"})
+        await self._vm.save(filename, mode, _survives(taken, Survives.QEMU_RESTART))
+        return []
+
+    async def call_CprLoad(self, filename: str, options: dict[str, Variant]) -> list[Any]:
+        take_options(options, {})
+        await self._vm.load(filename)
+        return []
+
+    async def call_Start(self) -> list[Any]:
+        await self._vm.start()
+        return []
+
+    async def call_Stop(self, how: str) -> list[Any]:
+        await self._vm.stop(how)
+        return []
+
+    async def call_Resume(self) -> list[Any]:
+        await self._vm.resume()
+        return []
+
+    async def call_Discard(self) -> list[Any]:
+        await self._vm.discard()
+        return []
+
+    async def call_Check(self) -> list[Any]:
+        return [[_finding(finding) for finding in await self._vm.findings()]]
+
+    def get_Name(self) -> str:
+        return self._vm.name
+
+    def get_Description(self) -> str:
+        return self._vm.definition.vm.description if self._vm.definition else ""
+
+    def get_State(self) -> str:
+        return str(self._vm.state)
+
+    def get_RunState(self) -> str:
+        return self._vm.run_state
+
+    def get_MainPID(self) -> int:
+        return self._vm.pid
+
+    async def get_Memory(self) -> dict[str, Variant]:
+        memory = await self._vm.claimed_memory()
+        if memory is None:
+            section = self._vm.definition.memory if self._vm.definition else None
+            return vardict(device=section.device, size=int(section.size), offset=int(section.offset)) if section else {}
+        return vardict(
+            kind=memory.kind,
+            device=f"uuid:{memory.uuid}" if memory.uuid else memory.path,
+            size=memory.size_bytes,
+            offset=memory.offset_bytes,
+            survives=str(memory.survives),
+        )
+
+    def get_Unit(self) -> str:
+        return self._vm.unit
+
+    def get_Qemu(self) -> str:
+        launch = self._vm.launched()
+        return launch.argv[0] if launch else self._vm.definition.vm.qemu if self._vm.definition else ""
+
+    def get_AdminSocket(self) -> str:
+        return self._admin_socket if self._vm.pid else ""
+
+    def get_Checkpoint(self) -> dict[str, Variant]:
+        try:
+            manifest = self._vm.live_checkpoint()
+        except CheckpointUnreadable as error:
+            return vardict(error=error.text)
+        if manifest is None:
+            return {}
+        return vardict(
+            id=manifest.id,
+            vmstate=manifest.vmstate.path,
+            size=manifest.vmstate.size_bytes,
+            sha256=manifest.vmstate.sha256,
+            run_state=manifest.run_state,
+            survives=str(manifest.survives),
+            dialect=manifest.qemu.dialect,
+            qemu_version=manifest.qemu.version,
+            machine_type=manifest.qemu.machine_type,
+            kernel=manifest.kernel,
+            witness=f"{manifest.witness.kind}:{manifest.witness.digest}",
+            stopped_at=manifest.times.stopped_at,
+        )
+
+    async def get_BlockedReasons(self) -> list[str]:
+        try:
+            return await self._vm.blocked_reasons()
+        except CprError as error:
+            return [error.text]
+
+    def get_Problem(self) -> str:
+        return self._vm.error or self._vm.problem_held() or str(self._vm.problem or "")
+
+
+class JobObject(BusObject):
+    interface = "org.cpragent1.Job"
+
+    def __init__(self, job: Job, cancel: Callable[[], None]) -> None:
+        self._job = job
+        self._cancel = cancel
+        self.path = job_path(job)
+
+    async def call_Cancel(self) -> list[Any]:
+        self._cancel()
+        return []
+
+    def get_Id(self) -> int:
+        return self._job.id
+
+    def get_Kind(self) -> str:
+        return self._job.kind
+
+    def get_State(self) -> str:
+        return str(self._job.state)
+
+    def get_Progress(self) -> float:
+        return self._job.progress
+
+    def get_Step(self) -> str:
+        return self._job.step
+
+    def get_Result(self) -> str:
+        return self._job.result
+
+
+def vm_path(name: str) -> str:
+    return f"{ROOT}/vm/{escape(name)}"
+
+
+def job_path(job: Job) -> str:
+    return f"{ROOT}/job/{job.id}"
+
+
+def _survives(options: dict[str, Any], default: Survives) -> Survives:
+    try:
+        return Survives(options.get("survives", default))
+    except ValueError as error:
+        raise InvalidArgument(str(error), remedy="survives is kexec or qemu-restart") from None
+
+
+def _finding(finding: Finding) -> dict[str, Variant]:
+    return vardict(
+        severity=finding.severity,
+        code=finding.code,
+        what=finding.what,
+        why=finding.why,
+        remedy=finding.remedy,
+        vm=finding.vm,
+    )
+
+
+def _device(device: DaxDevice, users: list[str]) -> dict[str, Variant]:
+    return vardict(
+        node=device.node,
+        uuid=device.uuid,
+        size=device.size_bytes,
+        align=device.align_bytes,
+        resource=device.resource,
+        numa_node=device.numa_node,
+        mode=device.mode,
+        vms=Variant("as", users),
+    )
+
+
+def _timeline(timeline: GuestTimeline) -> dict[str, Variant]:
+    return vardict(
+        id=timeline.id,
+        vm=timeline.vm,
+        kernel_before=timeline.kernel_before,
+        kernel_after=timeline.kernel_after,
+        stopped_at=timeline.stopped_at,
+        resumed_at=timeline.resumed_at,
+        pause=timeline.pause_s,
+        phases=Variant("a(sd)", [[name, length_s] for name, length_s in timeline.phases()]),
+    )

@@ -1,0 +1,246 @@
+"""The daemon on the bus: one way in for every call, driven by the XML contract.
+
+Below dbus_next's service classes on purpose (ADR 3): their handlers know no sender, answer unexpected errors with a
+traceback and cancelled ones never, and can't authorize properties. Here each call is a task that authorizes, checks, calls,
+and always answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import BusType, ErrorType, MessageType, NameFlag, RequestNameReply
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+from cpr_agent.bus.authority import Authority
+from cpr_agent.bus.contract import (
+    BUS_NAME,
+    INSPECT,
+    ROOT,
+    Interface,
+    introspection,
+    read_contract,
+    standard_interfaces,
+)
+from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
+from cpr_agent.core.jobs import Job
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import Busy, CprError, InvalidArgument
+
+log = logging.getLogger(__name__)
+
+PROPERTIES = "org.freedesktop.DBus.Properties"
+OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
+CONNECT_TIMEOUT_S = 30.0
+
+
+class Service:
+    """Publishes ``manager`` on a connected ``bus``."""
+
+    def __init__(self, bus: MessageBus, manager: Manager, run_dir: Path) -> None:
+        self._bus = bus
+        self._manager = manager
+        self._run_dir = run_dir
+        self._authority = Authority(bus)
+        self._contract = read_contract()
+        self._standard = standard_interfaces()
+        self._objects: dict[str, BusObject] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+        self._told: dict[str, dict[str, Any]] = {}
+        self._changed: set[str] = set()
+        self._add(ManagerObject(manager))
+        for vm in manager.vms.values():
+            self._vm_added(vm)
+        manager.vm_added = self._vm_added
+        manager.vm_removed = lambda vm: self._remove(VmObject(vm, "").path)
+        manager.vm_changed = lambda vm: self._properties_changed(VmObject(vm, "").path)
+        manager.jobs.added = self._job_added
+        manager.jobs.removed = self._job_removed
+        bus.add_message_handler(self._on_message)
+
+    @classmethod
+    async def connect(cls, address: str | None) -> MessageBus:
+        """A connection to ``address``, or to the system bus. Raises TimeoutError, OSError, dbus_next errors."""
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):  # EOF during authentication spins otherwise (FACTS.md)
+            bus = MessageBus(address, BusType.SYSTEM) if address else MessageBus(bus_type=BusType.SYSTEM)
+            return await bus.connect()
+
+    async def own_name(self) -> None:
+        """Raises Busy if another agent has the name: a second one would act on the same guests."""
+        reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
+        if reply is not RequestNameReply.PRIMARY_OWNER:
+            raise Busy(f"another process owns {BUS_NAME}", left="nothing was started", remedy="stop the other agent")
+
+    async def disconnected(self) -> None:
+        """Returns, or raises, when the bus is gone."""
+        await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def _on_message(self, message: Message) -> bool:
+        if message.message_type is not MessageType.METHOD_CALL or not str(message.path).startswith(ROOT):
+            return False
+        task = asyncio.get_running_loop().create_task(self._answer(message))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return True
+
+    async def _answer(self, call: Message) -> None:
+        """The guard around every call: authorized, checked, and answered whatever happens."""
+        try:
+            signature, body = await self._dispatch(call)
+            reply = Message.new_method_return(call, signature, body)
+        except CprError as error:
+            reply = Message.new_error(call, error.dbus_name, error.text)
+        except _Unknown as error:
+            reply = Message.new_error(call, error.kind.value, str(error))
+        except asyncio.CancelledError:
+            self._bus.send(Message.new_error(call, ErrorType.NO_REPLY.value, "the agent is going away"))
+            raise
+        except Exception:
+            log.exception("%s.%s on %s", call.interface, call.member, call.path)
+            reply = Message.new_error(
+                call, f"{BUS_NAME}.Error.Internal", "internal error; see: journalctl -u cpr-agent.service"
+            )
+        self._bus.send(reply)
+
+    async def _dispatch(self, call: Message) -> tuple[str, list[Any]]:
+        interface, target = self._target(call)
+        method = interface.methods[str(call.member)]
+        if interface.name in (PROPERTIES, OBJECT_MANAGER):
+            await self._authority.require(call, INSPECT)
+        elif interface.name in self._contract:
+            await self._authority.require(call, method.action)
+        if (call.signature or "") != method.in_signature:
+            raise InvalidArgument(
+                f"{interface.name}.{method.name} takes arguments of signature {method.in_signature!r}, "
+                f"not {call.signature!r}"
+            )
+        if interface.name in self._contract:
+            assert target
+            return method.out_signature, await target.method(method.name)(*call.body)
+        return method.out_signature, await self._standard_call(method.name, str(call.path), call.body)
+
+    def _target(self, call: Message) -> tuple[Interface, BusObject | None]:
+        path, member = str(call.path), str(call.member)
+        target = self._objects.get(path)
+        own = [self._contract[target.interface]] if target else []
+        offered = [i for i in (*own, *self._standard.values()) if call.interface in (None, "", i.name)]
+        if target is None and member != "Introspect":
+            raise _Unknown(ErrorType.UNKNOWN_OBJECT, f"there is no object {path}")
+        for interface in offered:
+            if member in interface.methods:
+                return interface, target
+        kind = ErrorType.UNKNOWN_METHOD if offered else ErrorType.UNKNOWN_INTERFACE
+        raise _Unknown(kind, f"{path} has no method {call.interface}.{member}")
+
+    async def _standard_call(self, member: str, path: str, body: list[Any]) -> list[Any]:
+        match member:
+            case "Introspect":
+                return [self._introspect(path)]
+            case "Ping":
+                return []
+            case "GetMachineId":
+                return [Path("/etc/machine-id").read_text().strip()]
+            case "GetManagedObjects":
+                return [{p: {o.interface: await self._values(o)} for p, o in self._objects.items() if p != ROOT}]
+            case "GetAll":
+                return [await self._values(self._objects[path]) if body[0] in ("", self._objects[path].interface) else {}]
+            case "Get":
+                return [await self._value(self._objects[path], *body)]
+            case _:
+                raise _Unknown(ErrorType.PROPERTY_READ_ONLY, f"property {body[1]} is read-only, as all are")
+
+    def _introspect(self, path: str) -> str:
+        target = self._objects.get(path)
+        children = {p[len(path) + 1 :].split("/")[0] for p in self._objects if p.startswith(f"{path}/")}
+        if target is None and not children:
+            raise _Unknown(ErrorType.UNKNOWN_OBJECT, f"there is no object {path}")
+        own = [self._contract[target.interface]] if target else []
+        standard = [i for i in self._standard.values() if target or i.name.endswith("Introspectable")]
+        standard = [i for i in standard if i.name != OBJECT_MANAGER or path == ROOT]
+        return introspection([*own, *standard], list(children))
+
+    async def _value(self, target: BusObject, interface: str, name: str) -> Variant:
+        properties = self._contract[target.interface].properties
+        if interface not in ("", target.interface) or name not in properties:
+            raise _Unknown(ErrorType.UNKNOWN_PROPERTY, f"{target.path} has no property {interface}.{name}")
+        return Variant(properties[name], await target.property(name))
+
+    async def _values(self, target: BusObject) -> dict[str, Variant]:
+        return {name: await self._value(target, "", name) for name in self._contract[target.interface].properties}
+
+    # -- signals ------------------------------------------------------------------------------------------------------
+
+    def _vm_added(self, vm: Vm) -> None:
+        self._add(VmObject(vm, str(self._run_dir / "vm" / vm.name / "admin.sock")))
+
+    def _job_added(self, job: Job) -> None:
+        target = JobObject(job, lambda: self._manager.jobs.cancel(job.id))
+        self._add(target)
+        job.changed = lambda: self._properties_changed(target.path)
+        self._signal(ROOT, "org.cpragent1.Manager", "JobNew", "uo", [job.id, target.path])
+
+    def _job_removed(self, job: Job) -> None:
+        path = f"{ROOT}/job/{job.id}"
+        self._signal(ROOT, "org.cpragent1.Manager", "JobRemoved", "uos", [job.id, path, job.result])
+        self._remove(path)
+
+    def _add(self, target: BusObject) -> None:
+        self._objects[target.path] = target
+        if target.path != ROOT:
+            self._later(lambda: self._announce(target))
+
+    async def _announce(self, target: BusObject) -> None:
+        if target.path in self._objects:
+            body = [target.path, {target.interface: await self._values(target)}]
+            self._signal(ROOT, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
+
+    def _remove(self, path: str) -> None:
+        target = self._objects.pop(path, None)
+        self._told.pop(path, None)
+        if target:
+            self._signal(ROOT, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, [target.interface]])
+
+    def _properties_changed(self, path: str) -> None:
+        """Many changes in one turn of the loop become one signal, with the values that differ from the last told."""
+        if path not in self._changed:
+            self._changed.add(path)
+            self._later(lambda: self._tell(path))
+
+    async def _tell(self, path: str) -> None:
+        self._changed.discard(path)
+        target = self._objects.get(path)
+        if target is None:
+            return
+        interface = self._contract[target.interface]
+        names = [name for name in interface.properties if name not in interface.silent]
+        now = {name: await self._value(target, "", name) for name in names}
+        before = self._told.get(path, {})
+        changed = {name: value for name, value in now.items() if before.get(name) != value}
+        self._told[path] = now
+        if changed:
+            self._signal(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [target.interface, changed, []])
+
+    def _later(self, act: Callable[[], Any]) -> None:
+        task = asyncio.get_running_loop().create_task(act())
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    def _signal(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
+        self._bus.send(Message.new_signal(path, interface, member, signature, body))
+
+
+class _Unknown(Exception):
+    """A call of something that is not there, with the standard error name for it."""
+
+    def __init__(self, kind: ErrorType, text: str) -> None:
+        self.kind = kind
+        super().__init__(text)

@@ -1,0 +1,144 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+_STYLES = {
+    "running": "green",
+    "saved": "cyan",
+    "held": "bold red",
+    "unreachable": "red",
+    "error": "red",
+    "warning": "yellow",
+}
+
+
+def size(count: int) -> str:
+    """Bytes as QEMU writes them: the largest unit that divides them."""
+    for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if count and count % factor == 0:
+            return f"{count // factor}{unit}"
+    return str(count)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(what: object) -> None:
+    Console(soft_wrap=True).print(what) if isinstance(what, str) else Console().print(what)
+
+
+def _styled(word: str) -> str:
+    return f"[{_STYLES[word]}]{word}[/]" if word in _STYLES else word
+
+
+def vms(data: list[dict[str, Any]]) -> None:
+    if not data:
+        _print("No VMs are defined. Definitions go to /etc/cpr-agent/vms/NAME.toml.")
+        return
+    table = _table("VM", "STATE", "MEMORY", "DEVICE", "SURVIVES", "DESCRIPTION")
+    for entry in data:
+        memory = entry["Memory"]
+        table.add_row(
+            entry["Name"],
+            _styled(entry["State"]),
+            size(memory.get("size", 0)),
+            memory.get("device", ""),
+            memory.get("survives", "?"),
+            entry["Description"],
+        )
+    _print(table)
+
+
+def agent(data: dict[str, Any]) -> None:
+    _print(f"cpr-agent {data['Version']}, {len(data['VMs'])} VMs, {len(data['Jobs'])} jobs under way")
+    vms(data["VMs"])
+    for entry in data["VMs"]:
+        if entry["Problem"]:
+            _print(f"[red]{entry['Name']}[/]: {entry['Problem']}")
+
+
+def vm(data: dict[str, Any]) -> None:
+    memory, checkpoint = data["Memory"], data["Checkpoint"]
+    rows = {
+        "State": _styled(data["State"]) + (f" (run state {data['RunState']})" if data["RunState"] else ""),
+        "Description": data["Description"],
+        "Memory": f"{size(memory.get('size', 0))} of {memory.get('device', '?')} from {size(memory.get('offset', 0))}"
+        + (f", survives a {memory['survives']}" if "survives" in memory else ""),
+        "QEMU": data["Qemu"] + (f", PID {data['MainPID']}" if data["MainPID"] else ""),
+        "Unit": data["Unit"],
+        "Admin's QMP": data["AdminSocket"],
+        "Blocked by": "; ".join(data["BlockedReasons"]),
+        "Problem": data["Problem"],
+    }
+    if "id" in checkpoint:
+        stopped = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint["stopped-at"]))
+        rows["Checkpoint"] = (
+            f"{checkpoint['vmstate']}, {checkpoint['size']} bytes, stopped {stopped} while {checkpoint['run-state']}, "
+            f"QEMU {checkpoint['qemu-version']} on kernel {checkpoint['kernel']}"
+        )
+    elif checkpoint:
+        rows["Checkpoint"] = checkpoint["error"]
+    table = Table(box=None, show_header=False, pad_edge=False, title=data["Name"], title_justify="left")
+    for name, value in rows.items():
+        if value:
+            table.add_row(f"[bold]{name}[/]", value)
+    _print(table)
+
+
+def saved(name: str, data: dict[str, Any]) -> None:
+    checkpoint = data["Checkpoint"]
+    _print(
+        f"{name}: saved, {checkpoint['size']} bytes in {checkpoint['vmstate']}; its RAM survives a {checkpoint['survives']}"
+    )
+
+
+def findings(data: list[dict[str, Any]]) -> None:
+    if not data:
+        _print("Nothing stands in the way.")
+        return
+    table = _table("VM", "SEVERITY", "WHAT", "WHY", "REMEDY")
+    for entry in data:
+        table.add_row(entry["vm"], _styled(entry["severity"]), entry["what"], entry["why"], entry["remedy"])
+    _print(table)
+
+
+def devices(data: list[dict[str, Any]]) -> None:
+    if not data:
+        _print("No dax devices are there. Make one with: ndctl create-namespace -f -e NAMESPACE -m devdax -M mem")
+        return
+    table = _table("NODE", "UUID", "SIZE", "ALIGN", "NUMA", "USED BY")
+    for entry in data:
+        table.add_row(
+            entry["node"],
+            entry["uuid"],
+            size(entry["size"]),
+            size(entry["align"]),
+            str(entry["numa-node"]),
+            ", ".join(entry["vms"]) or "-",
+        )
+    _print(table)
+
+
+def history(data: list[dict[str, Any]]) -> None:
+    if not data:
+        _print("Nothing was loaded yet.")
+        return
+    for entry in data:
+        table = _table("PHASE", "SECONDS")
+        table.columns[1].justify = "right"
+        for name, length_s in entry["phases"]:
+            table.add_row(name, f"{length_s:.3f}")
+        table.add_row("[bold]total pause[/]", f"[bold]{entry['pause']:.3f}[/]")
+        _print(f"[bold]{entry['vm']}[/]: kernel {entry['kernel-before']} -> {entry['kernel-after']}")
+        _print(table)

@@ -1,0 +1,84 @@
+"""Long acts on the whole host, as objects that a caller can watch and that go on without it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from cpr_agent.errors import CprError
+
+log = logging.getLogger(__name__)
+
+
+class JobState(enum.StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass
+class Job:
+    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done" or what went wrong."""
+
+    id: int
+    kind: str
+    state: JobState = JobState.RUNNING
+    progress: float = 0.0
+    step: str = ""
+    result: str = ""
+    error: CprError | None = None
+    changed: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    def advance(self, done: int, total: int, step: str) -> None:
+        self.progress = done / total if total else 1.0
+        self.step = step
+        self.changed()
+
+
+class Jobs:
+    """Runs jobs; ``added`` and ``removed`` tell the bus."""
+
+    def __init__(self) -> None:
+        self.added: Callable[[Job], None] = lambda job: None
+        self.removed: Callable[[Job], None] = lambda job: None
+        self.current: dict[int, Job] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._last = 0
+
+    def start(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
+        self._last += 1
+        job = Job(self._last, kind)
+        self.current[job.id] = job
+        self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job, work))
+        self.added(job)
+        return job
+
+    def cancel(self, job_id: int) -> None:
+        self._tasks[job_id].cancel()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for jobs under way, so that a stop of the agent does not interrupt what it can finish."""
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=timeout_s)
+
+    async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
+        try:
+            await work(job)
+            job.state, job.result, job.progress = JobState.DONE, "done", 1.0
+        except CprError as error:
+            job.state, job.result, job.error = JobState.FAILED, error.text, error
+            log.error("job %d (%s) failed: %s", job.id, job.kind, error)
+        except asyncio.CancelledError:
+            job.state, job.result = JobState.CANCELLED, "cancelled"
+        except Exception as error:
+            job.state, job.result = JobState.FAILED, f"internal error: {error}"
+            log.exception("job %d (%s)", job.id, job.kind)
+        finally:
+            del self.current[job.id]
+            del self._tasks[job.id]
+            job.changed()
+            self.removed(job)

@@ -1,0 +1,268 @@
+"""The nouns that all layers share: definitions, identities, manifests. Plain frozen data."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+MANIFEST_SCHEMA = 1
+RAM_ID = "cpr-ram"
+"""Id of the memory backend, and by that the name of the RAM block in every vmstate. Never change it."""
+
+VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+class Bytes(int):
+    """A number of bytes, written in TOML as ``"4G"`` (powers of 1024) or a plain integer."""
+
+
+class Seconds(float):
+    """A duration in seconds, written in TOML as ``"60s"``, ``"2min"``, ``"500ms"`` or a plain number."""
+
+
+class Survives(enum.StrEnum):
+    """What a VM's RAM outlives (DESIGN.md, "What counts as persistent")."""
+
+    QEMU_RESTART = "qemu-restart"
+    KEXEC = "kexec"
+
+    def covers(self, need: Survives) -> bool:
+        return self is Survives.KEXEC or need is Survives.QEMU_RESTART
+
+
+class VmState(enum.StrEnum):
+    """What the agent says of a VM. Run states of QEMU are another vocabulary: see ``run-state`` in QAPI."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUSPENDED = "suspended"
+    SAVING = "saving"
+    SAVED = "saved"
+    LOADING = "loading"
+    HELD = "held"
+    SHUT_DOWN = "shut-down"
+    UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmSection:
+    description: str = ""
+    qemu: str = "/usr/bin/qemu-system-x86_64"
+    arguments: tuple[str, ...] = ()
+    autostart: bool = False
+    user: str = "cpr-vm"
+    shutdown_timeout: Seconds = Seconds(60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySection:
+    size: Bytes
+    device: str
+    offset: Bytes = Bytes(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSection:
+    suspend: Literal["auto", "always", "never"] = "auto"
+    timeout: Seconds = Seconds(60)
+    order: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSection:
+    on_lost_memory: Literal["hold", "cold-start"] = "hold"
+    resync_clock: Literal["auto", "never"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """A VM as its admin wrote it. ``digest`` is the SHA-256 of the file."""
+
+    name: str
+    vm: VmSection
+    memory: MemorySection
+    save: SaveSection = field(default_factory=SaveSection)
+    load: LoadSection = field(default_factory=LoadSection)
+    digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryIdentity:
+    """Which memory a VM's RAM is, in terms that stay true across a kexec. Sizes in bytes.
+
+    A device is known by the uuid of its parent nd device, cross-checked with where and how big it is; its node's name
+    changes from boot to boot (measured, FACTS.md) and plays no part. A file is known by device, inode and size.
+    """
+
+    kind: Literal["devdax", "file"]
+    size_bytes: int
+    offset_bytes: int
+    survives: Survives
+    object_id: str = RAM_ID
+    uuid: str = ""
+    resource: int | None = None
+    device_size_bytes: int = 0
+    align_bytes: int = 0
+    path: str = ""
+    filesystem: str = ""
+    st_dev: int = 0
+    inode: int = 0
+
+    def differences(self, found: MemoryIdentity) -> list[str]:
+        """Each field that is not what it was, as ``"field was X, is Y"``; empty if this is the same memory."""
+        out = []
+        for name in (f.name for f in fields(self)):
+            was, now = getattr(self, name), getattr(found, name)
+            if name == "resource" and None in (was, now):
+                continue  # only root may read it; the uuid has been compared
+            if was != now:
+                out.append(f"{name} was {_show(name, was)}, is {_show(name, now)}")
+        return out
+
+    def overlaps(self, other: MemoryIdentity) -> bool:
+        """True if the two share a byte of the same device or file."""
+        same = (
+            self.uuid == other.uuid if self.kind == "devdax" else (self.st_dev, self.inode) == (other.st_dev, other.inode)
+        )
+        return (
+            self.kind == other.kind
+            and same
+            and self.offset_bytes < other.offset_bytes + other.size_bytes
+            and other.offset_bytes < self.offset_bytes + self.size_bytes
+        )
+
+
+def _show(name: str, value: object) -> str:
+    return f"{value:#x}" if name == "resource" and isinstance(value, int) else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaxDevice:
+    """A device-DAX instance as sysfs shows it now. ``uuid`` is that of the parent nd device."""
+
+    node: str
+    uuid: str
+    size_bytes: int
+    align_bytes: int
+    resource: int | None
+    numa_node: int
+    mode: str = "devdax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Memory found on this host: what it is, and by which path it can be opened now."""
+
+    identity: MemoryIdentity
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What a QEMU was, or is to be, started with. The ticket that ``cpr-vm@.service`` consumes.
+
+    ``argv`` is complete; ``memory_fd`` and ``socket_fds`` are the descriptor numbers that it refers to.
+    """
+
+    vm: str
+    kind: Literal["start", "load"]
+    argv: tuple[str, ...]
+    base_argv: tuple[str, ...]
+    memory: MemoryIdentity
+    node: str
+    memory_fd: int
+    sockets: dict[str, int]
+    log: str
+    user: str
+    shutdown_timeout_s: float
+    definition_digest: str
+    checkpoint: str = ""
+    created_at: float = 0.0
+    boot_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskIdentity:
+    node: str
+    driver: str
+    filename: str
+    st_dev: int = 0
+    inode: int = 0
+    size_bytes: int = 0
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuFacts:
+    """What a live QEMU says of itself."""
+
+    version: str
+    machine_type: str
+    dialect: str
+    disks: tuple[DiskIdentity, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Witness:
+    """Digest over ``pages`` pages (4 KiB) of guest RAM that ``seed`` chooses; see memory/witness.py."""
+
+    kind: Literal["sampled", "full", "off"] = "off"
+    seed: int = 0
+    pages: int = 0
+    digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vmstate:
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveTimes:
+    """Seconds since the epoch (CLOCK_REALTIME)."""
+
+    requested_at: float
+    stopped_at: float
+    written_at: float
+    durable_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a load needs to know, and to prove. Stored beside the vmstate, schema-versioned."""
+
+    id: str
+    vm: str
+    mode: str
+    survives: Survives
+    run_state: str
+    launch: Launch
+    qemu: QemuFacts
+    qemu_path: str
+    qemu_sha256: str
+    memory: MemoryIdentity
+    witness: Witness
+    vmstate: Vmstate
+    boot_id: str
+    kernel: str
+    times: SaveTimes
+    upgrade: str = ""
+    schema: int = MANIFEST_SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One result of a check: what is so, why it matters, how to mend it."""
+
+    severity: Literal["error", "warning", "info"]
+    code: str
+    what: str
+    why: str = ""
+    remedy: str = ""
+    vm: str = ""

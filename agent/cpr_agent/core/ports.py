@@ -1,0 +1,192 @@
+"""What core needs of the layers below, as Protocols. The adapters live in vm/, memory/, store/ and host/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cpr_agent.core.model import (
+    DaxDevice,
+    Definition,
+    DiskIdentity,
+    Launch,
+    Located,
+    Manifest,
+    MemoryIdentity,
+    MemorySection,
+    QemuFacts,
+    Vmstate,
+    Witness,
+)
+from cpr_agent.report.timeline import GuestTimeline
+
+
+class Qemu(Protocol):
+    """One live QEMU, over its QMP socket. Every call raises QemuFailed when QEMU is gone or does not answer in time."""
+
+    def on_change(self, callback: Callable[[str], None]) -> None:
+        """Call back with the name of each QMP event, and ``"GONE"`` once when the connection ends."""
+
+    async def run_state(self) -> str: ...
+
+    async def blocked_reasons(self, launch: Launch) -> list[str]:
+        """Why a save would be refused or unsafe now, each fit for an admin. Touches nothing that the guest sees."""
+
+    async def facts(self) -> QemuFacts: ...
+
+    async def disks(self) -> tuple[DiskIdentity, ...]:
+        """Its block backends as they are now; true for a checkpoint only once the guest has stopped."""
+
+    async def save(self, vmstate_fd: int, timeout_s: float) -> float:
+        """Write device state to a fresh descriptor; the guest is stopped after. Returns when it stopped (epoch s)."""
+
+    async def load(self, vmstate_fd: int, timeout_s: float) -> None:
+        """Read device state; needs a QEMU started with ``-incoming defer -S``. The guest does not run after."""
+
+    async def cont(self) -> float:
+        """Let the guest run; returns when it did (epoch s)."""
+
+    async def powerdown(self) -> None: ...
+
+    async def quit(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Runner(Protocol):
+    """Where QEMU processes live: units of systemd, or processes of their own."""
+
+    async def start(self, launch: Launch) -> None:
+        """Start QEMU. Returns when its sockets accept connections; raises QemuFailed with what it said."""
+
+    async def connect(self, name: str, timeout_s: float) -> Qemu: ...
+
+    async def active(self, name: str) -> int:
+        """PID of the VM's QEMU, 0 if there is none."""
+
+    async def wait_exit(self, name: str, timeout_s: float) -> bool:
+        """Wait until the VM's QEMU has exited; False on timeout."""
+
+    async def kill(self, name: str) -> None:
+        """End the VM's QEMU the hard way, and wait until it is gone."""
+
+    def launched(self, name: str) -> Launch | None:
+        """What the VM's live QEMU was started with."""
+
+    def launched_all(self) -> list[str]:
+        """Names of all VMs started since the host booted."""
+
+    def log_tail(self, name: str) -> str:
+        """The last thing that QEMU said on stderr."""
+
+    def unit(self, name: str) -> str:
+        """The systemd unit, or "" where systemd does not run it."""
+
+
+class Definitions(Protocol):
+    def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
+        """All definitions by name, and what is wrong with those that can't be used."""
+
+    def plan_start(self, definition: Definition, located: Located) -> Launch: ...
+
+    def plan_load(self, manifest: Manifest, located: Located) -> Launch: ...
+
+
+class Memory(Protocol):
+    async def locate(self, section: MemorySection, timeout_s: float) -> Located:
+        """Find the memory a definition names, waiting for its device. Raises DeviceMissing, MemoryUnusable."""
+
+    async def relocate(self, identity: MemoryIdentity, timeout_s: float) -> Located:
+        """Find memory again that a checkpoint left behind. Raises DeviceMissing, MemoryChanged."""
+
+    async def prepare(self, section: MemorySection, user: str) -> None:
+        """For a fresh start: create a memory file that is not there yet. Devices are never created."""
+
+    def new_witness(self, kind: str) -> Witness:
+        """What to hash, with a fresh seed; no digest yet."""
+
+    async def witness(self, located: Located, like: Witness) -> Witness:
+        """Hash the pages that ``like`` chooses (kind, seed, pages)."""
+
+    def devices(self) -> list[DaxDevice]: ...
+
+
+class PendingState(Protocol):
+    """A vmstate file being written: nothing of it is visible until ``commit``."""
+
+    fd: int
+    path: str
+
+    def seal(self) -> Vmstate:
+        """Fsync, check the header, digest. Blocking. Raises NotVmstate, OSError."""
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make state and manifest durable, in this order. Blocking."""
+
+    def abort(self) -> None: ...
+
+
+class Store(Protocol):
+    def live(self, vm: str) -> Manifest | None:
+        """The checkpoint that may still be loaded. Raises CheckpointUnreadable."""
+
+    def live_all(self) -> list[str]:
+        """Names of all VMs with a live or unreadable checkpoint."""
+
+    def checkpointed(self, vm: str) -> bool:
+        """True if there is a live checkpoint, readable or not."""
+
+    def begin(self, vm: str, filename: str) -> PendingState: ...
+
+    def open_vmstate(self, manifest: Manifest, filename: str) -> int:
+        """A descriptor on the state file, proved to be the one the manifest describes. Raises NotVmstate, ProofFailed."""
+
+    def consume(self, manifest: Manifest) -> None:
+        """Make it durable that this checkpoint can never be loaded again. Blocking."""
+
+    def discard(self, vm: str) -> None: ...
+
+    def hold(self, vm: str, reason: str) -> None: ...
+
+    def held(self, vm: str) -> str: ...
+
+
+class Journal(Protocol):
+    def append(self, event: str, **facts: object) -> None:
+        """Make a record durable before returning. Blocking; a few milliseconds."""
+
+    def records(self) -> list[dict[str, object]]: ...
+
+
+class Host(Protocol):
+    def now(self) -> float: ...
+
+    def boot_id(self) -> str: ...
+
+    def kernel(self) -> str: ...
+
+    def program_digest(self, pid: int) -> str:
+        """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""
+
+    def boot_times(self) -> dict[str, float]:
+        """Epoch seconds at which this boot's ``kernel`` and ``userspace`` began."""
+
+
+class History(Protocol):
+    def add(self, timeline: GuestTimeline) -> None: ...
+
+    def all(self) -> list[GuestTimeline]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """Everything below core, in one piece."""
+
+    definitions: Definitions
+    runner: Runner
+    memory: Memory
+    store: Store
+    journal: Journal
+    history: History
+    host: Host

@@ -1,0 +1,33 @@
+"""What agent.toml can set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cpr_agent.core.model import Seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSection:
+    runner: Literal["auto", "systemd", "process"] = "auto"
+    qemu_start_timeout: Seconds = Seconds(120)
+    device_timeout: Seconds = Seconds(90)
+    load_timeout: Seconds = Seconds(120)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesSection:
+    directories: tuple[str, ...] = ("/var/lib/cpr-agent/exports",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WitnessSection:
+    kind: Literal["sampled", "full", "off"] = "sampled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    agent: AgentSection = field(default_factory=AgentSection)
+    files: FilesSection = field(default_factory=FilesSection)
+    witness: WitnessSection = field(default_factory=WitnessSection)

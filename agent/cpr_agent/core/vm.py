@@ -1,0 +1,640 @@
+"""One VM under the agent's care: what it is now, and the acts that change it.
+
+A VM's acts exclude each other. Its state is never remembered but derived: from the live QEMU, if there is one, and from
+the live checkpoint, if there is one (invariant 5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+
+from cpr_agent.core.model import (
+    Definition,
+    Finding,
+    Launch,
+    Located,
+    Manifest,
+    MemoryIdentity,
+    SaveTimes,
+    Survives,
+    VmState,
+)
+from cpr_agent.core.ports import Ports, Qemu
+from cpr_agent.core.settings import Settings
+from cpr_agent.errors import (
+    AlreadyRunning,
+    AlreadySaved,
+    Blocked,
+    Busy,
+    CheckpointUnreadable,
+    CprError,
+    InvalidArgument,
+    InvalidDefinition,
+    LoadFailed,
+    MemoryChanged,
+    MemoryOverlap,
+    MemoryUnusable,
+    NoCheckpoint,
+    ProofFailed,
+    QemuFailed,
+    SaveFailed,
+    WrongState,
+)
+from cpr_agent.report.timeline import GuestTimeline
+
+log = logging.getLogger(__name__)
+
+_FROM_RUN_STATE = {
+    "running": VmState.RUNNING,
+    "paused": VmState.PAUSED,
+    "suspended": VmState.SUSPENDED,
+    "shutdown": VmState.SHUT_DOWN,
+    "inmigrate": VmState.LOADING,
+    "prelaunch": VmState.STARTING,
+}
+SAVEABLE = ("running", "paused", "suspended")
+
+
+class Vm:
+    """``changed`` is called after each change of state; ``claims`` yields the memory that other VMs hold."""
+
+    def __init__(
+        self,
+        name: str,
+        ports: Ports,
+        settings: Settings,
+        changed: Callable[[Vm], None],
+        claims: Callable[[Vm], Awaitable[list[tuple[str, MemoryIdentity]]]],
+    ) -> None:
+        self.name = name
+        self.definition: Definition | None = None
+        self.problem: Exception | None = None
+        self.state = VmState.STOPPED
+        self.run_state = ""
+        self.pid = 0
+        self.error = ""
+        self._ports = ports
+        self._settings = settings
+        self._changed = changed
+        self._claims = claims
+        self._qemu: Qemu | None = None
+        self._lock = asyncio.Lock()
+        self._act = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> str:
+        return self._ports.runner.unit(self.name)
+
+    def live_checkpoint(self) -> Manifest | None:
+        return self._ports.store.live(self.name)
+
+    def launched(self) -> Launch | None:
+        """What the live QEMU was started with."""
+        return self._ports.runner.launched(self.name) if self.pid else None
+
+    async def claimed_memory(self) -> MemoryIdentity | None:
+        """The memory that is this VM's own: of its QEMU, its checkpoint, or what its definition names on this host."""
+        launch = self.launched()
+        if launch:
+            return launch.memory
+        with contextlib.suppress(CheckpointUnreadable):
+            manifest = self.live_checkpoint()
+            if manifest:
+                return manifest.memory
+        if self.definition:
+            with contextlib.suppress(MemoryUnusable):
+                return (await self._ports.memory.locate(self.definition.memory, 0)).identity
+        return None
+
+    def usable_definition(self) -> Definition:
+        """Raises InvalidDefinition."""
+        if self.definition is None:
+            if isinstance(self.problem, CprError):
+                raise self.problem
+            raise InvalidDefinition(
+                f"has no usable definition: {self.problem or 'its file is gone'}", vm=self.name, left="nothing was done"
+            )
+        return self.definition
+
+    async def refresh(self) -> None:
+        """Derive the state anew, connecting to a QEMU that is there."""
+        async with self._lock:
+            await self._derive()
+
+    async def recover(self) -> None:
+        """After a start of the agent: finish or take back what an earlier one was in the middle of."""
+        async with self._exclusive("recover"):
+            await self._derive()
+            if self._qemu is None:
+                return
+            launch, manifest = self.launched(), self._live_or_none()
+            never_ran = self.run_state in ("inmigrate", "paused", "prelaunch")
+            if manifest and launch and launch.kind == "load" and launch.checkpoint == manifest.id and never_ran:
+                log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", self.name)
+                self._ports.journal.append("load-interrupted", vm=self.name, checkpoint=manifest.id)
+                await self._end_qemu()
+            elif self.run_state == "postmigrate" and manifest is None:
+                await self._finish_interrupted_save()
+
+    async def findings(self) -> list[Finding]:
+        """What would stop a save, or a load after a kexec, now. Stops nothing."""
+        out: list[Finding] = []
+
+        def add(severity: str, code: str, what: str, why: str = "", remedy: str = "") -> None:
+            out.append(Finding(severity=severity, code=code, what=what, why=why, remedy=remedy, vm=self.name))  # type: ignore[arg-type]  # literals below
+
+        if self.definition is None:
+            add("error", "definition", str(self.problem or "its definition is gone"), "it could not be started again")
+        manifest = None
+        try:
+            manifest = self.live_checkpoint()
+        except CheckpointUnreadable as error:
+            add("error", "checkpoint-unreadable", error.what, error.left, error.remedy)
+        if self.problem_held():
+            add("error", "held", self.problem_held(), "the guest waits in its memory", f"cprctl status {self.name}")
+        launch = self.launched()
+        memory = launch.memory if launch else manifest.memory if manifest else None
+        if memory is None and self.definition is not None:
+            try:
+                memory = (await self._ports.memory.locate(self.definition.memory, 0.5)).identity
+            except MemoryUnusable as error:
+                add("error", error.kind, error.what, "the VM cannot be started", error.remedy)
+        if memory and not memory.survives.covers(Survives.KEXEC):
+            add(
+                "warning",
+                "volatile-memory",
+                f"its RAM is in {memory.path} ({memory.filesystem or 'unknown file system'}), which a kexec erases",
+                "it can be saved for a restart of QEMU, but an upgrade of the host will refuse it",
+                "move it to a dax device: see `cprctl devices`",
+            )
+        for other, claimed in await self._claims(self):
+            if memory and memory.overlaps(claimed):
+                add("error", "overlap", f"its memory overlaps that of VM {other}", "each would corrupt the other")
+        if launch and self.definition and launch.definition_digest != self.definition.digest:
+            add("info", "definition-changed", "its definition changed since it was started", "a load uses the old one")
+        if self._qemu and self.state in (VmState.RUNNING, VmState.PAUSED, VmState.SUSPENDED) and launch:
+            for reason in await self._qemu.blocked_reasons(launch):
+                add("error", "blocked", reason, "QEMU or the agent would refuse to save it")
+        return out
+
+    def problem_held(self) -> str:
+        return self._ports.store.held(self.name)
+
+    async def blocked_reasons(self) -> list[str]:
+        launch = self.launched()
+        if self._qemu is None or launch is None or self.run_state not in SAVEABLE:
+            return []
+        return await self._qemu.blocked_reasons(launch)
+
+    # -- acts ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the guest afresh. Refused while a live checkpoint holds it. Raises CprError."""
+        async with self._exclusive("start"):
+            definition = self.usable_definition()
+            if self.live_checkpoint():
+                raise AlreadySaved(
+                    "is saved, and starting it afresh would destroy the saved guest",
+                    vm=self.name,
+                    left="the checkpoint was not touched",
+                    remedy=f"continue it with `cprctl load {self.name}`, or give it up with `cprctl discard {self.name}`",
+                )
+            await self._require_no_qemu()
+            with self._named():
+                await self._ports.memory.prepare(definition.memory, definition.vm.user)
+                located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
+                await self._refuse_overlap(located.identity)
+            launch = self._stamped(self._ports.definitions.plan_start(definition, located))
+            self._ports.journal.append("start", vm=self.name)
+            await self._launch(launch)
+
+    async def stop(self, how: str) -> None:
+        """``acpi``: press the power button, and after the definition's shutdown-timeout go on as ``hard``: quit QEMU."""
+        if how not in ("acpi", "hard"):
+            raise InvalidArgument(f"unknown way to stop {how!r}", vm=self.name, remedy="use acpi or hard")
+        async with self._exclusive("stop"):
+            await self._derive()
+            if not self.pid:
+                raise WrongState("is not running", vm=self.name)
+            if how == "acpi" and self._qemu and self.run_state in ("running", "suspended"):
+                await self._qemu.powerdown()
+                launch = self.launched()
+                timeout_s = launch.shutdown_timeout_s if launch else 60.0
+                if await self._ports.runner.wait_exit(self.name, timeout_s):
+                    return
+                log.warning("VM %s: did not shut down within %.0f s, going on the hard way", self.name, timeout_s)
+            await self._end_qemu()
+
+    async def resume(self) -> None:
+        """Take a save back: the guest goes on where it was saved, in the QEMU that is still there if that is possible.
+
+        ``cont`` does it for a guest that ran. One that was paused or suspended must be loaded (FACTS.md, "Rollback").
+        """
+        async with self._exclusive("resume"):
+            await self._derive()
+            manifest = self.live_checkpoint()
+            if manifest is None:
+                if self._qemu is None or self.run_state != "paused":
+                    raise WrongState(f"is {self.state}, there is nothing to resume", vm=self.name)
+                await self._qemu.cont()
+            elif self._qemu and self.run_state == "postmigrate" and manifest.run_state == "running":
+                await self._take_back(manifest)
+            else:
+                await self._load(manifest, "")
+
+    async def discard(self) -> None:
+        """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs."""
+        async with self._exclusive("discard"):
+            await self._derive()
+            if self.run_state == "postmigrate":
+                raise WrongState(
+                    "is saved and its QEMU still has the guest",
+                    vm=self.name,
+                    left="nothing was discarded",
+                    remedy=f"`cprctl resume {self.name}` continues the guest, `cprctl stop {self.name}` ends QEMU",
+                )
+            if not self._ports.store.checkpointed(self.name):
+                raise NoCheckpoint("has no checkpoint to discard", vm=self.name)
+            self._ports.journal.append("discard", vm=self.name)
+            await asyncio.to_thread(self._ports.store.discard, self.name)
+
+    async def save(self, filename: str, mode: str, need: Survives = Survives.QEMU_RESTART, upgrade: str = "") -> Manifest:
+        """Save device state and leave the RAM where it is; the guest is stopped after. Raises CprError; a guest that
+        ran then runs on."""
+        if mode != "reboot":
+            raise InvalidArgument(
+                f"mode {mode!r} is not supported", vm=self.name, left="nothing was saved", remedy='use mode "reboot"'
+            )
+        async with self._exclusive("save"):
+            await self._derive()
+            if self.live_checkpoint():
+                raise AlreadySaved(
+                    "is already saved", vm=self.name, remedy=f"`cprctl resume {self.name}` takes the save back"
+                )
+            if self._qemu is None or self.run_state not in SAVEABLE:
+                raise WrongState(f"is {self.state} and can't be saved", vm=self.name, left="nothing was saved")
+            launch = await self._require_saveable(self._qemu, need)
+            return await self._save(self._qemu, launch, self.run_state, filename, mode, upgrade)
+
+    async def load(self, filename: str) -> None:
+        """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
+        which the guest runs the checkpoint stays and the load can be repeated."""
+        async with self._exclusive("load"):
+            await self._derive()
+            if self.pid and self.run_state != "postmigrate":
+                raise AlreadyRunning(
+                    f"is {self.state}; a checkpoint can't be loaded into a live VM",
+                    vm=self.name,
+                    left="it was not touched",
+                )
+            manifest = self.live_checkpoint()
+            if manifest is None:
+                raise NoCheckpoint("has no checkpoint to load", vm=self.name, remedy=f"`cprctl start {self.name}` boots it")
+            try:
+                await self._load(manifest, filename)
+            except ProofFailed as error:
+                if not filename:  # a file that the caller named wrongly says nothing about the checkpoint
+                    self._ports.store.hold(self.name, error.text)
+                raise
+
+    # -- parts of the acts --------------------------------------------------------------------------------------------
+
+    async def _require_saveable(self, qemu: Qemu, need: Survives) -> Launch:
+        launch = self.launched()
+        if launch is None:
+            raise Blocked(["the record of how its QEMU was started is gone"], vm=self.name)
+        reasons = await qemu.blocked_reasons(launch)
+        if not launch.memory.survives.covers(need):
+            where = launch.memory.path or launch.node
+            reasons.append(f"its RAM in {where} ({launch.memory.filesystem}) does not survive a {need}")
+        if reasons:
+            raise Blocked(reasons, vm=self.name)
+        return launch
+
+    async def _save(self, qemu: Qemu, launch: Launch, run_state: str, filename: str, mode: str, upgrade: str) -> Manifest:
+        definition_timeout = self.definition.save.timeout if self.definition else 60.0
+        host, store = self._ports.host, self._ports.store
+        facts = await qemu.facts()
+        digest = await asyncio.to_thread(host.program_digest, self.pid)
+        witness = self._ports.memory.new_witness(self._settings.witness.kind)
+        located = await self._relocated(launch.memory)
+        checkpoint = uuid.uuid4().hex
+        try:
+            pending = store.begin(self.name, filename)
+        except OSError as error:
+            raise SaveFailed(f"the state file cannot be created: {error}", vm=self.name, left="nothing changed") from error
+        requested_at = host.now()
+        try:
+            self._ports.journal.append("save-begin", vm=self.name, checkpoint=checkpoint, run_state=run_state)
+            self._set(VmState.SAVING)
+            stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
+            written_at = host.now()
+            vmstate, witness, disks = await asyncio.gather(
+                asyncio.to_thread(pending.seal), self._ports.memory.witness(located, witness), qemu.disks()
+            )
+            manifest = Manifest(
+                id=checkpoint,
+                vm=self.name,
+                mode=mode,
+                survives=launch.memory.survives,
+                run_state=run_state,
+                launch=launch,
+                qemu=replace(facts, disks=disks),
+                qemu_path=launch.argv[0],
+                qemu_sha256=digest,
+                memory=launch.memory,
+                witness=witness,
+                vmstate=vmstate,
+                boot_id=host.boot_id(),
+                kernel=host.kernel(),
+                times=SaveTimes(
+                    requested_at=requested_at, stopped_at=stopped_at, written_at=written_at, durable_at=host.now()
+                ),
+                upgrade=upgrade,
+            )
+            await asyncio.to_thread(pending.commit, manifest)
+            self._ports.journal.append("saved", vm=self.name, checkpoint=checkpoint)
+        except BaseException as error:
+            # Shielded: whatever interrupts the save, also a cancelled job, the guest must not stay stopped.
+            left = await asyncio.shield(asyncio.ensure_future(self._undo_save(qemu, pending.abort, run_state, checkpoint)))
+            if isinstance(error, (CprError, OSError)):
+                what = error.what if isinstance(error, CprError) else f"the state could not be stored: {error}"
+                raise SaveFailed(f"could not be saved: {what}", vm=self.name, left=left) from error
+            raise
+        log.info("VM %s: saved in %.3f s, %d bytes of state", self.name, host.now() - stopped_at, vmstate.size_bytes)
+        return manifest
+
+    async def _undo_save(self, qemu: Qemu, abort: Callable[[], None], run_state: str, checkpoint: str) -> str:
+        """Bring the guest back to what it was before a save that failed; returns a sentence for the error."""
+        self._ports.journal.append("save-undone", vm=self.name, checkpoint=checkpoint)
+        try:
+            await asyncio.to_thread(abort)
+        except OSError as error:
+            return f"the half-written checkpoint could not be removed ({error}), so the guest stays stopped"
+        try:
+            now = await qemu.run_state()
+            if run_state == "running" and now != "running":
+                await qemu.cont()
+                now = await qemu.run_state()
+        except QemuFailed as error:
+            return f"and its QEMU is gone ({error.what}); the guest is lost unless it shut itself down"
+        if now == run_state:
+            return f"the guest is {now}, as before; no checkpoint was left"
+        return f"the guest was {run_state} and QEMU is now {now}; save it again before you end QEMU"
+
+    async def _finish_interrupted_save(self) -> None:
+        """QEMU is in postmigrate and no manifest says why: an agent died between the two. The journal knows the run
+        state. A guest that ran goes on; another is saved again, because ``cont`` would change what it is (FACTS.md)."""
+        assert self._qemu
+        begun = [r for r in self._ports.journal.records() if r.get("vm") == self.name and r["event"] == "save-begin"]
+        run_state = str(begun[-1]["run_state"]) if begun else "unknown"
+        if run_state == "running":
+            log.warning("VM %s: a save was interrupted; the guest goes on", self.name)
+            self._ports.journal.append("save-undone", vm=self.name, checkpoint=begun[-1]["checkpoint"])
+            await self._qemu.cont()
+        elif run_state in SAVEABLE and (launch := self.launched()):
+            log.warning("VM %s: a save was interrupted; saving the %s guest again", self.name, run_state)
+            await self._save(self._qemu, launch, run_state, "", "reboot", "")
+        else:
+            self.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+
+    async def _take_back(self, manifest: Manifest) -> None:
+        """The checkpoint is out of the world before the guest runs, so that nothing can ever load it (invariant 2)."""
+        assert self._qemu
+        self._ports.journal.append("rollback", vm=self.name, checkpoint=manifest.id)
+        await asyncio.to_thread(self._ports.store.discard, self.name)
+        try:
+            await self._qemu.cont()
+        except QemuFailed as error:
+            raise QemuFailed(
+                f"could not be resumed: {error.what}",
+                vm=self.name,
+                left="the guest is stopped in its QEMU, and the checkpoint is retired",
+                remedy="if another process holds its disk, end that; then `cont` on the admin's QMP socket",
+            ) from error
+
+    async def _load(self, manifest: Manifest, filename: str) -> None:
+        store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
+        load_at = host.now()
+        fd = await asyncio.to_thread(store.open_vmstate, manifest, filename)
+        with open(fd, "rb", buffering=0), self._named():  # noqa: PTH123 - only to be closed
+            self._set(VmState.LOADING)
+            located = await self._ports.memory.relocate(manifest.memory, self._settings.agent.device_timeout)
+            memory_at = host.now()
+            await self._refuse_overlap(located.identity)
+            found = await self._ports.memory.witness(located, manifest.witness)
+            if found.digest != manifest.witness.digest:
+                raise MemoryChanged(
+                    f"its RAM is not what it was: witness {manifest.witness.digest} ({manifest.witness.kind}), "
+                    f"found {found.digest}",
+                    vm=self.name,
+                    left="nothing was started; memory and checkpoint are kept as they are",
+                    remedy=f"the guest can't be continued from this memory; see `cprctl status {self.name}`",
+                )
+            self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id)
+            await self._end_qemu()
+            try:
+                await self._launch(self._stamped(self._ports.definitions.plan_load(manifest, located)))
+                assert self._qemu
+                await self._qemu.load(fd, self._settings.agent.load_timeout)
+            except (CprError, TimeoutError) as error:
+                said = self._ports.runner.log_tail(self.name)
+                await self._end_qemu()
+                what = error.what if isinstance(error, CprError) else "QEMU did not get done"
+                said = f" (QEMU: {said})" if said and said not in what else ""
+                raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
+            self._ports.journal.append("resume", vm=self.name, checkpoint=manifest.id)
+            await asyncio.to_thread(store.consume, manifest)
+            # From here on the checkpoint is spent, whatever happens (invariant 2).
+            resumed_at = 0.0
+            if manifest.run_state != "paused":
+                resumed_at = await self._qemu.cont()
+            self._record(manifest, load_at, memory_at, resumed_at or host.now())
+
+    def _record(self, manifest: Manifest, load_at: float, memory_at: float, resumed_at: float) -> None:
+        host = self._ports.host
+        self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id, at=resumed_at)
+        rebooted = host.boot_id() != manifest.boot_id
+        boot = host.boot_times() if rebooted else {"kernel": 0.0, "userspace": 0.0}
+        timeline = GuestTimeline(
+            id=manifest.id,
+            vm=self.name,
+            upgrade=manifest.upgrade,
+            kernel_before=manifest.kernel,
+            kernel_after=host.kernel(),
+            stopped_at=manifest.times.stopped_at,
+            saved_at=manifest.times.durable_at,
+            kernel_at=boot["kernel"],
+            userspace_at=boot["userspace"],
+            load_at=load_at,
+            memory_at=memory_at,
+            resumed_at=resumed_at,
+        )
+        log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s)
+        try:
+            self._ports.history.add(timeline)
+        except OSError as error:  # the guest runs; a report is not worth failing for
+            log.warning("VM %s: its timeline could not be stored: %s", self.name, error)
+
+    async def _launch(self, launch: Launch) -> None:
+        """Start QEMU and speak to it, or leave nothing of it. Raises QemuFailed with what QEMU said."""
+        self._set(VmState.STARTING if launch.kind == "start" else VmState.LOADING)
+        runner = self._ports.runner
+        try:
+            await runner.start(launch)
+            self.pid = await runner.active(self.name)
+            await self._connect()
+        except CprError as error:
+            await runner.kill(self.name)
+            self.pid = 0
+            said = runner.log_tail(self.name)
+            detail = f": {said}" if said and said not in error.what else ""
+            raise QemuFailed(f"{error.what}{detail}", vm=self.name, left="nothing runs", remedy=error.remedy) from error
+
+    async def _end_qemu(self) -> None:
+        """Quit QEMU, then the hard way; done when its process is gone."""
+        if self._qemu:
+            await self._qemu.quit()
+            await self._drop_connection()
+        if not await self._ports.runner.wait_exit(self.name, 10.0):
+            await self._ports.runner.kill(self.name)
+        self.pid = 0
+
+    async def _relocated(self, identity: MemoryIdentity) -> Located:
+        with self._named():
+            return await self._ports.memory.relocate(identity, 5.0)
+
+    async def _require_no_qemu(self) -> None:
+        await self._derive()
+        if self.pid:
+            raise AlreadyRunning(f"is already {self.state}", vm=self.name)
+
+    async def _refuse_overlap(self, identity: MemoryIdentity) -> None:
+        for other, claimed in await self._claims(self):
+            if identity.overlaps(claimed):
+                raise MemoryOverlap(
+                    f"its memory overlaps that of VM {other}: offset {identity.offset_bytes} and size "
+                    f"{identity.size_bytes}, that one has offset {claimed.offset_bytes} and size {claimed.size_bytes}",
+                    vm=self.name,
+                    left="nothing was started",
+                    remedy="give one of them another memory.offset or device",
+                )
+
+    def _stamped(self, launch: Launch) -> Launch:
+        return replace(launch, created_at=self._ports.host.now(), boot_id=self._ports.host.boot_id())
+
+    def _live_or_none(self) -> Manifest | None:
+        try:
+            return self.live_checkpoint()
+        except CheckpointUnreadable as error:
+            self.error = error.text
+            return None
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Put this VM's name on errors of layers that know memory but no VMs."""
+        try:
+            yield
+        except CprError as error:
+            if not error.vm:
+                error.vm = self.name
+            raise
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self, act: str) -> AsyncIterator[None]:
+        if self._act:
+            raise Busy(
+                f"is in the middle of {self._act}",
+                vm=self.name,
+                left="nothing was done",
+                remedy="try again when it is done",
+            )
+        self._act = act
+        self.error = ""
+        try:
+            async with self._lock:
+                try:
+                    yield
+                except (WrongState, InvalidArgument):
+                    raise  # the caller's problem, not the VM's
+                except CprError as error:
+                    self.error = error.text
+                    raise
+                finally:
+                    await self._derive()
+        finally:
+            self._act = ""
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    async def _derive(self) -> None:
+        """With the lock held."""
+        self.pid = await self._ports.runner.active(self.name)
+        if not self.pid:
+            await self._drop_connection()
+            self.run_state = ""
+            self._set(self._state_without_qemu())
+            return
+        try:
+            if self._qemu is None:
+                await self._connect()
+            assert self._qemu
+            self.run_state = await self._qemu.run_state()
+        except QemuFailed as error:
+            self.error = error.text
+            await self._drop_connection()
+            self._set(VmState.UNREACHABLE)
+            return
+        manifest = self._live_or_none()
+        if manifest and self.run_state in ("running", "suspended"):
+            # Somebody let the saved guest run, by the admin's own QMP socket: its checkpoint is history.
+            log.warning("VM %s: its guest was resumed by hand; the checkpoint is retired", self.name)
+            self._ports.journal.append("resumed-by-hand", vm=self.name, checkpoint=manifest.id)
+            await asyncio.to_thread(self._ports.store.discard, self.name)
+            manifest = None
+        if self.run_state == "postmigrate":
+            self._set(VmState.SAVED if manifest else VmState.PAUSED)
+        else:
+            self._set(_FROM_RUN_STATE.get(self.run_state, VmState.PAUSED))
+
+    def _state_without_qemu(self) -> VmState:
+        if self.problem_held():
+            return VmState.HELD
+        try:
+            return VmState.SAVED if self.live_checkpoint() else VmState.STOPPED
+        except CheckpointUnreadable as error:
+            self.error = error.text
+            return VmState.HELD
+
+    async def _connect(self) -> None:
+        qemu = await self._ports.runner.connect(self.name, self._settings.agent.qemu_start_timeout)
+        qemu.on_change(self._on_qemu_event)
+        self._qemu = qemu
+
+    async def _drop_connection(self) -> None:
+        if self._qemu:
+            qemu, self._qemu = self._qemu, None
+            await qemu.close()
+
+    def _on_qemu_event(self, event: str) -> None:
+        if event in ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
+            task = asyncio.get_running_loop().create_task(self.refresh())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _set(self, state: VmState) -> None:
+        self.state = state
+        self._changed(self)
+
+    async def close(self) -> None:
+        """Let go of QEMU, which runs on."""
+        async with self._lock:
+            await self._drop_connection()

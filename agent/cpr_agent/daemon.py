@@ -1,0 +1,140 @@
+"""cpr-agentd: wires the layers together and lives until it is told to stop or loses the bus."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpr_agent import __version__
+from cpr_agent.bus.service import Service
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.ports import Ports, Runner
+from cpr_agent.core.settings import Settings
+from cpr_agent.errors import CprError
+from cpr_agent.host.processes import ProcessRunner
+from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watchdog_interval_s
+from cpr_agent.host.this_host import ThisHost
+from cpr_agent.memory.backends import HostMemory
+from cpr_agent.memory.devices import UdevDevices
+from cpr_agent.store.atomic import make_private_directory
+from cpr_agent.store.checkpoints import CheckpointStore
+from cpr_agent.store.history import History
+from cpr_agent.store.journal import FileJournal
+from cpr_agent.vm.definition import DefinitionDirectory, decode_toml
+
+log = logging.getLogger("cpr_agent")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where everything is; ``root`` other than / is for tests and for agents without privileges."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "etc/cpr-agent/agent.toml"
+
+    @property
+    def definitions(self) -> Path:
+        return self.root / "etc/cpr-agent/vms"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "var/lib/cpr-agent"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run/cpr-agent"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "var/log/cpr-agent"
+
+
+def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
+    """The agent without its bus."""
+    host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
+    runner: Runner = SystemdRunner(paths.run, paths.logs, systemd) if systemd else ProcessRunner(paths.run, paths.logs)
+    make_private_directory(paths.state)
+    ports = Ports(
+        definitions=DefinitionDirectory(paths.definitions, paths.run, paths.logs),
+        runner=runner,
+        memory=HostMemory(UdevDevices()),
+        store=CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories)),
+        journal=FileJournal(paths.state / "journal", host),
+        history=History(paths.state / "history"),
+        host=host,
+    )
+    return Manager(ports, settings)
+
+
+async def serve(paths: Paths, address: str | None, runner: str) -> int:
+    settings = decode_toml(paths.config, Settings) if paths.config.exists() else Settings()
+    kind = settings.agent.runner if runner == "auto" else runner
+    systemd = Systemd() if kind == "systemd" or (kind == "auto" and booted()) else None
+    bus = await Service.connect(address)
+    manager = build(paths, settings, systemd)
+    service = Service(bus, manager, paths.run)
+    await service.own_name()  # before anything is touched: there must be no second agent
+    await manager.reload()
+    await manager.recover()
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(manager.reload()))
+    log.info("cpr-agentd %s: %d VMs, run as %s", __version__, len(manager.vms), "units" if systemd else "processes")
+    notify(ready=1, status=f"{len(manager.vms)} VMs")
+
+    watchdog = loop.create_task(_feed_watchdog())
+    stopping = loop.create_task(stop.wait())
+    lost = loop.create_task(service.disconnected())
+    await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
+    if lost.done():
+        log.error("the connection to the bus was lost")
+        return 1
+    notify(stopping=1)
+    await manager.close()
+    watchdog.cancel()
+    lost.cancel()
+    return 0
+
+
+async def _feed_watchdog() -> None:
+    interval_s = watchdog_interval_s()
+    while interval_s:
+        notify(watchdog=1)
+        await asyncio.sleep(interval_s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="cpr-agentd", description="Keeps QEMU guests over a kexec of their host.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--root", type=Path, default=Path("/"), help="prefix of all paths (default: /)")
+    parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")
+    parser.add_argument("--runner", choices=("auto", "systemd", "process"), default="auto", help="what runs the VMs")
+    parser.add_argument("--debug", action="store_true", help="log more")
+    options = parser.parse_args()
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        status = asyncio.run(serve(Paths(options.root), options.bus_address, options.runner))
+    except CprError as error:
+        log.error("%s", error)
+        status = 1
+    except Exception:
+        log.exception("cpr-agentd failed")
+        status = 1
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

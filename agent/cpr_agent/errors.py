@@ -1,0 +1,153 @@
+"""Every error that a caller can see, one class per D-Bus error name.
+
+    CprError                  org.cpragent1.Error.Failed
+    ├── InvalidArgument       a request that makes no sense
+    │   └── InvalidDefinition a VM definition or agent.toml that can't be used
+    ├── NoSuchVM              a name without a definition
+    ├── NoSuchReport          an id without a history record
+    ├── AccessDenied          polkit said no, or could not be asked
+    ├── Busy                  the VM or the host is in the middle of something
+    ├── WrongState            the VM's state does not allow the request
+    │   ├── AlreadyRunning
+    │   ├── AlreadySaved      a live checkpoint stands in the way
+    │   └── NoCheckpoint
+    ├── Blocked               this VM can't be saved now; carries every reason
+    ├── MemoryUnusable        the definition's memory can't be used
+    │   ├── DeviceMissing
+    │   └── MemoryOverlap
+    ├── ProofFailed           what a load found is not what the save left
+    │   ├── NotVmstate
+    │   ├── MemoryChanged
+    │   └── CheckpointUnreadable
+    ├── QemuFailed            QEMU could not be started, died, or did not answer
+    ├── SaveFailed
+    └── LoadFailed
+
+A message names the VM, what failed, what state that left, and what to do next; the attributes carry the same apart.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CprError(Exception):
+    """The root. ``what`` failed, for which ``vm``, what state that ``left``, and the ``remedy``."""
+
+    kind: ClassVar[str] = "Failed"
+
+    def __init__(self, what: str, *, vm: str = "", left: str = "", remedy: str = "") -> None:
+        self.what = what
+        self.vm = vm
+        self.left = left
+        self.remedy = remedy
+        super().__init__(self.text)
+
+    @property
+    def text(self) -> str:
+        """The whole message, fit for an admin's screen."""
+        subject = f"VM {self.vm}: " if self.vm else ""
+        sentences = (subject + self.what, self.left, self.remedy)
+        return ". ".join(part[0].upper() + part[1:].rstrip(".") for part in sentences if part) + "."
+
+    @property
+    def dbus_name(self) -> str:
+        return f"org.cpragent1.Error.{self.kind}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class InvalidArgument(CprError):
+    kind = "InvalidArgument"
+
+
+class InvalidDefinition(InvalidArgument):
+    kind = "InvalidDefinition"
+
+
+class NoSuchVM(CprError):
+    kind = "NoSuchVM"
+
+
+class NoSuchReport(CprError):
+    kind = "NoSuchReport"
+
+
+class AccessDenied(CprError):
+    kind = "AccessDenied"
+
+
+class Busy(CprError):
+    kind = "Busy"
+
+
+class WrongState(CprError):
+    kind = "WrongState"
+
+
+class AlreadyRunning(WrongState):
+    kind = "AlreadyRunning"
+
+
+class AlreadySaved(WrongState):
+    kind = "AlreadySaved"
+
+
+class NoCheckpoint(WrongState):
+    kind = "NoCheckpoint"
+
+
+class Blocked(CprError):
+    """``reasons`` holds every obstacle, not just the first."""
+
+    kind = "Blocked"
+
+    def __init__(self, reasons: list[str], *, vm: str, remedy: str = "") -> None:
+        self.reasons = reasons
+        super().__init__(
+            "cannot be saved: " + "; ".join(reason.rstrip(".") for reason in reasons),
+            vm=vm,
+            left="the guest was not touched",
+            remedy=remedy,
+        )
+
+
+class MemoryUnusable(CprError):
+    kind = "MemoryUnusable"
+
+
+class DeviceMissing(MemoryUnusable):
+    kind = "DeviceMissing"
+
+
+class MemoryOverlap(MemoryUnusable):
+    kind = "MemoryOverlap"
+
+
+class ProofFailed(CprError):
+    kind = "ProofFailed"
+
+
+class NotVmstate(ProofFailed):
+    kind = "NotVmstate"
+
+
+class MemoryChanged(ProofFailed):
+    kind = "MemoryChanged"
+
+
+class CheckpointUnreadable(ProofFailed):
+    kind = "CheckpointUnreadable"
+
+
+class QemuFailed(CprError):
+    kind = "QemuFailed"
+
+
+class SaveFailed(CprError):
+    kind = "SaveFailed"
+
+
+class LoadFailed(CprError):
+    kind = "LoadFailed"

@@ -1,0 +1,1 @@
+"""The machine below: systemd, processes, clock. The only importer of pystemd."""

@@ -1,0 +1,110 @@
+"""What both runners share: the ticket, the record of what runs, QMP sockets, and the wait for a process's end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import select
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import msgspec
+
+from cpr_agent.core.model import Launch
+from cpr_agent.core.ports import Qemu
+from cpr_agent.store.atomic import make_private_directory, write_atomically
+from cpr_agent.vm.launch import TICKET
+from cpr_agent.vm.qemu import LiveQemu
+
+LOG_TAIL_BYTES = 2000
+
+
+class BaseRunner(ABC):
+    """``run_dir`` has a directory for each VM, owned by its user, and ``launched/``, which only the agent can write."""
+
+    def __init__(self, run_dir: Path, log_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._log_dir = log_dir
+
+    @abstractmethod
+    async def active(self, name: str) -> int: ...
+
+    async def connect(self, name: str, timeout_s: float) -> Qemu:
+        return await LiveQemu.connect(name, self._directory(name) / "agent.sock", timeout_s)
+
+    def launched(self, name: str) -> Launch | None:
+        try:
+            return msgspec.json.decode(self._record(name).read_bytes(), type=Launch)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def launched_all(self) -> list[str]:
+        return sorted(path.stem for path in self._record("").parent.glob("*.json"))
+
+    def log_tail(self, name: str) -> str:
+        try:
+            with (self._log_dir / f"{name}.log").open("rb") as log:
+                log.seek(0, os.SEEK_END)
+                log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
+                lines = log.read().decode(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return " / ".join(lines[-3:])
+
+    async def wait_exit(self, name: str, timeout_s: float) -> bool:
+        """By pidfd, which works for processes that are not our children, and leaves no room for PID reuse."""
+        pid = await self.active(name)
+        if not pid:
+            return True
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return await readable(fd, timeout_s)
+        finally:
+            os.close(fd)
+
+    def _write_ticket(self, launch: Launch) -> None:
+        """Leave the ticket and the agent's own record. The log file is made here: its directory is not the VM's."""
+        directory = self._directory(launch.vm)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        log = Path(launch.log)
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if log.exists():
+            log.replace(f"{log}.1")
+        log.touch(mode=0o640)
+        data = msgspec.json.encode(launch)
+        ticket = directory / TICKET
+        write_atomically(ticket, data, 0o400)
+        if os.geteuid() == 0:
+            account = pwd.getpwnam(launch.user)
+            for path in (directory, ticket, log):
+                os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
+        make_private_directory(self._record(launch.vm).parent)
+        write_atomically(self._record(launch.vm), data)
+
+    def _directory(self, name: str) -> Path:
+        return self._run_dir / "vm" / name
+
+    def _record(self, name: str) -> Path:
+        return self._run_dir / "launched" / f"{name}.json"
+
+
+async def readable(fd: int, timeout_s: float) -> bool:
+    """Wait until ``fd`` has something to read; False on timeout."""
+    if select.select([fd], [], [], 0)[0]:
+        return True
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await ready.wait()
+                return True
+        return False
+    finally:
+        loop.remove_reader(fd)

@@ -1,0 +1,162 @@
+"""VMs as units of systemd, and what else the agent asks of PID 1.
+
+``sd_bus_call`` blocks with the GIL held (FACTS.md), so calls are short ones to PID 1 and waiting is done on signals, on a
+bus connection of its own: a call would swallow into its queue what the event loop waits for on the descriptor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+from pystemd.daemon import notify as sd_notify
+from pystemd.daemon import watchdog_enabled
+from pystemd.dbusexc import DBusBaseError
+from pystemd.dbuslib import DBus
+from pystemd.systemd1 import Manager, Unit
+
+from cpr_agent.core.model import Launch
+from cpr_agent.errors import QemuFailed
+from cpr_agent.host.runner import BaseRunner
+
+JOB_TIMEOUT_S = 300.0
+_NAME = b"org.freedesktop.systemd1"
+_PATH = b"/org/freedesktop/systemd1"
+_MANAGER = b"org.freedesktop.systemd1.Manager"
+RUNTIME_UNITS = Path("/run/systemd/system")
+DEFAULT_USER = "cpr-vm"
+
+
+def booted() -> bool:
+    """sd_booted(3): is systemd PID 1 here?"""
+    return Path("/run/systemd/system").is_dir()
+
+
+def notify(**state: str | int) -> None:
+    """sd_notify(3); nothing happens where systemd did not start us."""
+    if "NOTIFY_SOCKET" in os.environ:
+        sd_notify(False, **state)
+
+
+def watchdog_interval_s() -> float:
+    """How often to say that we live: half of WatchdogSec=; 0 if nobody asks."""
+    return float(watchdog_enabled(False)) / 2e6
+
+
+class Systemd:
+    """PID 1 over the system bus."""
+
+    def __init__(self) -> None:
+        self._calls = DBus()
+        self._calls.open()
+        self._manager = Manager(bus=self._calls, _autoload=True)
+        self._manager.Manager.Subscribe()
+        self._signals = DBus()
+        self._signals.open()
+        self._jobs: dict[str, asyncio.Future[str]] = {}
+
+        def job_removed(message: Any, error: Any = None, userdata: Any = None) -> None:  # noqa: ARG001 - pystemd's callback
+            message.process_reply(False)
+            _, job, _, result = message.body
+            future = self._jobs.get(job.decode())
+            if future and not future.done():
+                future.set_result(result.decode())
+
+        self._callback = job_removed  # pystemd keeps no reference, and wants to set an attribute on it
+        self._signals.match_signal(_NAME, _PATH, _MANAGER, b"JobRemoved", self._callback)
+        asyncio.get_running_loop().add_reader(self._signals.get_fd(), self._drain)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._signals.get_fd())
+        self._signals.close()
+        self._calls.close()
+
+    async def start_unit(self, name: str) -> str:
+        """Start and wait for the job's end; returns its result, ``"done"`` if all is well."""
+        return await self._finished(self._manager.Manager.StartUnit(name.encode(), b"replace"))
+
+    async def stop_unit(self, name: str) -> str:
+        return await self._finished(self._manager.Manager.StopUnit(name.encode(), b"replace"))
+
+    def kill_unit(self, name: str) -> None:
+        self._manager.Manager.KillUnit(name.encode(), b"all", 9)
+
+    def reload(self) -> None:
+        self._manager.Manager.Reload()
+
+    def main_pid(self, name: str) -> int:
+        unit = Unit(name.encode(), bus=self._calls, _autoload=True)
+        return int(unit.Service.MainPID)
+
+    async def kexec_pending(self) -> bool:
+        """FACTS.md: the job list has ``kexec.target start`` then, and not on a poweroff or a plain reboot."""
+        return any(job[1] == b"kexec.target" and job[2] == b"start" for job in self._manager.Manager.ListJobs())
+
+    def userspace_at(self) -> float:
+        """When this boot's userspace began, epoch seconds (org.freedesktop.systemd1(5))."""
+        return float(self._manager.Manager.UserspaceTimestamp) / 1e6
+
+    async def _finished(self, job: bytes) -> str:
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._jobs[job.decode()] = future
+        try:
+            async with asyncio.timeout(JOB_TIMEOUT_S):
+                return await future
+        except TimeoutError:
+            return "timeout"
+        finally:
+            del self._jobs[job.decode()]
+
+    def _drain(self) -> None:
+        """sd_bus_process(3) does one thing a call, which may be one without a message: two empty ones are the end."""
+        empty = 0
+        while empty < 2:
+            empty = empty + 1 if self._signals.process().is_empty() else 0
+
+
+class SystemdRunner(BaseRunner):
+    """Each VM is ``cpr-vm@NAME.service``; what the unit does is in units/cpr-vm@.service."""
+
+    def __init__(self, run_dir: Path, log_dir: Path, systemd: Systemd) -> None:
+        super().__init__(run_dir, log_dir)
+        self._systemd = systemd
+
+    def unit(self, name: str) -> str:
+        return f"cpr-vm@{name}.service"
+
+    async def active(self, name: str) -> int:
+        return self._systemd.main_pid(self.unit(name))
+
+    async def start(self, launch: Launch) -> None:
+        self._write_ticket(launch)
+        self._set_user(launch.vm, launch.user)
+        try:
+            result = await self._systemd.start_unit(self.unit(launch.vm))
+        except DBusBaseError as error:
+            result = str(error)
+        if result != "done":
+            raise QemuFailed(
+                f"its unit {self.unit(launch.vm)} could not be started ({result}): {self.log_tail(launch.vm)}",
+                vm=launch.vm,
+                remedy=f"see: journalctl -u {self.unit(launch.vm)}",
+            )
+
+    async def kill(self, name: str) -> None:
+        if await self.active(name):
+            self._systemd.kill_unit(self.unit(name))
+            await self.wait_exit(name, JOB_TIMEOUT_S)
+
+    def _set_user(self, name: str, user: str) -> None:
+        """A drop-in for a VM that runs as another user than the unit file says."""
+        drop_in = RUNTIME_UNITS / f"{self.unit(name)}.d" / "50-cpr-agent-user.conf"
+        wanted = "" if user == DEFAULT_USER else f"[Service]\nUser={user}\n"
+        if (drop_in.read_text() if drop_in.exists() else "") == wanted:
+            return
+        if wanted:
+            drop_in.parent.mkdir(parents=True, exist_ok=True)
+            drop_in.write_text(wanted)
+        else:
+            drop_in.unlink()
+        self._systemd.reload()

@@ -1,0 +1,100 @@
+"""Device-DAX devices by uuid, from udev: as they are now, and as they appear.
+
+Names move across a kexec: the same namespace was /dev/dax1.0 before and /dev/dax0.0 after (FACTS.md). The uuid is that of
+the parent nd device, the one that ``ndctl list`` shows; udev has no property for it, so it is read from sysfs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import pyudev
+
+from cpr_agent.core.model import DaxDevice
+
+
+class Devices(Protocol):
+    """What backends.py needs; the fake of the unit tests implements it too (this machine may have no dax device)."""
+
+    def list(self) -> list[DaxDevice]: ...
+
+    async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:
+        """The first device that is ``good``, now or by the time it appears; None on timeout."""
+
+
+class UdevDevices:
+    """Real devices."""
+
+    def __init__(self) -> None:
+        self._context = pyudev.Context()
+
+    def list(self) -> list[DaxDevice]:
+        found = (_read(device) for device in self._context.list_devices(subsystem="dax"))
+        return sorted((device for device in found if device), key=lambda device: device.node)
+
+    async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:
+        changed = asyncio.Event()
+        with self._monitor(changed.set):  # before the listing, so that nothing falls between
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while True:
+                        changed.clear()
+                        for device in self.list():
+                            if good(device):
+                                return device
+                        await changed.wait()
+            except TimeoutError:
+                return None
+
+    @contextmanager
+    def _monitor(self, changed: Callable[[], None]) -> Any:
+        """Calls back on any change of a dax device. What it was is not looked at: a listing follows, which also covers
+        events that the kernel had to drop (ENOBUFS)."""
+        monitor = pyudev.Monitor.from_netlink(self._context)
+        monitor.filter_by("dax")
+        monitor.start()
+        loop = asyncio.get_running_loop()
+
+        def drain() -> None:
+            try:
+                while monitor.poll(timeout=0) is not None:
+                    pass
+            except OSError:
+                pass
+            changed()
+
+        loop.add_reader(monitor.fileno(), drain)
+        try:
+            yield
+        finally:
+            loop.remove_reader(monitor.fileno())
+
+
+def _read(device: Any) -> DaxDevice | None:
+    """What sysfs says; None for a device that is going away or has no node (a kmem one)."""
+    parent = device.parent
+    if not device.device_node or parent is None:
+        return None
+    size = _text(device, "size")
+    if not size:
+        return None
+    resource = _text(device, "resource")
+    return DaxDevice(
+        node=device.device_node,
+        uuid=_text(parent, "uuid"),
+        size_bytes=int(size),
+        align_bytes=int(_text(device, "align") or _text(parent, "align") or 0),
+        resource=int(resource, 16) if resource else None,
+        numa_node=int(_text(device, "numa_node") or -1),
+        mode=_text(parent, "mode") or "devdax",
+    )
+
+
+def _text(device: Any, attribute: str) -> str:
+    try:
+        return str(device.attributes.asstring(attribute)).strip()
+    except (KeyError, OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,74 @@
+"""The witness: a digest over pages of guest RAM, taken when the guest has stopped and again before it runs.
+
+``sampled`` hashes ``pages`` pages that a stored random seed chooses, and always the first and the last. If a fraction f
+of all pages was damaged, it notices with probability 1 - (1 - f)^pages: 4,096 pages find 1 % damage but for one in 10^17.
+``full`` hashes everything, in 2 MiB pieces on all cores. xxh3-128 (xxhash releases the GIL for large buffers).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import xxhash
+
+from cpr_agent.core.model import Located, Witness
+
+PAGE = 4096
+DEFAULT_PAGES = 4096
+_CHUNK = 2 << 20
+
+
+def new_witness(kind: str = "sampled") -> Witness:
+    """A witness still to be taken, with a seed of its own."""
+    if kind == "sampled":
+        return Witness(kind="sampled", seed=secrets.randbits(64), pages=DEFAULT_PAGES)
+    return Witness(kind="full") if kind == "full" else Witness(kind="off")
+
+
+def take_witness(located: Located, like: Witness) -> Witness:
+    """Hash what ``like`` chooses. Blocking; raises OSError if the memory can't be opened or mapped."""
+    if like.kind == "off":
+        return like
+    identity = located.identity
+    fd = os.open(located.node, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        # device-dax takes MAP_SHARED only, in multiples of its alignment; definitions are checked for that.
+        mapping = mmap.mmap(fd, identity.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=identity.offset_bytes)
+    finally:
+        os.close(fd)
+    with mapping, memoryview(mapping) as ram:
+        digest = _sampled(ram, like) if like.kind == "sampled" else _full(ram)
+    return replace(like, digest=digest)
+
+
+def chosen_pages(size_bytes: int, seed: int, pages: int) -> list[int]:
+    """Page numbers in ascending order, the first and the last always among them."""
+    last = size_bytes // PAGE - 1
+    if last + 1 <= pages:
+        return list(range(last + 1))
+    chosen = set(random.Random(seed).sample(range(1, last), pages - 2))  # noqa: S311 - a sample, not a secret
+    return [0, *sorted(chosen), last]
+
+
+def _sampled(ram: memoryview, like: Witness) -> str:
+    digest = xxhash.xxh3_128(seed=like.seed)
+    for page in chosen_pages(len(ram), like.seed, like.pages):
+        digest.update(page.to_bytes(8, "little"))
+        digest.update(ram[page * PAGE : (page + 1) * PAGE])
+    return digest.hexdigest()
+
+
+def _full(ram: memoryview) -> str:
+    def piece(start: int) -> bytes:
+        return xxhash.xxh3_128_digest(ram[start : start + _CHUNK])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        whole = xxhash.xxh3_128()
+        for part in pool.map(piece, range(0, len(ram), _CHUNK)):
+            whole.update(part)
+    return whole.hexdigest()

@@ -1,0 +1,48 @@
+"""Writes that are either there as a whole after a crash, or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and unlinks in ``path`` durable (fsync(2), "Calling fsync() does not necessarily ...")."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_private_directory(path: Path) -> None:
+    """Create ``path`` and its parents, 0700 where new, durable in its parent."""
+    if path.is_dir():
+        return
+    make_private_directory(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace ``path`` with ``data``: temporary name, fsync, rename, fsync of the directory. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def rename_aside(path: Path, suffix: str) -> Path:
+    """Move ``path`` out of the way, keeping it; an older one of the same name is replaced. Not yet durable."""
+    aside = path.with_name(f"{path.name}.{suffix}")
+    path.rename(aside)
+    return aside

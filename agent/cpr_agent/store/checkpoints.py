@@ -1,0 +1,239 @@
+"""Checkpoints: ``checkpoints/VM/{vmstate,manifest.json}``. A VM has at most one live checkpoint.
+
+The manifest is what makes a checkpoint live. It is written last, and moved away first: whoever finds it knows that the
+state it names is complete and that its guest has not run since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from cpr_agent.core.model import MANIFEST_SCHEMA, Manifest, Vmstate
+from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
+from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory, write_atomically
+
+VMSTATE_MAGIC = b"QEVM"
+VMSTATE_VERSION = 3
+"""QEMU migration/savevm.h: QEMU_VM_FILE_MAGIC, QEMU_VM_FILE_VERSION; big-endian."""
+
+
+class CheckpointStore:
+    """``root`` is the checkpoints directory; ``file_directories`` are where callers may name state files of their own."""
+
+    def __init__(self, root: Path, file_directories: tuple[Path, ...]) -> None:
+        self.root = root
+        self.file_directories = file_directories
+
+    def live(self, vm: str) -> Manifest | None:
+        path = self._manifest(vm)
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            envelope = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            body = bytes(envelope["manifest"])
+            if hashlib.sha256(body).hexdigest() != msgspec.json.decode(envelope["sha256"], type=str):
+                raise ValueError("its checksum does not match")
+            manifest = msgspec.json.decode(body, type=Manifest)
+            if manifest.schema != MANIFEST_SCHEMA:
+                raise ValueError(f"its schema is {manifest.schema}, this agent reads {MANIFEST_SCHEMA}")
+            if manifest.vm != vm:
+                raise ValueError(f"it belongs to VM {manifest.vm}")
+        except (msgspec.MsgspecError, ValueError, KeyError) as error:
+            raise CheckpointUnreadable(
+                f"the checkpoint manifest {path} cannot be read: {error}",
+                vm=vm,
+                left="it is kept as it is and the VM will not be started",
+                remedy=f"restore the file from a copy, or give the checkpoint up with: cprctl discard {vm}",
+            ) from error
+        return manifest
+
+    def live_all(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return sorted(path.parent.name for path in self.root.glob("*/manifest.json"))
+
+    def checkpointed(self, vm: str) -> bool:
+        return self._manifest(vm).exists()
+
+    def begin(self, vm: str, filename: str) -> PendingVmstate:
+        """Open a fresh state file for VM. ``filename`` "" is the store's own place. Raises InvalidArgument, OSError."""
+        directory = self.root / vm
+        make_private_directory(directory)
+        target = self._justified(filename, vm) if filename else directory / "vmstate"
+        if filename and target.exists():
+            raise InvalidArgument(
+                f"{target} exists", vm=vm, left="nothing was saved", remedy="name a file that does not exist yet"
+            )
+        return PendingVmstate(vm, target, self._manifest(vm))
+
+    def open_vmstate(self, manifest: Manifest, filename: str) -> int:
+        path = self._justified(filename, manifest.vm) if filename else Path(manifest.vmstate.path)
+        keep = f"the checkpoint of VM {manifest.vm} is kept and can be loaded from the right file"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise NotVmstate(
+                f"the state file {path} cannot be opened: {error.strerror}", vm=manifest.vm, left=keep
+            ) from error
+        try:
+            found = inspect_vmstate(fd, str(path), manifest.vm)
+            if (found.size_bytes, found.sha256) != (manifest.vmstate.size_bytes, manifest.vmstate.sha256):
+                owner = self._owner_of(found)
+                what = (
+                    f"{path} is the state of VM {owner}"
+                    if owner
+                    else f"{path} is not the state that was saved: {found.size_bytes} bytes with SHA-256 "
+                    f"{found.sha256[:16]}…, saved were {manifest.vmstate.size_bytes} with {manifest.vmstate.sha256[:16]}…"
+                )
+                raise ProofFailed(what, vm=manifest.vm, left=keep)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def consume(self, manifest: Manifest) -> None:
+        self._retire(manifest.vm, "loaded")
+
+    def discard(self, vm: str) -> None:
+        self._retire(vm, "discarded")
+
+    def hold(self, vm: str, reason: str) -> None:
+        make_private_directory(self.root / vm)
+        write_atomically(self.root / vm / "held", reason.encode())
+
+    def held(self, vm: str) -> str:
+        try:
+            return (self.root / vm / "held").read_text()
+        except FileNotFoundError:
+            return ""
+
+    def release(self, vm: str) -> None:
+        (self.root / vm / "held").unlink(missing_ok=True)
+
+    def _manifest(self, vm: str) -> Path:
+        return self.root / vm / "manifest.json"
+
+    def _retire(self, vm: str, suffix: str) -> None:
+        """Move manifest and state aside, in this order, durably; the last generation stays as evidence."""
+        manifest = self._manifest(vm)
+        try:
+            state = self.live(vm)
+        except CheckpointUnreadable:
+            state = None
+        with contextlib.suppress(FileNotFoundError):
+            rename_aside(manifest, suffix)
+        sync_directory(manifest.parent)
+        vmstate = Path(state.vmstate.path) if state else manifest.parent / "vmstate"
+        with contextlib.suppress(FileNotFoundError):
+            rename_aside(vmstate, suffix)
+            sync_directory(vmstate.parent)
+        self.release(vm)
+
+    def _owner_of(self, found: Vmstate) -> str:
+        for vm in self.live_all():
+            with contextlib.suppress(CheckpointUnreadable):
+                other = self.live(vm)
+                if other and other.vmstate.sha256 == found.sha256:
+                    return vm
+        return ""
+
+    def _justified(self, filename: str, vm: str) -> Path:
+        """``filename`` as a path below one of the allowed directories, with no symbolic link on the way."""
+        path = Path(filename)
+        allowed = ", ".join(map(str, self.file_directories))
+        if not path.is_absolute() or ".." in path.parts:
+            raise InvalidArgument(f"{filename!r} is not an absolute path", vm=vm, remedy=f"use a file below {allowed}")
+        resolved = path.parent.resolve()
+        if resolved != path.parent or not any(resolved.is_relative_to(d) for d in self.file_directories):
+            raise InvalidArgument(
+                f"{path} is not below a directory that state files may be in",
+                vm=vm,
+                left="nothing was read or written",
+                remedy=f"use a file below {allowed}, or extend [files] directories in agent.toml",
+            )
+        if not resolved.is_dir():
+            raise InvalidArgument(f"the directory {resolved} does not exist", vm=vm, left="nothing was written")
+        return path
+
+
+class PendingVmstate:
+    """A state file under a temporary name, open write-only for QEMU (FACTS.md: one fresh descriptor a save)."""
+
+    def __init__(self, vm: str, target: Path, manifest: Path) -> None:
+        self.vm = vm
+        self.target = target
+        self.manifest = manifest
+        self.path = str(target)
+        self._temporary = target.with_name(f".{target.name}.saving")
+        self._temporary.unlink(missing_ok=True)
+        self.fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def seal(self) -> Vmstate:
+        """QEMU does not fsync what it writes (FACTS.md); after this it is durable, though not yet under its name."""
+        os.fsync(self.fd)
+        fd = os.open(self._temporary, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            return replace(inspect_vmstate(fd, str(self._temporary), self.vm), path=str(self.target))
+        finally:
+            os.close(fd)
+
+    def commit(self, manifest: Manifest) -> None:
+        self._temporary.rename(self.target)
+        sync_directory(self.target.parent)
+        body = msgspec.json.encode(manifest)
+        digest = hashlib.sha256(body).hexdigest()
+        write_atomically(self.manifest, b'{"sha256":"%s","manifest":%s}\n' % (digest.encode(), body))
+        self._close()
+
+    def abort(self) -> None:
+        """Leave no trace, durably, also of a commit that failed half way. Raises OSError: then the guest must not run."""
+        self._close()
+        self.manifest.unlink(missing_ok=True)
+        sync_directory(self.manifest.parent)
+        self._temporary.unlink(missing_ok=True)
+        self.target.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def inspect_vmstate(fd: int, path: str, vm: str) -> Vmstate:
+    """Size and SHA-256 of an open state file, once its header is right. Raises NotVmstate."""
+    info = os.fstat(fd)
+    problem = ""
+    if not stat.S_ISREG(info.st_mode):
+        problem = "it is not a regular file"
+    else:
+        header = os.pread(fd, 8, 0)
+        if not header:
+            problem = "it is empty"
+        elif header[:4] != VMSTATE_MAGIC:
+            problem = f"it starts with {header[:4]!r} where QEMU writes {VMSTATE_MAGIC!r}"
+        elif int.from_bytes(header[4:], "big") != VMSTATE_VERSION:
+            problem = f"its version is {int.from_bytes(header[4:], 'big')}, known is {VMSTATE_VERSION}"
+    if problem:
+        raise NotVmstate(f"{path} is not a QEMU state file: {problem}", vm=vm, left="nothing was loaded")
+    with open(os.dup(fd), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from where it is
+    return Vmstate(path=path, size_bytes=info.st_size, sha256=digest)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for the agent where ``path`` is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

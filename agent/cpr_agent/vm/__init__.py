@@ -1,0 +1,1 @@
+"""One VM: its definition, QEMU's command line, QMP and its dialects. The only importer of qemu.qmp."""

@@ -1,0 +1,127 @@
+"""VM definitions in TOML: strict, and with errors that name the file, the key and the nearest known key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+from cpr_agent.core.model import VM_NAME, Bytes, Definition, Launch, Located, Manifest, Seconds
+from cpr_agent.errors import CprError, InvalidDefinition
+from cpr_agent.vm.cmdline import collisions, plan_load, plan_start
+
+T = TypeVar("T")
+
+_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h|)")
+_DURATION_UNITS = {"ms": 0.001, "s": 1, "": 1, "min": 60, "h": 3600}
+
+
+def parse_size(text: str) -> Bytes:
+    """``"4G"`` → bytes, in powers of 1024 as QEMU reads them. Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 512M or 4G")
+    return Bytes(int(match[1]) * _SIZE_UNITS[match[2].upper()])
+
+
+def parse_duration(text: str) -> Seconds:
+    """``"60s"`` → seconds. Raises ValueError."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a duration such as 60s or 2min")
+    return Seconds(float(match[1]) * _DURATION_UNITS[match[2]])
+
+
+def _decode(kind: type, value: Any) -> Any:
+    parse = {Bytes: parse_size, Seconds: parse_duration}.get(kind)
+    if parse is None:
+        raise NotImplementedError(kind)
+    if isinstance(value, str):
+        return parse(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{value!r} is not a {'size' if kind is Bytes else 'duration'}")
+    return kind(value)
+
+
+def decode_toml(path: Path, into: type[T], **extra: object) -> T:
+    """Read ``path`` as the dataclass ``into``; keys are written with dashes. Raises InvalidDefinition, OSError."""
+    raw = path.read_bytes()
+    try:
+        tables = _known(tomllib.loads(raw.decode()), into, path, "")
+        return msgspec.convert({**tables, **extra}, into, dec_hook=_decode)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidDefinition(f"{path} is not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidDefinition(f"{path} is not UTF-8: {error}") from error
+    except msgspec.ValidationError as error:
+        raise InvalidDefinition(f"{path}: {str(error).replace('$.', '').replace('_', '-')}") from error
+
+
+def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[str, Any]:
+    """``table`` with field names for keys; a key that ``into`` does not have is an error."""
+    hints = get_type_hints(into)
+    keys = {f.name.replace("_", "-"): f.name for f in dataclasses.fields(into) if f.name not in ("name", "digest")}
+    out = {}
+    for key, value in table.items():
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"known are: {', '.join(sorted(keys))}"
+            raise InvalidDefinition(f'{path}: unknown key "{prefix}{key}"', remedy=hint)
+        kind = hints[keys[key]]
+        nested = dataclasses.is_dataclass(kind) and isinstance(value, dict)
+        out[keys[key]] = _known(value, kind, path, f"{key}.") if nested else value
+    return out
+
+
+class DefinitionDirectory:
+    """The directory of ``NAME.toml`` files; implements core.ports.Definitions."""
+
+    def __init__(self, root: Path, run_dir: Path, log_dir: Path) -> None:
+        self._root = root
+        self._run_dir = run_dir
+        self._log_dir = log_dir
+
+    def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
+        good: dict[str, Definition] = {}
+        bad: dict[str, Exception] = {}
+        for path in sorted(self._root.glob("*.toml")):
+            try:
+                good[path.stem] = read_definition(path)
+            except (CprError, OSError) as error:
+                bad[path.stem] = error
+        return good, bad
+
+    def plan_start(self, definition: Definition, located: Located) -> Launch:
+        return plan_start(definition, located, self._run_dir, self._log_dir)
+
+    def plan_load(self, manifest: Manifest, located: Located) -> Launch:
+        return plan_load(manifest, located, self._log_dir)
+
+
+def read_definition(path: Path) -> Definition:
+    """One VM's definition, checked as far as a file can be. Raises InvalidDefinition."""
+    name = path.stem
+    if not VM_NAME.fullmatch(name):
+        raise InvalidDefinition(f"{path}: {name!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    definition = decode_toml(path, Definition, name=name, digest=digest)
+    memory = definition.memory
+    if memory.size == 0 or memory.size % 4096 or memory.offset % 4096:
+        raise InvalidDefinition(f"{path}: memory.size and memory.offset must be multiples of 4096 bytes", vm=name)
+    if not (memory.device.startswith("uuid:") or memory.device.startswith("/")):
+        raise InvalidDefinition(f"{path}: memory.device {memory.device!r} is neither uuid:… nor an absolute path", vm=name)
+    if found := collisions(definition.vm.arguments):
+        raise InvalidDefinition(
+            f"{path}: vm.arguments contain what the agent adds itself: {'; '.join(found)}",
+            vm=name,
+            remedy="remove them; [memory] and the file's name say the same",
+        )
+    return definition

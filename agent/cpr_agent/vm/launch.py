@@ -1,0 +1,145 @@
+"""The program that ``cpr-vm@NAME.service`` runs: prove the memory, bind the sockets, become QEMU.
+
+    python3 -m cpr_agent.vm.launch RUN_DIR/NAME
+
+It starts only by a ticket that the agent left, and uses it up: a ``systemctl start cpr-vm@NAME`` by hand finds none and
+fails, so that nothing can boot a VM over the RAM of its own live checkpoint. It runs as the VM's user, and imports the
+standard library alone, because every VM's pause waits for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+TICKET = "ticket.json"
+EXIT_REFUSED = 78
+"""EX_CONFIG of sysexits.h: systemd shows it by name."""
+
+
+class RefusedError(Exception):
+    """Why QEMU was not started."""
+
+
+def main(arguments: list[str]) -> int:
+    directory = Path(arguments[1])
+    name = directory.name
+    try:
+        ticket = take_ticket(directory)
+        _redirect_output(ticket["log"])
+        _check_program(ticket["argv"][0])
+        memory = open_memory(ticket["node"], ticket["memory"])
+        descriptors = {ticket["memory_fd"]: memory}
+        listeners = {fd: _listen(path) for path, fd in ticket["sockets"].items()}
+        descriptors.update({fd: listener.fileno() for fd, listener in listeners.items()})
+        _place(descriptors)
+        _notify_ready()
+        os.execv(ticket["argv"][0], ticket["argv"])  # noqa: S606 - becoming QEMU is what this program is for
+    except (RefusedError, OSError, KeyError, ValueError) as error:
+        print(f"cpr-vm {name}: {error}", file=sys.stderr)  # noqa: T201 - stderr is the VM's log
+        return EXIT_REFUSED
+
+
+def take_ticket(directory: Path) -> dict[str, Any]:
+    """Read and remove the ticket, in this order of safety: once it is gone nobody else can start on it."""
+    path = directory / TICKET
+    taken = directory / "ticket.taken"
+    try:
+        path.rename(taken)
+    except FileNotFoundError:
+        raise RefusedError(f"there is no ticket to start it. Use: cprctl start {directory.name}") from None
+    ticket = json.loads(taken.read_bytes())
+    if not isinstance(ticket, dict):
+        raise RefusedError(f"{path} is not a ticket")
+    return ticket
+
+
+def open_memory(node: str, wanted: dict[str, Any]) -> int:
+    """Open the RAM and prove on the open descriptor that it is the memory that ``wanted`` describes.
+
+    Never creates anything: QEMU would make an ordinary file of a missing /dev/daxX.Y and start on it (FACTS.md).
+    """
+    fd = os.open(node, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    info = os.fstat(fd)
+    if wanted["kind"] == "devdax":
+        if not stat.S_ISCHR(info.st_mode):
+            raise RefusedError(f"{node} is not a character device")
+        sysfs = Path(f"/sys/dev/char/{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}").resolve()
+        found = {
+            "subsystem": (sysfs / "subsystem").resolve().name,
+            "uuid": _attribute(sysfs.parent / "uuid"),
+            "device_size_bytes": int(_attribute(sysfs / "size") or 0),
+        }
+        expected = {
+            "subsystem": "dax",
+            "uuid": wanted["uuid"],
+            "device_size_bytes": wanted["device_size_bytes"],
+        }
+    else:
+        found = {"regular": stat.S_ISREG(info.st_mode), "st_dev": info.st_dev, "inode": info.st_ino}
+        expected = {"regular": True, "st_dev": wanted["st_dev"], "inode": wanted["inode"]}
+        if info.st_size < wanted["offset_bytes"] + wanted["size_bytes"]:
+            raise RefusedError(f"{node} has {info.st_size} bytes, too few")
+    if found != expected:
+        raise RefusedError(f"{node} is not the memory that was proved: expected {expected}, found {found}")
+    return fd
+
+
+def _attribute(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _check_program(path: str) -> None:
+    if not os.access(path, os.X_OK):
+        raise RefusedError(f"the QEMU binary {path} does not exist or cannot be executed")
+
+
+def _redirect_output(log: str) -> None:
+    """Say what follows, and all that QEMU says, into the VM's log; the run before stays as ``.1``."""
+    path = Path(log)
+    if path.exists():
+        path.replace(f"{log}.1")
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def _listen(path: str) -> socket.socket:
+    """Bound before QEMU runs: whoever connects now waits in the queue instead of polling."""
+    Path(path).unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    Path(path).chmod(0o660)
+    listener.listen(1)
+    return listener
+
+
+def _place(descriptors: dict[int, int]) -> None:
+    """Move each descriptor to the number that the command line uses, inheritable."""
+    high = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64) for target, fd in descriptors.items()}
+    for target, fd in high.items():
+        os.dup2(fd, target, inheritable=True)
+
+
+def _notify_ready() -> None:
+    """sd_notify(3) READY=1, by hand: the sockets accept connections from here on."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.connect("\0" + address[1:] if address.startswith("@") else address)
+        sender.send(b"READY=1")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

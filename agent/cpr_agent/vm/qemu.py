@@ -1,0 +1,192 @@
+"""One live QEMU; implements core.ports.Qemu."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cpr_agent.core.model import RAM_ID, DiskIdentity, Launch, QemuFacts
+from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.vm.dialects import CONFLICTING, Dialect, choose
+from cpr_agent.vm.qmp import Event, Qmp, QmpRefused, event_time
+from cpr_agent.vm.retry import until
+
+_ENDED = ("completed", "failed", "cancelled")
+_SETTLE_S = 30.0
+"""After MIGRATION says completed, the run state follows within milliseconds; this is for a host in trouble."""
+
+
+class LiveQemu:
+    """See core.ports.Qemu. Built by a Runner once the sockets accept."""
+
+    def __init__(self, qmp: Qmp) -> None:
+        self._qmp = qmp
+        self._dialect: Dialect | None = None
+
+    @classmethod
+    async def connect(cls, vm: str, path: Path, timeout_s: float) -> LiveQemu:
+        return cls(await Qmp.connect(vm, path, timeout_s))
+
+    def on_change(self, callback: Callable[[str], None]) -> None:
+        self._qmp.on_event(callback)
+
+    async def run_state(self) -> str:
+        return str((await self._qmp.execute("query-status"))["status"])
+
+    async def dialect(self) -> Dialect:
+        if self._dialect is None:
+            self._dialect = choose(await self._qmp.execute("query-qmp-schema"), self._qmp.vm)
+        return self._dialect
+
+    async def facts(self) -> QemuFacts:
+        version = await self._qmp.execute("query-version")
+        number = version["qemu"]
+        machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
+        return QemuFacts(
+            version=f"{number['major']}.{number['minor']}.{number['micro']}{version['package']}",
+            machine_type=str(machine).removesuffix("-machine"),
+            dialect=(await self.dialect()).name,
+        )
+
+    async def blocked_reasons(self, launch: Launch) -> list[str]:
+        """Everything DESIGN.md names that QMP can tell. Setting the migration mode is how QEMU is made to say more."""
+        dialect = await self.dialect()
+        reasons: list[str] = []
+        state = await self.run_state()
+        if state == "suspended" and not dialect.keeps_suspended:
+            reasons.append("the guest is suspended, and this QEMU (before 9.0) would wake it by saving")
+        reasons += await self._memory_reasons(launch)
+        capabilities = {c["capability"]: c["state"] for c in await self._qmp.execute("query-migrate-capabilities")}
+        reasons += [f"the migration capability {name} is on" for name in CONFLICTING if capabilities.get(name)]
+        if (await self._qmp.execute("query-replay"))["mode"] != "none":
+            reasons.append("QEMU records or replays the guest (-icount rr=), which a save would break")
+        if (await self._optional("query-colo-status", {"mode": "none"}))["mode"] != "none":
+            reasons.append("the VM is part of a COLO pair")
+        jobs = [str(job["id"]) for job in await self._qmp.execute("query-jobs")]
+        reasons += [f"block or snapshot job {job} is running" for job in jobs]
+        migration = await self._qmp.execute("query-migrate")
+        if migration.get("status") in ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling"):
+            reasons.append("a migration is already under way")
+        else:
+            await dialect.prepare(self._qmp)
+            migration = await self._qmp.execute("query-migrate")
+            reasons += [str(reason) for reason in migration.get("blocked-reasons", ())]
+        return reasons
+
+    async def _memory_reasons(self, launch: Launch) -> list[str]:
+        """RAM that a save would lose or copy: private, unnamed, or freed by a clean exit."""
+        reasons = []
+        backends = await self._qmp.execute("query-memdev")
+        if RAM_ID not in {backend.get("id") for backend in backends}:
+            reasons.append(f"its RAM is not in the memory backend {RAM_ID}")
+        for backend in backends:
+            name = backend.get("id", "?")
+            if not backend.get("share"):
+                reasons.append(f"memory backend {name} is private (share=off): all of it would go to the state file")
+                continue
+            path = f"/objects/{name}"
+            kind = await self._optional("qom-get", "", path=path, property="type")
+            if kind != "memory-backend-file":
+                reasons.append(f"memory backend {name} has no name outside QEMU ({kind}): it would die with QEMU")
+            elif name != RAM_ID:
+                reasons.append(f"memory backend {name} is not one that the agent put there and can prove")
+            elif await self._optional("qom-get", False, path=path, property="discard-data"):
+                reasons.append(f"memory backend {name} has discard-data=on: QEMU would free the RAM when it exits")
+            elif backend.get("size") != launch.memory.size_bytes:
+                reasons.append(f"memory backend {name} has {backend.get('size')} bytes, not {launch.memory.size_bytes}")
+        return reasons
+
+    async def save(self, vmstate_fd: int, timeout_s: float) -> float:
+        """See the port. Raises SaveFailed; the guest then runs on by itself, or needs ``cont``: ask ``run_state``."""
+        vm = self._qmp.vm
+        dialect = await self.dialect()
+        with self._qmp.expecting(lambda event: event["event"] == "STOP") as stopped:
+            ended = await self._migrate(dialect.save, vmstate_fd, timeout_s)
+            if ended != "completed":
+                raise SaveFailed(f"QEMU could not write its state: {await self._why(ended)}", vm=vm)
+            state = await until(self.run_state, lambda now: now == "postmigrate", _SETTLE_S)
+            if state != "postmigrate":
+                raise SaveFailed(f"QEMU wrote its state but is {state}, not postmigrate", vm=vm)
+            return event_time(stopped.result()) if stopped.done() else 0.0
+
+    async def load(self, vmstate_fd: int, timeout_s: float) -> None:
+        """See the port. Raises LoadFailed, QemuFailed; this QEMU is of no use afterwards."""
+        dialect = await self.dialect()
+        await dialect.prepare(self._qmp)
+        ended = await self._migrate(dialect.load, vmstate_fd, timeout_s)
+        if ended != "completed":
+            raise LoadFailed(f"QEMU could not read the state: {await self._why(ended)}", vm=self._qmp.vm)
+        state = await until(self.run_state, lambda now: now != "inmigrate", _SETTLE_S)
+        if state != "paused":
+            raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
+
+    async def _migrate(self, act: Callable[[Qmp, int], Any], fd: int, timeout_s: float) -> str:
+        """Start ``act`` and wait for its end; statuses that are not known count as under way (FACTS.md)."""
+
+        def ended(event: Event) -> bool:
+            return event["event"] == "MIGRATION" and event["data"]["status"] in _ENDED
+
+        with self._qmp.expecting(ended) as end:
+            await act(self._qmp, fd)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return str((await asyncio.shield(end))["data"]["status"])
+            except TimeoutError:
+                await self._qmp.execute("migrate_cancel")
+                async with asyncio.timeout(_SETTLE_S):
+                    await end
+                return f"it was not done within {timeout_s:.0f} s and was cancelled"
+
+    async def _why(self, ended: str) -> str:
+        try:
+            info = await self._qmp.execute("query-migrate")
+        except QemuFailed:
+            return ended
+        return str(info.get("error-desc") or ended)
+
+    async def cont(self) -> float:
+        with self._qmp.expecting(lambda event: event["event"] == "RESUME") as resumed:
+            await self._qmp.execute("cont")
+            if await self.run_state() == "suspended":
+                return 0.0
+            async with asyncio.timeout(_SETTLE_S):
+                return event_time(await resumed)
+
+    async def powerdown(self) -> None:
+        if await self.run_state() == "suspended":
+            await self._qmp.execute("system_wakeup")
+        await self._qmp.execute("system_powerdown")
+
+    async def quit(self) -> None:
+        await self._qmp.quit()
+
+    async def close(self) -> None:
+        await self._qmp.close()
+
+    async def _optional(self, command: str, absent: Any, **arguments: object) -> Any:
+        """The answer of a command or property that this QEMU may lack."""
+        try:
+            return await self._qmp.execute(command, arguments or None)
+        except QmpRefused:
+            return absent
+
+    async def disks(self) -> tuple[DiskIdentity, ...]:
+        disks = []
+        for node in await self._qmp.execute("query-named-block-nodes", {"flat": True}):
+            filename = str(node.get("file", ""))
+            disks.append(_disk(str(node.get("node-name", "")), str(node.get("drv", "")), filename))
+        return tuple(disks)
+
+
+def _disk(node: str, driver: str, filename: str) -> DiskIdentity:
+    disk = DiskIdentity(node=node, driver=driver, filename=filename)
+    try:
+        info = Path(filename).stat() if filename.startswith("/") else None
+    except OSError:
+        info = None
+    if info is None:
+        return disk
+    return replace(disk, st_dev=info.st_dev, inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
