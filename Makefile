@@ -1,0 +1,85 @@
+# What can be done with this tree. Everything that is built goes to build/ or to ~/.cache/cpr-agent.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+CACHE := $(or $(CPR_AGENT_CACHE),$(HOME)/.cache/cpr-agent)
+VENV = $(shell scripts/bootstrap --venv-path)
+PYTHON = $(VENV)/bin/python
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/cpr_agent/__init__.py)
+DEB := build/cpr-agent_$(VERSION)_all.deb
+SOURCES = $(shell git ls-files agent units policies packaging Makefile)
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
+
+.PHONY: bootstrap
+bootstrap: ## Install what building and testing need (apt packages, a venv in the cache)
+	@scripts/bootstrap
+
+.PHONY: check
+check: bootstrap ## Lint and type-check everything
+	scripts/check $(VENV)
+
+.PHONY: test-unit
+test-unit: bootstrap ## Unit tests alone
+	$(PYTHON) -m pytest tests/unit
+
+.PHONY: test-bus
+test-bus: bootstrap host-root ## The real daemon on a private bus with real QEMUs
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/bus
+
+.PHONY: test-host
+test-host: bootstrap host-root $(DEB) ## One real kexec in the host VM, with the built package
+	$(PYTHON) -m pytest -s tests/host
+
+.PHONY: test
+test: check ## Everything: lint, unit, bus, one real kexec
+	$(MAKE) host-root $(DEB)
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/unit tests/bus
+	$(PYTHON) -m pytest -s tests/host
+
+.PHONY: host-root
+host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
+	@scripts/host-vm build
+
+.PHONY: demo
+demo: bootstrap ## A Linux guest and a tiny guest live through a real kexec of a host VM
+	@$(MAKE) --no-print-directory host-root $(DEB)
+	@scripts/demo --deb $(DEB)
+
+.PHONY: demo-quick
+demo-quick: bootstrap ## Save, a new QEMU, load: on this machine, in under a minute
+	@$(PYTHON) scripts/demo-quick
+
+.PHONY: deb
+deb: $(DEB) ## Build the Debian package
+
+$(DEB): $(SOURCES)
+	@scripts/bootstrap
+	scripts/build-deb $(VENV) $@
+
+.PHONY: install
+install: ## Install into DESTDIR (for packages; needs build/vendor)
+	install -d $(DESTDIR)/usr/lib/cpr-agent $(DESTDIR)/usr/libexec/cpr-agent $(DESTDIR)/etc/cpr-agent/vms
+	cp -r agent/cpr_agent build/vendor/qemu $(DESTDIR)/usr/lib/cpr-agent/
+	find $(DESTDIR)/usr/lib/cpr-agent -name __pycache__ -prune -exec rm -r {} +
+	install -D packaging/bin/cprctl $(DESTDIR)/usr/bin/cprctl
+	install -D packaging/bin/cpr-agentd $(DESTDIR)/usr/sbin/cpr-agentd
+	install units/save-before-kexec units/gate $(DESTDIR)/usr/libexec/cpr-agent/
+	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system units/cpr-*.service
+	install -D -m 644 units/org.cpragent1.service -t $(DESTDIR)/usr/share/dbus-1/system-services
+	install -D -m 644 units/cpr-agent.sysusers $(DESTDIR)/usr/lib/sysusers.d/cpr-agent.conf
+	install -D -m 644 units/cpr-agent.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/cpr-agent.conf
+	install -D -m 644 units/60-cpr-agent.rules -t $(DESTDIR)/usr/lib/udev/rules.d
+	install -D -m 644 policies/org.cpragent1.conf -t $(DESTDIR)/usr/share/dbus-1/system.d
+	install -D -m 644 policies/org.cpragent1.policy -t $(DESTDIR)/usr/share/polkit-1/actions
+	install -D -m 644 policies/50-cpr-operators.rules -t $(DESTDIR)/usr/share/doc/cpr-agent/examples
+	install -D -m 644 agent/cpr_agent/bus/org.cpragent1.xml -t $(DESTDIR)/usr/share/dbus-1/interfaces
+	install -D -m 644 packaging/agent.toml $(DESTDIR)/etc/cpr-agent/agent.toml
+	install -D -m 644 packaging/example-vm.toml $(DESTDIR)/usr/share/doc/cpr-agent/examples/web1.toml
+
+.PHONY: clean
+clean: ## Remove build/
+	rm -rf build
