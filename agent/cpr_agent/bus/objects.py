@@ -252,7 +252,6 @@ def _device(device: DaxDevice, users: list[str]) -> dict[str, Variant]:
         align=device.align_bytes,
         resource=device.resource,
         numa_node=device.numa_node,
-        mode=device.mode,
         vms=Variant("as", users),
     )
 

@@ -12,7 +12,6 @@ import click
 
 from cpr_agent import __version__
 from cpr_agent.bus.client import CallError, Client, options, plain
-from cpr_agent.cli import tables
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -76,6 +75,19 @@ def _show(as_json: bool, data: Any, table: Callable[[Any], None]) -> None:
         click.echo(json.dumps(data, indent=2, sort_keys=True))
     else:
         table(data)
+
+
+class _Tables:
+    """cli.tables, imported when a table is drawn: rich takes longer than most calls, and guests wait for `load --all`."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        from cpr_agent.cli import tables as module
+
+        table: Callable[..., None] = getattr(module, name)
+        return table
+
+
+tables = _Tables()
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -150,7 +150,6 @@ class DaxDevice:
     align_bytes: int
     resource: int | None
     numa_node: int
-    mode: str = "devdax"
 
 
 @dataclass(frozen=True, kw_only=True)

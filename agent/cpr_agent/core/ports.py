@@ -169,8 +169,11 @@ class Host(Protocol):
     def program_digest(self, pid: int) -> str:
         """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""
 
-    def boot_times(self) -> dict[str, float]:
-        """Epoch seconds at which this boot's ``kernel`` and ``userspace`` began."""
+    def boot_ended_at(self, boot_id: str) -> float:
+        """When an earlier boot's userspace ended (epoch s); 0 if nobody knows. Blocking."""
+
+    def userspace_at(self) -> float:
+        """When this boot's userspace began (epoch s); 0 if nobody knows."""
 
 
 class History(Protocol):

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import replace
 
 from cpr_agent.core.model import (
@@ -457,13 +457,13 @@ class Vm:
             resumed_at = 0.0
             if manifest.run_state != "paused":
                 resumed_at = await self._qemu.cont()
-            self._record(manifest, load_at, memory_at, resumed_at or host.now())
+            resumed_at = resumed_at or host.now()
+            self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id, resumed_at=resumed_at)
+            self._spawn(self._record(manifest, load_at, memory_at, resumed_at))  # nobody's guest need wait for it
 
-    def _record(self, manifest: Manifest, load_at: float, memory_at: float, resumed_at: float) -> None:
+    async def _record(self, manifest: Manifest, load_at: float, memory_at: float, resumed_at: float) -> None:
         host = self._ports.host
-        self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id, at=resumed_at)
         rebooted = host.boot_id() != manifest.boot_id
-        boot = host.boot_times() if rebooted else {"kernel": 0.0, "userspace": 0.0}
         timeline = GuestTimeline(
             id=manifest.id,
             vm=self.name,
@@ -472,8 +472,8 @@ class Vm:
             kernel_after=host.kernel(),
             stopped_at=manifest.times.stopped_at,
             saved_at=manifest.times.durable_at,
-            kernel_at=boot["kernel"],
-            userspace_at=boot["userspace"],
+            shutdown_at=await asyncio.to_thread(host.boot_ended_at, manifest.boot_id) if rebooted else 0.0,
+            userspace_at=host.userspace_at() if rebooted else 0.0,
             load_at=load_at,
             memory_at=memory_at,
             resumed_at=resumed_at,
@@ -626,9 +626,12 @@ class Vm:
 
     def _on_qemu_event(self, event: str) -> None:
         if event in ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
-            task = asyncio.get_running_loop().create_task(self.refresh())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self.refresh())
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _set(self, state: VmState) -> None:
         self.state = state
@@ -636,5 +639,6 @@ class Vm:
 
     async def close(self) -> None:
         """Let go of QEMU, which runs on."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         async with self._lock:
             await self._drop_connection()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+JOURNAL_TIMEOUT_S = 60.0
 
 
 class ThisHost:
@@ -35,9 +39,14 @@ class ThisHost:
                 self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._digests[key]
 
-    def boot_times(self) -> dict[str, float]:
-        """``kernel`` is when CLOCK_BOOTTIME was 0.
+    def boot_ended_at(self, boot_id: str) -> float:
+        """By its last entry in the persistent journal (journalctl(1)), where there is one."""
+        command = ["journalctl", "--quiet", f"--boot={boot_id.replace('-', '')}", "--lines=1", "--output=json"]
+        try:
+            shown = subprocess.run(command, capture_output=True, timeout=JOURNAL_TIMEOUT_S, check=True)
+            return int(json.loads(shown.stdout)["__REALTIME_TIMESTAMP"]) / 1e6
+        except (OSError, subprocess.SubprocessError, ValueError, KeyError):
+            return 0.0
 
-        After a kexec the wall clock comes from the RTC, in whole seconds, until NTP corrects it.
-        """
-        return {"kernel": time.time() - time.clock_gettime(time.CLOCK_BOOTTIME), "userspace": self._userspace_at()}
+    def userspace_at(self) -> float:
+        return self._userspace_at()

@@ -113,8 +113,6 @@ def _refuse_false_node(node: str) -> None:
 
 def _devdax(section: MemorySection, device: DaxDevice) -> Located:
     size, offset, align = int(section.size), int(section.offset), device.align_bytes or PAGE
-    if device.mode != "devdax":
-        raise MemoryUnusable(f"{device.node} is in mode {device.mode}, not devdax")
     if not device.uuid:
         raise MemoryUnusable(
             f"{device.node} has no uuid, so that it could not be told from another after a kexec",

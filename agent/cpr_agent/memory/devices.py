@@ -89,7 +89,6 @@ def _read(device: Any) -> DaxDevice | None:
         align_bytes=int(_text(device, "align") or _text(parent, "align") or 0),
         resource=int(resource, 16) if resource else None,
         numa_node=int(_text(device, "numa_node") or -1),
-        mode=_text(parent, "mode") or "devdax",
     )
 
 

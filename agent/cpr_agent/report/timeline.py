@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class GuestTimeline:
-    """One guest's way through a save and a load. Times are epoch seconds; ``kernel_at`` and ``userspace_at`` are 0 if
-    the host was not restarted in between."""
+    """One guest's way through a save and a load. Times are epoch seconds.
+
+    ``shutdown_at`` (the old kernel's userspace ended) and ``userspace_at`` (the new one's began) are 0 if the host was not
+    restarted in between, or if nobody knows. Across a kexec the clock comes from the RTC, so that their difference can be
+    wrong by a second.
+    """
 
     id: str
     vm: str
@@ -17,7 +21,7 @@ class GuestTimeline:
     kernel_after: str
     stopped_at: float
     saved_at: float
-    kernel_at: float
+    shutdown_at: float
     userspace_at: float
     load_at: float
     memory_at: float
@@ -30,14 +34,16 @@ class GuestTimeline:
     def phases(self) -> list[tuple[str, float]]:
         """Name and length in seconds of each phase, in order; they add up to the pause.
 
-        The moment at which the old kernel hands over is not recorded by anyone: "shutdown" lasts from the durable save
-        to the new kernel's own start of time (CLOCK_BOOTTIME 0), so that decompression of the kernel is part of it.
+        "kexec + kernel" has in it the last of the shutdown, which no journal sees, and the initrd.
         """
         marks = [("save", self.saved_at)]
-        if self.kernel_at:
-            marks += [("shutdown + kexec", self.kernel_at), ("kernel", self.userspace_at), ("userspace", self.load_at)]
+        if self.shutdown_at:
+            marks.append(("shutdown", self.shutdown_at))
+        if self.userspace_at:
+            name = "kexec + kernel" if self.shutdown_at else "shutdown + kexec + kernel"
+            marks += [(name, self.userspace_at), ("userspace", self.load_at)]
         else:
-            marks += [("saved", self.load_at)]
+            marks.append(("saved", self.load_at))
         marks += [("devices", self.memory_at), ("load", self.resumed_at)]
         out, last = [], self.stopped_at
         for name, mark in marks:
