@@ -155,6 +155,7 @@ class Manager:
             await each(list(group), "load")
         if fresh:
             await each(fresh, "start")
+        await asyncio.gather(*(vm.settled() for vm in waiting))
         if failures:
             raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
 

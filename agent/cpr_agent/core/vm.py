@@ -637,8 +637,12 @@ class Vm:
         self.state = state
         self._changed(self)
 
+    async def settled(self) -> None:
+        """Wait for what an act left to be done after its guest ran."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def close(self) -> None:
         """Let go of QEMU, which runs on."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.settled()
         async with self._lock:
             await self._drop_connection()
