@@ -99,6 +99,8 @@ def _base_argv(definition: Definition, located: Located) -> list[str]:
         "mem-path": f"/proc/self/fd/{MEMORY_FD}",
         "share": "on",
     }
+    if identity.align_bytes:
+        backend["align"] = str(identity.align_bytes)  # device-dax maps at multiples of it only (QEMU docs/nvdimm.txt)
     if identity.offset_bytes:
         backend["offset"] = str(identity.offset_bytes)
     argv = [

@@ -104,11 +104,8 @@ def _check_program(path: str) -> None:
 
 
 def _redirect_output(log: str) -> None:
-    """Say what follows, and all that QEMU says, into the VM's log; the run before stays as ``.1``."""
-    path = Path(log)
-    if path.exists():
-        path.replace(f"{log}.1")
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
+    """Say what follows, and all that QEMU says, into the VM's log, which the agent has made."""
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)

@@ -1,0 +1,120 @@
+"""host-vm: a throw-away virtual KVM host (Debian 13, emulated, with NVDIMM and nested KVM) in which tests kexec.
+
+exit codes: 0 done, or the verdict is pass; 1 the verdict is fail; 2 the harness could not run; 3 timeout; 4 the host
+VM ended without a verdict
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from .image import HostVmError, build_image, find_image, image_key, say
+from .qemu import qemu_wrapper
+from .vm import Outcome, RunRequest, RunResult, run_host_vm
+
+EXIT_CODES = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.TIMEOUT: 3, Outcome.CRASH: 4}
+TAIL_LINES = 40
+
+
+def main() -> int:
+    """Parses the command line and runs one subcommand; returns the exit code."""
+    arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that QEMU ends and scratch files go
+    try:
+        return int(arguments.act(arguments))
+    except HostVmError as error:
+        say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="host-vm", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("build", help="build the image, unless it is in the cache").set_defaults(act=_build)
+    commands.add_parser("root", help="print the path of the root directory").set_defaults(act=_root)
+    commands.add_parser("key", help="print the image's cache key").set_defaults(act=_key)
+    wrapper = commands.add_parser("qemu-wrapper", help="print the path of a QEMU 10 that runs on this machine")
+    wrapper.set_defaults(act=_qemu_wrapper)
+
+    run = commands.add_parser("run", help="run a scenario; its verdict is the exit code")
+    run.set_defaults(act=_run)
+    run.add_argument("--scenario", type=Path, required=True, help="what runs inside, in each boot")
+    run.add_argument("--payload", type=Path, nargs="+", default=[], help="files and directories for the scenario")
+    run.add_argument("--deb", type=Path, nargs="+", default=[], help="packages to install in the first boot")
+    run.add_argument("--out", type=Path, help="where logs and artefacts go (default: a new directory in /tmp)")
+    run.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds (default: %(default)s)")
+    run.add_argument("--memory", default="4G", help="default: %(default)s")
+    run.add_argument("--nvdimm", default="1G", help="size of the persistent memory (default: %(default)s)")
+    run.add_argument("--smp", type=int, default=2, help="default: %(default)s")
+    run.add_argument("--kernel", choices=("cloud", "generic"), default="cloud", help="default: %(default)s")
+    run.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
+    run.add_argument("--follow", action="store_true", help="show the scenario's output")
+    run.add_argument("--allow-reboot", action="store_true", help="a reset boots again; without it, it ends the run")
+    return parser
+
+
+def _build(_: argparse.Namespace) -> int:
+    build_image()
+    return 0
+
+
+def _root(_: argparse.Namespace) -> int:
+    print(find_image().root)
+    return 0
+
+
+def _key(_: argparse.Namespace) -> int:
+    print(image_key())
+    return 0
+
+
+def _qemu_wrapper(_: argparse.Namespace) -> int:
+    print(qemu_wrapper(find_image().entry))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    for path in [arguments.scenario, *arguments.payload, *arguments.deb]:
+        if not path.exists():
+            raise HostVmError(f"no such file: {path}")
+    out = (arguments.out or Path(tempfile.mkdtemp(prefix="host-vm-"))).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    request = RunRequest(
+        scenario=arguments.scenario,
+        out=out,
+        payload=arguments.payload,
+        debs=arguments.deb,
+        timeout_s=arguments.timeout,
+        memory=arguments.memory,
+        nvdimm=arguments.nvdimm,
+        smp=arguments.smp,
+        kernel=arguments.kernel,
+        append=arguments.append,
+        follow=arguments.follow,
+        allow_reboot=arguments.allow_reboot,
+    )
+    image = find_image()
+    with image.in_use(), tempfile.TemporaryDirectory(prefix=".run-", dir=out) as scratch:
+        result = run_host_vm(image, request, Path(scratch))
+    _report(request, result)
+    return EXIT_CODES[result.outcome]
+
+
+def _report(request: RunRequest, result: RunResult) -> None:
+    if result.outcome is not Outcome.PASS:
+        for name in ("qemu.log", "console.log", *(() if request.follow else ("scenario.log",))):
+            path = request.out / name
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+            print(f"--- the end of {path}", *lines[-TAIL_LINES:], sep="\n")
+    told = {
+        Outcome.PASS: "pass",
+        Outcome.FAIL: "fail",
+        Outcome.TIMEOUT: f"fail: no verdict within {request.timeout_s:.0f} s",
+        Outcome.CRASH: "fail: QEMU ended without a verdict (reset, power-off, panic or crash)",
+    }[result.outcome]
+    print(f"host VM: {told} after {result.boots} boots, {result.duration_s:.0f} s; see {request.out}", flush=True)

@@ -1,0 +1,204 @@
+"""One run of the host VM: payload in, scenario, verdict and artefacts out.
+
+The guest sees three virtio disks by serial number: its root (an overlay), `payload` (a raw tar) and `artefacts` (a raw
+tar written by host-vm-verdict). The scenario's output comes over the second serial port.
+"""
+
+import os
+import selectors
+import shlex
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import BinaryIO
+
+from .evidence import collect_artefacts, recover_from_disk
+from .image import HostVmError, Image
+from .qemu import loader_command, qemu_wrapper
+
+# isa-debug-exit ends QEMU with 2 * value + 1; a QEMU that fails exits 1, a guest that powers off 0.
+PASS_CODE = 123
+FAIL_CODE = 125
+TERMINATION_GRACE_S = 10
+COMMAND_LINE = (
+    "root=/dev/vda rw console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off fsck.mode=skip nowatchdog audit=0 "
+    "lsm=capability,landlock,yama random.trust_cpu=on no_timer_check rcupdate.rcu_cpu_stall_timeout=120"
+)
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    PASS = "pass"  # noqa: S105 # not a password
+    FAIL = "fail"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What to run and on what machine; sizes as QEMU writes them."""
+
+    scenario: Path
+    out: Path
+    payload: list[Path] = field(default_factory=list)
+    debs: list[Path] = field(default_factory=list)
+    timeout_s: float = 900
+    memory: str = "4G"
+    nvdimm: str = "1G"
+    smp: int = 2
+    kernel: str = "cloud"
+    append: str = ""
+    follow: bool = False
+    allow_reboot: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The verdict, the number of boots that the scenario saw, and the time from QEMU's start to its end."""
+
+    outcome: Outcome
+    boots: int
+    duration_s: float
+
+
+def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
+    """Boots the host VM and waits for its verdict; `scratch` holds its disks."""
+    request.out.mkdir(parents=True, exist_ok=True)
+    payload, artefacts, overlay = scratch / "payload.tar", scratch / "artefacts.tar", scratch / "overlay.qcow2"
+    _pack_payload(request, payload)
+    for path, size in ((artefacts, "4G"), (scratch / "nvdimm", request.nvdimm)):
+        with path.open("wb") as file:
+            file.truncate(parse_size(size))
+    create = [*loader_command(image.root, "usr/bin/qemu-img"), "create", "-q", "-f", "qcow2"]
+    subprocess.run([*create, "-b", str(image.base), "-F", "raw", str(overlay)], check=True)
+
+    start = time.monotonic()
+    with (request.out / "scenario.log").open("wb") as log, (request.out / "qemu.log").open("wb") as errors:
+        follower = _Follower(log, start, show=request.follow)
+        code = _run_qemu(_command(image, request, scratch), errors, start + request.timeout_s, follower.feed)
+    duration_s = time.monotonic() - start
+
+    outcome = {PASS_CODE: Outcome.PASS, FAIL_CODE: Outcome.FAIL, None: Outcome.TIMEOUT}.get(code, Outcome.CRASH)
+    boots = (request.out / "scenario.log").read_bytes().count(b"host-vm: boot ")
+    if outcome in (Outcome.PASS, Outcome.FAIL):
+        collect_artefacts(image.root, artefacts, request.out)
+    else:
+        recover_from_disk(image.root, overlay, scratch, request.out)
+    return RunResult(outcome, boots, duration_s)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size with a binary suffix, as QEMU reads it."""
+    units = {"K": 10, "M": 20, "G": 30}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if not number.isdigit() or (unit and unit not in units):
+        raise HostVmError(f"not a size: {text} (wanted: a number with K, M or G)")
+    return int(number) << units.get(unit, 0)
+
+
+def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
+    kernel, initrd = image.kernel(request.kernel)
+    ceiling = parse_size(request.memory) + parse_size(request.nvdimm) + (1 << 30)
+
+    def disk(name: str, path: Path, file_format: str) -> list[str]:
+        # Nothing of a run has to survive a crash of this machine.
+        drive = f"if=none,id={name},format={file_format},cache=unsafe,discard=unmap,file={_quote(path)}"
+        return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+
+    return [
+        str(qemu_wrapper(image.entry)),
+        *("-name", "host-vm", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-machine", "q35,nvdimm=on,hpet=off,sata=off,smbus=off,vmport=off", "-accel", "tcg,thread=multi,tb-size=1024"),
+        *("-cpu", "max,-la57", "-smp", str(request.smp)),
+        *("-m", f"{request.memory},slots=2,maxmem={ceiling}"),
+        *("-object", f"memory-backend-file,id=nvdimm,share=on,size={request.nvdimm},mem-path={scratch}/nvdimm"),
+        *("-device", "nvdimm,id=nvdimm0,memdev=nvdimm"),
+        *disk("root", scratch / "overlay.qcow2", "qcow2"),
+        *disk("payload", scratch / "payload.tar", "raw"),
+        *disk("artefacts", scratch / "artefacts.tar", "raw"),
+        *("-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
+        *("-chardev", f"file,id=console,path={_quote(request.out / 'console.log')}", "-serial", "chardev:console"),
+        *("-chardev", "stdio,id=scenario,signal=off", "-serial", "chardev:scenario"),
+        *("-kernel", str(kernel), "-initrd", str(initrd), "-append", f"{COMMAND_LINE} {request.append}".strip()),
+        *(() if request.allow_reboot else ("-no-reboot",)),
+    ]
+
+
+def _quote(path: Path) -> str:
+    return str(path).replace(",", ",,")  # a comma in a QEMU option
+
+
+def _pack_payload(request: RunRequest, target: Path) -> None:
+    def add(tar: tarfile.TarFile, source: Path, name: str, mode: int | None = None) -> None:
+        def owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.uid = member.gid = 0
+            member.uname = member.gname = "root"
+            member.mode = mode or member.mode
+            return member
+
+        tar.add(source, name, filter=owned_by_root)
+
+    with tarfile.open(target, "w") as tar:
+        directory = tarfile.TarInfo("payload")
+        directory.type, directory.mode = tarfile.DIRTYPE, 0o755
+        tar.addfile(directory)
+        add(tar, request.scenario.resolve(), "scenario", 0o755)
+        for source in request.payload:
+            add(tar, source.resolve(), f"payload/{source.resolve().name}")
+        for deb in request.debs:
+            add(tar, deb.resolve(), f"deb/{deb.name}")
+
+
+def _run_qemu(command: list[str], errors: BinaryIO, deadline: float, feed: Callable[[bytes], None]) -> int | None:
+    """Runs QEMU until it exits (its code) or the deadline passes (None); nothing is left running."""
+    errors.write(f"{shlex.join(command)}\n".encode())
+    errors.flush()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as qemu:
+        try:
+            assert qemu.stdout is not None
+            with selectors.DefaultSelector() as selector:
+                selector.register(qemu.stdout, selectors.EVENT_READ)
+                while (left_s := deadline - time.monotonic()) > 0:
+                    if not selector.select(left_s):
+                        continue
+                    chunk = os.read(qemu.stdout.fileno(), 65536)
+                    feed(chunk)
+                    if not chunk:
+                        return qemu.wait(TERMINATION_GRACE_S)
+            return None
+        finally:
+            if qemu.poll() is None:
+                qemu.terminate()  # lets QEMU write the overlay's metadata
+                try:
+                    qemu.wait(TERMINATION_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    qemu.kill()
+
+
+class _Follower:
+    """Keeps the scenario's output, and shows it line by line with the time since QEMU started."""
+
+    def __init__(self, log: BinaryIO, start: float, *, show: bool) -> None:
+        self._log = log
+        self._start = start
+        self._show = show
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> None:
+        self._log.write(chunk)
+        self._log.flush()
+        if not self._show:
+            return
+        lines = (self._rest + chunk).split(b"\n")
+        self._rest = lines.pop()
+        if not chunk and self._rest:  # the end
+            lines.append(self._rest)
+        for line in lines:
+            text = line.decode(errors="replace").rstrip("\r")
+            print(f"[{time.monotonic() - self._start:6.1f}] {text}", file=sys.stdout, flush=True)
