@@ -9,11 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyudev
 
 from cpr_agent.core.model import DaxDevice
+
+UDEVD = Path("/run/udev/control")
+"""There while systemd-udevd runs, which it does not in a container."""
 
 
 class Devices(Protocol):
@@ -74,9 +78,10 @@ class UdevDevices:
 
 
 def _read(device: Any) -> DaxDevice | None:
-    """What sysfs says; None for a device that is going away or has no node (a kmem one)."""
+    """What sysfs says; None for a device that is going away, has no node (a kmem one), or is not udev's yet: until its
+    rules have run the VM's user may not open it."""
     parent = device.parent
-    if not device.device_node or parent is None:
+    if not device.device_node or parent is None or (UDEVD.exists() and not device.is_initialized):
         return None
     size = _text(device, "size")
     if not size:

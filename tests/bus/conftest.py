@@ -1,0 +1,84 @@
+"""Fixtures: the QEMUs of this machine, the tiny guest, a lab with a running agent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import Lab, private_bus
+
+ROOT = Path(__file__).parent.parent.parent
+DIALECTS = {"ignore-shared": "7.2", "cpr-reboot": "10.0"}
+
+
+def _qemus() -> dict[str, str]:
+    """Name to path: this machine's own QEMU, and that of the host VM's Debian 13."""
+    found = {}
+    wrapper = subprocess.run(["scripts/host-vm", "qemu-wrapper"], cwd=ROOT, capture_output=True, text=True, check=False)
+    for path in (shutil.which("qemu-system-x86_64"), wrapper.stdout.strip()):
+        if path:
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+            found[".".join(said.split()[3].split(".")[:2])] = path
+    return found
+
+
+QEMUS = _qemus()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("guest") / "tiny.elf"
+    subprocess.run([ROOT / "scripts/guest/build-tiny", out], check=True)
+    return out
+
+
+def _qemu(version: str) -> str:
+    if version not in QEMUS:
+        missing = f"no QEMU {version} here (found: {', '.join(QEMUS) or 'none'}); build it with: make host-root"
+        if os.environ.get("CPR_TEST_REQUIRE_QEMUS") and (version == "10.0" or os.path.exists("/etc/debian_version")):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return QEMUS[version]
+
+
+@pytest.fixture(scope="session")
+def any_qemu() -> str:
+    """For what does not depend on the dialect."""
+    return next(iter(QEMUS.values())) if QEMUS else _qemu("10.0")
+
+
+@pytest.fixture(params=["7.2", "10.0"])
+def each_qemu(request: pytest.FixtureRequest) -> str:
+    return _qemu(request.param)
+
+
+def _lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, qemu: str) -> Iterator[Lab]:
+    shm = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
+    with private_bus(tmp_path) as address:
+        lab = Lab(tmp_path / "root", shm, address, tiny, qemu)
+        try:
+            lab.start_agent()
+            yield lab
+        finally:
+            lab.close()
+            shutil.rmtree(shm)
+            if lab.log.exists():
+                print(f"--- {lab.log}\n{lab.log.read_text()}")
+
+
+@pytest.fixture
+def lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, any_qemu: str) -> Iterator[Lab]:
+    """A running agent, and any QEMU."""
+    yield from _lab(request, tmp_path, tiny, any_qemu)
+
+
+@pytest.fixture
+def each_lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, each_qemu: str) -> Iterator[Lab]:
+    """The same once for each QEMU, that is, for each dialect."""
+    yield from _lab(request, tmp_path, tiny, each_qemu)

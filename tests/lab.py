@@ -1,0 +1,255 @@
+"""A private lab: a dbus-daemon, a real agent, real QEMUs with the tiny guest, RAM in a directory of its own in /dev/shm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cpr_agent.bus.client import CallError, Client, plain
+from scripts.guest.console import ConsoleReport, read_console
+
+PATIENCE_S = 60.0
+"""How long anything may take on a slow day; nothing on a good one comes near."""
+
+BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>session</type>
+  <listen>unix:path={socket}</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default">
+    <allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/><allow own="*"/><allow user="*"/>
+  </policy>
+</busconfig>
+"""
+
+
+@contextlib.contextmanager
+def private_bus(directory: Path) -> Iterator[str]:
+    """A dbus-daemon of our own; yields its address. Any user may connect."""
+    config = directory / "bus.conf"
+    config.write_text(BUS_CONFIG.format(socket=directory / "bus"))
+    with subprocess.Popen(
+        ["dbus-daemon", f"--config-file={config}", "--nofork", "--print-address"], stdout=subprocess.PIPE, text=True
+    ) as daemon:
+        assert daemon.stdout
+        try:
+            yield daemon.stdout.readline().strip()
+        finally:
+            daemon.terminate()
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
+    """Wait for what has no event (a console that grows, a state of another process); fails with ``what``."""
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s in vain: {what}"
+        pause.wait(0.02)
+    return value
+
+
+@dataclass
+class Guest:
+    """A VM with the tiny guest, as its admin sees it."""
+
+    lab: Lab
+    name: str
+    ram: Path
+    console: Path
+    definition: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, member: str, signature: str = "", *body: Any) -> Any:
+        return self.lab.client(lambda client: client.vm(self.name, member, signature, *body))
+
+    def start(self) -> None:
+        self.call("Start")
+
+    def save(self, filename: str = "", mode: str = "reboot") -> None:
+        self.call("CprSave", "ssa{sv}", filename, mode, {})
+
+    def load(self, filename: str = "") -> None:
+        self.call("CprLoad", "sa{sv}", filename, {})
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        return dict(self.lab.client(lambda client: client.vm_properties(self.name)))
+
+    @property
+    def state(self) -> str:
+        return str(self.properties["State"])
+
+    @property
+    def pid(self) -> int:
+        return int(self.properties["MainPID"])
+
+    @property
+    def report(self) -> ConsoleReport:
+        return read_console(self.console, min_lines=0)
+
+    def until_state(self, state: str) -> None:
+        until(lambda: self.state == state, f"{self.name} {state}")
+
+    def until_counts(self, lines: int = 3) -> int:
+        """Wait until the guest has counted ``lines`` further; returns the count."""
+        had = self.report.last if self.console.exists() else 0
+        until(lambda: self.console.exists() and self.report.last >= had + lines, f"{self.name} counts beyond {had}")
+        return self.report.last
+
+    def assert_unbroken(self) -> None:
+        """It runs, and is the same guest ever since."""
+        self.until_counts()
+        assert self.report.problems == (), str(self.report)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.lab.state / "checkpoints" / self.name
+
+    def checkpoint_files(self) -> list[str]:
+        return sorted(path.name for path in self.checkpoint.iterdir()) if self.checkpoint.exists() else []
+
+    def admin(self, command: str, **arguments: Any) -> Any:
+        """One QMP command over the admin's own socket."""
+        return qmp(self.lab.run / "vm" / self.name / "admin.sock", command, **arguments)
+
+
+class Lab:
+    """``root`` prefixes all the agent's paths; ``shm`` is for RAM."""
+
+    def __init__(self, root: Path, shm: Path, address: str, tiny: Path, qemu: str) -> None:
+        self.root, self.shm, self.address, self.tiny, self.qemu = root, shm, address, tiny, qemu
+        self.definitions = root / "etc/cpr-agent/vms"
+        self.definitions.mkdir(parents=True)
+        self.state = root / "var/lib/cpr-agent"
+        self.exports = self.state / "exports"
+        self.exports.mkdir(parents=True)
+        self.run = root / "run/cpr-agent"
+        self.log = root / "agent.log"
+        self.settings(files={"directories": [str(self.exports)]})
+        self._agent: subprocess.Popen[bytes] | None = None
+
+    def settings(self, **sections: dict[str, Any]) -> None:
+        (self.root / "etc/cpr-agent/agent.toml").write_text(toml(sections))
+
+    def start_agent(self) -> None:
+        with self.log.open("ab") as log:
+            self._agent = subprocess.Popen(
+                [sys.executable, "-m", "cpr_agent.daemon", "--root", str(self.root), "--runner", "process"]
+                + ["--bus-address", self.address],
+                stderr=log,
+            )
+        agent = self._agent
+
+        def ready() -> bool:
+            assert agent.poll() is None, f"the agent ended with {agent.returncode}: {self.log.read_text()[-2000:]}"
+            with contextlib.suppress(CallError):
+                # A name is owned before recovery is over; a VM's own state says when.
+                return bool(self.client(lambda client: client.manager("ListVMs")) is not None)
+            return False
+
+        until(ready, "the agent's name on the bus")
+
+    def end_agent(self, number: int = signal.SIGTERM) -> int:
+        assert self._agent
+        self._agent.send_signal(number)
+        return self._agent.wait(PATIENCE_S)
+
+    def client(self, work: Callable[[Client], Any]) -> Any:
+        async def connected() -> Any:
+            async with Client.connected(self.address) as client:
+                return plain(await work(client))
+
+        return asyncio.run(connected())
+
+    def job(self, member: str, **options: Any) -> str:
+        """Run SaveAll or LoadAll to its end; returns its result."""
+        from cpr_agent.bus.client import options as variants
+
+        return str(self.client(lambda client: client.run_job(member, variants(**options), PATIENCE_S)))
+
+    def cprctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", "from cpr_agent.cli.main import main; main()", *arguments],
+            env={**os.environ, "CPR_AGENT_BUS_ADDRESS": self.address},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+
+    def guest(self, name: str = "web1", *more: str, qemu: str | None = None, **memory: Any) -> Guest:
+        """Define a VM; ``more`` are further QEMU arguments, ``memory`` overrides [memory]."""
+        console, ram = self.root / f"{name}.console", self.shm / name
+        definition = {
+            "vm": {
+                "qemu": qemu or self.qemu,
+                "user": "root",
+                "arguments": [
+                    *("-machine", "q35,accel=tcg", "-nodefaults", "-kernel", str(self.tiny)),
+                    *("-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console", *more),
+                ],
+            },
+            "memory": {"size": "16M", "device": str(ram), **memory},
+        }
+        guest = Guest(self, name, Path(definition["memory"]["device"]), console, definition)
+        self.define(guest)
+        return guest
+
+    def define(self, guest: Guest) -> None:
+        (self.definitions / f"{guest.name}.toml").write_text(toml(guest.definition))
+        if self._agent:
+            self.client(lambda client: client.manager("Reload"))
+
+    def running(self, name: str = "web1", *more: str, **memory: Any) -> Guest:
+        guest = self.guest(name, *more, **memory)
+        guest.start()
+        guest.until_counts()
+        return guest
+
+    def close(self) -> None:
+        """End what we started, by its pid."""
+        if self._agent and self._agent.poll() is None:
+            self._agent.kill()
+            self._agent.wait()
+        for path in self.run.glob("vm/*/pid"):
+            pid = int(path.read_text().split()[0])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def qmp(path: Path, command: str, **arguments: Any) -> Any:
+    """One QMP command by hand, as an admin with socat would send it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(PATIENCE_S)
+        connection.connect(str(path))
+        stream = connection.makefile("rw")
+        stream.readline()
+        reply: dict[str, Any] = {}
+        for name, values in (("qmp_capabilities", {}), (command, arguments)):
+            stream.write(json.dumps({"execute": name, "arguments": values}) + "\n")
+            stream.flush()
+            reply = json.loads(stream.readline())
+            while "event" in reply:
+                reply = json.loads(stream.readline())
+            assert "return" in reply, reply
+        return reply["return"]
+
+
+def toml(sections: dict[str, Any]) -> str:
+    """What a definition needs of TOML; JSON's strings, numbers and lists are TOML's."""
+    lines = []
+    for name, values in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
