@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpr_agent.bus.client import CallError, Client, plain
 from scripts.guest.console import ConsoleReport, read_console
 
+from cpr_agent.bus.client import CallError, Client, plain
+
+DAEMON = (sys.executable, "-m", "cpr_agent.daemon", "--runner", "process")
 PATIENCE_S = 60.0
 """How long anything may take on a slow day; nothing on a good one comes near."""
 
@@ -146,8 +148,7 @@ class Lab:
     def start_agent(self) -> None:
         with self.log.open("ab") as log:
             self._agent = subprocess.Popen(
-                [sys.executable, "-m", "cpr_agent.daemon", "--root", str(self.root), "--runner", "process"]
-                + ["--bus-address", self.address],
+                [*DAEMON, f"--root={self.root}", f"--bus-address={self.address}"],
                 stderr=log,
             )
         agent = self._agent

@@ -47,8 +47,8 @@ class CprError(Exception):
     def text(self) -> str:
         """The whole message, fit for an admin's screen."""
         subject = f"VM {self.vm}: " if self.vm else ""
-        sentences = (subject + self.what, self.left, self.remedy)
-        return ". ".join(part[0].upper() + part[1:].rstrip(".") for part in sentences if part) + "."
+        after = (part[0].upper() + part[1:] for part in (self.left, self.remedy) if part)
+        return ". ".join(part.rstrip(".") for part in (subject + self.what, *after)) + "."
 
     @property
     def dbus_name(self) -> str:

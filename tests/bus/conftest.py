@@ -41,7 +41,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _qemu(version: str) -> str:
     if version not in QEMUS:
         missing = f"no QEMU {version} here (found: {', '.join(QEMUS) or 'none'}); build it with: make host-root"
-        if os.environ.get("CPR_TEST_REQUIRE_QEMUS") and (version == "10.0" or os.path.exists("/etc/debian_version")):
+        # Debian 13's own QEMU is the other one's version: there the older dialect has no binary.
+        if os.environ.get("CPR_TEST_REQUIRE_QEMUS") and 'VERSION_ID="12"' in Path("/etc/os-release").read_text():
             pytest.fail(missing)
         pytest.skip(missing)
     return QEMUS[version]
@@ -58,7 +59,7 @@ def each_qemu(request: pytest.FixtureRequest) -> str:
     return _qemu(request.param)
 
 
-def _lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, qemu: str) -> Iterator[Lab]:
+def _lab(tmp_path: Path, tiny: Path, qemu: str) -> Iterator[Lab]:
     shm = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
     with private_bus(tmp_path) as address:
         lab = Lab(tmp_path / "root", shm, address, tiny, qemu)
@@ -73,12 +74,12 @@ def _lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, qemu: str) 
 
 
 @pytest.fixture
-def lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, any_qemu: str) -> Iterator[Lab]:
+def lab(tmp_path: Path, tiny: Path, any_qemu: str) -> Iterator[Lab]:
     """A running agent, and any QEMU."""
-    yield from _lab(request, tmp_path, tiny, any_qemu)
+    yield from _lab(tmp_path, tiny, any_qemu)
 
 
 @pytest.fixture
-def each_lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path, each_qemu: str) -> Iterator[Lab]:
+def each_lab(tmp_path: Path, tiny: Path, each_qemu: str) -> Iterator[Lab]:
     """The same once for each QEMU, that is, for each dialect."""
-    yield from _lab(request, tmp_path, tiny, each_qemu)
+    yield from _lab(tmp_path, tiny, each_qemu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+WIDE = 400
 _STYLES = {
     "running": "green",
     "saved": "cyan",
@@ -35,7 +37,9 @@ def _table(*columns: str) -> Table:
 
 
 def _print(what: object) -> None:
-    Console(soft_wrap=True).print(what) if isinstance(what, str) else Console().print(what)
+    """Tables as wide as the terminal; a file or a pipe gets each row on one line."""
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    console.print(what, soft_wrap=isinstance(what, str), highlight=False)
 
 
 def _styled(word: str) -> str:
@@ -107,10 +111,11 @@ def findings(data: list[dict[str, Any]]) -> None:
     if not data:
         _print("Nothing stands in the way.")
         return
-    table = _table("VM", "SEVERITY", "WHAT", "WHY", "REMEDY")
     for entry in data:
-        table.add_row(entry["vm"], _styled(entry["severity"]), entry["what"], entry["why"], entry["remedy"])
-    _print(table)
+        _print(f"[bold]{entry['vm'] or 'host'}[/] {_styled(entry['severity'])}: {entry['what']}")
+        for label, text in (("why", entry["why"]), ("remedy", entry["remedy"])):
+            if text:
+                _print(f"    {label}: {text}")
 
 
 def devices(data: list[dict[str, Any]]) -> None:

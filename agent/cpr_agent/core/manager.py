@@ -162,9 +162,10 @@ class Manager:
     def _changed(self, vm: Vm) -> None:
         self.vm_changed(vm)
 
-    async def _claims(self, asking: Vm) -> list[tuple[str, MemoryIdentity]]:
+    async def _claims(self, asking: Vm, defined: bool) -> list[tuple[str, MemoryIdentity]]:
         others = [vm for vm in self.vms.values() if vm is not asking]
-        return [(vm.name, memory) for vm in others if (memory := await vm.claimed_memory())]
+        claims = [(vm.name, await vm.claimed_memory() if defined else vm.occupied_memory()) for vm in others]
+        return [(name, memory) for name, memory in claims if memory]
 
     async def close(self) -> None:
         await self.jobs.drain(60.0)

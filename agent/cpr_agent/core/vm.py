@@ -61,7 +61,8 @@ SAVEABLE = ("running", "paused", "suspended")
 
 
 class Vm:
-    """``changed`` is called after each change of state; ``claims`` yields the memory that other VMs hold."""
+    """``changed`` is called after each change of state; ``claims`` yields the memory that the guests of other VMs occupy
+    and, if asked to, that which is only defined to be theirs."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Vm:
         ports: Ports,
         settings: Settings,
         changed: Callable[[Vm], None],
-        claims: Callable[[Vm], Awaitable[list[tuple[str, MemoryIdentity]]]],
+        claims: Callable[[Vm, bool], Awaitable[list[tuple[str, MemoryIdentity]]]],
     ) -> None:
         self.name = name
         self.definition: Definition | None = None
@@ -100,15 +101,20 @@ class Vm:
         """What the live QEMU was started with."""
         return self._ports.runner.launched(self.name) if self.pid else None
 
-    async def claimed_memory(self) -> MemoryIdentity | None:
-        """The memory that is this VM's own: of its QEMU, its checkpoint, or what its definition names on this host."""
+    def occupied_memory(self) -> MemoryIdentity | None:
+        """The memory that this VM's guest is in now, by its QEMU or its checkpoint."""
         launch = self.launched()
         if launch:
             return launch.memory
         with contextlib.suppress(CheckpointUnreadable):
             manifest = self.live_checkpoint()
-            if manifest:
-                return manifest.memory
+            return manifest.memory if manifest else None
+        return None
+
+    async def claimed_memory(self) -> MemoryIdentity | None:
+        """The memory that is this VM's own: what its guest occupies, else what its definition names on this host."""
+        if occupied := self.occupied_memory():
+            return occupied
         if self.definition:
             with contextlib.suppress(MemoryUnusable):
                 return (await self._ports.memory.locate(self.definition.memory, 0)).identity
@@ -175,7 +181,7 @@ class Vm:
                 "it can be saved for a restart of QEMU, but an upgrade of the host will refuse it",
                 "move it to a dax device: see `cprctl devices`",
             )
-        for other, claimed in await self._claims(self):
+        for other, claimed in await self._claims(self, True):
             if memory and memory.overlaps(claimed):
                 add("error", "overlap", f"its memory overlaps that of VM {other}", "each would corrupt the other")
         if launch and self.definition and launch.definition_digest != self.definition.digest:
@@ -211,7 +217,7 @@ class Vm:
             with self._named():
                 await self._ports.memory.prepare(definition.memory, definition.vm.user)
                 located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
-                await self._refuse_overlap(located.identity)
+                await self._refuse_overlap(located.identity, defined=True)
             launch = self._stamped(self._ports.definitions.plan_start(definition, located))
             self._ports.journal.append("start", vm=self.name)
             await self._launch(launch)
@@ -429,7 +435,7 @@ class Vm:
             self._set(VmState.LOADING)
             located = await self._ports.memory.relocate(manifest.memory, self._settings.agent.device_timeout)
             memory_at = host.now()
-            await self._refuse_overlap(located.identity)
+            await self._refuse_overlap(located.identity, defined=False)
             found = await self._ports.memory.witness(located, manifest.witness)
             if found.digest != manifest.witness.digest:
                 raise MemoryChanged(
@@ -517,8 +523,8 @@ class Vm:
         if self.pid:
             raise AlreadyRunning(f"is already {self.state}", vm=self.name)
 
-    async def _refuse_overlap(self, identity: MemoryIdentity) -> None:
-        for other, claimed in await self._claims(self):
+    async def _refuse_overlap(self, identity: MemoryIdentity, *, defined: bool) -> None:
+        for other, claimed in await self._claims(self, defined):
             if identity.overlaps(claimed):
                 raise MemoryOverlap(
                     f"its memory overlaps that of VM {other}: offset {identity.offset_bytes} and size "

@@ -63,7 +63,7 @@ class HostMemory:
         if section.device.startswith(("uuid:", "/dev/dax")):
             return
         path = Path(section.device)
-        if path.exists():
+        if os.path.lexists(path):
             return
         if not path.parent.is_dir():
             raise DeviceMissing(f"the directory {path.parent} of its memory file does not exist")

@@ -1,0 +1,270 @@
+"""The bus surface and cprctl, as callers see them: introspection, authorization, bad requests, exit codes, busctl."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from cpr_agent.bus.client import CallError, Client
+from cpr_agent.bus.contract import read_contract
+from tests.lab import DAEMON, PATIENCE_S, Lab
+
+ROOT = "/org/cpragent1"
+SAMPLES = {"s": "x", "a{sv}": {}}
+
+
+def in_signature(signature: str) -> list[str]:
+    return [part for part in (signature.replace("a{sv}", " a{sv} ").replace("s", " s ").split()) if part]
+
+
+def call(lab: Lab, path: str, interface: str, member: str, signature: str = "", *body: object) -> object:
+    return lab.client(lambda client: client.call(path, interface, member, signature, *body))
+
+
+def test_live_introspection_is_the_contract(lab: Lab) -> None:
+    lab.guest()
+    contract = read_contract()
+    for path, name in ((ROOT, "org.cpragent1.Manager"), (f"{ROOT}/vm/web1", "org.cpragent1.VM")):
+        xml = str(call(lab, path, "org.freedesktop.DBus.Introspectable", "Introspect"))
+        live = {e.attrib["name"]: e for e in ElementTree.fromstring(xml).iter("interface")}  # noqa: S314 - our own
+        assert ElementTree.canonicalize(ElementTree.tostring(live[name])) == ElementTree.canonicalize(
+            ElementTree.tostring(contract[name].xml)
+        )
+    assert '<node name="web1" />' in str(call(lab, f"{ROOT}/vm", "org.freedesktop.DBus.Introspectable", "Introspect"))
+
+
+DENIED = """
+import asyncio, json, os, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+from cpr_agent.bus.client import CallError, Client
+
+async def main():
+    out = {}
+    async with Client.connected(sys.argv[1]) as client:
+        for path, interface, member in json.load(sys.stdin):
+            try:
+                await client.call(path, interface, member)
+                out[f"{interface}.{member}"] = "allowed"
+            except CallError as error:
+                out[f"{interface}.{member}"] = error.kind
+    print(json.dumps(out))
+
+asyncio.run(main())
+"""
+
+
+def test_another_user_is_denied_everything_before_its_arguments_are_looked_at(lab: Lab) -> None:
+    """No polkit on this bus, so every method must fail closed; the arguments are all missing, and nobody complains."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    guest = lab.running()
+    calls = [
+        (f"{ROOT}/vm/web1" if name.endswith("VM") else ROOT, name, member)
+        for name, interface in read_contract().items()
+        if not name.endswith("Job")
+        for member in interface.methods
+    ]
+    properties = "org.freedesktop.DBus.Properties"
+    calls += [(ROOT, properties, member) for member in ("Get", "GetAll", "Set")]
+    calls.append((ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects"))
+    lab.root.chmod(0o755)
+    for directory in (*lab.root.parents,):
+        if str(directory).startswith("/tmp/"):
+            directory.chmod(0o755)
+    ended = subprocess.run(
+        [sys.executable, "-c", DENIED, lab.address],
+        input=json.dumps(calls),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    answers = json.loads(ended.stdout)
+    assert len(answers) == len(calls)
+    assert set(answers.values()) == {"AccessDenied"}, answers
+    guest.assert_unbroken()
+
+
+@pytest.mark.parametrize(
+    ("path", "interface", "member", "error"),
+    [
+        (f"{ROOT}/vm/none", "org.cpragent1.VM", "Start", "org.freedesktop.DBus.Error.UnknownObject"),
+        (ROOT, "org.cpragent1.Manager", "Explode", "org.freedesktop.DBus.Error.UnknownMethod"),
+        (ROOT, "org.cpragent1.Explosion", "Explode", "org.freedesktop.DBus.Error.UnknownInterface"),
+        (ROOT, "org.cpragent1.Manager", "Check", "InvalidArgument"),
+    ],
+)
+def test_a_call_of_what_is_not_there(lab: Lab, path: str, interface: str, member: str, error: str) -> None:
+    with pytest.raises(CallError) as caught:
+        call(lab, path, interface, member)
+    assert caught.value.kind == error
+
+
+def test_unknown_options_are_refused(lab: Lab) -> None:
+    from dbus_next.signature import Variant
+
+    guest = lab.running()
+    for options, said in (
+        ({"force": Variant("b", True)}, "unknown option 'force'"),
+        ({"survives": Variant("b", True)}, "has type 'b', it must be 's'"),
+        ({"survives": Variant("s", "fire")}, "'fire' is not a valid Survives"),
+    ):
+        with pytest.raises(CallError, match=said) as caught:
+            guest.call("CprSave", "ssa{sv}", "", "reboot", options)
+        assert caught.value.kind == "InvalidArgument"
+    guest.assert_unbroken()
+
+
+def test_properties_are_read_only(lab: Lab) -> None:
+    from dbus_next.signature import Variant
+
+    lab.guest()
+    with pytest.raises(CallError, match="read-only"):
+        call(
+            lab,
+            f"{ROOT}/vm/web1",
+            "org.freedesktop.DBus.Properties",
+            "Set",
+            "ssv",
+            "org.cpragent1.VM",
+            "State",
+            Variant("s", "running"),
+        )
+
+
+def test_changes_are_signalled(lab: Lab) -> None:
+    """The states of a start, as one who watches sees them, and the object of a VM that is defined meanwhile."""
+    guest = lab.guest()
+
+    async def watch() -> list[tuple[str, object]]:
+        from dbus_next.message import Message
+
+        seen: list[tuple[str, object]] = []
+        running = asyncio.Event()
+        async with Client.connected(lab.address) as client:
+
+            def on_message(message: Message) -> bool:
+                if message.member == "PropertiesChanged":
+                    changed = {name: value.value for name, value in message.body[1].items()}
+                    seen.extend([("State", changed["State"])] if "State" in changed else [])
+                elif message.member in ("InterfacesAdded", "InterfacesRemoved", "JobNew", "JobRemoved"):
+                    seen.append((str(message.member), message.body[0]))
+                if ("State", "running") in seen and ("InterfacesAdded", f"{ROOT}/vm/web2") in seen:
+                    running.set()
+                return False
+
+            client._bus.add_message_handler(on_message)
+            bus = ("/org/freedesktop/DBus", "org.freedesktop.DBus", "AddMatch")
+            await client._send(
+                Message("org.freedesktop.DBus", *bus, signature="s", body=["type='signal',sender='org.cpragent1'"])
+            )
+            await client.vm("web1", "Start")
+            (lab.definitions / "web2.toml").write_text((lab.definitions / "web1.toml").read_text())
+            await client.manager("Reload")
+            async with asyncio.timeout(PATIENCE_S):
+                await running.wait()
+        return seen
+
+    seen = asyncio.run(watch())
+    assert ("State", "starting") in seen
+    guest.assert_unbroken()
+
+
+def test_a_second_agent_does_not_start(lab: Lab) -> None:
+    ended = subprocess.run(
+        [*DAEMON, f"--root={lab.root}", f"--bus-address={lab.address}"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "another process owns org.cpragent1" in ended.stderr
+
+
+def test_busctl_alone_is_enough(lab: Lab) -> None:
+    guest = lab.guest()
+
+    def busctl(*arguments: str) -> str:
+        return subprocess.run(
+            ["busctl", f"--address={lab.address}", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=PATIENCE_S,
+        ).stdout
+
+    vm = ("org.cpragent1", f"{ROOT}/vm/web1", "org.cpragent1.VM")
+    busctl("call", *vm, "Start")
+    guest.until_counts()
+    busctl("call", *vm, "CprSave", "ssa{sv}", "", "reboot", "0")
+    assert busctl("get-property", *vm, "State") == 's "saved"\n'
+    busctl("call", *vm, "CprLoad", "sa{sv}", "", "0")
+    assert 's "web1"' not in busctl("call", "org.cpragent1", ROOT, "org.cpragent1.Manager", "ListDevices")
+    assert '"web1" "running"' in busctl("call", "org.cpragent1", ROOT, "org.cpragent1.Manager", "ListVMs")
+    assert "CprSave" in busctl("introspect", "org.cpragent1", f"{ROOT}/vm/web1")
+    busctl("call", *vm, "Stop", "s", "acpi")
+    guest_state = busctl("get-property", *vm, "State")
+    assert guest_state == 's "stopped"\n'
+
+
+def test_cprctl_does_all_of_it(lab: Lab) -> None:
+    guest = lab.guest()
+    for arguments, said in (
+        (("list",), "stopped"),
+        (("start", "web1"), "web1: started"),
+        (("check",), "which a kexec erases"),
+        (("save", "web1"), "its RAM survives a qemu-restart"),
+        (("status", "web1"), "stopped 20"),
+        (("load", "web1"), "web1: loaded"),
+        (("history",), "total pause"),
+        (("save", "--all", "--survives", "qemu-restart"), "done"),
+        (("load", "--all"), "done"),
+        (("status",), "1 VMs"),
+        (("devices",), ""),
+        (("reload",), ""),
+    ):
+        ended = lab.cprctl(*arguments)
+        assert ended.returncode == 0, ended
+        assert said in " ".join(ended.stdout.split()), ended
+    guest.assert_unbroken()
+    assert lab.cprctl("stop", "web1").stdout == "web1: stopped\n"
+
+
+@pytest.mark.parametrize("command", ["list", "status", "status web1", "check", "check web1", "devices", "history"])
+def test_cprctl_prints_json(lab: Lab, command: str) -> None:
+    lab.guest()
+    ended = lab.cprctl(*command.split(), "--json")
+    assert ended.returncode == 0, ended
+    json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("status", "none"), 3, "there is no such VM"),
+        (("load", "web1"), 3, "has no checkpoint"),
+        (("save", "web1"), 1, "is stopped"),
+        (("save",), 2, "name one VM, or give --all"),
+        (("start", "private"), 0, ""),
+        (("save", "private"), 4, "private"),
+        (("check", "private"), 4, ""),
+        (("--bus-address", "unix:path=/nonexistent/bus", "list"), 5, "cannot connect to D-Bus"),
+    ],
+)
+def test_cprctl_exits_as_documented(lab: Lab, arguments: tuple[str, ...], code: int, said: str) -> None:
+    lab.guest()
+    private = lab.guest("private", "-object", "memory-backend-ram,id=extra,size=16M")
+    if "private" in arguments and arguments[0] != "start":
+        private.start()
+    ended = lab.cprctl(*arguments)
+    assert ended.returncode == code, ended
+    assert said in ended.stderr
+    assert said == "" or said not in ended.stdout

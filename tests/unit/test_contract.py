@@ -1,0 +1,125 @@
+"""The contract, the objects that fulfil it, the errors, the command lines and the dialects."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+import cpr_agent
+from cpr_agent import errors
+from cpr_agent.bus.contract import escape, introspection, read_contract
+from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
+from cpr_agent.core.model import Definition, Located, MemorySection, VmSection
+from cpr_agent.vm.cmdline import plan_load, plan_start
+from cpr_agent.vm.dialects import choose
+from tests.samples import DEVDAX, manifest
+
+OBJECTS: list[type[BusObject]] = [ManagerObject, VmObject, JobObject]
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_each_object_has_what_its_interface_says_and_no_more(kind: type[BusObject]) -> None:
+    interface = read_contract()[kind.interface]
+    members = dict(inspect.getmembers(kind, inspect.isfunction))
+    assert {n.removeprefix("call_") for n in members if n.startswith("call_")} == set(interface.methods)
+    assert {n.removeprefix("get_") for n in members if n.startswith("get_")} == set(interface.properties)
+
+
+def test_every_method_names_its_polkit_action() -> None:
+    actions = {method.action for interface in read_contract().values() for method in interface.methods.values()}
+    assert actions == {f"org.cpragent1.{name}" for name in ("inspect", "manage-vms", "save", "load", "upgrade")}
+
+
+def test_introspection_is_the_contract() -> None:
+    contract = read_contract()
+    shown = introspection(list(contract.values()), ["vm"])
+    assert '<node name="vm"' in shown
+    for interface in contract.values():
+        assert all(f'name="{name}"' in shown for name in (*interface.methods, *interface.properties))
+
+
+@pytest.mark.parametrize(
+    ("label", "escaped"), [("web1", "web1"), ("web-1", "web_2d1"), ("1web", "_31web"), ("", "_"), ("a.b_c", "a_2eb_5fc")]
+)
+def test_names_are_escaped_as_systemd_does_it(label: str, escaped: str) -> None:
+    """sd_bus_path_encode(3)."""
+    assert escape(label) == escaped
+
+
+def test_the_tree_of_errors_lists_every_class() -> None:
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.CprError)]
+    assert errors.__doc__
+    listed = {line.split("─ ")[-1].split()[0] for line in errors.__doc__.splitlines() if "── " in line} | {"CprError"}
+    assert {c.__name__ for c in classes} == listed
+    assert len({c.kind for c in classes}) == len(classes)
+
+
+def test_an_error_says_which_vm_what_is_left_and_what_to_do() -> None:
+    error = errors.SaveFailed("could not be saved: disk full", vm="web1", left="the guest runs on", remedy="free some room")
+    assert str(error) == "VM web1: could not be saved: disk full. The guest runs on. Free some room."
+
+
+def test_one_package_imports_each_library() -> None:
+    """DESIGN: one third-party library, one importing package (msgspec is the language of data, in vm and store)."""
+    owners = {
+        "dbus_next": {"bus"},
+        "pystemd": {"host"},
+        "pyudev": {"memory"},
+        "xxhash": {"memory"},
+        "qemu": {"vm"},
+        "tenacity": {"vm"},
+        "click": {"cli"},
+        "rich": {"cli"},
+    }
+    root = Path(cpr_agent.__file__).parent
+    for path in root.rglob("*.py"):
+        package = path.relative_to(root).parts[0]
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if len(words) > 1 and words[0] in ("import", "from"):
+                library = words[1].split(".")[0]
+                assert package in owners.get(library, {package}), f"{path} imports {library}"
+                if package == "core":
+                    assert library in ("cpr_agent", "__future__") or library in __import__("sys").stdlib_module_names
+
+
+DEFINITION = Definition(
+    name="web1",
+    vm=VmSection(qemu="/usr/bin/qemu", arguments=("-machine", "q35,accel=kvm")),
+    memory=MemorySection(size=64 << 20, device="uuid:x"),  # type: ignore[arg-type]  # an int does
+)
+
+
+def test_a_start_has_the_memory_by_descriptor_and_three_sockets() -> None:
+    launch = plan_start(DEFINITION, Located(identity=DEVDAX, node="/dev/dax3.0"), Path("/run/x"), Path("/log"))
+    argv = " ".join(launch.argv)
+    assert launch.argv[0] == "/usr/bin/qemu"
+    assert "memory-backend-file,id=cpr-ram,size=67108864,mem-path=/proc/self/fd/10,share=on,align=2097152" in launch.argv
+    assert "/dev/dax3.0" not in argv
+    assert argv.count("mode=control") == 3
+    assert sorted(launch.sockets.values()) == [11, 12, 13]
+    assert "-incoming" not in launch.argv
+    assert "-display none" in argv
+
+
+def test_a_load_has_the_recorded_arguments_the_pinned_machine_and_waits() -> None:
+    saved = manifest()
+    launch = plan_load(saved, Located(identity=DEVDAX, node="/dev/dax9.0"), Path("/log"))
+    recorded = saved.launch.base_argv
+    assert launch.argv == (*recorded, "-machine", "type=pc-q35-10.0", "-S", "-incoming", "defer")
+    assert launch.base_argv == recorded
+    assert launch.node == "/dev/dax9.0"
+    assert launch.checkpoint == saved.id
+
+
+CAPABILITIES = {"meta-type": "enum", "name": "1", "members": [{"name": "xbzrle"}, {"name": "x-ignore-shared"}]}
+MODES = {"meta-type": "enum", "name": "2", "values": ["normal", "cpr-reboot"], "members": [{"name": "cpr-reboot"}]}
+
+
+def test_the_dialect_is_chosen_by_what_qemu_can_do() -> None:
+    assert choose([CAPABILITIES, MODES], "web1").name == "cpr-reboot"
+    assert choose([CAPABILITIES], "web1").name == "ignore-shared"
+    with pytest.raises(errors.QemuFailed, match="cannot leave RAM in place"):
+        choose([{"meta-type": "enum", "name": "1", "values": ["xbzrle"]}], "web1")

@@ -1,0 +1,127 @@
+"""Definitions: strict, and errors that help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpr_agent.core.model import Definition
+from cpr_agent.core.settings import Settings
+from cpr_agent.errors import InvalidDefinition
+from cpr_agent.vm.cmdline import collisions
+from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, parse_duration, parse_size, read_definition
+
+GOOD = """
+[vm]
+description = "front end"
+arguments = ["-machine", "q35,accel=kvm"]
+shutdown-timeout = "2min"
+[memory]
+size = "4G"
+device = "uuid:21dfda89-0355-4462-b7ed-7d7a01837540"
+offset = "2M"
+"""
+
+
+def write(tmp_path: Path, text: str, name: str = "web1") -> Path:
+    path = tmp_path / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_definition_is_read(tmp_path: Path) -> None:
+    definition = read_definition(write(tmp_path, GOOD))
+    assert definition.name == "web1"
+    assert definition.memory.size == 4 << 30
+    assert definition.memory.offset == 2 << 20
+    assert definition.vm.shutdown_timeout == 120
+    assert definition.save.order == 100
+    assert len(definition.digest) == 64
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("size", "sise", 'unknown key "memory.sise". Did you mean "size"?'),
+        ("shutdown-timeout", "shutdown_timeout", 'Did you mean "shutdown-timeout"?'),
+        ("[memory]", "[memroy]", 'Did you mean "memory"?'),
+        ("description", "nonsense-zzz", "Known are: arguments"),
+        ('"front end"', "7", "Expected `str`, got `int` - at `vm.description`"),
+        ('"4G"', '"4 gigs"', "is not a size such as 512M or 4G"),
+        ('"4G"', "true", "is not a size"),
+        ('"2min"', '"soon"', "is not a duration"),
+        ('"4G"', '"4097"', "multiples of 4096"),
+        ("uuid:", "dax:", "neither uuid:"),
+        ('"front end"', '"front', "is not TOML"),
+        ('size = "4G"', "", "missing required field `size`"),
+    ],
+)
+def test_a_mistake_is_named_with_its_file(tmp_path: Path, old: str, new: str, said: str) -> None:
+    path = write(tmp_path, GOOD.replace(old, new, 1))
+    with pytest.raises(InvalidDefinition) as caught:
+        read_definition(path)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["-web", "web 1", ".hidden", "x" * 64, "a@b"])
+def test_a_name_that_no_unit_could_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidDefinition, match="is not a VM name"):
+        read_definition(write(tmp_path, GOOD, name))
+
+
+def test_bad_definitions_do_not_hide_good_ones(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    write(tmp_path, "[vm", "broken")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    good, bad = DefinitionDirectory(tmp_path, tmp_path, tmp_path).load_all()
+    assert set(good) == {"web1"}
+    assert set(bad) == {"broken", "binary"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-m", "4G"),
+        ("--m", "4G"),
+        ("-S",),
+        ("-incoming", "defer"),
+        ("-name", "x"),
+        ("-daemonize",),
+        ("-machine", "q35,memory-backend=mine"),
+        ("-M", "q35,memory-backend=mine"),
+        ("-object", "memory-backend-ram,id=cpr-ram,size=1G"),
+        ("-chardev", "socket,id=cpr-agent,path=/x"),
+        ("-mon", "chardev=cpr-agent"),
+    ],
+)
+def test_arguments_that_the_agent_adds_are_refused(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    assert collisions(arguments)
+    listed = ", ".join(f'"{argument}"' for argument in arguments)
+    with pytest.raises(InvalidDefinition, match="what the agent adds itself"):
+        read_definition(write(tmp_path, GOOD.replace('"-machine", "q35,accel=kvm"', listed)))
+
+
+def test_other_arguments_are_the_admins() -> None:
+    assert not collisions(("-machine", "q35", "-smp", "4", "-device", "virtio-net,id=net-cpr-x", "-qmp", "unix:/x"))
+
+
+def test_the_packaged_examples_are_valid() -> None:
+    packaging = Path(__file__).parents[2] / "packaging"
+    assert decode_toml(packaging / "agent.toml", Settings) == Settings()
+    assert decode_toml(packaging / "example-vm.toml", Definition, name="web1").memory.size == 4 << 30
+
+
+@given(st.integers(0, 1 << 20), st.sampled_from(["", "K", "M", "G", "T", "k", "MiB", "GB"]))
+def test_sizes_are_powers_of_1024(number: int, unit: str) -> None:
+    exponent = " KMGT".index(unit[:1].upper() or " ")
+    assert parse_size(f"{number}{unit}") == number << (10 * exponent)
+
+
+@given(st.integers(0, 10000))
+def test_durations_have_units(number: int) -> None:
+    assert parse_duration(f"{number}ms") * 1000 == pytest.approx(number)
+    assert parse_duration(f"{number}min") == parse_duration(f"{number * 60}s") == parse_duration(str(number * 60))

@@ -1,0 +1,251 @@
+"""Memory: found by identity, never by name; proved before it is used."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
+from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
+from cpr_agent.memory.backends import HostMemory, filesystem_of
+from cpr_agent.memory.witness import PAGE, chosen_pages, new_witness, take_witness
+from cpr_agent.vm.launch import RefusedError, open_memory, take_ticket
+from tests.samples import DEVDAX, FILE
+
+DEVICE = DaxDevice(
+    node="/dev/dax1.0",
+    uuid=DEVDAX.uuid,
+    size_bytes=1 << 30,
+    align_bytes=2 << 20,
+    resource=0x240000000,
+    numa_node=0,
+)
+
+
+class FakeDevices:
+    """Implements memory.devices.Devices: a test machine has no dax device; the real ones are in tests/host."""
+
+    def __init__(self, *devices: DaxDevice) -> None:
+        self._devices = list(devices)
+
+    def list(self) -> list[DaxDevice]:
+        return self._devices
+
+    async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:  # noqa: ARG002
+        return next(filter(good, self._devices), None)
+
+
+def section(device: str = f"uuid:{DEVDAX.uuid}", size: int = 64 << 20, offset: int = 0) -> MemorySection:
+    return MemorySection(size=Bytes(size), device=device, offset=Bytes(offset))
+
+
+def locate(what: MemorySection, *devices: DaxDevice) -> Located:
+    return asyncio.run(HostMemory(FakeDevices(*devices)).locate(what, 0))
+
+
+def relocate(identity: MemoryIdentity, *devices: DaxDevice) -> Located:
+    return asyncio.run(HostMemory(FakeDevices(*devices)).relocate(identity, 0))
+
+
+def test_a_device_is_found_by_uuid_under_any_name() -> None:
+    other = replace(DEVICE, uuid="other", node="/dev/dax0.0")
+    assert locate(section(), other, DEVICE) == Located(identity=DEVDAX, node="/dev/dax1.0")
+    assert relocate(DEVDAX, replace(DEVICE, node="/dev/dax7.3")).node == "/dev/dax7.3"
+
+
+def test_a_missing_device_is_reported_with_those_that_are_there() -> None:
+    with pytest.raises(DeviceMissing, match=r"/dev/dax1\.0 \(uuid other\)"):
+        locate(section(), replace(DEVICE, uuid="other"))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (section(size=3 << 20), "memory.size 3145728 is not a multiple"),
+        (section(offset=1 << 20), "memory.offset 1048576 is not a multiple"),
+        (section(size=2 << 30), "but /dev/dax1.0 has 1073741824"),
+        (section(offset=1 << 30), "but /dev/dax1.0 has 1073741824"),
+    ],
+)
+def test_what_does_not_fit_the_device_is_refused(what: MemorySection, said: str) -> None:
+    with pytest.raises(MemoryUnusable, match=said):
+        locate(what, DEVICE)
+
+
+def test_a_device_without_uuid_is_refused() -> None:
+    with pytest.raises(MemoryUnusable, match="has no uuid"):
+        asyncio.run(HostMemory(FakeDevices(replace(DEVICE, uuid=""))).locate(section("/dev/dax1.0"), 0))
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (replace(DEVICE, size_bytes=512 << 20), "device_size_bytes was 1073741824, is 536870912"),
+        (replace(DEVICE, size_bytes=32 << 20), "but /dev/dax1.0 has 33554432"),
+        (replace(DEVICE, align_bytes=4096), "align_bytes was 2097152, is 4096"),
+        (replace(DEVICE, resource=0x340000000), "resource was 0x240000000, is 0x340000000"),
+    ],
+)
+def test_a_device_that_changed_is_refused(now: DaxDevice, said: str) -> None:
+    with pytest.raises(MemoryChanged, match=said):
+        relocate(DEVDAX, now)
+
+
+def test_a_resource_that_can_not_be_read_is_no_difference() -> None:
+    assert relocate(DEVDAX, replace(DEVICE, resource=None))
+
+
+@pytest.mark.parametrize("name", [f for f in asdict(DEVDAX) if f != "resource"])
+def test_every_field_of_an_identity_counts(name: str) -> None:
+    value = getattr(DEVDAX, name)
+    changed: object = value + 4096 if isinstance(value, int) else f"other-{value}"
+    if name == "survives":
+        changed = Survives.QEMU_RESTART
+    assert DEVDAX.differences(replace(DEVDAX, **{name: changed}))
+    assert not DEVDAX.differences(replace(DEVDAX))
+
+
+@given(st.integers(0, 8), st.integers(1, 8), st.integers(0, 8), st.integers(1, 8))
+def test_overlap_is_a_shared_byte(a: int, a_size: int, b: int, b_size: int) -> None:
+    first = replace(FILE, offset_bytes=a, size_bytes=a_size)
+    second = replace(FILE, offset_bytes=b, size_bytes=b_size)
+    shared = set(range(a, a + a_size)) & set(range(b, b + b_size))
+    assert first.overlaps(second) == second.overlaps(first) == bool(shared)
+    assert not first.overlaps(replace(second, inode=8))
+    assert not first.overlaps(replace(DEVDAX, offset_bytes=b, size_bytes=b_size))
+
+
+def test_a_false_node_is_refused_before_anything_waits(tmp_path: Path) -> None:
+    from cpr_agent.memory.backends import _refuse_false_node
+
+    _refuse_false_node(str(tmp_path / "missing"))
+    _refuse_false_node("/dev/null")
+    file, link = tmp_path / "dax0.0", tmp_path / "dax1.0"
+    file.touch()
+    link.symlink_to("/dev/null")
+    for node, what in ((file, "an ordinary file"), (link, "a symbolic link")):
+        with pytest.raises(MemoryUnusable, match=what):
+            _refuse_false_node(str(node))
+
+
+def test_the_file_system_of_shm_is_known() -> None:
+    assert filesystem_of(Path("/dev/shm").stat().st_dev)[0] == "tmpfs"
+
+
+# -- the witness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Located:
+    path = tmp_path / "ram"
+    path.write_bytes(os.urandom(PAGE * 512))
+    return Located(identity=replace(FILE, size_bytes=PAGE * 512), node=str(path))
+
+
+def damage(ram: Located, offset: int) -> None:
+    with Path(ram.node).open("r+b") as file:
+        file.seek(offset)
+        old = file.read(1)
+        file.seek(offset)
+        file.write(bytes([old[0] ^ 1]))
+
+
+@pytest.mark.parametrize("kind", ["sampled", "full"])
+def test_a_witness_is_the_same_for_the_same_memory(ram: Located, kind: str) -> None:
+    first = take_witness(ram, new_witness(kind))
+    assert first.digest
+    assert take_witness(ram, replace(first, digest="")) == first
+
+
+@given(offset=st.integers(0, PAGE * 512 - 1))
+def test_a_full_witness_catches_one_flipped_bit(tmp_path_factory: pytest.TempPathFactory, offset: int) -> None:
+    path = tmp_path_factory.mktemp("ram") / "ram"
+    path.write_bytes(bytes(PAGE * 512))
+    ram = Located(identity=replace(FILE, size_bytes=PAGE * 512), node=str(path))
+    before = take_witness(ram, Witness(kind="full"))
+    damage(ram, offset)
+    assert take_witness(ram, Witness(kind="full")) != before
+
+
+def test_a_sampled_witness_catches_damage_exactly_in_its_pages(ram: Located) -> None:
+    like = Witness(kind="sampled", seed=7, pages=64)
+    chosen = set(chosen_pages(ram.identity.size_bytes, 7, 64))
+    assert {0, 511} <= chosen
+    assert len(chosen) == 64
+    before = take_witness(ram, like)
+    for page in range(0, 512, 7):
+        damage(ram, page * PAGE + 100)
+        assert (take_witness(ram, like) != before) == (page in chosen)
+        damage(ram, page * PAGE + 100)
+
+
+def test_sampling_catches_as_much_as_the_formula_says() -> None:
+    """1 - (1 - f)^n, with f = 2 % of 8,192 pages and n = 64: 0.726. 400 seeds: six standard deviations are 0.13."""
+    total, pages, damaged = 8192, 64, set(range(4000, 4164))
+    hits = sum(bool(damaged & set(chosen_pages(total * PAGE, seed, pages))) for seed in range(400))
+    assert hits / 400 == pytest.approx(1 - (1 - len(damaged) / total) ** (pages - 2), abs=0.13)
+
+
+def test_small_memory_is_hashed_whole() -> None:
+    assert chosen_pages(PAGE * 8, 1, 4096) == list(range(8))
+
+
+# -- the launcher -----------------------------------------------------------------------------------------------------
+
+
+def wanted(path: Path, **changes: object) -> dict[str, object]:
+    info = path.stat()
+    identity = replace(FILE, size_bytes=PAGE, st_dev=info.st_dev, inode=info.st_ino)
+    return {**asdict(identity), **changes}
+
+
+def test_the_launcher_opens_the_very_file(tmp_path: Path) -> None:
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(PAGE))
+    os.close(open_memory(str(path), wanted(path)))
+    for changes in ({"inode": 1}, {"st_dev": 1}, {"size_bytes": PAGE + 1}, {"kind": "devdax"}):
+        with pytest.raises(RefusedError):
+            open_memory(str(path), wanted(path, **changes))
+
+
+def test_the_launcher_never_creates_nor_follows(tmp_path: Path) -> None:
+    path, link = tmp_path / "ram", tmp_path / "link"
+    path.write_bytes(bytes(PAGE))
+    link.symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        open_memory(str(link), wanted(path))
+    missing = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError):
+        open_memory(str(missing), wanted(path))
+    assert not missing.exists()
+
+
+def test_a_device_that_is_no_dax_device_is_refused() -> None:
+    with pytest.raises(RefusedError, match="is not the memory that was proved"):
+        open_memory("/dev/zero", asdict(DEVDAX))
+
+
+def test_a_ticket_is_good_for_one_start(tmp_path: Path) -> None:
+    (tmp_path / "ticket.json").write_text(json.dumps({"argv": ["/bin/true"]}))
+    assert take_ticket(tmp_path)["argv"] == ["/bin/true"]
+    with pytest.raises(RefusedError, match="there is no ticket"):
+        take_ticket(tmp_path)
+
+
+def test_the_launcher_needs_the_standard_library_alone() -> None:
+    """Each VM's pause waits for its start, and the unit runs it without site-packages."""
+    for module in ("launch", "shutdown"):
+        path = Path(__file__).parents[2] / f"agent/cpr_agent/vm/{module}.py"
+        ended = subprocess.run([sys.executable, "-I", "-S", path, "/nonexistent/x", "1"], capture_output=True, check=False)
+        assert b"ImportError" not in ended.stderr
+        assert b"ModuleNotFoundError" not in ended.stderr

@@ -1,0 +1,200 @@
+"""Checkpoints and journal: whole or not at all, and nothing is guessed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cpr_agent.core.model import Manifest
+from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
+from cpr_agent.host.this_host import ThisHost
+from cpr_agent.store.atomic import write_atomically
+from cpr_agent.store.checkpoints import CheckpointStore
+from cpr_agent.store.journal import FileJournal
+from tests.samples import manifest
+
+STATE = b"QEVM\x00\x00\x00\x03" + b"device state" * 100
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    (tmp_path / "exports").mkdir()
+    return CheckpointStore(tmp_path / "checkpoints", (tmp_path / "exports",))
+
+
+def save(store: CheckpointStore, vm: str = "web1", filename: str = "", content: bytes = STATE) -> Manifest:
+    pending = store.begin(vm, filename)
+    os.write(pending.fd, content)
+    saved = manifest(vm=vm, vmstate=pending.seal())
+    pending.commit(saved)
+    return saved
+
+
+def test_a_checkpoint_is_live_once_it_is_committed(store: CheckpointStore) -> None:
+    pending = store.begin("web1", "")
+    os.write(pending.fd, STATE)
+    vmstate = pending.seal()
+    assert store.live("web1") is None
+    assert vmstate.sha256 == hashlib.sha256(STATE).hexdigest()
+    saved = manifest(vmstate=vmstate)
+    pending.commit(saved)
+    assert store.live("web1") == saved
+    assert store.live_all() == ["web1"]
+
+
+def test_an_aborted_save_leaves_nothing(store: CheckpointStore) -> None:
+    pending = store.begin("web1", "")
+    os.write(pending.fd, STATE)
+    vmstate = pending.seal()
+    pending.commit(manifest(vmstate=vmstate))
+    pending.abort()
+    assert store.live("web1") is None
+    assert list((store.root / "web1").iterdir()) == []
+
+
+@pytest.mark.parametrize("act", ["consume", "discard"])
+def test_a_spent_checkpoint_is_kept_as_evidence_but_never_live(store: CheckpointStore, act: str) -> None:
+    saved = save(store)
+    if act == "consume":
+        store.consume(saved)
+    else:
+        store.discard("web1")
+    assert store.live("web1") is None
+    suffix = {"consume": "loaded", "discard": "discarded"}[act]
+    assert sorted(p.name for p in (store.root / "web1").iterdir()) == [f"manifest.json.{suffix}", f"vmstate.{suffix}"]
+    assert save(store) == store.live("web1")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(data=st.data())
+def test_a_manifest_with_any_byte_changed_is_unreadable_or_equal(store: CheckpointStore, data: st.DataObject) -> None:
+    if store.checkpointed("web1"):  # of the example before
+        store.discard("web1")
+    saved = save(store)
+    path = store.root / "web1/manifest.json"
+    content = bytearray(path.read_bytes())
+    where = data.draw(st.integers(0, len(content) - 1))
+    content[where] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        assert store.live("web1") == saved
+    except CheckpointUnreadable as error:
+        assert "cprctl discard web1" in str(error)
+    assert path.exists()
+
+
+def test_a_truncated_manifest_is_unreadable(store: CheckpointStore) -> None:
+    save(store)
+    path = store.root / "web1/manifest.json"
+    content = path.read_bytes()
+    for length in (0, 1, len(content) // 2, len(content) - 2):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointUnreadable):
+            store.live("web1")
+        assert store.checkpointed("web1")
+
+
+def test_a_manifest_of_another_vm_is_unreadable(store: CheckpointStore) -> None:
+    save(store, "web2")
+    (store.root / "web2").rename(store.root / "web1")
+    with pytest.raises(CheckpointUnreadable, match="belongs to VM web2"):
+        store.live("web1")
+
+
+@pytest.mark.parametrize("content", [b"", b"QEVM", b"QEVM\x00\x00\x00\x04", b"MZ" + STATE])
+def test_what_qemu_wrote_must_look_like_a_state(store: CheckpointStore, content: bytes) -> None:
+    pending = store.begin("web1", "")
+    os.write(pending.fd, content)
+    with pytest.raises(NotVmstate):
+        pending.seal()
+    pending.abort()
+
+
+def test_only_the_very_state_is_opened(store: CheckpointStore) -> None:
+    saved, other = save(store), save(store, "web2", content=STATE + b"!")
+    fd = store.open_vmstate(saved, "")
+    assert os.read(fd, 4) == b"QEVM"
+    os.close(fd)
+    path = Path(saved.vmstate.path)
+    path.write_bytes(STATE[:-1] + b"?")
+    with pytest.raises(ProofFailed, match="is not the state that was saved"):
+        store.open_vmstate(saved, "")
+    path.write_bytes(Path(other.vmstate.path).read_bytes())
+    with pytest.raises(ProofFailed, match="the state of VM web2"):
+        store.open_vmstate(saved, "")
+    path.unlink()
+    path.symlink_to(other.vmstate.path)
+    with pytest.raises(NotVmstate):
+        store.open_vmstate(saved, "")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(NotVmstate, match="not a regular file"):
+        store.open_vmstate(saved, "")
+
+
+def test_files_are_confined(store: CheckpointStore, tmp_path: Path) -> None:
+    exports = store.file_directories[0]
+    (exports / "sub").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (exports / "link").symlink_to(tmp_path / "elsewhere")
+    for filename in ("x", f"{exports}/../x", f"{tmp_path}/x", f"{exports}/link/x", f"{exports}/none/x", "/etc/passwd"):
+        with pytest.raises(InvalidArgument):
+            store.begin("web1", filename)
+    save(store, filename=str(exports / "sub/state"))
+    store.discard("web1")
+    assert [p.name for p in (exports / "sub").iterdir()] == ["state.discarded"]
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    path.with_name(".file.tmp").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_the_journal_is_read_back(tmp_path: Path) -> None:
+    journal = FileJournal(tmp_path / "journal", ThisHost())
+    journal.append("save-begin", vm="web1", run_state="running")
+    journal.append("saved", vm="web1")
+    journal.close()
+    again = FileJournal(tmp_path / "journal", ThisHost())
+    assert [record["event"] for record in again.records()] == ["save-begin", "saved"]
+    assert again.records()[0]["run_state"] == "running"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(cut=st.integers(0, 700))
+def test_a_journal_cut_anywhere_yields_a_prefix_and_goes_on(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "journal"
+    path.unlink(missing_ok=True)
+    journal = FileJournal(path, ThisHost())
+    for number in range(4):
+        journal.append("event", number=number)
+    journal.close()
+    path.write_bytes(path.read_bytes()[:cut])
+    journal = FileJournal(path, ThisHost())
+    kept = len(journal.records())
+    assert [record["number"] for record in journal.records()] == list(range(kept))
+    journal.append("event", number=kept)
+    journal.close()
+    assert [r["number"] for r in FileJournal(path, ThisHost()).records()] == list(range(kept + 1))
+
+
+def test_a_journal_damaged_in_the_middle_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = FileJournal(path, ThisHost())
+    for number in range(3):
+        journal.append("event", number=number)
+    journal.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"event", b"evens") + lines[2])
+    journal = FileJournal(path, ThisHost())
+    assert [record["number"] for record in journal.records()] == [0]
+    assert len(list(tmp_path.glob("journal.damaged-*"))) == 1
