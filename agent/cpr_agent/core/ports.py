@@ -100,6 +100,9 @@ class Memory(Protocol):
     async def relocate(self, identity: MemoryIdentity, timeout_s: float) -> Located:
         """Find memory again that a checkpoint left behind. Raises DeviceMissing, MemoryChanged."""
 
+    def creatable(self, section: MemorySection) -> bool:
+        """True if the memory is a file that is not there yet, and ``prepare`` would create it."""
+
     async def prepare(self, section: MemorySection, user: str) -> None:
         """For a fresh start: create a memory file that is not there yet. Devices are never created."""
 

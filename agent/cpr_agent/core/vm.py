@@ -168,7 +168,7 @@ class Vm:
             add("error", "held", self.problem_held(), "the guest waits in its memory", f"cprctl status {self.name}")
         launch = self.launched()
         memory = launch.memory if launch else manifest.memory if manifest else None
-        if memory is None and self.definition is not None:
+        if memory is None and self.definition and not self._ports.memory.creatable(self.definition.memory):
             try:
                 memory = (await self._ports.memory.locate(self.definition.memory, 0.5)).identity
             except MemoryUnusable as error:

@@ -59,14 +59,15 @@ class HostMemory:
             )
         return located
 
+    def creatable(self, section: MemorySection) -> bool:
+        path = Path(section.device)
+        is_device = section.device.startswith(("uuid:", "/dev/dax"))
+        return not is_device and path.parent.is_dir() and not os.path.lexists(path)
+
     async def prepare(self, section: MemorySection, user: str) -> None:
-        if section.device.startswith(("uuid:", "/dev/dax")):
+        if not self.creatable(section):
             return
         path = Path(section.device)
-        if os.path.lexists(path):
-            return
-        if not path.parent.is_dir():
-            raise DeviceMissing(f"the directory {path.parent} of its memory file does not exist")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             if os.geteuid() == 0:
