@@ -110,7 +110,8 @@ def _report(request: RunRequest, result: RunResult) -> None:
         for name in ("qemu.log", "console.log", *(() if request.follow else ("scenario.log",))):
             path = request.out / name
             lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-            print(f"--- the end of {path}", *lines[-TAIL_LINES:], sep="\n")
+            if lines:
+                print(f"--- the end of {path}", *lines[-TAIL_LINES:], sep="\n")
     told = {
         Outcome.PASS: "pass",
         Outcome.FAIL: "fail",

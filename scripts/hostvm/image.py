@@ -107,8 +107,8 @@ def build_image() -> Image:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not entry.is_dir():
             _build(cache, entry)
+            _remove_others(cache, entry)
         _point(cache / "host-root", entry / "root")
-        _remove_others(cache, entry)
     return Image(entry)
 
 
@@ -132,11 +132,14 @@ def _build(cache: Path, entry: Path) -> None:
 
 def _mmdebstrap_command(root: Path) -> list[str]:
     return [
+        # In namespaces of its own: when this program is killed, no process and no mount is left.
+        *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
         "mmdebstrap",
         "--variant=minbase",
         f"--include={','.join(_packages())}",
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
         *(f"--aptopt={option}" for option in _apt_options()),
+        "--skip=cleanup/reproducible",  # it would empty /etc/machine-id: every boot a journal of its own
         f'--customize-hook="{RECIPE}/customize" "$1"',
         SUITE,
         str(root),
@@ -204,14 +207,14 @@ def _step(title: str, log: Path) -> Iterator[Path]:
         yield log
     except subprocess.CalledProcessError as error:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise HostVmError(f"{error.cmd[0]} failed with {error.returncode}; the end of {log}:\n{tail}") from error
+        raise HostVmError(f"this step failed with {error.returncode}; the end of {log}:\n{tail}") from error
     say(f"  done in {time.monotonic() - start:.0f} s")
 
 
 def _run_logged(command: list[str], log: Path) -> None:
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-    environment = {**os.environ, "PATH": path, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": ""}
-    del environment["SOURCE_DATE_EPOCH"]  # the image is not meant to be reproducible; mmdebstrap would pin dates
+    # Without SOURCE_DATE_EPOCH, by which mmdebstrap would date files: the image is not meant to be reproducible.
+    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+    environment |= {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin", "LC_ALL": "C.UTF-8"}
     with log.open("wb") as output:
         subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 

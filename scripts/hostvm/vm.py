@@ -27,7 +27,7 @@ FAIL_CODE = 125
 TERMINATION_GRACE_S = 10
 COMMAND_LINE = (
     "root=/dev/vda rw console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off fsck.mode=skip nowatchdog audit=0 "
-    "lsm=capability,landlock,yama random.trust_cpu=on no_timer_check rcupdate.rcu_cpu_stall_timeout=120"
+    "lsm=capability,landlock,yama random.trust_cpu=on no_timer_check tsc=reliable rcupdate.rcu_cpu_stall_timeout=120"
 )
 
 
@@ -78,10 +78,12 @@ def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
     create = [*loader_command(image.root, "usr/bin/qemu-img"), "create", "-q", "-f", "qcow2"]
     subprocess.run([*create, "-b", str(image.base), "-F", "raw", str(overlay)], check=True)
 
+    command = _command(image, request, scratch)
+    (request.out / "qemu-command").write_text(shlex.join(command) + "\n")
     start = time.monotonic()
     with (request.out / "scenario.log").open("wb") as log, (request.out / "qemu.log").open("wb") as errors:
         follower = _Follower(log, start, show=request.follow)
-        code = _run_qemu(_command(image, request, scratch), errors, start + request.timeout_s, follower.feed)
+        code = _run_qemu(command, errors, start + request.timeout_s, follower.feed)
     duration_s = time.monotonic() - start
 
     outcome = {PASS_CODE: Outcome.PASS, FAIL_CODE: Outcome.FAIL, None: Outcome.TIMEOUT}.get(code, Outcome.CRASH)
@@ -114,7 +116,9 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
     return [
         str(qemu_wrapper(image.entry)),
         *("-name", "host-vm", "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-machine", "q35,nvdimm=on,hpet=off,sata=off,smbus=off,vmport=off", "-accel", "tcg,thread=multi,tb-size=1024"),
+        *("-machine", "q35,nvdimm=on,hpet=off,sata=off,smbus=off,vmport=off"),
+        # After a kexec the old kernel's translations are dead weight: a large buffer made that boot twice as slow.
+        *("-accel", "tcg,thread=multi,tb-size=256"),
         *("-cpu", "max,-la57", "-smp", str(request.smp)),
         *("-m", f"{request.memory},slots=2,maxmem={ceiling}"),
         *("-object", f"memory-backend-file,id=nvdimm,share=on,size={request.nvdimm},mem-path={scratch}/nvdimm"),
@@ -157,8 +161,6 @@ def _pack_payload(request: RunRequest, target: Path) -> None:
 
 def _run_qemu(command: list[str], errors: BinaryIO, deadline: float, feed: Callable[[bytes], None]) -> int | None:
     """Runs QEMU until it exits (its code) or the deadline passes (None); nothing is left running."""
-    errors.write(f"{shlex.join(command)}\n".encode())
-    errors.flush()
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as qemu:
         try:
             assert qemu.stdout is not None
