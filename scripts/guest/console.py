@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 LINE = re.compile(rb"cpr-guest boot=([0-9a-f]+) count=(\d+) bad=(\d+)\r?\n")
@@ -44,7 +45,7 @@ def read_console(path: Path, min_lines: int = 2) -> ConsoleReport:
     boots = tuple(dict.fromkeys(boot for boot, _, _ in seen))
     if len(boots) > 1:
         problems.append(f"it was booted {len(boots)} times ({', '.join(boots)})")
-    breaks = [(a, b) for (_, a, _), (_, b, _) in zip(seen, seen[1:], strict=False) if b != a + 1]
+    breaks = [(a, b) for (_, a, _), (_, b, _) in pairwise(seen) if b != a + 1]
     problems += [f"the counter went from {a} to {b}" for a, b in breaks[:3]]
     if any(bad for _, _, bad in seen):
         problems.append("the guest found its memory changed")

@@ -93,11 +93,10 @@ def vm(data: dict[str, Any]) -> None:
         )
     elif checkpoint:
         rows["Checkpoint"] = checkpoint["error"]
-    table = Table(box=None, show_header=False, pad_edge=False, title=data["Name"], title_justify="left")
+    _print(f"[bold]{data['Name']}[/]")
     for name, value in rows.items():
         if value:
-            table.add_row(f"[bold]{name}[/]", value)
-    _print(table)
+            _print(f"  {name + ':':<13} {value}")
 
 
 def saved(name: str, data: dict[str, Any]) -> None:
