@@ -89,7 +89,7 @@ async def serve(paths: Paths, address: str | None, runner: str) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(manager.reload()))
+    loop.add_signal_handler(signal.SIGHUP, lambda: manager.jobs.start("reload", lambda _: manager.reload()))
     log.info("cpr-agentd %s: %d VMs, run as %s", __version__, len(manager.vms), "units" if systemd else "processes")
     notify(ready=1, status=f"{len(manager.vms)} VMs")
 

@@ -38,6 +38,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def linux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with vmlinuz and initrd.img, the kernel from the host VM's root."""
+    out = tmp_path_factory.mktemp("guest")
+    subprocess.run([ROOT / "scripts/guest/build-all", out], check=True)
+    return out
+
+
 def _qemu(version: str) -> str:
     if version not in QEMUS:
         missing = f"no QEMU {version} here (found: {', '.join(QEMUS) or 'none'}); build it with: make host-root"

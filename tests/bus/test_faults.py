@@ -96,8 +96,20 @@ def test_a_missing_dax_device_is_waited_for_and_named(lab: Lab) -> None:
 def test_a_memory_file_that_is_too_small(lab: Lab) -> None:
     guest = lab.guest()
     guest.ram.write_bytes(b"x" * 4096)
+    guest.ram.chmod(0o600)
     refused(guest, "MemoryUnusable", "has 4096 bytes", member="Start")
     assert guest.ram.read_bytes() == b"x" * 4096
+
+
+def test_a_memory_file_of_somebody_else_is_refused(lab: Lab) -> None:
+    guest = lab.guest()
+    guest.ram.touch()
+    guest.ram.chmod(0o644)
+    refused(guest, "MemoryUnusable", "others could read", member="Start")
+    if os.geteuid() == 0:
+        guest.ram.chmod(0o600)
+        os.chown(guest.ram, 65534, 65534)
+        refused(guest, "MemoryUnusable", "belongs to user 65534", member="Start")
 
 
 def test_a_memory_that_is_a_directory_or_a_link(lab: Lab) -> None:

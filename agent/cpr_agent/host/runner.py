@@ -77,12 +77,13 @@ class BaseRunner(ABC):
             log.replace(f"{log}.1")
         log.touch(mode=0o640)
         data = msgspec.json.encode(launch)
-        ticket = directory / TICKET
-        write_atomically(ticket, data, 0o400)
+        owner = None
         if os.geteuid() == 0:
             account = pwd.getpwnam(launch.user)
-            for path in (directory, ticket, log):
-                os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
+            owner = (account.pw_uid, account.pw_gid)
+            for path in (directory, log):
+                os.chown(path, *owner, follow_symlinks=False)
+        write_atomically(directory / TICKET, data, 0o400, owner)
         make_private_directory(self._record(launch.vm).parent)
         write_atomically(self._record(launch.vm), data)
 

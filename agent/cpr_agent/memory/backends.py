@@ -65,9 +65,10 @@ class HostMemory:
         return not is_device and path.parent.is_dir() and not os.path.lexists(path)
 
     async def prepare(self, section: MemorySection, user: str) -> None:
-        if not self.creatable(section):
-            return
         path = Path(section.device)
+        if not self.creatable(section):
+            _refuse_foreign_file(path, user)
+            return
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             if os.geteuid() == 0:
@@ -109,6 +110,22 @@ def _refuse_false_node(node: str) -> None:
             f"{node} is not a device but {'a symbolic link' if stat.S_ISLNK(mode) else 'an ordinary file'}",
             left="nothing was started",
             remedy=f"remove {node} and name the memory by its uuid: see `cprctl devices`",
+        )
+
+
+def _refuse_foreign_file(path: Path, user: str) -> None:
+    """Anybody can put a file into /dev/shm first, and would read the guest's RAM."""
+    try:
+        info = path.lstat()
+        owners = {0, os.geteuid(), pwd.getpwnam(user).pw_uid if os.geteuid() == 0 else 0}
+    except (OSError, KeyError):
+        return  # what is wrong is said when it is located, or when QEMU is to run as this user
+    if stat.S_ISREG(info.st_mode) and (info.st_uid not in owners or info.st_mode & 0o007):
+        raise MemoryUnusable(
+            f"its memory file {path} belongs to user {info.st_uid} with mode {stat.S_IMODE(info.st_mode):o}: "
+            "others could read the guest's RAM",
+            left="nothing was started",
+            remedy=f"remove {path}, the agent makes a new one; or: chown {user} and chmod 600",
         )
 
 

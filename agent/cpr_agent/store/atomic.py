@@ -24,14 +24,19 @@ def make_private_directory(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace ``path`` with ``data``: temporary name, fsync, rename, fsync of the directory. Raises OSError."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+    """Replace ``path`` with ``data``: temporary name, fsync, rename, fsync of the directory. Raises OSError.
+
+    ``owner`` (uid, gid) is set on the descriptor, so that nobody who may write to the directory can redirect it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
             file.write(data)
+            if owner:
+                os.fchown(file.fileno(), *owner)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
