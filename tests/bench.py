@@ -1,0 +1,156 @@
+"""Core on a bench: real store, journal, definitions and memory on files; QEMUs are fakes, and the agent can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import DaxDevice, Manifest, Vmstate
+from cpr_agent.core.ports import Ports
+from cpr_agent.core.settings import AgentSection, Seconds, Settings
+from cpr_agent.core.vm import Vm
+from cpr_agent.host.this_host import ThisHost
+from cpr_agent.memory.backends import HostMemory
+from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
+from cpr_agent.store.history import History
+from cpr_agent.store.journal import FileJournal
+from cpr_agent.vm.definition import DefinitionDirectory
+from tests.fakes import FakeDevices, FakeQemu, FakeRunner
+
+T = TypeVar("T")
+RAM_BYTES = 16384
+SETTINGS = Settings(agent=AgentSection(device_timeout=Seconds(0)))
+
+
+class MortalJournal(FileJournal):
+    """The real one, and the agent can die before and after each record."""
+
+    def __init__(self, path: Path, host: ThisHost, require_agent: Callable[[], None]) -> None:
+        super().__init__(path, host)
+        self._require_agent = require_agent
+
+    def append(self, event: str, **facts: object) -> None:
+        self._require_agent()
+        super().append(event, **facts)
+        self._require_agent()
+
+
+class MortalState:
+    """Implements core.ports.PendingState by the real one; the agent can die around each act."""
+
+    def __init__(self, pending: PendingVmstate, require_agent: Callable[[], None]) -> None:
+        self._pending = pending
+        self._require_agent = require_agent
+        self.fd = pending.fd
+        self.path = pending.path
+
+    def seal(self) -> Vmstate:
+        self._require_agent()
+        return self._pending.seal()
+
+    def commit(self, manifest: Manifest) -> None:
+        self._require_agent()
+        self._pending.commit(manifest)
+        self._require_agent()
+
+    def abort(self) -> None:
+        self._require_agent()
+        self._pending.abort()
+        self._require_agent()
+
+
+class MortalStore(CheckpointStore):
+    """Likewise."""
+
+    def __init__(self, root: Path, require_agent: Callable[[], None]) -> None:
+        super().__init__(root, ())
+        self._require_agent = require_agent
+
+    def begin(self, vm: str, filename: str) -> MortalState:  # type: ignore[override]  # the port's type
+        self._require_agent()
+        return MortalState(super().begin(vm, filename), self._require_agent)
+
+    def consume(self, manifest: Manifest) -> None:
+        self._require_agent()
+        super().consume(manifest)
+        self._require_agent()
+
+    def discard(self, vm: str) -> None:
+        self._require_agent()
+        super().discard(vm)
+        self._require_agent()
+
+
+class Bench:
+    """Definitions, disk and QEMUs that outlive any agent; ``run`` is one agent's life."""
+
+    def __init__(self, root: Path, host: ThisHost | None = None) -> None:
+        self.root = root
+        self.runner = FakeRunner()
+        self.devices = FakeDevices()
+        self._host = host or ThisHost()
+        self.definitions = root / "vms"
+        self.definitions.mkdir()
+
+    def define(self, name: str, device: str = "", order: int = 100, autostart: bool = False) -> None:
+        (self.definitions / f"{name}.toml").write_text(
+            f'[vm]\nuser = "root"\nautostart = {"true" if autostart else "false"}\n[save]\norder = {order}\n'
+            f'[memory]\nsize = "{RAM_BYTES}"\ndevice = "{device or self.root / f"{name}.ram"}"\n'
+        )
+
+    def define_device(self, name: str) -> str:
+        """A dax device, with an ordinary file in the place of its node, which core does not look at."""
+        node = self.root / f"{name}.dax"
+        node.write_bytes(bytes(RAM_BYTES))
+        device = DaxDevice(
+            node=str(node), uuid=f"uuid-of-{name}", size_bytes=RAM_BYTES, align_bytes=4096, resource=None, numa_node=0
+        )
+        self.devices = FakeDevices(*self.devices.list(), device)
+        return f"uuid:{device.uuid}"
+
+    def run(self, work: Callable[[Manager], Awaitable[T]]) -> T:
+        """Start an agent, let it recover, do ``work`` with it, and end it; what it left in the loop is cancelled."""
+
+        async def life() -> T:
+            self.runner.agent_lives = True
+            for qemu in self.runner.qemus.values():
+                await qemu.close()  # the connections of the agent before
+            require = self.runner.require_agent
+            ports = Ports(
+                definitions=DefinitionDirectory(self.definitions, self.root / "run", self.root / "log"),
+                runner=self.runner,
+                memory=HostMemory(self.devices),
+                store=MortalStore(self.root / "checkpoints", require),
+                journal=MortalJournal(self.root / "journal", self._host, require),
+                history=History(self.root / "history"),
+                host=self._host,
+            )
+            manager = Manager(ports, SETTINGS)
+            with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
+                await manager.reload()
+                await manager.recover()
+                result = await work(manager)
+                await manager.close()
+                return result
+
+        return asyncio.run(life())
+
+    def vm(self, work: Callable[[Vm], Awaitable[T]], name: str = "web1") -> T:
+        """``run`` with one VM."""
+        return self.run(lambda manager: work(manager.vm(name)))
+
+    def records(self) -> list[str]:
+        journal = FileJournal(self.root / "journal", self._host)
+        journal.close()
+        return [str(record["event"]) for record in journal.records()]
+
+    def qemu(self, name: str = "web1") -> FakeQemu:
+        return self.runner.qemus[name]
+
+    def files(self, name: str = "web1") -> list[str]:
+        directory = self.root / "checkpoints" / name
+        return sorted(path.name for path in directory.iterdir()) if directory.exists() else []

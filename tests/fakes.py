@@ -1,0 +1,230 @@
+"""Fakes of what the unit tests can't have: QEMU processes that can be told how to fail, and dax devices.
+
+Everything else around core is real in the unit tests too: store, journal, definitions, memory and its witness, on files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cpr_agent.core.model import DaxDevice, DiskIdentity, Launch, QemuFacts
+from cpr_agent.core.ports import Qemu
+from cpr_agent.errors import LoadFailed, QemuFailed
+
+HEADER = b"QEVM\x00\x00\x00\x03"
+
+
+class AgentKilled(BaseException):
+    """What every port raises once the agent is dead: nothing that it would do after a SIGKILL happens."""
+
+
+@dataclass
+class Gate:
+    """An operation that waits here until ``go`` is set."""
+
+    entered: asyncio.Event = field(default_factory=asyncio.Event)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class FakeDevices:
+    """Implements memory.devices.Devices: a test machine has no dax device; the real ones are in tests/host."""
+
+    def __init__(self, *devices: DaxDevice) -> None:
+        self._devices = list(devices)
+
+    def list(self) -> list[DaxDevice]:
+        return self._devices
+
+    async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:  # noqa: ARG002
+        return next(filter(good, self._devices), None)
+
+
+class FakeQemu:
+    """Implements core.ports.Qemu: a guest that counts, in the real file that is its RAM, each time that it gets to run.
+
+    A fake because a real QEMU can't be made to fail or to wait in each of its operations; the same acts on real ones are in
+    tests/bus. It notices what a real one would not: being loaded with a state that does not belong to its RAM.
+    """
+
+    def __init__(self, runner: FakeRunner, launch: Launch) -> None:
+        self.launch = launch
+        self.status = "inmigrate"
+        self.loaded = False
+        self._runner = runner
+        self._callbacks: list[Callable[[str], None]] = []
+        if launch.kind == "start":
+            self.run(booting=True)
+
+    # -- the guest ----------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        with Path(self.launch.node).open("rb") as ram:
+            return int.from_bytes(os.pread(ram.fileno(), 8, self.launch.memory.offset_bytes), "big")
+
+    def run(self, *, booting: bool = False) -> None:
+        """The guest runs, and counts; a boot starts the count far from any other."""
+        self.status = "running"
+        count = (self._runner.boots() if booting else self.count) + 1
+        with Path(self.launch.node).open("r+b") as ram:
+            os.pwrite(ram.fileno(), count.to_bytes(8, "big"), self.launch.memory.offset_bytes)
+        self._runner.counts[self.launch.vm] = count
+
+    def by_hand(self, status: str) -> None:
+        """What an admin does over another socket."""
+        if status == "running":
+            self.run()
+        self.status = status
+        for callback in list(self._callbacks):
+            callback({"running": "RESUME"}.get(status, "STOP"))
+
+    # -- the port -----------------------------------------------------------------------------------------------------
+
+    def on_change(self, callback: Callable[[str], None]) -> None:
+        self._callbacks.append(callback)
+
+    async def _step(self, operation: str) -> None:
+        self._runner.require_agent()
+        if self._runner.qemus.get(self.launch.vm) is not self:
+            raise QemuFailed("QEMU is gone", vm=self.launch.vm)
+        if gate := self._runner.gates.get((self.launch.vm, operation)):
+            gate.entered.set()
+            await gate.go.wait()
+        if fault := self._runner.faults.get((self.launch.vm, operation)):
+            raise fault
+
+    async def run_state(self) -> str:
+        await self._step("run_state")
+        return self.status
+
+    async def blocked_reasons(self, launch: Launch) -> list[str]:  # noqa: ARG002
+        await self._step("blocked_reasons")
+        return self._runner.blocked.get(self.launch.vm, [])
+
+    async def facts(self) -> QemuFacts:
+        return QemuFacts(version="10.0", machine_type="pc-q35-10.0", dialect="cpr-reboot")
+
+    async def disks(self) -> tuple[DiskIdentity, ...]:
+        return ()
+
+    async def save(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
+        await self._step("save")
+        os.write(vmstate_fd, HEADER + json.dumps({"vm": self.launch.vm, "count": self.count}).encode())
+        self.status = "postmigrate"
+        await self._step("after-save")
+        return 0.0
+
+    async def load(self, vmstate_fd: int, timeout_s: float) -> None:  # noqa: ARG002
+        await self._step("load")
+        state = json.loads(os.read(vmstate_fd, 1000).removeprefix(HEADER))
+        if self.status != "inmigrate":
+            raise LoadFailed("it is not waiting for a state", vm=self.launch.vm)
+        if state != {"vm": self.launch.vm, "count": self.count}:
+            self._runner.violations.append(f"VM {self.launch.vm}: {state} loaded onto count {self.count}")
+        self.status, self.loaded = "paused", True
+        await self._step("after-load")
+
+    async def cont(self) -> float:
+        await self._step("cont")
+        if self.status not in ("postmigrate", "paused"):
+            raise QemuFailed(f"cannot continue from {self.status}", vm=self.launch.vm)
+        self.run()
+        await self._step("after-cont")
+        return 0.0
+
+    async def powerdown(self) -> None:
+        await self._step("powerdown")
+        self._runner.end(self.launch.vm)
+
+    async def quit(self) -> None:
+        self._runner.require_agent()
+        if self._runner.qemus.get(self.launch.vm) is self:
+            self._runner.end(self.launch.vm)
+
+    async def close(self) -> None:
+        self._callbacks.clear()
+
+
+class FakeRunner:
+    """Implements core.ports.Runner, and is the world that outlives an agent: its QEMUs go on when the agent is replaced.
+
+    ``faults`` and ``gates`` are by VM and operation; ``counts`` is how far each guest got; ``violations`` must stay empty.
+    """
+
+    def __init__(self) -> None:
+        self.qemus: dict[str, FakeQemu] = {}
+        self.faults: dict[tuple[str, str], Exception] = {}
+        self.gates: dict[tuple[str, str], Gate] = {}
+        self.blocked: dict[str, list[str]] = {}
+        self.counts: dict[str, int] = {}
+        self.violations: list[str] = []
+        self.started: list[tuple[str, str]] = []
+        self.agent_lives = True
+        self._launches: dict[str, Launch] = {}
+        self._boots = 0
+
+    def require_agent(self) -> None:
+        if not self.agent_lives:
+            raise AgentKilled
+
+    def boots(self) -> int:
+        self._boots += 1
+        return self._boots * 1000
+
+    def end(self, name: str) -> None:
+        self.qemus.pop(name, None)
+
+    async def start(self, launch: Launch) -> None:
+        self.require_agent()
+        self.started.append((launch.vm, launch.kind))
+        self._launches[launch.vm] = launch
+        if fault := self.faults.get((launch.vm, "start")):
+            raise fault
+        assert launch.vm not in self.qemus, "two QEMUs for one VM"
+        self.qemus[launch.vm] = FakeQemu(self, launch)
+
+    async def connect(self, name: str, timeout_s: float) -> Qemu:  # noqa: ARG002
+        self.require_agent()
+        if gate := self.gates.get((name, "connect")):
+            gate.entered.set()
+            await gate.go.wait()
+        if fault := self.faults.get((name, "connect")):
+            raise fault
+        return self.qemus[name]
+
+    async def active(self, name: str) -> int:
+        """This process's own PID stands for all: /proc has it."""
+        self.require_agent()
+        return os.getpid() if name in self.qemus else 0
+
+    async def wait_exit(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002
+        return name not in self.qemus
+
+    async def kill(self, name: str) -> None:
+        self.require_agent()
+        self.end(name)
+
+    def launched(self, name: str) -> Launch | None:
+        return self._launches.get(name)
+
+    def launched_all(self) -> list[str]:
+        return sorted(self._launches)
+
+    def log_tail(self, name: str) -> str:  # noqa: ARG002
+        return ""
+
+    def unit(self, name: str) -> str:  # noqa: ARG002
+        return ""
+
+    def put(self, launch: Launch, status: str, **changes: object) -> FakeQemu:
+        """A QEMU that an earlier agent left behind."""
+        launch = replace(launch, **changes)  # type: ignore[arg-type]  # the test's fields
+        self._launches[launch.vm] = launch
+        self.qemus[launch.vm] = qemu = FakeQemu(self, replace(launch, kind="load"))
+        qemu.status = status
+        return qemu

@@ -1,0 +1,262 @@
+"""One VM's acts, where they go wrong: a guest is neither lost nor run twice, and the caller learns what is left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.core.model import VmState
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import (
+    AlreadyRunning,
+    AlreadySaved,
+    Blocked,
+    Busy,
+    LoadFailed,
+    MemoryChanged,
+    NoCheckpoint,
+    QemuFailed,
+    SaveFailed,
+)
+from tests.bench import Bench
+from tests.fakes import Gate
+
+SAVED = ["manifest.json", "vmstate"]
+CONSUMED = ["manifest.json.loaded", "vmstate.loaded"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A VM that runs."""
+    bench = Bench(tmp_path)
+    bench.define("web1")
+    bench.vm(lambda vm: vm.start())
+    return bench
+
+
+async def save(vm: Vm) -> None:
+    await vm.save("", "reboot")
+
+
+async def until_cancelled(gate: Gate, act: Awaitable[object]) -> None:
+    """Cancel ``act`` where it waits at the gate."""
+    task = asyncio.ensure_future(act)
+    await gate.entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_save_is_announced_before_and_told_after(bench: Bench) -> None:
+    bench.vm(save)
+    assert bench.records() == ["start", "save-begin", "saved"]
+    assert bench.qemu().status == "postmigrate"
+    assert bench.files() == SAVED
+    bench.vm(lambda vm: vm.load(""))
+    assert bench.records()[3:] == ["load-begin", "resume", "resumed"]
+    assert bench.qemu().status == "running"
+    assert bench.files() == CONSUMED
+    assert bench.runner.violations == []
+
+
+@pytest.mark.parametrize("point", ["save", "after-save"])
+def test_a_save_that_fails_lets_the_guest_run_on(bench: Bench, point: str) -> None:
+    bench.runner.faults["web1", point] = SaveFailed("no room", vm="web1")
+    with pytest.raises(SaveFailed, match="could not be saved: no room. The guest is running, as before; no checkpoint"):
+        bench.vm(save)
+    assert bench.qemu().status == "running"
+    assert bench.files() == []
+
+
+def test_a_save_that_fails_leaves_a_paused_guest_alone(bench: Bench) -> None:
+    bench.qemu().by_hand("paused")
+    bench.runner.faults["web1", "after-save"] = SaveFailed("no room", vm="web1")
+    with pytest.raises(SaveFailed, match="The guest was paused and QEMU is now postmigrate; save it again"):
+        bench.vm(save)
+    assert bench.qemu().status == "postmigrate"
+    assert bench.files() == []
+
+
+def test_a_save_whose_qemu_dies_says_so(bench: Bench) -> None:
+    async def die(vm: Vm) -> None:
+        gate = bench.runner.gates["web1", "save"] = Gate()
+        saving = asyncio.ensure_future(save(vm))
+        await gate.entered.wait()
+        bench.runner.end("web1")
+        bench.runner.faults["web1", "save"] = QemuFailed("QEMU went away", vm="web1")
+        gate.go.set()
+        with pytest.raises(SaveFailed, match="its QEMU is gone"):
+            await saving
+        assert vm.state is VmState.STOPPED
+
+    bench.vm(die)
+    assert bench.files() == []
+
+
+def test_a_guest_stays_stopped_while_its_half_written_checkpoint_can_not_be_removed(bench: Bench) -> None:
+    """It could be loaded later; so nothing may run on that RAM."""
+
+    async def obstruct(vm: Vm) -> None:
+        gate = bench.runner.gates["web1", "after-save"] = Gate()
+        saving = asyncio.ensure_future(save(vm))
+        await gate.entered.wait()
+        (bench.root / "checkpoints/web1/manifest.json").mkdir()
+        gate.go.set()
+        with pytest.raises(SaveFailed, match="could not be removed .* so the guest stays stopped"):
+            await saving
+
+    with pytest.raises(OSError, match="directory"):
+        bench.vm(obstruct)
+    assert bench.qemu().status == "postmigrate"
+
+
+@pytest.mark.parametrize("point", ["save", "after-save"])
+def test_a_cancelled_save_lets_the_guest_run_on(bench: Bench, point: str) -> None:
+    gate = bench.runner.gates["web1", point] = Gate()
+    bench.vm(lambda vm: until_cancelled(gate, save(vm)))
+    assert bench.qemu().status == "running"
+    assert bench.files() == []
+
+
+@pytest.mark.parametrize("point", ["connect", "load", "after-load"])
+def test_a_cancelled_load_can_be_repeated(bench: Bench, point: str) -> None:
+    bench.vm(save)
+
+    async def cancel_and_repeat(vm: Vm) -> None:
+        gate = bench.runner.gates["web1", point] = Gate()
+        await until_cancelled(gate, vm.load(""))
+        assert "web1" not in bench.runner.qemus
+        assert vm.state is VmState.SAVED
+        del bench.runner.gates["web1", point]
+        await vm.load("")
+
+    bench.vm(cancel_and_repeat)
+    assert bench.qemu().status == "running"
+    assert bench.runner.violations == []
+
+
+@pytest.mark.parametrize("point", ["start", "connect", "load", "after-load"])
+def test_a_load_that_fails_before_the_guest_ran_can_be_repeated(bench: Bench, point: str) -> None:
+    bench.vm(save)
+
+    async def fail_and_repeat(vm: Vm) -> None:
+        bench.runner.faults["web1", point] = QemuFailed("something broke", vm="web1")
+        with pytest.raises(LoadFailed, match="something broke.*can be repeated"):
+            await vm.load("")
+        assert "web1" not in bench.runner.qemus
+        assert vm.state is VmState.SAVED
+        assert bench.files() == SAVED
+        bench.runner.faults.clear()
+        await vm.load("")
+
+    bench.vm(fail_and_repeat)
+    assert bench.qemu().status == "running"
+
+
+@pytest.mark.parametrize("point", ["cont", "after-cont"])
+def test_a_load_that_fails_at_the_end_can_not_be_repeated(bench: Bench, point: str) -> None:
+    """Nobody knows whether the guest ran: its checkpoint is spent, and its QEMU is left for the admin."""
+    bench.vm(save)
+
+    async def fail(vm: Vm) -> None:
+        bench.runner.faults["web1", point] = QemuFailed("something broke", vm="web1")
+        with pytest.raises(QemuFailed, match="something broke"):
+            await vm.load("")
+        assert bench.files() == CONSUMED
+        with pytest.raises(AlreadyRunning):
+            await vm.load("")
+
+    bench.vm(fail)
+    assert bench.qemu().status in ("paused", "running")
+
+
+def test_a_proof_that_fails_leaves_the_old_qemu_for_a_rollback(bench: Bench) -> None:
+    bench.vm(save)
+    old = bench.qemu()
+    ram = bench.root / "web1.ram"
+    content = ram.read_bytes()
+    ram.write_bytes(content[:-1] + b"!")
+    with pytest.raises(MemoryChanged, match="its RAM is not what it was"):
+        bench.vm(lambda vm: vm.load(""))
+    assert bench.qemu() is old
+    assert bench.files() == ["held", *SAVED]
+    ram.write_bytes(content)
+    bench.vm(lambda vm: vm.resume())
+    assert bench.qemu() is old
+    assert old.status == "running"
+    assert bench.files() == ["manifest.json.discarded", "vmstate.discarded"]
+
+
+def test_a_rollback_retires_the_checkpoint_before_the_guest_runs(bench: Bench) -> None:
+    bench.vm(save)
+    bench.runner.faults["web1", "cont"] = QemuFailed("the disk is locked", vm="web1")
+    with pytest.raises(QemuFailed, match="the disk is locked.*the checkpoint is retired"):
+        bench.vm(lambda vm: vm.resume())
+    assert bench.files() == ["manifest.json.discarded", "vmstate.discarded"]
+    assert bench.qemu().status == "postmigrate"
+
+
+def test_a_suspended_guest_is_taken_back_by_a_load(bench: Bench) -> None:
+    """``cont`` would abort QEMU (FACTS.md)."""
+    old = bench.qemu()
+    old.by_hand("suspended")
+    bench.vm(save)
+    bench.vm(lambda vm: vm.resume())
+    assert bench.qemu() is not old
+    assert bench.files() == CONSUMED
+
+
+def test_blocked_guests_are_not_touched(bench: Bench) -> None:
+    bench.runner.blocked["web1"] = ["a device says no", "so does another"]
+    with pytest.raises(Blocked) as caught:
+        bench.vm(save)
+    assert caught.value.reasons == ["a device says no", "so does another"]
+    assert bench.records() == ["start"]
+    assert bench.qemu().status == "running"
+
+
+ACTS: list[Callable[[Vm], Awaitable[object]]] = [
+    save,
+    lambda vm: vm.load(""),
+    lambda vm: vm.start(),
+    lambda vm: vm.stop("hard"),
+    lambda vm: vm.resume(),
+    lambda vm: vm.discard(),
+]
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_acts_exclude_each_other(bench: Bench, act: Callable[[Vm], Awaitable[object]]) -> None:
+    async def collide(vm: Vm) -> None:
+        gate = bench.runner.gates["web1", "save"] = Gate()
+        saving = asyncio.ensure_future(save(vm))
+        await gate.entered.wait()
+        with pytest.raises(Busy, match="in the middle of save"):
+            await act(vm)
+        gate.go.set()
+        await saving
+
+    bench.vm(collide)
+    assert bench.files() == SAVED
+
+
+def test_what_is_saved_is_neither_saved_nor_started_again(bench: Bench) -> None:
+    bench.vm(save)
+    bench.runner.end("web1")
+    for act in (save, lambda vm: vm.start()):
+        with pytest.raises(AlreadySaved):
+            bench.vm(act)
+    with pytest.raises(NoCheckpoint):
+        bench.vm(lambda vm: vm.discard(), name="web1") or bench.vm(lambda vm: vm.load(""))
+
+
+def test_a_start_that_fails_leaves_nothing(bench: Bench) -> None:
+    bench.vm(lambda vm: vm.stop("hard"))
+    for point in ("start", "connect"):
+        bench.runner.faults = {("web1", point): QemuFailed("no such machine", vm="web1")}
+        with pytest.raises(QemuFailed, match="no such machine. Nothing runs"):
+            bench.vm(lambda vm: vm.start())
+        assert bench.runner.qemus == {}
