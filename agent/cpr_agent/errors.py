@@ -14,10 +14,12 @@
     ├── Blocked               this VM can't be saved now; carries every reason
     ├── MemoryUnusable        the definition's memory can't be used
     │   ├── DeviceMissing
+    │   ├── MemoryInUse       another process has it open or mapped
     │   └── MemoryOverlap
     ├── ProofFailed           what a load found is not what the save left
     │   ├── NotVmstate
     │   ├── MemoryChanged
+    │   ├── DiskChanged
     │   └── CheckpointUnreadable
     ├── QemuFailed            QEMU could not be started, died, or did not answer
     ├── SaveFailed
@@ -121,6 +123,10 @@ class DeviceMissing(MemoryUnusable):
     kind = "DeviceMissing"
 
 
+class MemoryInUse(MemoryUnusable):
+    kind = "MemoryInUse"
+
+
 class MemoryOverlap(MemoryUnusable):
     kind = "MemoryOverlap"
 
@@ -135,6 +141,10 @@ class NotVmstate(ProofFailed):
 
 class MemoryChanged(ProofFailed):
     kind = "MemoryChanged"
+
+
+class DiskChanged(ProofFailed):
+    kind = "DiskChanged"
 
 
 class CheckpointUnreadable(ProofFailed):

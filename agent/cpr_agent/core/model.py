@@ -186,13 +186,24 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class DiskIdentity:
+    """A block backend. Of one that is no local file (nbd, rbd, iscsi) only the name is known."""
+
     node: str
     driver: str
     filename: str
-    st_dev: int = 0
+    kind: Literal["file", "device", "missing", "remote"] = "remote"
     inode: int = 0
     size_bytes: int = 0
     mtime_ns: int = 0
+
+    def differences(self, found: DiskIdentity) -> list[str]:
+        """What says that somebody else wrote to it, or that it is another one; empty if nothing does."""
+        names = ("kind", "inode", "size_bytes", "mtime_ns") if found.kind == "file" else ("kind",)
+        return [
+            f"{name} was {getattr(self, name)}, is {getattr(found, name)}"
+            for name in names
+            if getattr(self, name) != getattr(found, name)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,8 +35,8 @@ class Qemu(Protocol):
 
     async def facts(self) -> QemuFacts: ...
 
-    async def disks(self) -> tuple[DiskIdentity, ...]:
-        """Its block backends as they are now; true for a checkpoint only once the guest has stopped."""
+    async def disks(self) -> list[DiskIdentity]:
+        """Its block backends by name; what they are is the host's to say."""
 
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:
         """Write device state to a fresh descriptor; the guest is stopped after. Returns when it stopped (epoch s)."""
@@ -112,6 +112,9 @@ class Memory(Protocol):
     async def witness(self, located: Located, like: Witness) -> Witness:
         """Hash the pages that ``like`` chooses (kind, seed, pages)."""
 
+    async def users(self, located: Located) -> list[str]:
+        """Other processes that have the memory open or mapped, as "name (PID)"."""
+
     def devices(self) -> list[DaxDevice]: ...
 
 
@@ -171,6 +174,9 @@ class Host(Protocol):
 
     def program_digest(self, pid: int) -> str:
         """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""
+
+    def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
+        """``disk`` as it is now. True for a checkpoint only once the guest has stopped. Blocking."""
 
     def boot_ended_at(self, boot_id: str) -> float:
         """When an earlier boot's userspace ended (epoch s); 0 if nobody knows. Blocking."""

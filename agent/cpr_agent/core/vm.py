@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import replace
 
 from cpr_agent.core.model import (
     Definition,
+    DiskIdentity,
     Finding,
     Launch,
     Located,
@@ -33,10 +34,12 @@ from cpr_agent.errors import (
     Busy,
     CheckpointUnreadable,
     CprError,
+    DiskChanged,
     InvalidArgument,
     InvalidDefinition,
     LoadFailed,
     MemoryChanged,
+    MemoryInUse,
     MemoryOverlap,
     MemoryUnusable,
     NoCheckpoint,
@@ -218,6 +221,7 @@ class Vm:
                 await self._ports.memory.prepare(definition.memory, definition.vm.user)
                 located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
                 await self._refuse_overlap(located.identity, defined=True)
+                await self._refuse_other_users(located)
             launch = self._stamped(self._ports.definitions.plan_start(definition, located))
             self._ports.journal.append("start", vm=self.name)
             await self._launch(launch)
@@ -344,7 +348,9 @@ class Vm:
             stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
             written_at = host.now()
             vmstate, witness, disks = await asyncio.gather(
-                asyncio.to_thread(pending.seal), self._ports.memory.witness(located, witness), qemu.disks()
+                asyncio.to_thread(pending.seal),
+                self._ports.memory.witness(located, witness),
+                self._disks(await qemu.disks()),
             )
             manifest = Manifest(
                 id=checkpoint,
@@ -353,7 +359,7 @@ class Vm:
                 survives=launch.memory.survives,
                 run_state=run_state,
                 launch=launch,
-                qemu=replace(facts, disks=disks),
+                qemu=replace(facts, disks=tuple(disks)),
                 qemu_path=launch.argv[0],
                 qemu_sha256=digest,
                 memory=launch.memory,
@@ -436,7 +442,10 @@ class Vm:
             located = await self._ports.memory.relocate(manifest.memory, self._settings.agent.device_timeout)
             memory_at = host.now()
             await self._refuse_overlap(located.identity, defined=False)
-            found = await self._ports.memory.witness(located, manifest.witness)
+            await self._refuse_changed_disks(manifest)
+            found, _ = await asyncio.gather(
+                self._ports.memory.witness(located, manifest.witness), self._refuse_other_users(located)
+            )
             if found.digest != manifest.witness.digest:
                 raise MemoryChanged(
                     f"its RAM is not what it was: witness {manifest.witness.digest} ({manifest.witness.kind}), "
@@ -533,6 +542,36 @@ class Vm:
                     left="nothing was started",
                     remedy="give one of them another memory.offset or device",
                 )
+
+    async def _refuse_other_users(self, located: Located) -> None:
+        """Our own QEMU, which has stopped, does not count."""
+        users = [user for user in await self._ports.memory.users(located) if not user.endswith(f"({self.pid})")]
+        if users:
+            raise MemoryInUse(
+                f"its memory {located.node} is in use by {', '.join(users)}",
+                vm=self.name,
+                left="nothing was started",
+                remedy="end that process, or find out why it is there",
+            )
+
+    async def _disks(self, disks: Iterable[DiskIdentity]) -> list[DiskIdentity]:
+        return await asyncio.to_thread(lambda: [self._ports.host.identify_disk(disk) for disk in disks])
+
+    async def _refuse_changed_disks(self, manifest: Manifest) -> None:
+        """A guest has its disks' contents in its RAM: what somebody wrote meanwhile it would overwrite, or mix up."""
+        now = await self._disks(manifest.qemu.disks)
+        changed = [
+            f"{was.filename}: {', '.join(differences)}"
+            for was, found in zip(manifest.qemu.disks, now, strict=True)
+            if (differences := was.differences(found))
+        ]
+        if changed:
+            raise DiskChanged(
+                f"its disks are not what they were when it was saved: {'; '.join(changed)}",
+                vm=self.name,
+                left="nothing was started; memory and checkpoint are kept as they are",
+                remedy="bring the original contents back and load again",
+            )
 
     def _stamped(self, launch: Launch) -> Launch:
         return replace(launch, created_at=self._ports.host.now(), boot_id=self._ports.host.boot_id())

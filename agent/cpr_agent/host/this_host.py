@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+from cpr_agent.core.model import DiskIdentity
 
 JOURNAL_TIMEOUT_S = 60.0
 
@@ -38,6 +42,17 @@ class ThisHost:
             with program.open("rb") as file:
                 self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._digests[key]
+
+    def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
+        if not disk.filename.startswith("/"):
+            return replace(disk, kind="remote")
+        try:
+            info = Path(disk.filename).stat()
+        except OSError:
+            return replace(disk, kind="missing")
+        if not stat.S_ISREG(info.st_mode):
+            return replace(disk, kind="device")
+        return replace(disk, kind="file", inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
 
     def boot_ended_at(self, boot_id: str) -> float:
         """By its last entry in the persistent journal (journalctl(1)), where there is one."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory.devices import Devices
+from cpr_agent.memory.users import find_users
 from cpr_agent.memory.witness import new_witness, take_witness
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -86,6 +87,9 @@ class HostMemory:
 
     async def witness(self, located: Located, like: Witness) -> Witness:
         return await asyncio.to_thread(take_witness, located, like)
+
+    async def users(self, located: Located) -> list[str]:
+        return await asyncio.to_thread(find_users, Path(located.node))
 
     async def _device(self, good: Callable[[DaxDevice], bool], what: str, timeout_s: float) -> DaxDevice:
         device = await self._devices.wait(good, timeout_s)

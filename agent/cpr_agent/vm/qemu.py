@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +172,10 @@ class LiveQemu:
         except QmpRefused:
             return absent
 
-    async def disks(self) -> tuple[DiskIdentity, ...]:
-        disks = []
-        for node in await self._qmp.execute("query-named-block-nodes", {"flat": True}):
-            filename = str(node.get("file", ""))
-            disks.append(_disk(str(node.get("node-name", "")), str(node.get("drv", "")), filename))
-        return tuple(disks)
-
-
-def _disk(node: str, driver: str, filename: str) -> DiskIdentity:
-    disk = DiskIdentity(node=node, driver=driver, filename=filename)
-    try:
-        info = Path(filename).stat() if filename.startswith("/") else None
-    except OSError:
-        info = None
-    if info is None:
-        return disk
-    return replace(disk, st_dev=info.st_dev, inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
+    async def disks(self) -> list[DiskIdentity]:
+        return [
+            DiskIdentity(
+                node=str(node.get("node-name", "")), driver=str(node.get("drv", "")), filename=str(node.get("file", ""))
+            )
+            for node in await self._qmp.execute("query-named-block-nodes", {"flat": True})
+        ]
