@@ -23,6 +23,7 @@ from tests.fakes import FakeDevices, FakeQemu, FakeRunner
 
 T = TypeVar("T")
 RAM_BYTES = 16384
+PATIENCE_S = 20.0
 SETTINGS = Settings(agent=AgentSection(device_timeout=Seconds(0)))
 
 
@@ -137,7 +138,11 @@ class Bench:
                 await manager.close()
                 return result
 
-        return asyncio.run(life())
+        async def bounded() -> T:
+            async with asyncio.timeout(PATIENCE_S):
+                return await life()
+
+        return asyncio.run(bounded())
 
     def vm(self, work: Callable[[Vm], Awaitable[T]], name: str = "web1") -> T:
         """``run`` with one VM."""

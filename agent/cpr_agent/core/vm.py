@@ -460,9 +460,12 @@ class Vm:
                 await self._launch(self._stamped(self._ports.definitions.plan_load(manifest, located)))
                 assert self._qemu
                 await self._qemu.load(fd, self._settings.agent.load_timeout)
-            except (CprError, TimeoutError) as error:
+            except BaseException as error:
+                # Shielded: a cancelled load must not leave a QEMU that has not run its guest either.
                 said = self._ports.runner.log_tail(self.name)
-                await self._end_qemu()
+                await asyncio.shield(asyncio.ensure_future(self._end_qemu()))
+                if not isinstance(error, (CprError, TimeoutError)):
+                    raise
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
                 raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
@@ -507,9 +510,11 @@ class Vm:
             await runner.start(launch)
             self.pid = await runner.active(self.name)
             await self._connect()
-        except CprError as error:
-            await runner.kill(self.name)
+        except BaseException as error:
+            await asyncio.shield(asyncio.ensure_future(runner.kill(self.name)))
             self.pid = 0
+            if not isinstance(error, CprError):
+                raise
             said = runner.log_tail(self.name)
             detail = f": {said}" if said and said not in error.what else ""
             raise QemuFailed(f"{error.what}{detail}", vm=self.name, left="nothing runs", remedy=error.remedy) from error
