@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Manifest, Vmstate
 from cpr_agent.core.ports import Ports
@@ -19,7 +21,7 @@ from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
 from cpr_agent.vm.definition import DefinitionDirectory
-from tests.fakes import FakeDevices, FakeQemu, FakeRunner
+from tests.fakes import AgentKilled, FakeDevices, FakeQemu, FakeRunner
 
 T = TypeVar("T")
 RAM_BYTES = 16384
@@ -30,60 +32,60 @@ SETTINGS = Settings(agent=AgentSection(device_timeout=Seconds(0)))
 class MortalJournal(FileJournal):
     """The real one, and the agent can die before and after each record."""
 
-    def __init__(self, path: Path, host: ThisHost, require_agent: Callable[[], None]) -> None:
+    def __init__(self, path: Path, host: ThisHost, point: Callable[[str], None]) -> None:
         super().__init__(path, host)
-        self._require_agent = require_agent
+        self._point = point
 
     def append(self, event: str, **facts: object) -> None:
-        self._require_agent()
+        self._point(f"before {event}")
         super().append(event, **facts)
-        self._require_agent()
+        self._point(f"after {event}")
 
 
 class MortalState:
     """Implements core.ports.PendingState by the real one; the agent can die around each act."""
 
-    def __init__(self, pending: PendingVmstate, require_agent: Callable[[], None]) -> None:
+    def __init__(self, pending: PendingVmstate, point: Callable[[str], None]) -> None:
         self._pending = pending
-        self._require_agent = require_agent
+        self._point = point
         self.fd = pending.fd
         self.path = pending.path
 
     def seal(self) -> Vmstate:
-        self._require_agent()
+        self._point("before seal")
         return self._pending.seal()
 
     def commit(self, manifest: Manifest) -> None:
-        self._require_agent()
+        self._point("before commit")
         self._pending.commit(manifest)
-        self._require_agent()
+        self._point("after commit")
 
     def abort(self) -> None:
-        self._require_agent()
+        self._point("before abort")
         self._pending.abort()
-        self._require_agent()
+        self._point("after abort")
 
 
 class MortalStore(CheckpointStore):
     """Likewise."""
 
-    def __init__(self, root: Path, require_agent: Callable[[], None]) -> None:
+    def __init__(self, root: Path, point: Callable[[str], None]) -> None:
         super().__init__(root, ())
-        self._require_agent = require_agent
+        self._point = point
 
     def begin(self, vm: str, filename: str) -> MortalState:  # type: ignore[override]  # the port's type
-        self._require_agent()
-        return MortalState(super().begin(vm, filename), self._require_agent)
+        self._point("before begin")
+        return MortalState(super().begin(vm, filename), self._point)
 
     def consume(self, manifest: Manifest) -> None:
-        self._require_agent()
+        self._point("before consume")
         super().consume(manifest)
-        self._require_agent()
+        self._point("after consume")
 
     def discard(self, vm: str) -> None:
-        self._require_agent()
+        self._point("before discard-files")
         super().discard(vm)
-        self._require_agent()
+        self._point("after discard-files")
 
 
 class Bench:
@@ -120,13 +122,13 @@ class Bench:
             self.runner.agent_lives = True
             for qemu in self.runner.qemus.values():
                 await qemu.close()  # the connections of the agent before
-            require = self.runner.require_agent
+            point = self.runner.point
             ports = Ports(
                 definitions=DefinitionDirectory(self.definitions, self.root / "run", self.root / "log"),
                 runner=self.runner,
                 memory=HostMemory(self.devices),
-                store=MortalStore(self.root / "checkpoints", require),
-                journal=MortalJournal(self.root / "journal", self._host, require),
+                store=MortalStore(self.root / "checkpoints", point),
+                journal=MortalJournal(self.root / "journal", self._host, point),
                 history=History(self.root / "history"),
                 host=self._host,
             )
@@ -134,6 +136,8 @@ class Bench:
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
                 await manager.reload()
                 await manager.recover()
+                await manager.jobs.drain(PATIENCE_S)
+                await manager.jobs.drain(PATIENCE_S)  # loads that were interrupted go on as a job
                 result = await work(manager)
                 await manager.close()
                 return result
@@ -147,6 +151,13 @@ class Bench:
     def vm(self, work: Callable[[Vm], Awaitable[T]], name: str = "web1") -> T:
         """``run`` with one VM."""
         return self.run(lambda manager: work(manager.vm(name)))
+
+    def dies(self, point: str, work: Callable[[Vm], Awaitable[object]], name: str = "web1") -> None:
+        """An agent that is killed in ``work``, "before X" or "after X", X a journal record or an act of the store."""
+        self.runner.die_at = point
+        with pytest.raises(AgentKilled):
+            self.vm(work, name)
+        self.runner.die_at = ""
 
     def records(self) -> list[str]:
         journal = FileJournal(self.root / "journal", self._host)

@@ -89,7 +89,7 @@ class FakeQemu:
         self._callbacks.append(callback)
 
     async def _step(self, operation: str) -> None:
-        self._runner.require_agent()
+        self._runner.point()
         if self._runner.qemus.get(self.launch.vm) is not self:
             raise QemuFailed("QEMU is gone", vm=self.launch.vm)
         if gate := self._runner.gates.get((self.launch.vm, operation)):
@@ -109,8 +109,8 @@ class FakeQemu:
     async def facts(self) -> QemuFacts:
         return QemuFacts(version="10.0", machine_type="pc-q35-10.0", dialect="cpr-reboot")
 
-    async def disks(self) -> tuple[DiskIdentity, ...]:
-        return ()
+    async def disks(self) -> list[DiskIdentity]:
+        return []
 
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
         await self._step("save")
@@ -142,7 +142,7 @@ class FakeQemu:
         self._runner.end(self.launch.vm)
 
     async def quit(self) -> None:
-        self._runner.require_agent()
+        self._runner.point()
         if self._runner.qemus.get(self.launch.vm) is self:
             self._runner.end(self.launch.vm)
 
@@ -165,10 +165,17 @@ class FakeRunner:
         self.violations: list[str] = []
         self.started: list[tuple[str, str]] = []
         self.agent_lives = True
+        self.die_at = ""
+        self.life_left: int | None = None
         self._launches: dict[str, Launch] = {}
         self._boots = 0
 
-    def require_agent(self) -> None:
+    def point(self, name: str = "") -> None:
+        """The agent passes here; it dies if this is the point, or if its last hour has come, and then does nothing more."""
+        if self.life_left is not None:
+            self.life_left -= 1
+        if (name and name == self.die_at) or self.life_left == 0:
+            self.agent_lives = False
         if not self.agent_lives:
             raise AgentKilled
 
@@ -180,7 +187,7 @@ class FakeRunner:
         self.qemus.pop(name, None)
 
     async def start(self, launch: Launch) -> None:
-        self.require_agent()
+        self.point()
         self.started.append((launch.vm, launch.kind))
         self._launches[launch.vm] = launch
         if fault := self.faults.get((launch.vm, "start")):
@@ -189,7 +196,7 @@ class FakeRunner:
         self.qemus[launch.vm] = FakeQemu(self, launch)
 
     async def connect(self, name: str, timeout_s: float) -> Qemu:  # noqa: ARG002
-        self.require_agent()
+        self.point()
         if gate := self.gates.get((name, "connect")):
             gate.entered.set()
             await gate.go.wait()
@@ -199,14 +206,14 @@ class FakeRunner:
 
     async def active(self, name: str) -> int:
         """This process's own PID stands for all: /proc has it."""
-        self.require_agent()
+        self.point()
         return os.getpid() if name in self.qemus else 0
 
     async def wait_exit(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002
         return name not in self.qemus
 
     async def kill(self, name: str) -> None:
-        self.require_agent()
+        self.point()
         self.end(name)
 
     def launched(self, name: str) -> Launch | None:

@@ -83,8 +83,9 @@ class ManagerObject(BusObject):
 class VmObject(BusObject):
     interface = "org.cpragent1.VM"
 
-    def __init__(self, vm: Vm, admin_socket: str) -> None:
+    def __init__(self, vm: Vm, manager: Manager, admin_socket: str) -> None:
         self._vm = vm
+        self._manager = manager
         self._admin_socket = admin_socket
         self.path = vm_path(vm.name)
 
@@ -115,7 +116,7 @@ class VmObject(BusObject):
         return []
 
     async def call_Check(self) -> list[Any]:
-        return [[_finding(finding) for finding in await self._vm.findings()]]
+        return [[_finding(finding) for finding in await self._manager.vm_findings(self._vm.name)]]
 
     def get_Name(self) -> str:
         return self._vm.name

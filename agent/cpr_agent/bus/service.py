@@ -28,7 +28,7 @@ from cpr_agent.bus.contract import (
     read_contract,
     standard_interfaces,
 )
-from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
+from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, vm_path
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.vm import Vm
@@ -59,8 +59,8 @@ class Service:
         for vm in manager.vms.values():
             self._vm_added(vm)
         manager.vm_added = self._vm_added
-        manager.vm_removed = lambda vm: self._remove(VmObject(vm, "").path)
-        manager.vm_changed = lambda vm: self._properties_changed(VmObject(vm, "").path)
+        manager.vm_removed = lambda vm: self._remove(vm_path(vm.name))
+        manager.vm_changed = lambda vm: self._properties_changed(vm_path(vm.name))
         manager.jobs.added = self._job_added
         manager.jobs.removed = self._job_removed
         bus.add_message_handler(self._on_message)
@@ -180,7 +180,7 @@ class Service:
     # -- signals ------------------------------------------------------------------------------------------------------
 
     def _vm_added(self, vm: Vm) -> None:
-        self._add(VmObject(vm, str(self._run_dir / "vm" / vm.name / "admin.sock")))
+        self._add(VmObject(vm, self._manager, str(self._run_dir / "vm" / vm.name / "admin.sock")))
 
     def _job_added(self, job: Job) -> None:
         target = JobObject(job, lambda: self._manager.jobs.cancel(job.id))

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from itertools import groupby
 
+from cpr_agent.core.checks import check_vm
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.model import Finding, MemoryIdentity, Survives, VmState
 from cpr_agent.core.ports import Ports
@@ -28,6 +29,7 @@ class Manager:
         self.vm_changed: Callable[[Vm], None] = lambda vm: None
         self.ports = ports
         self._settings = settings
+        self._hostwide = asyncio.Lock()
 
     def vm(self, name: str) -> Vm:
         try:
@@ -61,15 +63,24 @@ class Manager:
             await vm.refresh()
 
     async def recover(self) -> None:
-        """Once, after the agent has started: finish or take back what an earlier one left."""
+        """Once, after the agent has started: finish or take back what an earlier one left.
+
+        Interrupted loads go on as a job, because they may wait for devices.
+        """
         for vm in self.vms.values():
             try:
                 await vm.recover()
             except CprError as error:
                 log.error("VM %s: could not be recovered: %s", vm.name, error)
+        if interrupted := [vm for vm in self.vms.values() if vm.load_interrupted()]:
+            self.jobs.start("recover", lambda job: self._load_all(job, interrupted, autostart=False))
 
     async def findings(self) -> list[Finding]:
-        return [finding for vm in self.vms.values() for finding in await vm.findings()]
+        return [finding for name in self.vms for finding in await self.vm_findings(name)]
+
+    async def vm_findings(self, name: str) -> list[Finding]:
+        vm = self.vm(name)
+        return await check_vm(vm, self.ports, await self._claims(vm, True))
 
     def save_all(self, need: Survives) -> Job:
         """Save every VM that has a live guest: all, or none (invariant 3)."""
@@ -77,9 +88,13 @@ class Manager:
 
     def load_all(self, autostart: bool) -> Job:
         """Load every live checkpoint; one that fails does not stop the others. ``autostart``: then start the rest."""
-        return self.jobs.start("load-all", lambda job: self._load_all(job, autostart))
+        return self.jobs.start("load-all", lambda job: self._load_all(job, list(self.vms.values()), autostart))
 
     async def _save_all(self, job: Job, need: Survives) -> None:
+        async with self._hostwide:
+            await self._save_each(job, need)
+
+    async def _save_each(self, job: Job, need: Survives) -> None:
         for vm in self.vms.values():
             await vm.refresh()
         live = [vm for vm in self.vms.values() if vm.run_state in SAVEABLE]
@@ -129,16 +144,18 @@ class Manager:
         results = await asyncio.gather(*(vm.resume() for vm in saved), return_exceptions=True)
         return [_reason(vm, result) for vm, result in zip(saved, results, strict=True) if isinstance(result, BaseException)]
 
-    async def _load_all(self, job: Job, autostart: bool) -> None:
-        for vm in self.vms.values():
+    async def _load_all(self, job: Job, vms: list[Vm], autostart: bool) -> None:
+        async with self._hostwide:  # a second one waits, and finds what the first has left
+            await self._load_each(job, vms, autostart)
+
+    async def _load_each(self, job: Job, vms: list[Vm], autostart: bool) -> None:
+        for vm in vms:
             await vm.refresh()
         failures: list[str] = []
         done = 0
-        waiting = [vm for vm in self.vms.values() if self.ports.store.checkpointed(vm.name)]
+        waiting = [vm for vm in vms if self.ports.store.checkpointed(vm.name)]
         fresh = [
-            vm
-            for vm in self.vms.values()
-            if autostart and vm.definition and vm.definition.vm.autostart and vm.state is VmState.STOPPED
+            vm for vm in vms if autostart and vm.definition and vm.definition.vm.autostart and vm.state is VmState.STOPPED
         ]
         total = len(waiting) + len(fresh)
 

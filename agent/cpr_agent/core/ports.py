@@ -112,8 +112,8 @@ class Memory(Protocol):
     async def witness(self, located: Located, like: Witness) -> Witness:
         """Hash the pages that ``like`` chooses (kind, seed, pages)."""
 
-    async def users(self, located: Located) -> list[str]:
-        """Other processes that have the memory open or mapped, as "name (PID)"."""
+    async def users(self, located: Located) -> list[tuple[str, int]]:
+        """Other processes that have the memory open or mapped: name and PID."""
 
     def devices(self) -> list[DaxDevice]: ...
 

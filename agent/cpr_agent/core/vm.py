@@ -10,13 +10,11 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
 
 from cpr_agent.core.model import (
     Definition,
-    DiskIdentity,
-    Finding,
     Launch,
     Located,
     Manifest,
@@ -26,6 +24,14 @@ from cpr_agent.core.model import (
     VmState,
 )
 from cpr_agent.core.ports import Ports, Qemu
+from cpr_agent.core.proof import (
+    identify_disks,
+    naming,
+    refuse_changed_disks,
+    refuse_changed_ram,
+    refuse_other_users,
+    refuse_overlap,
+)
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import (
     AlreadyRunning,
@@ -34,13 +40,9 @@ from cpr_agent.errors import (
     Busy,
     CheckpointUnreadable,
     CprError,
-    DiskChanged,
     InvalidArgument,
     InvalidDefinition,
     LoadFailed,
-    MemoryChanged,
-    MemoryInUse,
-    MemoryOverlap,
     MemoryUnusable,
     NoCheckpoint,
     ProofFailed,
@@ -60,6 +62,7 @@ _FROM_RUN_STATE = {
     "inmigrate": VmState.LOADING,
     "prelaunch": VmState.STARTING,
 }
+MAX_LOADS = 3
 SAVEABLE = ("running", "paused", "suspended")
 
 
@@ -114,6 +117,11 @@ class Vm:
             return manifest.memory if manifest else None
         return None
 
+    @property
+    def qemu(self) -> Qemu | None:
+        """The live QEMU, if there is one that answers."""
+        return self._qemu
+
     async def claimed_memory(self) -> MemoryIdentity | None:
         """The memory that is this VM's own: what its guest occupies, else what its definition names on this host."""
         if occupied := self.occupied_memory():
@@ -150,49 +158,24 @@ class Vm:
                 log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", self.name)
                 self._ports.journal.append("load-interrupted", vm=self.name, checkpoint=manifest.id)
                 await self._end_qemu()
-            elif self.run_state == "postmigrate" and manifest is None:
+            elif self._ports.store.checkpointed(self.name):
+                return  # saved, also if nobody can read by what
+            elif self.run_state == "postmigrate":
                 await self._finish_interrupted_save()
+            elif self.run_state == "paused" and launch and launch.kind == "load":
+                await self._finish_interrupted_resume(launch.checkpoint)
 
-    async def findings(self) -> list[Finding]:
-        """What would stop a save, or a load after a kexec, now. Stops nothing."""
-        out: list[Finding] = []
+    def load_interrupted(self) -> bool:
+        """Whether the last thing that happened to the live checkpoint was a load that did not get to its end.
 
-        def add(severity: str, code: str, what: str, why: str = "", remedy: str = "") -> None:
-            out.append(Finding(severity=severity, code=code, what=what, why=why, remedy=remedy, vm=self.name))  # type: ignore[arg-type]  # literals below
-
-        if self.definition is None:
-            add("error", "definition", str(self.problem or "its definition is gone"), "it could not be started again")
-        manifest = None
-        try:
-            manifest = self.live_checkpoint()
-        except CheckpointUnreadable as error:
-            add("error", "checkpoint-unreadable", error.what, error.left, error.remedy)
-        if self.problem_held():
-            add("error", "held", self.problem_held(), "the guest waits in its memory", f"cprctl status {self.name}")
-        launch = self.launched()
-        memory = launch.memory if launch else manifest.memory if manifest else None
-        if memory is None and self.definition and not self._ports.memory.creatable(self.definition.memory):
-            try:
-                memory = (await self._ports.memory.locate(self.definition.memory, 0.5)).identity
-            except MemoryUnusable as error:
-                add("error", error.kind, error.what, "the VM cannot be started", error.remedy)
-        if memory and not memory.survives.covers(Survives.KEXEC):
-            add(
-                "warning",
-                "volatile-memory",
-                f"its RAM is in {memory.path} ({memory.filesystem or 'unknown file system'}), which a kexec erases",
-                "it can be saved for a restart of QEMU, but an upgrade of the host will refuse it",
-                "move it to a dax device: see `cprctl devices`",
-            )
-        for other, claimed in await self._claims(self, True):
-            if memory and memory.overlaps(claimed):
-                add("error", "overlap", f"its memory overlaps that of VM {other}", "each would corrupt the other")
-        if launch and self.definition and launch.definition_digest != self.definition.digest:
-            add("info", "definition-changed", "its definition changed since it was started", "a load uses the old one")
-        if self._qemu and self.state in (VmState.RUNNING, VmState.PAUSED, VmState.SUSPENDED) and launch:
-            for reason in await self._qemu.blocked_reasons(launch):
-                add("error", "blocked", reason, "QEMU or the agent would refuse to save it")
-        return out
+        After three such loads it is left to the admin: it may be what ends the agent.
+        """
+        manifest = self._live_or_none()
+        if manifest is None:
+            return False
+        events = [r["event"] for r in self._ports.journal.records() if r.get("checkpoint") == manifest.id]
+        begun = events.count("load-begin")
+        return bool(begun) and events[-1] in ("load-begin", "load-interrupted") and begun < MAX_LOADS
 
     def problem_held(self) -> str:
         return self._ports.store.held(self.name)
@@ -217,11 +200,11 @@ class Vm:
                     remedy=f"continue it with `cprctl load {self.name}`, or give it up with `cprctl discard {self.name}`",
                 )
             await self._require_no_qemu()
-            with self._named():
+            with naming(self.name):
                 await self._ports.memory.prepare(definition.memory, definition.vm.user)
                 located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
-                await self._refuse_overlap(located.identity, defined=True)
-                await self._refuse_other_users(located)
+                refuse_overlap(self.name, located.identity, await self._claims(self, True))
+                await refuse_other_users(self._ports, self.name, located, self.pid)
             launch = self._stamped(self._ports.definitions.plan_start(definition, located))
             self._ports.journal.append("start", vm=self.name)
             await self._launch(launch)
@@ -350,7 +333,7 @@ class Vm:
             vmstate, witness, disks = await asyncio.gather(
                 asyncio.to_thread(pending.seal),
                 self._ports.memory.witness(located, witness),
-                self._disks(await qemu.disks()),
+                identify_disks(self._ports, await qemu.disks()),
             )
             manifest = Manifest(
                 id=checkpoint,
@@ -406,17 +389,30 @@ class Vm:
         """QEMU is in postmigrate and no manifest says why: an agent died between the two. The journal knows the run
         state. A guest that ran goes on; another is saved again, because ``cont`` would change what it is (FACTS.md)."""
         assert self._qemu
-        begun = [r for r in self._ports.journal.records() if r.get("vm") == self.name and r["event"] == "save-begin"]
-        run_state = str(begun[-1]["run_state"]) if begun else "unknown"
+        records = [r for r in self._ports.journal.records() if r.get("vm") == self.name and "checkpoint" in r]
+        last = records[-1] if records else {"event": "none", "checkpoint": ""}
+        begun = [r for r in records if r["event"] == "save-begin" and r["checkpoint"] == last["checkpoint"]]
+        interrupted = begun and last["event"] in ("save-begin", "save-undone", "rollback")
+        run_state = str(begun[-1]["run_state"]) if interrupted else "unknown"
         if run_state == "running":
             log.warning("VM %s: a save was interrupted; the guest goes on", self.name)
-            self._ports.journal.append("save-undone", vm=self.name, checkpoint=begun[-1]["checkpoint"])
+            self._ports.journal.append("save-undone", vm=self.name, checkpoint=last["checkpoint"])
             await self._qemu.cont()
         elif run_state in SAVEABLE and (launch := self.launched()):
             log.warning("VM %s: a save was interrupted; saving the %s guest again", self.name, run_state)
             await self._save(self._qemu, launch, run_state, "", "reboot", "")
         else:
             self.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+
+    async def _finish_interrupted_resume(self, checkpoint: str) -> None:
+        """The checkpoint is spent, and the journal announced that its guest would run: let it, if nobody has."""
+        records = [r for r in self._ports.journal.records() if r.get("checkpoint") == checkpoint]
+        announced = [r for r in records if r["event"] == "resume"]
+        if announced and records[-1]["event"] == "resume" and announced[-1].get("run_state") != "paused":
+            log.warning("VM %s: its resume was interrupted; the guest goes on", self.name)
+            assert self._qemu
+            await self._qemu.cont()
+            self._ports.journal.append("resumed", vm=self.name, checkpoint=checkpoint)
 
     async def _take_back(self, manifest: Manifest) -> None:
         """The checkpoint is out of the world before the guest runs, so that nothing can ever load it (invariant 2)."""
@@ -437,23 +433,16 @@ class Vm:
         store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
         load_at = host.now()
         fd = await asyncio.to_thread(store.open_vmstate, manifest, filename)
-        with open(fd, "rb", buffering=0), self._named():  # noqa: PTH123 - only to be closed
+        with open(fd, "rb", buffering=0), naming(self.name):  # noqa: PTH123 - only to be closed
             self._set(VmState.LOADING)
             located = await self._ports.memory.relocate(manifest.memory, self._settings.agent.device_timeout)
             memory_at = host.now()
-            await self._refuse_overlap(located.identity, defined=False)
-            await self._refuse_changed_disks(manifest)
-            found, _ = await asyncio.gather(
-                self._ports.memory.witness(located, manifest.witness), self._refuse_other_users(located)
+            refuse_overlap(self.name, located.identity, await self._claims(self, False))
+            await asyncio.gather(
+                refuse_changed_disks(self._ports, manifest),
+                refuse_other_users(self._ports, self.name, located, self.pid),
+                refuse_changed_ram(self._ports, manifest, located),
             )
-            if found.digest != manifest.witness.digest:
-                raise MemoryChanged(
-                    f"its RAM is not what it was: witness {manifest.witness.digest} ({manifest.witness.kind}), "
-                    f"found {found.digest}",
-                    vm=self.name,
-                    left="nothing was started; memory and checkpoint are kept as they are",
-                    remedy=f"the guest can't be continued from this memory; see `cprctl status {self.name}`",
-                )
             self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id)
             await self._end_qemu()
             try:
@@ -468,8 +457,9 @@ class Vm:
                     raise
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
+                self._ports.journal.append("load-failed", vm=self.name, checkpoint=manifest.id)
                 raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
-            self._ports.journal.append("resume", vm=self.name, checkpoint=manifest.id)
+            self._ports.journal.append("resume", vm=self.name, checkpoint=manifest.id, run_state=manifest.run_state)
             await asyncio.to_thread(store.consume, manifest)
             # From here on the checkpoint is spent, whatever happens (invariant 2).
             resumed_at = 0.0
@@ -529,54 +519,13 @@ class Vm:
         self.pid = 0
 
     async def _relocated(self, identity: MemoryIdentity) -> Located:
-        with self._named():
+        with naming(self.name):
             return await self._ports.memory.relocate(identity, 5.0)
 
     async def _require_no_qemu(self) -> None:
         await self._derive()
         if self.pid:
             raise AlreadyRunning(f"is already {self.state}", vm=self.name)
-
-    async def _refuse_overlap(self, identity: MemoryIdentity, *, defined: bool) -> None:
-        for other, claimed in await self._claims(self, defined):
-            if identity.overlaps(claimed):
-                raise MemoryOverlap(
-                    f"its memory overlaps that of VM {other}: offset {identity.offset_bytes} and size "
-                    f"{identity.size_bytes}, that one has offset {claimed.offset_bytes} and size {claimed.size_bytes}",
-                    vm=self.name,
-                    left="nothing was started",
-                    remedy="give one of them another memory.offset or device",
-                )
-
-    async def _refuse_other_users(self, located: Located) -> None:
-        """Our own QEMU, which has stopped, does not count."""
-        users = [user for user in await self._ports.memory.users(located) if not user.endswith(f"({self.pid})")]
-        if users:
-            raise MemoryInUse(
-                f"its memory {located.node} is in use by {', '.join(users)}",
-                vm=self.name,
-                left="nothing was started",
-                remedy="end that process, or find out why it is there",
-            )
-
-    async def _disks(self, disks: Iterable[DiskIdentity]) -> list[DiskIdentity]:
-        return await asyncio.to_thread(lambda: [self._ports.host.identify_disk(disk) for disk in disks])
-
-    async def _refuse_changed_disks(self, manifest: Manifest) -> None:
-        """A guest has its disks' contents in its RAM: what somebody wrote meanwhile it would overwrite, or mix up."""
-        now = await self._disks(manifest.qemu.disks)
-        changed = [
-            f"{was.filename}: {', '.join(differences)}"
-            for was, found in zip(manifest.qemu.disks, now, strict=True)
-            if (differences := was.differences(found))
-        ]
-        if changed:
-            raise DiskChanged(
-                f"its disks are not what they were when it was saved: {'; '.join(changed)}",
-                vm=self.name,
-                left="nothing was started; memory and checkpoint are kept as they are",
-                remedy="bring the original contents back and load again",
-            )
 
     def _stamped(self, launch: Launch) -> Launch:
         return replace(launch, created_at=self._ports.host.now(), boot_id=self._ports.host.boot_id())
@@ -587,16 +536,6 @@ class Vm:
         except CheckpointUnreadable as error:
             self.error = error.text
             return None
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Put this VM's name on errors of layers that know memory but no VMs."""
-        try:
-            yield
-        except CprError as error:
-            if not error.vm:
-                error.vm = self.name
-            raise
 
     @contextlib.asynccontextmanager
     async def _exclusive(self, act: str) -> AsyncIterator[None]:
@@ -651,7 +590,7 @@ class Vm:
             await asyncio.to_thread(self._ports.store.discard, self.name)
             manifest = None
         if self.run_state == "postmigrate":
-            self._set(VmState.SAVED if manifest else VmState.PAUSED)
+            self._set(VmState.SAVED if self._ports.store.checkpointed(self.name) else VmState.PAUSED)
         else:
             self._set(_FROM_RUN_STATE.get(self.run_state, VmState.PAUSED))
 

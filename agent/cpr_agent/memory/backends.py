@@ -88,7 +88,7 @@ class HostMemory:
     async def witness(self, located: Located, like: Witness) -> Witness:
         return await asyncio.to_thread(take_witness, located, like)
 
-    async def users(self, located: Located) -> list[str]:
+    async def users(self, located: Located) -> list[tuple[str, int]]:
         return await asyncio.to_thread(find_users, Path(located.node))
 
     async def _device(self, good: Callable[[DaxDevice], bool], what: str, timeout_s: float) -> DaxDevice:

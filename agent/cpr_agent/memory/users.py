@@ -9,8 +9,8 @@ from pathlib import Path
 PROC = Path("/proc")
 
 
-def find_users(node: Path) -> list[str]:
-    """Other processes that use ``node``, as "name (PID)", as far as we may look (proc(5), fd and maps). Blocking."""
+def find_users(node: Path) -> list[tuple[str, int]]:
+    """Name and PID of other processes that use ``node``, as far as we may look (proc(5), fd and maps). Blocking."""
     info = node.stat()
     # What maps shows: the device and inode of the node itself, also for a device.
     mapped = f" {os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x} {info.st_ino} "
@@ -20,7 +20,7 @@ def find_users(node: Path) -> list[str]:
             continue
         try:
             if _has_open(process, info) or mapped in (process / "maps").read_text():
-                found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
+                found.append(((process / "comm").read_text().strip(), int(process.name)))
         except OSError:
             continue  # it has ended, or is not ours to look at
     return found

@@ -129,15 +129,26 @@ class LiveQemu:
             return event["event"] == "MIGRATION" and event["data"]["status"] in _ENDED
 
         with self._qmp.expecting(ended) as end:
-            await act(self._qmp, fd)
             try:
+                await act(self._qmp, fd)
                 async with asyncio.timeout(timeout_s):
                     return str((await asyncio.shield(end))["data"]["status"])
             except TimeoutError:
-                await self._qmp.execute("migrate_cancel")
-                async with asyncio.timeout(_SETTLE_S):
-                    await end
+                await self._cancel_migration()
                 return f"it was not done within {timeout_s:.0f} s and was cancelled"
+            except asyncio.CancelledError:
+                await asyncio.shield(asyncio.ensure_future(self._cancel_migration()))
+                raise
+
+    async def _cancel_migration(self) -> None:
+        """Returns when none is under way: it would stop the guest after the caller has looked whether it runs."""
+        await self._qmp.execute("migrate_cancel")
+        status = await until(self._migration_status, lambda now: now in ("none", *_ENDED), _SETTLE_S)
+        if status not in ("none", *_ENDED):
+            raise QemuFailed(f"QEMU did not cancel its migration within {_SETTLE_S:.0f} s", vm=self._qmp.vm)
+
+    async def _migration_status(self) -> str:
+        return str((await self._qmp.execute("query-migrate")).get("status", "none"))
 
     async def _why(self, ended: str) -> str:
         try:
@@ -151,8 +162,11 @@ class LiveQemu:
             await self._qmp.execute("cont")
             if await self.run_state() == "suspended":
                 return 0.0
-            async with asyncio.timeout(_SETTLE_S):
-                return event_time(await resumed)
+            try:
+                async with asyncio.timeout(_SETTLE_S):
+                    return event_time(await resumed)
+            except TimeoutError:
+                raise QemuFailed(f"QEMU did not resume the guest within {_SETTLE_S:.0f} s", vm=self._qmp.vm) from None
 
     async def powerdown(self) -> None:
         if await self.run_state() == "suspended":

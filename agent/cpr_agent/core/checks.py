@@ -1,0 +1,80 @@
+"""What would stop a save, or a load after a kexec, now. Looks, and touches nothing that a guest could notice."""
+
+from __future__ import annotations
+
+from cpr_agent.core.model import Finding, Manifest, MemoryIdentity, Survives
+from cpr_agent.core.ports import Ports
+from cpr_agent.core.vm import SAVEABLE, Vm
+from cpr_agent.errors import CheckpointUnreadable, MemoryUnusable
+
+
+async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
+    """Each finding with what is so, why it matters and how to mend it. ``claims``: the memory of the other VMs."""
+    found: list[Finding] = []
+    if vm.definition is None:
+        what, why = str(vm.problem or "its definition is gone"), "it could not be started again"
+        found.append(Finding(severity="error", code="definition", what=what, why=why, vm=vm.name))
+    if held := vm.problem_held():
+        why, remedy = "the guest waits in its memory", f"cprctl status {vm.name}"
+        found.append(Finding(severity="error", code="held", what=held, why=why, remedy=remedy, vm=vm.name))
+    launch, manifest = vm.launched(), _live_checkpoint(vm, found)
+    memory = launch.memory if launch else manifest.memory if manifest else await _defined_memory(vm, ports, found)
+    if memory:
+        found += _memory_findings(vm, memory, claims)
+    if launch and vm.definition and launch.definition_digest != vm.definition.digest:
+        what, why = "its definition changed since it was started", "a load uses what it was started with"
+        found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))
+    if vm.qemu and launch and vm.run_state in SAVEABLE:
+        why = "QEMU or the agent would refuse to save it"
+        found += [
+            Finding(severity="error", code="blocked", what=reason, why=why, vm=vm.name)
+            for reason in await vm.qemu.blocked_reasons(launch)
+        ]
+    return found
+
+
+def _live_checkpoint(vm: Vm, found: list[Finding]) -> Manifest | None:
+    try:
+        return vm.live_checkpoint()
+    except CheckpointUnreadable as error:
+        code = "checkpoint-unreadable"
+        found.append(Finding(severity="error", code=code, what=error.what, why=error.left, remedy=error.remedy, vm=vm.name))
+        return None
+
+
+async def _defined_memory(vm: Vm, ports: Ports, found: list[Finding]) -> MemoryIdentity | None:
+    if vm.definition is None or ports.memory.creatable(vm.definition.memory):
+        return None
+    try:
+        return (await ports.memory.locate(vm.definition.memory, 0.5)).identity
+    except MemoryUnusable as error:
+        why = "the VM cannot be started"
+        found.append(Finding(severity="error", code=error.kind, what=error.what, why=why, remedy=error.remedy, vm=vm.name))
+        return None
+
+
+def _memory_findings(vm: Vm, memory: MemoryIdentity, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
+    found = []
+    if not memory.survives.covers(Survives.KEXEC):
+        found.append(
+            Finding(
+                severity="warning",
+                code="volatile-memory",
+                what=f"its RAM is in {memory.path} ({memory.filesystem or 'unknown file system'}), which a kexec erases",
+                why="it can be saved for a restart of QEMU, but an upgrade of the host will refuse it",
+                remedy="move it to a dax device: see `cprctl devices`",
+                vm=vm.name,
+            )
+        )
+    found += [
+        Finding(
+            severity="error",
+            code="overlap",
+            what=f"its memory overlaps that of VM {other}",
+            why="each would corrupt the other",
+            vm=vm.name,
+        )
+        for other, claimed in claims
+        if memory.overlaps(claimed)
+    ]
+    return found

@@ -1,0 +1,200 @@
+"""What the next agent makes of what a dead one left: every run state of QEMU, checkpoint and journal that there can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.core.model import VmState
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import CheckpointUnreadable, CprError, LoadFailed
+from cpr_agent.store.checkpoints import CheckpointStore
+from tests.bench import Bench
+
+SAVED = ["manifest.json", "vmstate"]
+LOADED = ["manifest.json.loaded", "vmstate.loaded"]
+DISCARDED = ["manifest.json.discarded", "vmstate.discarded"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A VM that runs; the agent that started it is gone."""
+    bench = Bench(tmp_path)
+    bench.define("web1")
+    bench.vm(lambda vm: vm.start())
+    return bench
+
+
+async def save(vm: Vm) -> None:
+    await vm.save("", "reboot")
+
+
+def recover(bench: Bench) -> VmState:
+    async def look(vm: Vm) -> VmState:
+        return vm.state
+
+    return bench.vm(look)
+
+
+@pytest.mark.parametrize("status", ["running", "paused", "suspended", "shutdown"])
+def test_a_qemu_without_checkpoint_is_left_as_it_is(bench: Bench, status: str) -> None:
+    qemu = bench.qemu()
+    qemu.status = status
+    recover(bench)
+    assert bench.qemu() is qemu
+    assert qemu.status == status
+
+
+def test_a_checkpoint_without_qemu_waits(bench: Bench) -> None:
+    bench.vm(save)
+    bench.runner.end("web1")
+    assert recover(bench) is VmState.SAVED
+    assert bench.runner.qemus == {}
+    assert bench.files() == SAVED
+
+
+def test_a_saved_qemu_is_kept_for_a_rollback(bench: Bench) -> None:
+    bench.vm(save)
+    assert recover(bench) is VmState.SAVED
+    assert bench.qemu().status == "postmigrate"
+
+
+@pytest.mark.parametrize("status", ["running", "suspended"])
+def test_a_checkpoint_whose_guest_was_resumed_by_hand_is_retired(bench: Bench, status: str) -> None:
+    bench.vm(save)
+    bench.qemu().by_hand(status)
+    assert recover(bench) == status
+    assert bench.files() == DISCARDED
+
+
+@pytest.mark.parametrize("status", ["inmigrate", "paused", "prelaunch"])
+def test_a_load_that_was_interrupted_before_its_guest_ran_is_repeated_in_a_new_qemu(bench: Bench, status: str) -> None:
+    bench.vm(save)
+    bench.dies("after load-begin", lambda vm: vm.load(""))
+    manifest = CheckpointStore(bench.root / "checkpoints", ()).live("web1")
+    assert manifest
+    old = bench.runner.put(bench.qemu().launch, status, kind="load", checkpoint=manifest.id)
+    assert recover(bench) is VmState.RUNNING
+    assert bench.qemu() is not old
+    assert bench.files() == LOADED
+    assert bench.runner.violations == []
+
+
+def test_a_load_that_never_gets_done_is_left_to_the_admin(bench: Bench) -> None:
+    """It may be what kills the agent."""
+    bench.vm(save)
+    bench.dies("after load-begin", lambda vm: vm.load(""))
+    for _ in range(2):
+        bench.dies("after load-begin", live_checkpoint)
+    assert recover(bench) is VmState.SAVED
+    assert bench.records().count("load-begin") == 3
+    bench.vm(lambda vm: vm.load(""))
+    assert bench.qemu().status == "running"
+
+
+def test_a_load_that_failed_is_not_repeated_by_itself(bench: Bench) -> None:
+    bench.vm(save)
+    bench.runner.faults["web1", "load"] = LoadFailed("no", vm="web1")
+    with pytest.raises(LoadFailed):
+        bench.vm(lambda vm: vm.load(""))
+    bench.runner.faults.clear()
+    assert recover(bench) is VmState.SAVED
+
+
+async def live_checkpoint(vm: Vm) -> object:
+    return vm.live_checkpoint()
+
+
+def test_a_paused_guest_with_the_checkpoint_of_another_load_is_left_alone(bench: Bench) -> None:
+    bench.vm(save)
+    qemu = bench.runner.put(bench.qemu().launch, "paused", kind="load", checkpoint="another")
+    recover(bench)
+    assert bench.qemu() is qemu
+
+
+# -- at each record of the journal ------------------------------------------------------------------------------------
+
+
+def test_a_guest_that_ran_goes_on_after_an_interrupted_save(bench: Bench) -> None:
+    bench.dies("after save-begin", save)
+    bench.qemu().status = "postmigrate"
+    assert recover(bench) is VmState.RUNNING
+    assert bench.files() == [".vmstate.saving"]
+    bench.vm(save)
+    assert bench.files() == SAVED
+
+
+@pytest.mark.parametrize("status", ["paused", "suspended"])
+def test_a_guest_that_did_not_run_is_saved_again_after_an_interrupted_save(bench: Bench, status: str) -> None:
+    bench.qemu().by_hand(status)
+    bench.dies("after save-begin", save)
+    qemu = bench.qemu()
+    qemu.status = "postmigrate"
+    assert recover(bench) is VmState.SAVED
+    assert bench.qemu() is qemu
+    manifest = bench.vm(live_checkpoint)
+    assert getattr(manifest, "run_state", "") == status
+
+
+def test_a_save_that_was_interrupted_before_its_last_record_is_a_save(bench: Bench) -> None:
+    bench.dies("before saved", save)
+    assert recover(bench) is VmState.SAVED
+
+
+@pytest.mark.parametrize("status", ["running", "paused"])
+def test_a_load_that_was_interrupted_after_its_checkpoint_was_spent_is_finished(bench: Bench, status: str) -> None:
+    """Only this QEMU has the guest; one that ran before the save must run."""
+    bench.qemu().by_hand(status)
+    bench.vm(save)
+    bench.dies("before resumed", lambda vm: vm.load(""))
+    qemu = bench.qemu()
+    qemu.status = "paused"
+    assert recover(bench) == status
+    assert bench.qemu() is qemu
+    assert bench.files() == LOADED
+
+
+def test_a_rollback_that_was_interrupted_is_finished(bench: Bench) -> None:
+    bench.vm(save)
+    bench.dies("before discard-files", lambda vm: vm.resume())
+    assert recover(bench) is VmState.SAVED
+    bench.dies("after discard-files", lambda vm: vm.resume())
+    assert bench.qemu().status == "postmigrate"
+    assert recover(bench) is VmState.RUNNING
+
+
+# -- what must not be touched -----------------------------------------------------------------------------------------
+
+
+def test_a_guest_that_an_admin_migrated_away_is_not_resumed(bench: Bench) -> None:
+    """Its QEMU stopped in postmigrate, and elsewhere the guest runs: a resume would be a second one."""
+    bench.qemu().status = "postmigrate"
+    assert recover(bench) is VmState.PAUSED
+    assert bench.qemu().status == "postmigrate"
+
+
+def test_a_guest_that_an_admin_migrated_away_is_not_resumed_for_an_old_saves_sake(bench: Bench) -> None:
+    bench.vm(save)
+    bench.vm(lambda vm: vm.load(""))
+    bench.qemu().status = "postmigrate"
+    assert recover(bench) is VmState.PAUSED
+    assert bench.qemu().status == "postmigrate"
+
+
+def test_a_guest_whose_checkpoint_can_not_be_read_is_not_resumed(bench: Bench) -> None:
+    """It would run, and leave a manifest that somebody could mend and load."""
+    bench.dies("before saved", save)
+    manifest = bench.root / "checkpoints/web1/manifest.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:-5])
+    recover(bench)
+    assert bench.qemu().status == "postmigrate"
+    for act in (lambda vm: vm.resume(), lambda vm: vm.load(""), save):
+        with pytest.raises(CheckpointUnreadable):
+            bench.vm(act)
+    manifest.write_bytes(content)
+    bench.vm(lambda vm: vm.resume())
+    assert bench.qemu().status == "running"
+    with pytest.raises(CprError):
+        bench.vm(lambda vm: vm.load(""))
