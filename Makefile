@@ -8,7 +8,7 @@ VENV = $(shell scripts/bootstrap --venv-path)
 PYTHON = $(VENV)/bin/python
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/cpr_agent/__init__.py)
 DEB := build/cpr-agent_$(VERSION)_all.deb
-SOURCES = $(shell git ls-files agent units policies packaging Makefile)
+SOURCES = $(shell git ls-files --cached --others --exclude-standard agent units policies packaging Makefile)
 
 .PHONY: help
 help: ## List the targets

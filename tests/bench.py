@@ -137,8 +137,10 @@ class Bench:
                 await manager.reload()
                 await manager.recover()
                 await manager.jobs.drain(PATIENCE_S)
+                point("recovered")
                 await manager.jobs.drain(PATIENCE_S)  # loads that were interrupted go on as a job
                 result = await work(manager)
+                point("done")
                 await manager.close()
                 return result
 
@@ -159,10 +161,13 @@ class Bench:
             self.vm(work, name)
         self.runner.die_at = ""
 
-    def records(self) -> list[str]:
+    def journal(self) -> list[dict[str, object]]:
         journal = FileJournal(self.root / "journal", self._host)
         journal.close()
-        return [str(record["event"]) for record in journal.records()]
+        return journal.records()
+
+    def records(self) -> list[str]:
+        return [str(record["event"]) for record in self.journal()]
 
     def qemu(self, name: str = "web1") -> FakeQemu:
         return self.runner.qemus[name]

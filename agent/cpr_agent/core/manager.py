@@ -105,6 +105,17 @@ class Manager:
                 left="no guest was stopped",
                 remedy="see cprctl status",
             )
+        lost = [
+            f"{vm.name} ({vm.run_state})"
+            for vm in self.vms.values()
+            if vm.pid and vm.run_state not in (*SAVEABLE, "shutdown") and vm.live_checkpoint() is None
+        ]
+        if lost:
+            raise SaveFailed(
+                f"in their run state these can't be saved: {', '.join(lost)}",
+                left="no guest was stopped",
+                remedy="continue them on the admin's QMP socket, or stop them with `cprctl stop --hard`",
+            )
         for vm in self.vms.values():
             manifest = vm.live_checkpoint()
             if manifest and not manifest.survives.covers(need):

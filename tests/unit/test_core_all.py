@@ -1,0 +1,249 @@
+"""All VMs at once: all are saved or none is, and the most pause-sensitive guests wait the least."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.core.jobs import Job, JobState
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import Survives, VmState
+from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
+from tests.bench import Bench
+from tests.fakes import Gate
+
+NAMES = ("first", "middle", "last")
+ORDERS = {"first": 1, "middle": 50, "last": 200}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Three VMs that run on dax devices; "first" is to pause the least."""
+    bench = Bench(tmp_path)
+    for name in NAMES:
+        bench.define(name, bench.define_device(name), order=ORDERS[name])
+    bench.run(lambda manager: start(manager, *NAMES))
+    bench.runner.started.clear()
+    return bench
+
+
+async def start(manager: Manager, *names: str) -> None:
+    for name in names:
+        await manager.vm(name).start()
+
+
+async def ended(manager: Manager, job: Job) -> Job:
+    await manager.jobs.drain(10)
+    assert job.id not in manager.jobs.current
+    return job
+
+
+async def save_all(manager: Manager) -> Job:
+    return await ended(manager, manager.save_all(Survives.KEXEC))
+
+
+async def load_all(manager: Manager) -> Job:
+    return await ended(manager, manager.load_all(autostart=True))
+
+
+def statuses(bench: Bench) -> dict[str, str]:
+    return {name: qemu.status for name, qemu in bench.runner.qemus.items()}
+
+
+def journal(bench: Bench, *events: str) -> list[str]:
+    """VMs in the order in which these events were journaled."""
+    return [str(record["vm"]) for record in bench.journal() if record["event"] in events]
+
+
+def test_low_orders_are_saved_last_and_loaded_first(bench: Bench) -> None:
+    assert bench.run(save_all).result == "done"
+    assert journal(bench, "saved") == ["last", "middle", "first"]
+    for name in NAMES:
+        bench.runner.end(name)
+    assert bench.run(load_all).result == "done"
+    assert journal(bench, "resumed") == ["first", "middle", "last"]
+    assert set(statuses(bench).values()) == {"running"}
+    assert bench.runner.violations == []
+
+
+@pytest.mark.parametrize("failing", NAMES)
+def test_one_that_can_not_be_saved_keeps_all_running(bench: Bench, failing: str) -> None:
+    bench.runner.faults[failing, "save"] = SaveFailed("no room", vm=failing)
+    old = dict(bench.runner.qemus)
+    job = bench.run(save_all)
+    assert job.state is JobState.FAILED
+    assert f"VM {failing}: could not be saved: no room" in job.result
+    assert statuses(bench) == dict.fromkeys(NAMES, "running")
+    assert bench.runner.qemus == old
+    assert all("manifest.json" not in bench.files(name) for name in NAMES)
+
+
+def test_one_that_can_not_be_resumed_either_is_named(bench: Bench) -> None:
+    bench.runner.faults["first", "save"] = SaveFailed("no room", vm="first")
+    bench.runner.faults["last", "cont"] = QemuFailed("its disk is locked", vm="last")
+    job = bench.run(save_all)
+    assert "VM first: could not be saved: no room" in job.result
+    assert "but not VM last: could not be resumed: its disk is locked" in job.result
+    assert statuses(bench) == {"first": "running", "middle": "running", "last": "postmigrate"}
+
+
+@pytest.mark.parametrize("waiting", NAMES)
+def test_a_cancelled_save_of_all_resumes_all(bench: Bench, waiting: str) -> None:
+    gate = bench.runner.gates[waiting, "save"] = Gate()
+
+    async def cancel(manager: Manager) -> Job:
+        job = manager.save_all(Survives.KEXEC)
+        await gate.entered.wait()
+        manager.jobs.cancel(job.id)
+        return await ended(manager, job)
+
+    assert bench.run(cancel).state is JobState.CANCELLED
+    assert statuses(bench) == dict.fromkeys(NAMES, "running")
+    assert all("manifest.json" not in bench.files(name) for name in NAMES)
+
+
+def test_a_save_that_is_cancelled_twice_still_resumes_all(bench: Bench) -> None:
+    save_gate = bench.runner.gates["first", "save"] = Gate()
+    cont_gate = bench.runner.gates["last", "cont"] = Gate()
+
+    async def cancel_twice(manager: Manager) -> Job:
+        job = manager.save_all(Survives.KEXEC)
+        await save_gate.entered.wait()
+        manager.jobs.cancel(job.id)
+        await cont_gate.entered.wait()
+        manager.jobs.cancel(job.id)
+        cont_gate.go.set()
+        return await ended(manager, job)
+
+    assert bench.run(cancel_twice).state is JobState.CANCELLED
+    assert statuses(bench) == dict.fromkeys(NAMES, "running")
+
+
+def test_a_load_that_is_cancelled_keeps_the_checkpoints(bench: Bench) -> None:
+    bench.run(save_all)
+    gate = bench.runner.gates["middle", "load"] = Gate()
+
+    async def cancel(manager: Manager) -> Job:
+        job = manager.load_all(autostart=False)
+        await gate.entered.wait()
+        manager.jobs.cancel(job.id)
+        return await ended(manager, job)
+
+    assert bench.run(cancel).state is JobState.CANCELLED
+    assert statuses(bench) == {"first": "running", "last": "postmigrate"}
+    bench.runner.gates.clear()
+    assert bench.run(load_all).result == "done"
+    assert statuses(bench) == dict.fromkeys(NAMES, "running")
+    assert bench.runner.violations == []
+
+
+def test_one_that_can_not_be_loaded_does_not_stop_the_others(bench: Bench) -> None:
+    bench.run(save_all)
+    bench.runner.faults["first", "load"] = LoadFailed("no", vm="first")
+    job = bench.run(load_all)
+    assert job.state is JobState.FAILED
+    assert "VM first: could not be loaded: no" in job.result
+    assert statuses(bench) == {"middle": "running", "last": "running"}
+    assert bench.files("first") == ["manifest.json", "vmstate"]
+
+
+def test_ram_that_a_kexec_erases_stops_no_guest(bench: Bench) -> None:
+    bench.define("volatile")
+    bench.run(lambda manager: start(manager, "volatile"))
+    job = bench.run(save_all)
+    assert f"{bench.root}/volatile.ram" in job.result
+    assert "does not survive a kexec" in job.result
+    assert statuses(bench) == dict.fromkeys((*NAMES, "volatile"), "running")
+
+
+def test_a_guest_that_is_saved_in_volatile_ram_stops_no_other(bench: Bench) -> None:
+    bench.define("volatile")
+    bench.run(lambda manager: start(manager, "volatile"))
+
+    async def save_both_ways(manager: Manager) -> Job:
+        await manager.vm("volatile").save("", "reboot")
+        return await save_all(manager)
+
+    job = bench.run(save_both_ways)
+    assert "VM volatile: is saved already, in RAM that does not survive a kexec" in job.result
+    assert statuses(bench) == {**dict.fromkeys(NAMES, "running"), "volatile": "postmigrate"}
+
+
+def test_a_qemu_that_does_not_answer_stops_no_guest(bench: Bench) -> None:
+    bench.runner.faults["middle", "run_state"] = QemuFailed("no answer", vm="middle")
+    job = bench.run(save_all)
+    assert "QEMU does not answer for middle" in job.result
+    assert journal(bench, "save-begin") == []
+
+
+@pytest.mark.parametrize("status", ["postmigrate", "io-error", "internal-error", "guest-panicked", "prelaunch"])
+def test_a_guest_that_nobody_could_save_stops_no_other(bench: Bench, status: str) -> None:
+    """It has a live QEMU, which a kexec would end; only the admin can say that it is not worth anything."""
+    bench.qemu("middle").status = status
+    job = bench.run(save_all)
+    assert job.state is JobState.FAILED
+    assert "middle" in job.result
+    assert status in job.result
+    assert journal(bench, "save-begin") == []
+
+
+def test_a_guest_that_has_shut_itself_down_is_no_obstacle(bench: Bench) -> None:
+    bench.qemu("middle").status = "shutdown"
+    assert bench.run(save_all).result == "done"
+
+
+def test_what_is_saved_already_is_part_of_all(bench: Bench) -> None:
+    async def save_one_then_all(manager: Manager) -> Job:
+        await manager.vm("middle").save("", "reboot")
+        return await save_all(manager)
+
+    assert bench.run(save_one_then_all).result == "done"
+    assert statuses(bench) == dict.fromkeys(NAMES, "postmigrate")
+
+
+def test_two_loads_of_all_do_not_meet(bench: Bench) -> None:
+    bench.run(save_all)
+
+    async def twice(manager: Manager) -> list[str]:
+        jobs = [manager.load_all(autostart=False) for _ in range(2)]
+        await manager.jobs.drain(10)
+        return [job.result for job in jobs]
+
+    assert bench.run(twice) == ["done", "done"]
+    assert sorted(bench.runner.started) == sorted((name, "load") for name in NAMES)
+
+
+def test_autostart_starts_what_waits_for_nothing(bench: Bench) -> None:
+    bench.define("fresh", autostart=True)
+    bench.define("manual")
+    bench.run(save_all)
+    assert bench.run(load_all).result == "done"
+    assert ("fresh", "start") in bench.runner.started
+    assert "manual" not in bench.runner.qemus
+
+
+def test_an_agent_that_is_told_to_stop_finishes_what_it_is_doing(bench: Bench) -> None:
+    gate = bench.runner.gates["first", "save"] = Gate()
+
+    async def close_meanwhile(manager: Manager) -> Job:
+        job = manager.save_all(Survives.KEXEC)
+        await gate.entered.wait()
+        closing = asyncio.ensure_future(manager.close())
+        gate.go.set()
+        await closing
+        return job
+
+    assert bench.run(close_meanwhile).result == "done"
+    assert statuses(bench) == dict.fromkeys(NAMES, "postmigrate")
+
+
+def test_an_unused_vm_is_no_part_of_it(bench: Bench) -> None:
+    bench.define("idle")
+    assert bench.run(save_all).result == "done"
+
+    async def state(manager: Manager) -> VmState:
+        return manager.vm("idle").state
+
+    assert bench.run(state) is VmState.STOPPED

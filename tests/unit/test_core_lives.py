@@ -1,0 +1,125 @@
+"""Any acts, any faults, and agents that are killed anywhere: the guest is never corrupted, run twice, or lost."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import Survives, VmState
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import CprError, QemuFailed
+from cpr_agent.host.this_host import ThisHost
+from tests.bench import PATIENCE_S, Bench
+from tests.fakes import AgentKilled, FakeRunner
+
+HOST = ThisHost()
+
+
+async def save_all(manager: Manager) -> None:
+    manager.save_all(Survives.QEMU_RESTART)
+    await manager.jobs.drain(PATIENCE_S)
+
+
+async def load_all(manager: Manager) -> None:
+    manager.load_all(autostart=False)
+    await manager.jobs.drain(PATIENCE_S)
+
+
+async def end_saved_qemu(manager: Manager) -> None:
+    if manager.vm("web1").state is VmState.SAVED:
+        await manager.vm("web1").stop("hard")
+
+
+def with_vm(act: Callable[[Vm], Awaitable[object]]) -> Callable[[Manager], Awaitable[object]]:
+    return lambda manager: act(manager.vm("web1"))
+
+
+def by_hand(wanted: str, *allowed: str) -> Callable[[Manager], Awaitable[object]]:
+    """What an admin does on his own QMP socket; the agent hears of it."""
+
+    async def act(manager: Manager) -> None:
+        runner = manager.ports.runner
+        assert isinstance(runner, FakeRunner)
+        qemu = runner.qemus.get("web1")
+        if qemu and qemu.status in allowed:
+            qemu.by_hand(wanted)
+        await manager.vm("web1").refresh()
+
+    return act
+
+
+ACTS: dict[str, Callable[[Manager], Awaitable[object]]] = {
+    "save": with_vm(lambda vm: vm.save("", "reboot")),
+    "load": with_vm(lambda vm: vm.load("")),
+    "resume": with_vm(lambda vm: vm.resume()),
+    "start": with_vm(lambda vm: vm.start()),
+    "save all": save_all,
+    "load all": load_all,
+    "end the saved QEMU": end_saved_qemu,
+    "pause by hand": by_hand("paused", "running"),
+    "continue by hand": by_hand("running", "paused", "postmigrate"),
+}
+FAULTS = ("start", "connect", "run_state", "save", "after-save", "load", "after-load", "cont", "after-cont")
+
+
+@dataclass(frozen=True)
+class Life:
+    """One agent: what it is asked to do, in which of QEMU's operations it meets a fault, and how long it lives."""
+
+    acts: list[str]
+    faults: list[str]
+    points: int | None
+
+
+lives = st.builds(
+    Life,
+    acts=st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=4),
+    faults=st.lists(st.sampled_from(FAULTS), max_size=1),
+    points=st.none() | st.integers(1, 60),
+)
+
+
+def live(bench: Bench, life: Life) -> None:
+    async def act(manager: Manager) -> None:
+        for name in life.acts:
+            with contextlib.suppress(CprError):
+                await ACTS[name](manager)
+
+    bench.runner.faults = {("web1", fault): QemuFailed(f"{fault} failed", vm="web1") for fault in life.faults}
+    bench.runner.life_left = life.points
+    with contextlib.suppress(AgentKilled):
+        bench.run(act)
+    bench.runner.faults, bench.runner.life_left = {}, None
+
+
+async def bring_it_back(vm: Vm) -> None:
+    """What an admin would do at last."""
+    if vm.state is VmState.SAVED:
+        await vm.load("")
+    if vm.state is VmState.PAUSED:
+        await vm.resume()
+    assert vm.state is VmState.RUNNING, (vm.state, vm.error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(lives, min_size=1, max_size=4))
+def test_a_guest_survives_any_lives_of_agents(history: list[Life]) -> None:
+    with tempfile.TemporaryDirectory(prefix="cpr-agent-test-", dir="/dev/shm") as directory:
+        bench = Bench(Path(directory), HOST)
+        bench.define("web1")
+        bench.vm(lambda vm: vm.start())
+        for life in history:
+            live(bench, life)
+        bench.vm(bring_it_back)
+        runner = bench.runner
+        assert runner.violations == []
+        assert runner.started.count(("web1", "start")) == 1, "it was booted again"
+        assert bench.qemu().count == runner.counts["web1"]
+        assert "manifest.json" not in bench.files(), "a guest that runs can still be loaded"
