@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pytest
 
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Manifest, Vmstate
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.settings import AgentSection, Seconds, Settings
+from cpr_agent.core.settings import AgentSection, Seconds, Settings, WitnessSection
 from cpr_agent.core.vm import Vm
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
@@ -26,7 +26,6 @@ from tests.fakes import AgentKilled, FakeDevices, FakeQemu, FakeRunner
 T = TypeVar("T")
 RAM_BYTES = 16384
 PATIENCE_S = 20.0
-SETTINGS = Settings(agent=AgentSection(device_timeout=Seconds(0)))
 
 
 class MortalJournal(FileJournal):
@@ -91,8 +90,9 @@ class MortalStore(CheckpointStore):
 class Bench:
     """Definitions, disk and QEMUs that outlive any agent; ``run`` is one agent's life."""
 
-    def __init__(self, root: Path, host: ThisHost | None = None) -> None:
+    def __init__(self, root: Path, host: ThisHost | None = None, witness: Literal["sampled", "off"] = "sampled") -> None:
         self.root = root
+        self.settings = Settings(agent=AgentSection(device_timeout=Seconds(0)), witness=WitnessSection(kind=witness))
         self.runner = FakeRunner()
         self.devices = FakeDevices()
         self._host = host or ThisHost()
@@ -132,7 +132,7 @@ class Bench:
                 history=History(self.root / "history"),
                 host=self._host,
             )
-            manager = Manager(ports, SETTINGS)
+            manager = Manager(ports, self.settings)
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
                 await manager.reload()
                 await manager.recover()

@@ -8,9 +8,10 @@ guest went on where it was.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,8 +38,9 @@ class ConsoleReport:
 
 
 def read_console(path: Path, min_lines: int = 2) -> ConsoleReport:
-    """Judge a console log, which may have firmware noise and a last line that is not complete. Raises OSError."""
-    seen = [(boot.decode(), int(count), int(bad)) for boot, count, bad in LINE.findall(path.read_bytes())]
+    """Judge a console log, which may have firmware noise, NULs and a last line that is not complete. Raises OSError."""
+    log = path.read_bytes().replace(b"\0", b"")
+    seen = [(boot.decode(), int(count), int(bad)) for boot, count, bad in LINE.findall(log)]
     problems = []
     if len(seen) < min_lines:
         problems.append(f"only {len(seen)} lines, expected are {min_lines}")
@@ -47,8 +49,11 @@ def read_console(path: Path, min_lines: int = 2) -> ConsoleReport:
         problems.append(f"it was booted {len(boots)} times ({', '.join(boots)})")
     breaks = [(a, b) for (_, a, _), (_, b, _) in pairwise(seen) if b != a + 1]
     problems += [f"the counter went from {a} to {b}" for a, b in breaks[:3]]
-    if any(bad for _, _, bad in seen):
-        problems.append("the guest found its memory changed")
+    if breaks[3:]:
+        problems.append(f"and {len(breaks) - 3} more such breaks")
+    if wrong := [(count, bad) for _, count, bad in seen if bad]:
+        most = max(bad for _, bad in wrong)
+        problems.append(f"the guest found its memory changed, first at count {wrong[0][0]}, up to bad={most}")
     counts = [count for _, count, _ in seen] or [0]
     return ConsoleReport(boots, counts[0], counts[-1], len(seen), tuple(problems))
 
@@ -58,12 +63,15 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--min-lines", type=int, default=2)
     parser.add_argument("--same-boot-as", default="", metavar="ID", help="the boot id that it must have")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
     options = parser.parse_args()
-    report = read_console(options.file, options.min_lines)
-    print(f"{options.file.stem}: {report}")
+    try:
+        report = read_console(options.file, options.min_lines)
+    except OSError as error:
+        sys.exit(f"{options.file.stem}: {error}")
     if options.same_boot_as and report.boot != options.same_boot_as:
-        print(f"{options.file.stem}: the boot id was {options.same_boot_as}")
-        return 1
+        report = replace(report, problems=(*report.problems, f"the boot id was {options.same_boot_as}"))
+    print(json.dumps(asdict(report)) if options.json else f"{options.file.stem}: {report}")
     return 1 if report.problems else 0
 
 

@@ -39,6 +39,17 @@ static u16 in16(u16 port) { u16 value; __asm__ volatile("inw %1, %0" : "=a"(valu
 static u32 in32(u16 port) { u32 value; __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port)); return value; }
 static u64 rdtsc(void) { u64 value; __asm__ volatile("rdtsc" : "=A"(value)); return value; }
 
+/* 0 if the CPU has no such instruction (bit 30) or it ran dry. */
+static u32 rdrand(void)
+{
+    u32 eax = 1, ebx, ecx, edx, value = 0;
+    u8 valid = 0;
+    __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx));
+    if (ecx & 1u << 30)
+        __asm__ volatile("rdrand %0; setc %1" : "=r"(value), "=qm"(valid));
+    return valid ? value : 0;
+}
+
 /* ---- printing ---- */
 
 static void print_char(char c)
@@ -167,7 +178,7 @@ __attribute__((used)) static void run(void)
     out8(COM1 + 3, 3);
     out8(COM1 + 2, 0);
 
-    boot_id = rdtsc();
+    boot_id = rdtsc() ^ (u64)rdrand() << 32 ^ rdrand();
     out8(0x70, 0); /* the RTC's seconds tell boots apart whose TSC starts alike */
     boot_id = (boot_id ^ (u64)in8(0x71) << 56) * 0x9e3779b97f4a7c15ull;
     boot_id ^= boot_id >> 29;

@@ -17,10 +17,20 @@ def test_two_guests_live_through_a_kexec_of_their_host(tmp_path: Path) -> None:
     subprocess.run([ROOT / "scripts/guest/build-all", guests], check=True)
     here = ROOT / "tests/host"
     (deb,) = ROOT.glob("build/cpr-agent_*_all.deb")
-    payload = [guests, ROOT / "scripts/guest/console.py", here / "before-kexec", here / "after-kexec"]
+    payload = [guests, ROOT / "scripts/guest/console.py", *here.glob("*-kexec"), here / "after-reboot"]
     ended = subprocess.run(
         [
-            *(ROOT / "scripts/host-vm", "run", "--follow", "--smp", "1", f"--timeout={TIMEOUT_S}", "--out", out),
+            *(
+                ROOT / "scripts/host-vm",
+                "run",
+                "--follow",
+                "--smp",
+                "1",
+                "--allow-reboot",
+                f"--timeout={TIMEOUT_S}",
+                "--out",
+                out,
+            ),
             *("--scenario", here / "kexec-scenario", "--deb", deb, "--payload", *payload),
         ],
         check=False,

@@ -66,6 +66,10 @@ ACTS: dict[str, Callable[[Manager], Awaitable[object]]] = {
     "pause by hand": by_hand("paused", "running"),
     "continue by hand": by_hand("running", "paused", "postmigrate"),
 }
+LOSING: dict[str, Callable[[Manager], Awaitable[object]]] = {
+    "stop": with_vm(lambda vm: vm.stop("hard")),
+    "discard": with_vm(lambda vm: vm.discard()),
+}
 FAULTS = ("start", "connect", "run_state", "save", "after-save", "load", "after-load", "cont", "after-cont")
 
 
@@ -76,31 +80,39 @@ class Life:
     acts: list[str]
     faults: list[str]
     points: int | None
+    qemu_dies: bool = False
+    """After it, while no agent is there to see it."""
 
 
-lives = st.builds(
-    Life,
-    acts=st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=4),
-    faults=st.lists(st.sampled_from(FAULTS), max_size=1),
-    points=st.none() | st.integers(1, 60),
-)
+def lives(*acts: str, deaths: bool) -> st.SearchStrategy[list[Life]]:
+    life = st.builds(
+        Life,
+        acts=st.lists(st.sampled_from(acts), min_size=1, max_size=4),
+        faults=st.lists(st.sampled_from(FAULTS), max_size=1),
+        points=st.none() | st.integers(1, 60),
+        qemu_dies=st.booleans() if deaths else st.just(False),
+    )
+    return st.lists(life, min_size=1, max_size=4)
 
 
 def live(bench: Bench, life: Life) -> None:
     async def act(manager: Manager) -> None:
         for name in life.acts:
             with contextlib.suppress(CprError):
-                await ACTS[name](manager)
+                await {**ACTS, **LOSING}[name](manager)
 
     bench.runner.faults = {("web1", fault): QemuFailed(f"{fault} failed", vm="web1") for fault in life.faults}
     bench.runner.life_left = life.points
     with contextlib.suppress(AgentKilled):
         bench.run(act)
     bench.runner.faults, bench.runner.life_left = {}, None
+    if life.qemu_dies:
+        bench.runner.end("web1")
 
 
-async def bring_it_back(vm: Vm) -> None:
-    """What an admin would do at last."""
+async def bring_it_back(vm: Vm, *, paused: bool) -> None:
+    """What an admin would do at last. Nobody else may have left the guest ``paused``."""
+    assert paused or vm.state is not VmState.PAUSED
     if vm.state is VmState.SAVED:
         await vm.load("")
     if vm.state is VmState.PAUSED:
@@ -109,7 +121,7 @@ async def bring_it_back(vm: Vm) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(lives, min_size=1, max_size=4))
+@given(lives(*ACTS, deaths=False))
 def test_a_guest_survives_any_lives_of_agents(history: list[Life]) -> None:
     with tempfile.TemporaryDirectory(prefix="cpr-agent-test-", dir="/dev/shm") as directory:
         bench = Bench(Path(directory), HOST)
@@ -117,9 +129,23 @@ def test_a_guest_survives_any_lives_of_agents(history: list[Life]) -> None:
         bench.vm(lambda vm: vm.start())
         for life in history:
             live(bench, life)
-        bench.vm(bring_it_back)
+        paused = any("pause by hand" in life.acts for life in history)
+        bench.vm(lambda vm: bring_it_back(vm, paused=paused))
         runner = bench.runner
         assert runner.violations == []
         assert runner.started.count(("web1", "start")) == 1, "it was booted again"
         assert bench.qemu().count == runner.counts["web1"]
         assert "manifest.json" not in bench.files(), "a guest that runs can still be loaded"
+
+
+@settings(max_examples=200, deadline=None)
+@given(lives("save", "load", "resume", "start", *LOSING, deaths=True))
+def test_no_state_is_loaded_onto_ram_that_has_moved_on(history: list[Life]) -> None:
+    """By the order of things alone: here no witness would notice it."""
+    with tempfile.TemporaryDirectory(prefix="cpr-agent-test-", dir="/dev/shm") as directory:
+        bench = Bench(Path(directory), HOST, witness="off")
+        bench.define("web1")
+        for life in history:
+            live(bench, life)
+        live(bench, Life(["load"], [], None))
+        assert bench.runner.violations == []

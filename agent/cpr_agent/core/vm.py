@@ -217,6 +217,13 @@ class Vm:
             await self._derive()
             if not self.pid:
                 raise WrongState("is not running", vm=self.name)
+            if how == "acpi" and self._qemu is None:
+                raise QemuFailed(
+                    "its QEMU does not answer, so its power button can't be pressed",
+                    vm=self.name,
+                    left="the guest was not touched",
+                    remedy=f"`cprctl stop --hard {self.name}` ends QEMU",
+                )
             if how == "acpi" and self._qemu and self.run_state in ("running", "suspended"):
                 await self._qemu.powerdown()
                 launch = self.launched()
