@@ -62,10 +62,11 @@ class HostMemory:
 
     def creatable(self, section: MemorySection) -> bool:
         path = Path(section.device)
-        is_device = section.device.startswith(("uuid:", "/dev/dax"))
-        return not is_device and path.parent.is_dir() and not os.path.lexists(path)
+        return not _is_device(section) and path.parent.is_dir() and not os.path.lexists(path)
 
     async def prepare(self, section: MemorySection, user: str) -> None:
+        if _is_device(section):
+            return
         path = Path(section.device)
         if not self.creatable(section):
             _refuse_foreign_file(path, user)
@@ -115,6 +116,10 @@ def _refuse_false_node(node: str) -> None:
             left="nothing was started",
             remedy=f"remove {node} and name the memory by its uuid: see `cprctl devices`",
         )
+
+
+def _is_device(section: MemorySection) -> bool:
+    return section.device.startswith(("uuid:", "/dev/dax"))
 
 
 def _refuse_foreign_file(path: Path, user: str) -> None:
