@@ -76,6 +76,9 @@ class MortalStore(CheckpointStore):
         self._point("before begin")
         return MortalState(super().begin(vm, filename), self._point)
 
+    def reopen(self, vm: str, path: str) -> MortalState:  # type: ignore[override]  # likewise
+        return MortalState(super().reopen(vm, path), self._point)
+
     def consume(self, manifest: Manifest) -> None:
         self._point("before consume")
         super().consume(manifest)

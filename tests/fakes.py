@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cpr_agent.core.model import DaxDevice, DiskIdentity, Launch, QemuFacts
 from cpr_agent.core.ports import Qemu
-from cpr_agent.errors import LoadFailed, QemuFailed
+from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
 
 HEADER = b"QEVM\x00\x00\x00\x03"
 
@@ -114,6 +114,8 @@ class FakeQemu:
 
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
         await self._step("save")
+        if self.status == "postmigrate":
+            raise SaveFailed("Can't migrate the vm that was paused due to previous migration", vm=self.launch.vm)
         os.write(vmstate_fd, HEADER + json.dumps({"vm": self.launch.vm, "count": self.count}).encode())
         self.status = "postmigrate"
         await self._step("after-save")

@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scripts.guest.console import ConsoleReport, read_console
 
 from cpr_agent.bus.client import CallError, Client, plain
+from cpr_agent.bus.client import options as variants
 
+ROOT = Path(__file__).parent.parent
 DAEMON = (sys.executable, "-m", "cpr_agent.daemon", "--runner", "process")
 PATIENCE_S = 60.0
 """How long anything may take on a slow day; nothing on a good one comes near."""
@@ -39,8 +42,8 @@ BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Config
 
 
 @contextlib.contextmanager
-def private_bus(directory: Path) -> Iterator[str]:
-    """A dbus-daemon of our own; yields its address. Any user may connect."""
+def private_bus(directory: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A dbus-daemon of our own; yields its address and itself. Any user may connect."""
     config = directory / "bus.conf"
     config.write_text(BUS_CONFIG.format(socket=directory / "bus"))
     with subprocess.Popen(
@@ -48,7 +51,7 @@ def private_bus(directory: Path) -> Iterator[str]:
     ) as daemon:
         assert daemon.stdout
         try:
-            yield daemon.stdout.readline().strip()
+            yield daemon.stdout.readline().strip(), daemon
         finally:
             daemon.terminate()
 
@@ -130,8 +133,9 @@ class Guest:
 class Lab:
     """``root`` prefixes all the agent's paths; ``shm`` is for RAM."""
 
-    def __init__(self, root: Path, shm: Path, address: str, tiny: Path, qemu: str) -> None:
-        self.root, self.shm, self.address, self.tiny, self.qemu = root, shm, address, tiny, qemu
+    def __init__(self, root: Path, shm: Path, bus: tuple[str, subprocess.Popen[str]], tiny: Path, qemu: str) -> None:
+        self.root, self.shm, self.tiny, self.qemu = root, shm, tiny, qemu
+        self.address, self._bus = bus
         self.definitions = root / "etc/cpr-agent/vms"
         self.definitions.mkdir(parents=True)
         self.state = root / "var/lib/cpr-agent"
@@ -145,27 +149,34 @@ class Lab:
     def settings(self, **sections: dict[str, Any]) -> None:
         (self.root / "etc/cpr-agent/agent.toml").write_text(toml(sections))
 
-    def start_agent(self) -> None:
+    def start_agent(self, program: tuple[str, ...] = DAEMON) -> None:
         with self.log.open("ab") as log:
-            self._agent = subprocess.Popen(
-                [*DAEMON, f"--root={self.root}", f"--bus-address={self.address}"],
-                stderr=log,
+            self._agent = agent = subprocess.Popen(
+                [*program, f"--root={self.root}", f"--bus-address={self.address}"], cwd=ROOT, stderr=log
             )
-        agent = self._agent
+        before = self.log.stat().st_size
 
-        def ready() -> bool:
-            assert agent.poll() is None, f"the agent ended with {agent.returncode}: {self.log.read_text()[-2000:]}"
-            with contextlib.suppress(CallError):
-                # A name is owned before recovery is over; a VM's own state says when.
-                return bool(self.client(lambda client: client.manager("ListVMs")) is not None)
-            return False
+        def recovered() -> bool:
+            """It says so once recovery is over; its name is on the bus before."""
+            said = self.log.read_bytes()[before:].decode()
+            assert agent.poll() is None, f"the agent ended with {agent.returncode}: {said[-2000:]}"
+            return "run as processes" in said
 
-        until(ready, "the agent's name on the bus")
+        until(recovered, "the agent is ready")
 
     def end_agent(self, number: int = signal.SIGTERM) -> int:
         assert self._agent
         self._agent.send_signal(number)
+        return self.agent_ended()
+
+    def agent_ended(self) -> int:
+        """Wait for an end that is not of our making; returns the agent's exit status."""
+        assert self._agent
         return self._agent.wait(PATIENCE_S)
+
+    def end_bus(self) -> None:
+        self._bus.terminate()
+        self._bus.wait(PATIENCE_S)
 
     def client(self, work: Callable[[Client], Any]) -> Any:
         async def connected() -> Any:
@@ -176,8 +187,6 @@ class Lab:
 
     def job(self, member: str, **options: Any) -> str:
         """Run SaveAll or LoadAll to its end; returns its result."""
-        from cpr_agent.bus.client import options as variants
-
         return str(self.client(lambda client: client.run_job(member, variants(**options), PATIENCE_S)))
 
     def cprctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -254,3 +263,25 @@ def toml(sections: dict[str, Any]) -> str:
     for name, values in sections.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def refused(guest: Guest, kind: str, *words: str, member: str = "CprLoad", filename: str = "") -> str:
+    """The call must fail with this error, naming the VM and these words; returns the text."""
+    with pytest.raises(CallError) as caught:
+        if member == "CprLoad":
+            guest.load(filename)
+        elif member == "CprSave":
+            guest.save(filename)
+        else:
+            guest.call(member)
+    text = str(caught.value)
+    assert caught.value.kind == kind, text
+    for word in (f"VM {guest.name}", *words):
+        assert word in text
+    return text

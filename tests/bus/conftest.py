@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import Lab, private_bus
+from tests.lab import ROOT, Guest, Lab, private_bus
 
-ROOT = Path(__file__).parent.parent.parent
 DIALECTS = {"ignore-shared": "7.2", "cpr-reboot": "10.0"}
 
 
@@ -69,8 +68,8 @@ def each_qemu(request: pytest.FixtureRequest) -> str:
 
 def _lab(tmp_path: Path, tiny: Path, qemu: str) -> Iterator[Lab]:
     shm = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
-    with private_bus(tmp_path) as address:
-        lab = Lab(tmp_path / "root", shm, address, tiny, qemu)
+    with private_bus(tmp_path) as bus:
+        lab = Lab(tmp_path / "root", shm, bus, tiny, qemu)
         try:
             lab.start_agent()
             yield lab
@@ -91,3 +90,10 @@ def lab(tmp_path: Path, tiny: Path, any_qemu: str) -> Iterator[Lab]:
 def each_lab(tmp_path: Path, tiny: Path, each_qemu: str) -> Iterator[Lab]:
     """The same once for each QEMU, that is, for each dialect."""
     yield from _lab(tmp_path, tiny, each_qemu)
+
+
+@pytest.fixture
+def saved(lab: Lab) -> Guest:
+    guest = lab.running()
+    guest.save()
+    return guest

@@ -74,7 +74,7 @@ def test_a_save_that_fails_lets_the_guest_run_on(bench: Bench, point: str) -> No
 def test_a_save_that_fails_leaves_a_paused_guest_alone(bench: Bench) -> None:
     bench.qemu().by_hand("paused")
     bench.runner.faults["web1", "after-save"] = SaveFailed("no room", vm="web1")
-    with pytest.raises(SaveFailed, match="The guest was paused and QEMU is now postmigrate; save it again"):
+    with pytest.raises(SaveFailed, match="The guest was paused and QEMU is now postmigrate, where only `cont`"):
         bench.vm(save)
     assert bench.qemu().status == "postmigrate"
     assert bench.files() == []

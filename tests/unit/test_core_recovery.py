@@ -8,7 +8,7 @@ import pytest
 
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CheckpointUnreadable, CprError, LoadFailed
+from cpr_agent.errors import CheckpointUnreadable, CprError, LoadFailed, SaveFailed
 from cpr_agent.store.checkpoints import CheckpointStore
 from tests.bench import Bench
 
@@ -106,11 +106,16 @@ async def live_checkpoint(vm: Vm) -> object:
     return vm.live_checkpoint()
 
 
-def test_a_paused_guest_with_the_checkpoint_of_another_load_is_left_alone(bench: Bench) -> None:
+@pytest.mark.parametrize("status", ["paused", "shutdown", "io-error"])
+def test_a_checkpoint_whose_guest_ran_and_stopped_again_is_retired(bench: Bench, status: str) -> None:
+    """Its QEMU is not in postmigrate any more, and no load has put it where it is."""
     bench.vm(save)
-    qemu = bench.runner.put(bench.qemu().launch, "paused", kind="load", checkpoint="another")
+    qemu = bench.qemu()
+    qemu.run()
+    qemu.status = status
     recover(bench)
     assert bench.qemu() is qemu
+    assert bench.files() == DISCARDED
 
 
 # -- at each record of the journal ------------------------------------------------------------------------------------
@@ -126,15 +131,31 @@ def test_a_guest_that_ran_goes_on_after_an_interrupted_save(bench: Bench) -> Non
 
 
 @pytest.mark.parametrize("status", ["paused", "suspended"])
-def test_a_guest_that_did_not_run_is_saved_again_after_an_interrupted_save(bench: Bench, status: str) -> None:
-    bench.qemu().by_hand(status)
-    bench.dies("after save-begin", save)
+@pytest.mark.parametrize("point", ["before seal", "before commit"])
+def test_the_state_of_a_guest_that_did_not_run_is_stored_after_an_interrupted_save(
+    bench: Bench, status: str, point: str
+) -> None:
+    """QEMU would not write it again."""
     qemu = bench.qemu()
-    qemu.status = "postmigrate"
+    qemu.by_hand(status)
+    bench.dies(point, save)
+    assert qemu.status == "postmigrate"
     assert recover(bench) is VmState.SAVED
     assert bench.qemu() is qemu
-    manifest = bench.vm(live_checkpoint)
-    assert getattr(manifest, "run_state", "") == status
+    assert getattr(bench.vm(live_checkpoint), "run_state", "") == status
+    bench.runner.end("web1")
+    bench.vm(lambda vm: vm.load(""))
+    assert bench.runner.violations == []
+
+
+def test_a_guest_that_an_admin_migrated_away_after_a_save_that_failed_is_not_resumed(bench: Bench) -> None:
+    bench.runner.faults["web1", "after-save"] = SaveFailed("no room", vm="web1")
+    with pytest.raises(SaveFailed):
+        bench.vm(save)
+    bench.runner.faults.clear()
+    bench.qemu().status = "postmigrate"
+    assert recover(bench) is VmState.PAUSED
+    assert bench.qemu().status == "postmigrate"
 
 
 def test_a_save_that_was_interrupted_before_its_last_record_is_a_save(bench: Bench) -> None:

@@ -122,6 +122,13 @@ class Manager:
                 raise SaveFailed(
                     f"is saved already, in RAM that does not survive a {need}", vm=vm.name, left="no guest was stopped"
                 )
+        checks = await asyncio.gather(*(vm.require_saveable(need) for vm in live), return_exceptions=True)
+        if refused := [
+            _reason(vm, found) for vm, found in zip(live, checks, strict=True) if isinstance(found, BaseException)
+        ]:
+            raise SaveFailed(
+                "; ".join(refused), left="no guest was stopped", remedy="mend the cause, or shut the VM down first"
+            )
         saved: list[Vm] = []
         failures: list[tuple[Vm, BaseException]] = []
         try:

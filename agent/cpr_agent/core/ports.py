@@ -145,6 +145,9 @@ class Store(Protocol):
 
     def begin(self, vm: str, filename: str) -> PendingState: ...
 
+    def reopen(self, vm: str, path: str) -> PendingState:
+        """A state file that was written whole, and neither committed nor aborted. Raises OSError."""
+
     def open_vmstate(self, manifest: Manifest, filename: str) -> int:
         """A descriptor on the state file, proved to be the one the manifest describes. Raises NotVmstate, ProofFailed."""
 

@@ -305,6 +305,12 @@ class Vm:
                     self._ports.store.hold(self.name, error.text)
                 raise
 
+    async def require_saveable(self, need: Survives) -> None:
+        """Raises what a save would raise now, and stops nothing."""
+        if self._qemu is None:
+            raise WrongState(f"is {self.state} and can't be saved", vm=self.name)
+        await self._require_saveable(self._qemu, need)
+
     # -- parts of the acts --------------------------------------------------------------------------------------------
 
     async def _require_saveable(self, qemu: Qemu, need: Survives) -> Launch:
@@ -319,23 +325,37 @@ class Vm:
             raise Blocked(reasons, vm=self.name)
         return launch
 
-    async def _save(self, qemu: Qemu, launch: Launch, run_state: str, filename: str, mode: str, upgrade: str) -> Manifest:
+    async def _save(
+        self,
+        qemu: Qemu,
+        launch: Launch,
+        run_state: str,
+        filename: str,
+        mode: str,
+        upgrade: str,
+        begun: dict[str, object] | None = None,
+    ) -> Manifest:
+        """``begun`` is the journal's record of a save that QEMU has done and nobody has stored."""
         definition_timeout = self.definition.save.timeout if self.definition else 60.0
         host, store = self._ports.host, self._ports.store
         facts = await qemu.facts()
         digest = await asyncio.to_thread(host.program_digest, self.pid)
         witness = self._ports.memory.new_witness(self._settings.witness.kind)
         located = await self._relocated(launch.memory)
-        checkpoint = uuid.uuid4().hex
+        checkpoint = str(begun["checkpoint"]) if begun else uuid.uuid4().hex
         try:
-            pending = store.begin(self.name, filename)
+            pending = store.reopen(self.name, str(begun["path"])) if begun else store.begin(self.name, filename)
         except OSError as error:
-            raise SaveFailed(f"the state file cannot be created: {error}", vm=self.name, left="nothing changed") from error
+            raise SaveFailed(f"the state file cannot be opened: {error}", vm=self.name, left="nothing changed") from error
         requested_at = host.now()
         try:
-            self._ports.journal.append("save-begin", vm=self.name, checkpoint=checkpoint, run_state=run_state)
-            self._set(VmState.SAVING)
-            stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
+            stopped_at = requested_at
+            if begun is None:
+                self._ports.journal.append(
+                    "save-begin", vm=self.name, checkpoint=checkpoint, run_state=run_state, path=pending.path
+                )
+                self._set(VmState.SAVING)
+                stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
             written_at = host.now()
             vmstate, witness, disks = await asyncio.gather(
                 asyncio.to_thread(pending.seal),
@@ -385,16 +405,18 @@ class Vm:
             now = await qemu.run_state()
             if run_state == "running" and now != "running":
                 await qemu.cont()
+                self._ports.journal.append("resumed", vm=self.name, checkpoint=checkpoint)
                 now = await qemu.run_state()
         except QemuFailed as error:
             return f"and its QEMU is gone ({error.what}); the guest is lost unless it shut itself down"
         if now == run_state:
             return f"the guest is {now}, as before; no checkpoint was left"
-        return f"the guest was {run_state} and QEMU is now {now}; save it again before you end QEMU"
+        return f"the guest was {run_state} and QEMU is now {now}, where only `cont` on the admin's QMP socket continues it"
 
     async def _finish_interrupted_save(self) -> None:
         """QEMU is in postmigrate and no manifest says why: an agent died between the two. The journal knows the run
-        state. A guest that ran goes on; another is saved again, because ``cont`` would change what it is (FACTS.md)."""
+        state. A guest that ran goes on. ``cont`` would change what another is (FACTS.md), and QEMU does not save twice
+        without it; but a QEMU in postmigrate has written its whole state: it is stored now."""
         assert self._qemu
         records = [r for r in self._ports.journal.records() if r.get("vm") == self.name and "checkpoint" in r]
         last = records[-1] if records else {"event": "none", "checkpoint": ""}
@@ -405,9 +427,10 @@ class Vm:
             log.warning("VM %s: a save was interrupted; the guest goes on", self.name)
             self._ports.journal.append("save-undone", vm=self.name, checkpoint=last["checkpoint"])
             await self._qemu.cont()
-        elif run_state in SAVEABLE and (launch := self.launched()):
-            log.warning("VM %s: a save was interrupted; saving the %s guest again", self.name, run_state)
-            await self._save(self._qemu, launch, run_state, "", "reboot", "")
+            self._ports.journal.append("resumed", vm=self.name, checkpoint=last["checkpoint"])
+        elif last["event"] == "save-begin" and (launch := self.launched()):
+            log.warning("VM %s: a save was interrupted; storing the state of the %s guest", self.name, run_state)
+            await self._save(self._qemu, launch, run_state, "", "reboot", "", begun[-1])
         else:
             self.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
 
@@ -435,6 +458,7 @@ class Vm:
                 left="the guest is stopped in its QEMU, and the checkpoint is retired",
                 remedy="if another process holds its disk, end that; then `cont` on the admin's QMP socket",
             ) from error
+        self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id)
 
     async def _load(self, manifest: Manifest, filename: str) -> None:
         store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
@@ -590,7 +614,7 @@ class Vm:
             self._set(VmState.UNREACHABLE)
             return
         manifest = self._live_or_none()
-        if manifest and self.run_state in ("running", "suspended"):
+        if manifest and self._ran_since(manifest):
             # Somebody let the saved guest run, by the admin's own QMP socket: its checkpoint is history.
             log.warning("VM %s: its guest was resumed by hand; the checkpoint is retired", self.name)
             self._ports.journal.append("resumed-by-hand", vm=self.name, checkpoint=manifest.id)
@@ -600,6 +624,12 @@ class Vm:
             self._set(VmState.SAVED if self._ports.store.checkpointed(self.name) else VmState.PAUSED)
         else:
             self._set(_FROM_RUN_STATE.get(self.run_state, VmState.PAUSED))
+
+    def _ran_since(self, manifest: Manifest) -> bool:
+        """Whether the live QEMU's guest ran after it was saved: its QEMU left postmigrate, and does not load just this."""
+        launch = self.launched()
+        loading = launch is None or (launch.kind == "load" and launch.checkpoint == manifest.id)
+        return self.run_state in ("running", "suspended") or not (loading or self.run_state == "postmigrate")
 
     def _state_without_qemu(self) -> VmState:
         if self.problem_held():

@@ -76,6 +76,9 @@ class CheckpointStore:
             )
         return PendingVmstate(vm, target, self._manifest(vm))
 
+    def reopen(self, vm: str, path: str) -> PendingVmstate:
+        return PendingVmstate(vm, Path(path), self._manifest(vm), fresh=False)
+
     def open_vmstate(self, manifest: Manifest, filename: str) -> int:
         path = self._justified(filename, manifest.vm) if filename else Path(manifest.vmstate.path)
         keep = f"the checkpoint of VM {manifest.vm} is kept and can be loaded from the right file"
@@ -169,14 +172,16 @@ class CheckpointStore:
 class PendingVmstate:
     """A state file under a temporary name, open write-only for QEMU (FACTS.md: one fresh descriptor a save)."""
 
-    def __init__(self, vm: str, target: Path, manifest: Path) -> None:
+    def __init__(self, vm: str, target: Path, manifest: Path, *, fresh: bool = True) -> None:
         self.vm = vm
         self.target = target
         self.manifest = manifest
         self.path = str(target)
         self._temporary = target.with_name(f".{target.name}.saving")
-        self._temporary.unlink(missing_ok=True)
-        self.fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        create = os.O_CREAT | os.O_EXCL if fresh else 0
+        if fresh:
+            self._temporary.unlink(missing_ok=True)
+        self.fd = os.open(self._temporary, os.O_WRONLY | create | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def seal(self) -> Vmstate:
         """QEMU does not fsync what it writes (FACTS.md); after this it is durable, though not yet under its name."""
