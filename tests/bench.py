@@ -11,9 +11,9 @@ from typing import Literal, TypeVar
 import pytest
 
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import DaxDevice, Manifest, Vmstate
+from cpr_agent.core.model import DaxDevice, Manifest, Seconds, Vmstate
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.settings import AgentSection, Seconds, Settings, WitnessSection
+from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
 from cpr_agent.core.vm import Vm
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory

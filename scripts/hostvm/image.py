@@ -165,7 +165,6 @@ def _sources() -> list[str]:
         f"deb {mirror} {SUITE} main",
         f"deb {mirror} {SUITE}-updates main",
         f"deb {security} {SUITE}-security main",
-        f"deb {mirror} {SUITE}-backports main",  # chosen only for what trixie has not: python3-qemu-qmp
     ]
 
 

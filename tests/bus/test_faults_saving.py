@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
 from cpr_agent.bus.client import CallError
-from tests.lab import Guest, Lab, refused
+from tests.lab import Guest, Lab, refused, script
 
 
 def test_private_ram_is_refused(lab: Lab) -> None:
@@ -114,3 +115,13 @@ def test_a_qemu_that_dies_during_the_save(lab: Lab) -> None:
     guest.until_state("stopped")
     assert guest.checkpoint_files() == []
     other.assert_unbroken()
+
+
+def test_a_state_that_may_not_be_written_whole_leaves_the_guest_running(each_lab: Lab, tmp_path: Path) -> None:
+    small = script(tmp_path / "qemu", f'#!/bin/bash\nulimit -c 0 -f 64\nexec {each_lab.qemu} "$@"\n')
+    guest = each_lab.guest(qemu=small)
+    guest.start()
+    guest.until_counts()
+    refused(guest, "SaveFailed", "File too large", "as before", member="CprSave")
+    assert guest.checkpoint_files() == []
+    guest.assert_unbroken()

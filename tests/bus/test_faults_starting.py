@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.lab import Guest, Lab, refused, script
 
 
@@ -19,6 +21,27 @@ def test_a_qemu_that_dies_at_start_is_quoted(lab: Lab) -> None:
     guest = lab.guest("web1", "-device", "no-such-device")
     refused(guest, "QemuFailed", "'no-such-device' is not a valid device", "Nothing runs", member="Start")
     assert guest.state == "stopped"
+
+
+def test_a_program_that_ends_at_once_is_quoted(lab: Lab, tmp_path: Path) -> None:
+    guest = lab.guest(qemu=script(tmp_path / "qemu", "#!/bin/sh\necho 'no licence for this host' >&2\nexit 1\n"))
+    refused(guest, "QemuFailed", "no licence for this host", "Nothing runs", member="Start")
+    assert guest.state == "stopped"
+
+
+def test_a_memory_file_that_can_not_be_made(lab: Lab) -> None:
+    refused(lab.guest(device="/proc/cpr-agent-test"), "MemoryUnusable", "/proc/cpr-agent-test", member="Start")
+
+
+def test_a_user_that_does_not_exist(lab: Lab) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root runs a VM as another user")
+    guest = lab.running()
+    guest.call("Stop", "s", "hard")
+    guest.definition["vm"]["user"] = "no-such-user"
+    lab.define(guest)
+    text = refused(guest, "MemoryUnusable", "no-such-user", "does not exist", member="Start")
+    assert "internal error" not in text
 
 
 def test_a_qmp_socket_that_answers_garbage(lab: Lab, tmp_path: Path) -> None:

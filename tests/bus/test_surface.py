@@ -13,7 +13,7 @@ import pytest
 
 from cpr_agent.bus.client import CallError, Client
 from cpr_agent.bus.contract import read_contract
-from tests.lab import DAEMON, PATIENCE_S, Lab
+from tests.lab import DAEMON, PATIENCE_S, Lab, let_others_in
 
 ROOT = "/org/cpragent1"
 SAMPLES = {"s": "x", "a{sv}": {}}
@@ -41,8 +41,8 @@ def test_live_introspection_is_the_contract(lab: Lab) -> None:
 
 DENIED = """
 import asyncio, json, os, sys
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
 from cpr_agent.bus.client import CallError, Client
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
 
 async def main():
     out = {}
@@ -73,10 +73,7 @@ def test_another_user_is_denied_everything_before_its_arguments_are_looked_at(la
     properties = "org.freedesktop.DBus.Properties"
     calls += [(ROOT, properties, member) for member in ("Get", "GetAll", "Set")]
     calls.append((ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects"))
-    lab.root.chmod(0o755)
-    for directory in (*lab.root.parents,):
-        if str(directory).startswith("/tmp/"):
-            directory.chmod(0o755)
+    let_others_in(lab)
     ended = subprocess.run(
         [sys.executable, "-c", DENIED, lab.address],
         input=json.dumps(calls),

@@ -37,7 +37,7 @@ def test_a_definition_is_read(tmp_path: Path) -> None:
     assert definition.name == "web1"
     assert definition.memory.size == 4 << 30
     assert definition.memory.offset == 2 << 20
-    assert definition.vm.shutdown_timeout == 120
+    assert float(definition.vm.shutdown_timeout) == 120
     assert definition.save.order == 100
     assert len(definition.digest) == 64
 

@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,6 +20,7 @@ from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory.backends import HostMemory, filesystem_of
 from cpr_agent.memory.witness import PAGE, chosen_pages, new_witness, take_witness
 from cpr_agent.vm.launch import RefusedError, open_memory, take_ticket
+from tests.fakes import FakeDevices
 from tests.samples import DEVDAX, FILE
 
 DEVICE = DaxDevice(
@@ -30,19 +31,6 @@ DEVICE = DaxDevice(
     resource=0x240000000,
     numa_node=0,
 )
-
-
-class FakeDevices:
-    """Implements memory.devices.Devices: a test machine has no dax device; the real ones are in tests/host."""
-
-    def __init__(self, *devices: DaxDevice) -> None:
-        self._devices = list(devices)
-
-    def list(self) -> list[DaxDevice]:
-        return self._devices
-
-    async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:  # noqa: ARG002
-        return next(filter(good, self._devices), None)
 
 
 def section(device: str = f"uuid:{DEVDAX.uuid}", size: int = 64 << 20, offset: int = 0) -> MemorySection:
@@ -108,7 +96,7 @@ def test_a_resource_that_can_not_be_read_is_no_difference() -> None:
 @pytest.mark.parametrize("name", [f for f in asdict(DEVDAX) if f != "resource"])
 def test_every_field_of_an_identity_counts(name: str) -> None:
     value = getattr(DEVDAX, name)
-    changed: object = value + 4096 if isinstance(value, int) else f"other-{value}"
+    changed: Any = value + 4096 if isinstance(value, int) else f"other-{value}"
     if name == "survives":
         changed = Survives.QEMU_RESTART
     assert DEVDAX.differences(replace(DEVDAX, **{name: changed}))

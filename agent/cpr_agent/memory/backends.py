@@ -65,21 +65,24 @@ class HostMemory:
         return not _is_device(section) and path.parent.is_dir() and not os.path.lexists(path)
 
     async def prepare(self, section: MemorySection, user: str) -> None:
+        owner = _owner(user)
         if _is_device(section):
             return
         path = Path(section.device)
         if not self.creatable(section):
             _refuse_foreign_file(path, user)
             return
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            if os.geteuid() == 0:
-                account = pwd.getpwnam(user)
-                os.fchown(fd, account.pw_uid, account.pw_gid)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise MemoryUnusable(f"its memory file {path} cannot be made: {error.strerror}") from error
+        try:
+            if owner:
+                os.fchown(fd, *owner)
             os.truncate(fd, int(section.offset) + int(section.size))
-        except KeyError:
+        except OSError as error:
             path.unlink()
-            raise MemoryUnusable(f"the user {user} that the VM runs as does not exist") from None
+            raise MemoryUnusable(f"its memory file {path} cannot be made: {error.strerror}") from error
         finally:
             os.close(fd)
 
@@ -87,7 +90,10 @@ class HostMemory:
         return new_witness(kind)
 
     async def witness(self, located: Located, like: Witness) -> Witness:
-        return await asyncio.to_thread(take_witness, located, like)
+        try:
+            return await asyncio.to_thread(take_witness, located, like)
+        except (OSError, ValueError) as error:
+            raise MemoryUnusable(f"its memory {located.node} cannot be read: {error}", left=KEPT) from error
 
     async def users(self, located: Located) -> list[tuple[str, int]]:
         return await asyncio.to_thread(find_users, Path(located.node))
@@ -120,6 +126,17 @@ def _refuse_false_node(node: str) -> None:
 
 def _is_device(section: MemorySection) -> bool:
     return section.device.startswith(("uuid:", "/dev/dax"))
+
+
+def _owner(user: str) -> tuple[int, int] | None:
+    """Whose a new memory file is to be; None for an agent that is not root, whose own it is."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        account = pwd.getpwnam(user)
+    except KeyError:
+        raise MemoryUnusable(f"the user {user} that the VM runs as does not exist", left="nothing was started") from None
+    return account.pw_uid, account.pw_gid
 
 
 def _refuse_foreign_file(path: Path, user: str) -> None:

@@ -1,0 +1,98 @@
+"""What polkit says is what happens to callers other than root; without a clear yes it is a no."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.lab import PATIENCE_S, ROOT, Lab, let_others_in
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+
+AS_NOBODY = (
+    "import os; from cpr_agent.cli.main import main; import cpr_agent.cli.tables, rich.console, rich.table; "
+    "os.setgroups([]); os.setgid(65534); os.setuid(65534); main()"
+)
+
+
+@pytest.fixture
+def polkit(lab: Lab) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(answer: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bus.fake_polkit", lab.address, answer],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        started.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    let_others_in(lab)
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(PATIENCE_S)
+        assert process.stdout
+        process.stdout.close()
+
+
+def cprctl_as_nobody(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, *arguments],
+        env={**os.environ, "CPR_AGENT_BUS_ADDRESS": lab.address},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+def asked(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().split()[0]
+
+
+def test_who_is_authorized_may(lab: Lab, polkit: Callable[[str], subprocess.Popen[str]]) -> None:
+    guest = lab.running()
+    authority = polkit("yes")
+    for arguments, action in (
+        (("list",), "inspect"),
+        (("save", "web1"), "save"),
+        (("load", "web1"), "load"),
+    ):
+        ended = cprctl_as_nobody(lab, *arguments)
+        assert ended.returncode == 0, ended
+        assert asked(authority) == f"org.cpragent1.{action}"
+        if action != "inspect":
+            assert asked(authority) == "org.cpragent1.inspect"  # cprctl shows the VM afterwards
+        else:
+            assert asked(authority) == "org.cpragent1.inspect"  # each VM's properties
+    guest.assert_unbroken()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("no", "not authorized for org.cpragent1.save"),
+        ("challenge", "Call again with interactive authorization"),
+        ("error", "could not be checked whether you may do this (out of order)"),
+    ],
+)
+def test_who_is_not_authorized_may_not(
+    lab: Lab, polkit: Callable[[str], subprocess.Popen[str]], answer: str, said: str
+) -> None:
+    guest = lab.running()
+    polkit(answer)
+    ended = cprctl_as_nobody(lab, "save", "web1")
+    assert ended.returncode == 77, ended
+    assert said in ended.stderr
+    assert guest.checkpoint_files() == []
+    guest.assert_unbroken()
