@@ -125,3 +125,10 @@ def test_a_state_that_may_not_be_written_whole_leaves_the_guest_running(each_lab
     refused(guest, "SaveFailed", "File too large", "as before", member="CprSave")
     assert guest.checkpoint_files() == []
     guest.assert_unbroken()
+
+
+def test_a_guest_that_is_set_up_for_colo_is_refused(each_lab: Lab) -> None:
+    guest = each_lab.running()
+    guest.admin("migrate-set-capabilities", capabilities=[{"capability": "x-colo", "state": True}])
+    refused(guest, "Blocked", "x-colo", member="CprSave")
+    guest.assert_unbroken()
