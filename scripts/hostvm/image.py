@@ -18,8 +18,6 @@ from pathlib import Path
 RECIPE = Path(__file__).parent / "image"
 SUITE = "trixie"
 IMAGE_SIZE = "8G"  # sparse; about 2 GB are in use
-DEFAULT_MIRROR = "http://mirror.invalid/debian"
-DEFAULT_SECURITY_MIRROR = "http://mirror.invalid/debian-security"
 NEEDED_TOOLS = {
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
@@ -160,16 +158,17 @@ def _packages() -> list[str]:
 
 
 def _sources() -> list[str]:
-    mirror, security = _mirrors()
-    return [
-        f"deb {mirror} {SUITE} main",
-        f"deb {mirror} {SUITE}-updates main",
-        f"deb {security} {SUITE}-security main",
-    ]
+    mirrors = _mirrors()
+    if "Debian" not in mirrors:
+        raise HostVmError("apt on this machine has no source for Debian packages; the host VM's come from the same place")
+    sources = [f"deb {mirrors['Debian']} {suite} main" for suite in (SUITE, f"{SUITE}-updates")]
+    if "Debian-Security" in mirrors:
+        sources.append(f"deb {mirrors['Debian-Security']} {SUITE}-security main")
+    return sources
 
 
-def _mirrors() -> tuple[str, str]:
-    """The Debian mirrors that this machine's apt uses, else Debian's own."""
+def _mirrors() -> dict[str, str]:
+    """Label to address of the Debian mirrors that this machine's apt uses."""
     template = "$(REPO_URI) $(ORIGIN) $(LABEL)"
     command = ["apt-get", "indextargets", "--format", template, "Created-By: Packages", "Origin: Debian"]
     found: dict[str, str] = {}
@@ -177,7 +176,7 @@ def _mirrors() -> tuple[str, str]:
         uri, _, label = line.split(" ", 2)
         if uri.startswith(("http://", "https://")):
             found.setdefault(label, uri)
-    return found.get("Debian", DEFAULT_MIRROR), found.get("Debian-Security", DEFAULT_SECURITY_MIRROR)
+    return found
 
 
 def _apt_options() -> list[str]:
