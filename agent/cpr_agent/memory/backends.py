@@ -70,7 +70,7 @@ class HostMemory:
             return
         path = Path(section.device)
         if not self.creatable(section):
-            _refuse_foreign_file(path, user)
+            _refuse_foreign_file(path, user, {0, os.geteuid(), *(owner or ())[:1]})
             return
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -139,13 +139,12 @@ def _owner(user: str) -> tuple[int, int] | None:
     return account.pw_uid, account.pw_gid
 
 
-def _refuse_foreign_file(path: Path, user: str) -> None:
+def _refuse_foreign_file(path: Path, user: str, owners: set[int]) -> None:
     """Anybody can put a file into /dev/shm first, and would read the guest's RAM."""
     try:
         info = path.lstat()
-        owners = {0, os.geteuid(), pwd.getpwnam(user).pw_uid if os.geteuid() == 0 else 0}
-    except (OSError, KeyError):
-        return  # what is wrong is said when it is located, or when QEMU is to run as this user
+    except OSError:
+        return  # what is wrong is said when it is located
     if stat.S_ISREG(info.st_mode) and (info.st_uid not in owners or info.st_mode & 0o007):
         raise MemoryUnusable(
             f"its memory file {path} belongs to user {info.st_uid} with mode {stat.S_IMODE(info.st_mode):o}: "

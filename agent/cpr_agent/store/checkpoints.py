@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -235,10 +234,3 @@ def inspect_vmstate(fd: int, path: str, vm: str) -> Vmstate:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from where it is
     return Vmstate(path=path, size_bytes=info.st_size, sha256=digest)
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes free for the agent where ``path`` is, or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
