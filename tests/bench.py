@@ -12,16 +12,15 @@ import pytest
 
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Manifest, Seconds, Vmstate
-from cpr_agent.core.ports import Ports
+from cpr_agent.core.ports import Host, Ports
 from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
 from cpr_agent.core.vm import Vm
-from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
 from cpr_agent.vm.definition import DefinitionDirectory
-from tests.fakes import AgentKilled, FakeDevices, FakeQemu, FakeRunner
+from tests.fakes import AgentKilled, FakeDevices, FakeHost, FakeKernels, FakeKexec, FakeQemu, FakeRunner
 
 T = TypeVar("T")
 RAM_BYTES = 16384
@@ -31,7 +30,7 @@ PATIENCE_S = 20.0
 class MortalJournal(FileJournal):
     """The real one, and the agent can die before and after each record."""
 
-    def __init__(self, path: Path, host: ThisHost, point: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, host: Host, point: Callable[[str], None]) -> None:
         super().__init__(path, host)
         self._point = point
 
@@ -93,12 +92,14 @@ class MortalStore(CheckpointStore):
 class Bench:
     """Definitions, disk and QEMUs that outlive any agent; ``run`` is one agent's life."""
 
-    def __init__(self, root: Path, host: ThisHost | None = None, witness: Literal["sampled", "off"] = "sampled") -> None:
+    def __init__(self, root: Path, witness: Literal["sampled", "off"] = "sampled") -> None:
         self.root = root
         self.settings = Settings(agent=AgentSection(device_timeout=Seconds(0)), witness=WitnessSection(kind=witness))
         self.runner = FakeRunner()
         self.devices = FakeDevices()
-        self._host = host or ThisHost()
+        self.host = FakeHost()
+        self.kernels = FakeKernels(self.runner)
+        self.kexec = FakeKexec(self.runner)
         self.definitions = root / "vms"
         self.definitions.mkdir()
 
@@ -123,6 +124,7 @@ class Bench:
 
         async def life() -> T:
             self.runner.agent_lives = True
+            self.kexec.of_this_loop()
             for qemu in self.runner.qemus.values():
                 await qemu.close()  # the connections of the agent before
             point = self.runner.point
@@ -131,9 +133,11 @@ class Bench:
                 runner=self.runner,
                 memory=HostMemory(self.devices),
                 store=MortalStore(self.root / "checkpoints", point),
-                journal=MortalJournal(self.root / "journal", self._host, point),
+                journal=MortalJournal(self.root / "journal", self.host, point),
                 history=History(self.root / "history"),
-                host=self._host,
+                host=self.host,
+                kernels=self.kernels,
+                kexec=self.kexec,
             )
             manager = Manager(ports, self.settings)
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
@@ -153,6 +157,17 @@ class Bench:
 
         return asyncio.run(bounded())
 
+    def reboot(self) -> None:
+        """The host starts anew, into the kernel that is loaded, if one is; its persistent memory stays."""
+        for name in list(self.runner.qemus):
+            self.runner.end(name)
+        if self.kernels.is_loaded and self.kexec.under_way:
+            self.host.release = self.kernels.is_loaded[0]
+        self.host.boot += 1
+        self.runner.forget_launches()
+        self.kernels.is_loaded = None
+        self.kexec.promised = self.kexec.under_way = False
+
     def vm(self, work: Callable[[Vm], Awaitable[T]], name: str = "web1") -> T:
         """``run`` with one VM."""
         return self.run(lambda manager: work(manager.vm(name)))
@@ -165,7 +180,7 @@ class Bench:
         self.runner.die_at = ""
 
     def journal(self) -> list[dict[str, object]]:
-        journal = FileJournal(self.root / "journal", self._host)
+        journal = FileJournal(self.root / "journal", self.host)
         journal.close()
         return journal.records()
 

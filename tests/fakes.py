@@ -6,15 +6,17 @@ Everything else around core is real in the unit tests too: store, journal, defin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cpr_agent.core.model import DaxDevice, DiskIdentity, Launch, QemuFacts
+from cpr_agent.core.model import DaxDevice, DiskIdentity, Finding, Kernel, Launch, QemuFacts
 from cpr_agent.core.ports import Qemu
-from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.errors import KernelRefused, LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.host.this_host import ThisHost
 
 HEADER = b"QEVM\x00\x00\x00\x03"
 
@@ -29,6 +31,127 @@ class Gate:
 
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     go: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class FakeHost(ThisHost):
+    """Implements core.ports.Host by the real one, but for what a test must not do to its machine: start it anew, give it
+    another kernel, step its clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boot = 1
+        self.release = "6.12.1"
+        self.stepped_s = 0.0
+
+    def boot_id(self) -> str:
+        return f"boot-{self.boot}"
+
+    def kernel(self) -> str:
+        return self.release
+
+    def now(self) -> float:
+        return super().now() + self.stepped_s
+
+    def boot_ended_at(self, boot_id: str) -> float:  # noqa: ARG002 - no journal knows these boots
+        return 0.0
+
+
+class FakeKernels:
+    """Implements core.ports.Kernels: a test must not load a kernel into its machine. The real ones are in tests/host."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.kernels = [Kernel(version=version, image=f"/boot/vmlinuz-{version}") for version in ("6.12.2", "6.12.1")]
+        self.line = "root=/dev/sda memmap=4G!8G quiet"
+        self.wrong: list[Finding] = []
+        self.refusal = ""
+        self.is_loaded: tuple[str, str] | None = None
+        self._runner = runner
+
+    def installed(self) -> list[Kernel]:
+        return self.kernels
+
+    def command_line(self) -> str:
+        return self.line
+
+    def findings(self, kernel: Kernel, drivers: Collection[str]) -> list[Finding]:  # noqa: ARG002
+        return self.wrong
+
+    def loaded(self) -> bool:
+        return self.is_loaded is not None
+
+    async def load(self, kernel: Kernel, command_line: str) -> None:
+        self._runner.point("load-kernel")
+        if self.refusal:
+            raise KernelRefused(self.refusal)
+        self.is_loaded = (kernel.version, command_line)
+
+    async def unload(self) -> None:
+        self._runner.point("unload-kernel")
+        self.is_loaded = None
+
+
+class FakeKexec:
+    """Implements core.ports.Kexec: a test machine can't be sent into another kernel. ``started`` tells that it was asked
+    to; what then becomes of the host is the test's to say, by ``fail`` or by Bench.reboot."""
+
+    possible = True
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.wrong: list[Finding] = []
+        self.promised = False
+        self.under_way = False
+        self.inhibited = 0
+        self.started = asyncio.Event()
+        self._said = ""
+        self._end = asyncio.Event()
+        self._runner = runner
+
+    def findings(self) -> list[Finding]:
+        return self.wrong
+
+    @contextlib.asynccontextmanager
+    async def inhibit(self, why: str) -> AsyncIterator[None]:  # noqa: ARG002
+        self.inhibited += 1
+        try:
+            yield
+        finally:
+            self.inhibited -= 1
+
+    def promise(self) -> None:
+        self._runner.point("promise")
+        self.promised = True
+
+    def withdraw(self) -> None:
+        self._runner.point("withdraw")
+        self.promised = False
+
+    async def pending(self) -> bool:
+        return self.under_way
+
+    async def start(self) -> str:
+        self._runner.point("kexec")
+        self.begin()
+        return await self.over()
+
+    async def over(self) -> str:
+        if self.under_way:
+            await self._end.wait()
+        return self._said
+
+    def of_this_loop(self) -> None:
+        """Events belong to the event loop of an agent's life."""
+        self.started, self._end = asyncio.Event(), asyncio.Event()
+
+    def begin(self) -> None:
+        """What somebody's `systemctl kexec` does."""
+        self.under_way = True
+        self._end.clear()
+        self.started.set()
+
+    def fail(self, said: str = "canceled") -> None:
+        self.under_way, self._said = False, said
+        self.started.clear()
+        self._end.set()
 
 
 class FakeDevices:
@@ -105,6 +228,10 @@ class FakeQemu:
     async def blocked_reasons(self, launch: Launch) -> list[str]:  # noqa: ARG002
         await self._step("blocked_reasons")
         return self._runner.blocked.get(self.launch.vm, [])
+
+    async def until_saveable(self, launch: Launch, timeout_s: float) -> list[str]:  # noqa: ARG002
+        await self._step("until_saveable")
+        return await self.blocked_reasons(launch)
 
     async def facts(self) -> QemuFacts:
         return QemuFacts(version="10.0", machine_type="pc-q35-10.0", dialect="cpr-reboot")
@@ -217,6 +344,10 @@ class FakeRunner:
     async def kill(self, name: str) -> None:
         self.point()
         self.end(name)
+
+    def forget_launches(self) -> None:
+        """/run is empty after a reboot."""
+        self._launches.clear()
 
     def launched(self, name: str) -> Launch | None:
         return self._launches.get(name)

@@ -16,6 +16,8 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import CprError
+from cpr_agent.host.kernels import InstalledKernels
+from cpr_agent.host.kexec import NoKexec, SystemdKexec
 from cpr_agent.host.processes import ProcessRunner
 from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watchdog_interval_s
 from cpr_agent.host.this_host import ThisHost
@@ -70,6 +72,8 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
         journal=FileJournal(paths.state / "journal", host),
         history=History(paths.state / "history"),
         host=host,
+        kernels=InstalledKernels(),
+        kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
     )
     return Manager(ports, settings)
 
@@ -84,6 +88,7 @@ async def serve(paths: Paths, address: str | None, runner: str) -> int:
     await service.own_name()  # before anything is touched: there must be no second agent
     await manager.reload()
     await manager.recover()
+    service.open()
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -23,7 +23,9 @@
     │   └── CheckpointUnreadable
     ├── QemuFailed            QEMU could not be started, died, or did not answer
     ├── SaveFailed
-    └── LoadFailed
+    ├── LoadFailed
+    ├── KernelRefused         a kernel that can't be started, or that would lose the guests
+    └── UpgradeRefused        a host that must not be upgraded now; carries the findings
 
 A message names the VM, what failed, what state that left, and what to do next; the attributes carry the same apart.
 """
@@ -161,3 +163,11 @@ class SaveFailed(CprError):
 
 class LoadFailed(CprError):
     kind = "LoadFailed"
+
+
+class KernelRefused(CprError):
+    kind = "KernelRefused"
+
+
+class UpgradeRefused(CprError):
+    kind = "UpgradeRefused"

@@ -5,6 +5,7 @@ VM ended without a verdict
 """
 
 import argparse
+import random
 import signal
 import sys
 import tempfile
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
     run.add_argument("--follow", action="store_true", help="show the scenario's output")
     run.add_argument("--allow-reboot", action="store_true", help="a reset boots again; without it, it ends the run")
+    run.add_argument("--power-cuts", action="store_true", help="the scenario may ask for them; disks keep what is flushed")
+    run.add_argument("--seed", type=int, help="of the cuts' random instants (default: random)")
     return parser
 
 
@@ -97,12 +100,19 @@ def _run(arguments: argparse.Namespace) -> int:
         append=arguments.append,
         follow=arguments.follow,
         allow_reboot=arguments.allow_reboot,
+        cut_seed=_cut_seed(arguments),
     )
     image = find_image()
     with image.in_use(), tempfile.TemporaryDirectory(prefix=".run-", dir=out) as scratch:
         result = run_host_vm(image, request, Path(scratch))
     _report(request, result)
     return EXIT_CODES[result.outcome]
+
+
+def _cut_seed(arguments: argparse.Namespace) -> int | None:
+    if not arguments.power_cuts:
+        return None
+    return random.SystemRandom().randrange(1 << 32) if arguments.seed is None else int(arguments.seed)
 
 
 def _report(request: RunRequest, result: RunResult) -> None:
@@ -118,4 +128,5 @@ def _report(request: RunRequest, result: RunResult) -> None:
         Outcome.TIMEOUT: f"fail: no verdict within {request.timeout_s:.0f} s",
         Outcome.CRASH: "fail: QEMU ended without a verdict (reset, power-off, panic or crash)",
     }[result.outcome]
-    print(f"host VM: {told} after {result.boots} boots, {result.duration_s:.0f} s; see {request.out}", flush=True)
+    seen = f"{result.boots} boots" if request.cut_seed is None else f"{result.boots} boots and {result.cuts} power cut(s)"
+    print(f"host VM: {told} after {seen}, {result.duration_s:.0f} s; see {request.out}", flush=True)

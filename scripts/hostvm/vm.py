@@ -1,10 +1,15 @@
 """One run of the host VM: payload in, scenario, verdict and artefacts out.
 
 The guest sees three virtio disks by serial number: its root (an overlay), `payload` (a raw tar) and `artefacts` (a raw
-tar written by host-vm-verdict). The scenario's output comes over the second serial port.
+tar written by host-vm-verdict). The scenario's output comes over the second serial port, and with it what the scenario
+asks the harness for.
 """
 
+import itertools
+import math
 import os
+import random
+import re
 import selectors
 import shlex
 import subprocess
@@ -18,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .evidence import collect_artefacts, recover_from_disk
-from .image import HostVmError, Image
+from .image import HostVmError, Image, say
 from .qemu import loader_command, qemu_wrapper
 
 # isa-debug-exit ends QEMU with 2 * value + 1; a QEMU that fails exits 1, a guest that powers off 0.
@@ -56,15 +61,62 @@ class RunRequest:
     append: str = ""
     follow: bool = False
     allow_reboot: bool = False
+    cut_seed: int | None = None
+    """Of the power cuts' random instants; None: there are none, and the disks forget nothing but cost no flushes."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The verdict, the number of boots that the scenario saw, and the time from QEMU's start to its end."""
+    """The verdict, the number of boots that the scenario saw and of power cuts, and the time from first to last."""
 
     outcome: Outcome
     boots: int
+    cuts: int
     duration_s: float
+
+
+class PowerCuts:
+    """Ends QEMU with SIGKILL at a random instant within the bounds that the scenario names.
+
+    Lost with QEMU are the guest's page cache and what the overlay's metadata does not tell of yet. The NVDIMM's file is in
+    this machine's page cache and keeps every store, as persistent memory does. A real cut takes more: here a write that
+    the guest issued and did not flush may survive, and so do stores that a real CPU had only in its caches.
+    """
+
+    BOOT = re.compile(rb"host-vm: boot (\d+)")
+    WANTED = re.compile(rb"host-vm: power cut within ([\d.]+) to ([\d.]+) s")
+    UNWANTED = re.compile(rb"host-vm: (power cut off|verdict )")
+
+    def __init__(self, seed: int | None, record: Path) -> None:
+        self.at = math.inf  # on the monotonic clock
+        self.count = 0
+        self._seed = seed
+        self._random = random.Random(seed)  # noqa: S311 # repeatable on purpose
+        self._record = record
+        self._boot = 0
+        self._delay_s = 0.0
+        if seed is not None:
+            say(f"power cuts: seed {seed}")
+            record.write_text("")
+
+    def hear(self, line: bytes) -> None:
+        """Heeds one line of the scenario's serial port."""
+        if boot := self.BOOT.search(line):
+            self._boot = int(boot[1])
+        elif self.UNWANTED.search(line):
+            self.at = math.inf
+        elif (wanted := self.WANTED.search(line)) and self._seed is not None:
+            self._delay_s = self._random.uniform(float(wanted[1]), float(wanted[2]))
+            self.at = time.monotonic() + self._delay_s
+
+    def cut(self, qemu: subprocess.Popen[bytes]) -> None:
+        qemu.kill()
+        self.at = math.inf
+        self.count += 1
+        text = f"boot {self._boot}: seed {self._seed}: cut after {self._delay_s:.2f} s"
+        say(text)
+        with self._record.open("a") as record:
+            record.write(f"{text}\n")
 
 
 def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
@@ -80,10 +132,15 @@ def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
 
     command = _command(image, request, scratch)
     (request.out / "qemu-command").write_text(shlex.join(command) + "\n")
+    (request.out / "console.log").write_bytes(b"")
+    cuts = PowerCuts(request.cut_seed, request.out / "power-cuts")
     start = time.monotonic()
     with (request.out / "scenario.log").open("wb") as log, (request.out / "qemu.log").open("wb") as errors:
-        follower = _Follower(log, start, show=request.follow)
-        code = _run_qemu(command, errors, start + request.timeout_s, follower.feed)
+        for cuts_before in itertools.count():
+            follower = _Follower(log, start, cuts.hear, show=request.follow)
+            code = _run_qemu(command, errors, start + request.timeout_s, follower.feed, cuts)
+            if code is None or cuts.count == cuts_before:
+                break
     duration_s = time.monotonic() - start
 
     outcome = {PASS_CODE: Outcome.PASS, FAIL_CODE: Outcome.FAIL, None: Outcome.TIMEOUT}.get(code, Outcome.CRASH)
@@ -92,7 +149,7 @@ def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
         collect_artefacts(image.root, artefacts, request.out)
     else:
         recover_from_disk(image.root, overlay, scratch, request.out)
-    return RunResult(outcome, boots, duration_s)
+    return RunResult(outcome, boots, cuts.count, duration_s)
 
 
 def parse_size(text: str) -> int:
@@ -107,10 +164,14 @@ def parse_size(text: str) -> int:
 def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
     kernel, initrd = image.kernel(request.kernel)
     ceiling = parse_size(request.memory) + parse_size(request.nvdimm) + (1 << 30)
+    # Nothing of a run has to survive a crash of this machine; of QEMU's, what the guest flushed.
+    cache = "unsafe" if request.cut_seed is None else "writeback"
+    words = [COMMAND_LINE, *([] if request.cut_seed is None else ["host_vm.power_cuts"]), request.append]
+
+    console = f"file,id=console,path={_quote(request.out / 'console.log')},append=on"
 
     def disk(name: str, path: Path, file_format: str) -> list[str]:
-        # Nothing of a run has to survive a crash of this machine.
-        drive = f"if=none,id={name},format={file_format},cache=unsafe,discard=unmap,file={_quote(path)}"
+        drive = f"if=none,id={name},format={file_format},cache={cache},discard=unmap,file={_quote(path)}"
         return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
 
     return [
@@ -127,9 +188,9 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
         *disk("payload", scratch / "payload.tar", "raw"),
         *disk("artefacts", scratch / "artefacts.tar", "raw"),
         *("-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
-        *("-chardev", f"file,id=console,path={_quote(request.out / 'console.log')}", "-serial", "chardev:console"),
+        *("-chardev", console, "-serial", "chardev:console"),
         *("-chardev", "stdio,id=scenario,signal=off", "-serial", "chardev:scenario"),
-        *("-kernel", str(kernel), "-initrd", str(initrd), "-append", f"{COMMAND_LINE} {request.append}".strip()),
+        *("-kernel", str(kernel), "-initrd", str(initrd), "-append", " ".join(words).strip()),
         *(() if request.allow_reboot else ("-no-reboot",)),
     ]
 
@@ -159,15 +220,19 @@ def _pack_payload(request: RunRequest, target: Path) -> None:
             add(tar, deb.resolve(), f"deb/{deb.name}")
 
 
-def _run_qemu(command: list[str], errors: BinaryIO, deadline: float, feed: Callable[[bytes], None]) -> int | None:
-    """Runs QEMU until it exits (its code) or the deadline passes (None); nothing is left running."""
+def _run_qemu(
+    command: list[str], errors: BinaryIO, deadline: float, feed: Callable[[bytes], None], cuts: PowerCuts
+) -> int | None:
+    """Runs QEMU until it exits or is cut off (its code) or the deadline passes (None); nothing is left running."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as qemu:
         try:
             assert qemu.stdout is not None
             with selectors.DefaultSelector() as selector:
                 selector.register(qemu.stdout, selectors.EVENT_READ)
-                while (left_s := deadline - time.monotonic()) > 0:
-                    if not selector.select(left_s):
+                while (now := time.monotonic()) < deadline:
+                    if now >= cuts.at:
+                        cuts.cut(qemu)
+                    if not selector.select(min(deadline, cuts.at) - now):
                         continue
                     chunk = os.read(qemu.stdout.fileno(), 65536)
                     feed(chunk)
@@ -184,23 +249,25 @@ def _run_qemu(command: list[str], errors: BinaryIO, deadline: float, feed: Calla
 
 
 class _Follower:
-    """Keeps the scenario's output, and shows it line by line with the time since QEMU started."""
+    """Keeps the scenario's output, hands it on line by line, and shows it with the time since the start."""
 
-    def __init__(self, log: BinaryIO, start: float, *, show: bool) -> None:
+    def __init__(self, log: BinaryIO, start: float, hear: Callable[[bytes], None], *, show: bool) -> None:
         self._log = log
         self._start = start
+        self._hear = hear
         self._show = show
         self._rest = b""
 
     def feed(self, chunk: bytes) -> None:
         self._log.write(chunk)
         self._log.flush()
-        if not self._show:
-            return
         lines = (self._rest + chunk).split(b"\n")
         self._rest = lines.pop()
         if not chunk and self._rest:  # the end
             lines.append(self._rest)
         for line in lines:
+            self._hear(line)
+            if not self._show:
+                continue
             text = line.decode(errors="replace").rstrip("\r")
             print(f"[{time.monotonic() - self._start:6.1f}] {text}", file=sys.stdout, flush=True)

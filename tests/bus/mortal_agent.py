@@ -38,6 +38,7 @@ async def serve(paths: Paths, address: str, point: str) -> None:
     await service.own_name()
     await manager.reload()
     await manager.recover()
+    service.open()
     print("recovered; VMs run as processes", file=sys.stderr, flush=True)
     await service.disconnected()
 

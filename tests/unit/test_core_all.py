@@ -10,7 +10,7 @@ import pytest
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
-from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed, WrongState
 from tests.bench import Bench
 from tests.fakes import Gate
 
@@ -113,7 +113,8 @@ def test_a_save_that_is_cancelled_twice_still_resumes_all(bench: Bench) -> None:
         await save_gate.entered.wait()
         manager.jobs.cancel(job.id)
         await cont_gate.entered.wait()
-        manager.jobs.cancel(job.id)
+        with pytest.raises(WrongState, match="can't be cancelled any more: rolling back"):
+            manager.jobs.cancel(job.id)
         cont_gate.go.set()
         return await ended(manager, job)
 
@@ -174,7 +175,7 @@ def test_a_guest_that_is_saved_in_volatile_ram_stops_no_other(bench: Bench) -> N
 def test_a_qemu_that_does_not_answer_stops_no_guest(bench: Bench) -> None:
     bench.runner.faults["middle", "run_state"] = QemuFailed("no answer", vm="middle")
     job = bench.run(save_all)
-    assert "QEMU does not answer for middle" in job.result
+    assert "VM middle: can't be saved: its QEMU does not answer" in job.result
     assert journal(bench, "save-begin") == []
 
 

@@ -17,11 +17,8 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, QemuFailed
-from cpr_agent.host.this_host import ThisHost
 from tests.bench import PATIENCE_S, Bench
 from tests.fakes import AgentKilled, FakeRunner
-
-HOST = ThisHost()
 
 
 async def save_all(manager: Manager) -> None:
@@ -121,7 +118,7 @@ async def bring_it_back(manager: Manager, *, paused: bool) -> None:
 @contextlib.contextmanager
 def a_guest(witness: Literal["sampled", "off"]) -> Iterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="cpr-agent-test-", dir="/dev/shm") as directory:
-        bench = Bench(Path(directory), HOST, witness)
+        bench = Bench(Path(directory), witness)
         bench.define("web1")
         bench.vm(lambda vm: vm.start())
         yield bench

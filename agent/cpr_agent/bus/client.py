@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from dbus_next.aio.message_bus import MessageBus
@@ -31,7 +31,7 @@ class Client:
 
     def __init__(self, bus: MessageBus) -> None:
         self._bus = bus
-        self._removed: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._news: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -75,35 +75,56 @@ class Client:
         reply = await self._send(message)
         return reply.body[0] if reply.body else None
 
-    async def run_job(self, member: str, options: dict[str, Variant], timeout_s: float | None) -> str:
-        """Start a job and wait for its end; returns its result, ``"done"`` if all is well. Raises CallError.
+    async def run_job(
+        self,
+        member: str,
+        options: dict[str, Variant] | None,
+        progress: Callable[[str, float], None] | None = None,
+    ) -> str:
+        """Start a job and wait for its end; returns its result, ``"done"`` if all is well. Raises CallError, of kind
+        AgentGone if the agent goes away first.
 
-        It goes on if this process goes away.
+        ``progress`` hears of each step, and how much of all is done (0 to 1). The job goes on if this process goes away.
         """
-        rule = f"type='signal',interface='{BUS_NAME}.Manager',member='JobRemoved',path='{ROOT}'"
-        match = Message(
-            destination="org.freedesktop.DBus",
-            path="/org/freedesktop/DBus",
-            interface="org.freedesktop.DBus",
-            member="AddMatch",
-            signature="s",
-            body=[rule],
-        )
         self._bus.add_message_handler(self._on_message)
-        await self._send(match)
-        job = await self.manager(member, "a{sv}", options)
+        daemon = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "AddMatch")
+        for rule in (
+            f"type='signal',interface='{BUS_NAME}.Manager',member='JobRemoved',path='{ROOT}'",
+            f"type='signal',interface='org.freedesktop.DBus.Properties',path_namespace='{ROOT}/job'",
+            f"type='signal',interface='org.freedesktop.DBus',member='NameOwnerChanged',arg0='{BUS_NAME}'",
+        ):
+            await self._send(Message(*daemon, signature="s", body=[rule]))
+        job = await (self.manager(member) if options is None else self.manager(member, "a{sv}", options))
+        lost = asyncio.ensure_future(self._bus.wait_for_disconnect())  # type: ignore[no-untyped-call]
+        step, done = "", 0.0
         try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    path, result = await self._removed.get()
-                    if path == job:
-                        return result
-        except TimeoutError:
-            raise CallError("Timeout", f"job {job} was not done within {timeout_s:.0f} s; it goes on") from None
+            while True:
+                news = asyncio.ensure_future(self._news.get())
+                await asyncio.wait({news, lost}, return_when=asyncio.FIRST_COMPLETED)
+                if not news.done():
+                    raise CallError("AgentGone", f"the bus went away during: {step}")
+                path, values = news.result()
+                if path == BUS_NAME:
+                    raise CallError("AgentGone", f"the agent went away during: {step}")
+                if path == job and "result" in values:
+                    return str(values["result"])
+                if path == job:
+                    step, done = values.get("Step", step), values.get("Progress", done)
+                    if progress:
+                        progress(step, done)
+        finally:
+            news.cancel()
+            lost.cancel()
+            await asyncio.wait({lost})
 
     def _on_message(self, message: Message) -> bool:
-        if message.message_type is MessageType.SIGNAL and message.member == "JobRemoved":
-            self._removed.put_nowait((message.body[1], message.body[2]))
+        match message.message_type, message.member:
+            case MessageType.SIGNAL, "JobRemoved":
+                self._news.put_nowait((message.body[1], {"result": message.body[2]}))
+            case MessageType.SIGNAL, "PropertiesChanged":
+                self._news.put_nowait((str(message.path), plain(message.body[1])))
+            case MessageType.SIGNAL, "NameOwnerChanged" if message.body[0] == BUS_NAME and not message.body[2]:
+                self._news.put_nowait((BUS_NAME, {}))
         return False
 
     async def _send(self, message: Message) -> Message:
@@ -130,5 +151,11 @@ def plain(value: Any) -> Any:
     return value
 
 
-def options(**values: str | bool) -> dict[str, Variant]:
-    return {name: Variant("b" if isinstance(value, bool) else "s", value) for name, value in values.items()}
+def options(**values: str | bool | float | None) -> dict[str, Variant]:
+    """``a{sv}`` of what is given: None and "" are left out, and names get dashes."""
+    kinds = {bool: "b", float: "d", str: "s"}
+    return {
+        name.replace("_", "-"): Variant(kinds[type(value)], value)
+        for name, value in values.items()
+        if value is not None and value != ""
+    }

@@ -12,7 +12,8 @@ from cpr_agent.bus.contract import ROOT, escape
 from cpr_agent.bus.options import take_options, vardict
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import DaxDevice, Finding, Survives
+from cpr_agent.core.model import POLICIES, DaxDevice, Finding, Policy, Survives
+from cpr_agent.core.preflight import Wish
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
 from cpr_agent.report.timeline import GuestTimeline
@@ -43,16 +44,25 @@ class ManagerObject(BusObject):
         self._manager = manager
 
     async def call_SaveAll(self, options: dict[str, Variant]) -> list[Any]:
-        taken = take_options(options, {"survives": "s"})
-        return [job_path(self._manager.save_all(_survives(taken, Survives.KEXEC)))]
+        taken = take_options(options, {"survives": "s", "policy": "s", "before-kexec": "b"})
+        if taken.get("before-kexec"):
+            return [job_path(self._manager.before_kexec())]
+        return [job_path(self._manager.save_all(_survives(taken, Survives.KEXEC), _policy(taken)))]
 
     async def call_LoadAll(self, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"autostart": "b"})
         return [job_path(self._manager.load_all(taken.get("autostart", False)))]
 
+    async def call_Upgrade(self, options: dict[str, Variant]) -> list[Any]:
+        return [job_path(self._manager.upgrade(_wish(options)))]
+
+    async def call_Rollback(self) -> list[Any]:
+        return [job_path(self._manager.rollback())]
+
     async def call_Check(self, options: dict[str, Variant]) -> list[Any]:
-        take_options(options, {})
-        return [[_finding(finding) for finding in await self._manager.findings()]]
+        manager = self._manager
+        found = await (manager.plan_findings(manager.plan(_wish(options))) if options else manager.findings())
+        return [[_finding(finding) for finding in found]]
 
     async def call_ListVMs(self) -> list[Any]:
         return [[[vm.name, str(vm.state), vm_path(vm.name)] for _, vm in sorted(self._manager.vms.items())]]
@@ -75,6 +85,14 @@ class ManagerObject(BusObject):
 
     def get_Version(self) -> str:
         return __version__
+
+    def get_Upgrade(self) -> dict[str, Variant]:
+        current = self._manager.ledger.current
+        if current is None:
+            return {}
+        names = ("id", "kind", "phase", "policy", "kernel_from", "kernel_to", "reason", "started_at")
+        lists = {name: Variant("as", list(getattr(current, name))) for name in ("shut_down", "failures")}
+        return vardict(**{name: getattr(current, name) for name in names}, **lists)
 
     def get_Jobs(self) -> list[str]:
         return [job_path(job) for job in self._manager.jobs.current.values()]
@@ -234,6 +252,25 @@ def _survives(options: dict[str, Any], default: Survives) -> Survives:
         raise InvalidArgument(str(error), remedy="survives is kexec or qemu-restart") from None
 
 
+_WISHES = {
+    **dict.fromkeys(("kernel", "kernel-image", "initrd", "append", "policy"), "s"),
+    **dict.fromkeys(("reuse-cmdline", "dry-run", "back", "drill"), "b"),
+    "max-pause": "d",
+}
+
+
+def _wish(options: dict[str, Variant]) -> Wish:
+    taken = take_options(options, _WISHES)
+    policy = _policy(taken)
+    return Wish(**{**{name.replace("-", "_"): value for name, value in taken.items()}, "policy": policy})
+
+
+def _policy(options: dict[str, Any]) -> Policy | None:
+    if options.get("policy", POLICIES[0]) not in POLICIES:
+        raise InvalidArgument(f"there is no policy {options['policy']!r}", remedy=f"known are: {', '.join(POLICIES)}")
+    return options.get("policy")
+
+
 def _finding(finding: Finding) -> dict[str, Variant]:
     return vardict(
         severity=finding.severity,
@@ -242,6 +279,7 @@ def _finding(finding: Finding) -> dict[str, Variant]:
         why=finding.why,
         remedy=finding.remedy,
         vm=finding.vm,
+        seconds=finding.seconds,
     )
 
 

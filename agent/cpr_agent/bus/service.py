@@ -55,12 +55,14 @@ class Service:
         self._calls: set[asyncio.Task[None]] = set()
         self._told: dict[str, dict[str, Any]] = {}
         self._changed: set[str] = set()
+        self._ready = asyncio.Event()
         self._add(ManagerObject(manager))
         for vm in manager.vms.values():
             self._vm_added(vm)
         manager.vm_added = self._vm_added
         manager.vm_removed = lambda vm: self._remove(vm_path(vm.name))
         manager.vm_changed = lambda vm: self._properties_changed(vm_path(vm.name))
+        manager.ledger.changed = lambda: self._properties_changed(ROOT)
         manager.jobs.added = self._job_added
         manager.jobs.removed = self._job_removed
         bus.add_message_handler(self._on_message)
@@ -77,6 +79,10 @@ class Service:
         reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
         if reply is not RequestNameReply.PRIMARY_OWNER:
             raise Busy(f"another process owns {BUS_NAME}", left="nothing was started", remedy="stop the other agent")
+
+    def open(self) -> None:
+        """Answer calls from now on: those that came before the agent had recovered were kept waiting."""
+        self._ready.set()
 
     async def disconnected(self) -> None:
         """Returns, or raises, when the bus is gone."""
@@ -95,6 +101,7 @@ class Service:
     async def _answer(self, call: Message) -> None:
         """The guard around every call: authorized, checked, and answered whatever happens."""
         try:
+            await self._ready.wait()
             signature, body = await self._dispatch(call)
             reply = Message.new_method_return(call, signature, body)
         except CprError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 import click
@@ -26,6 +27,8 @@ _EXITS = {
     "org.freedesktop.DBus.Error.UnknownObject": EXIT_NOT_FOUND,
     "NoCheckpoint": EXIT_NOT_FOUND,
     "Blocked": EXIT_REFUSED,
+    "KernelRefused": EXIT_REFUSED,
+    "UpgradeRefused": EXIT_REFUSED,
     "ProofFailed": EXIT_REFUSED,
     "MemoryChanged": EXIT_REFUSED,
     "NotVmstate": EXIT_REFUSED,
@@ -80,16 +83,17 @@ def _show(as_json: bool, data: Any, table: Callable[[Any], None]) -> None:
 class _Tables:
     """cli.tables, imported when a table is drawn: rich takes longer than most calls, and guests wait for `load --all`."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         from cpr_agent.cli import tables as module
 
-        table: Callable[..., None] = getattr(module, name)
+        table: Callable[..., Any] = getattr(module, name)
         return table
 
 
 tables = _Tables()
 
 
+POLICIES = ("all-or-nothing", "skip-unsaveable", "force")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 pass_context = click.pass_context
 
@@ -198,19 +202,28 @@ def check(context: click.Context, vm: str | None, as_json: bool) -> None:
 @click.option("--all", "every", is_flag=True, help="Save every VM that has a live guest: all, or none.")
 @click.option("--file", "filename", default="", help="State file (default: the agent's own place).")
 @click.option("--survives", type=click.Choice(["kexec", "qemu-restart"]), help="Refuse RAM that would not outlive this.")
+@click.option("--before-kexec", is_flag=True, help="With --all: for a kexec under way, and taken back if it does not come.")
 @json_option
 @pass_context
-def save(context: click.Context, vm: str | None, every: bool, filename: str, survives: str | None, as_json: bool) -> None:
+def save(
+    context: click.Context,
+    vm: str | None,
+    every: bool,
+    filename: str,
+    survives: str | None,
+    before_kexec: bool,
+    as_json: bool,
+) -> None:
     """Save a VM's device state and leave its RAM where it is. The guest is stopped after."""
     _one_or_all(vm, every)
-    wanted = options(survives=survives) if survives else {}
+    wanted = options(survives=survives)
 
     async def work(client: Client) -> int:
         if vm:
             await client.vm(vm, "CprSave", "ssa{sv}", filename, "reboot", wanted)
             _show(as_json, await client.vm_properties(vm), lambda data: tables.saved(vm, data))
             return 0
-        return _report_job(as_json, await client.run_job("SaveAll", wanted, None))
+        return await _follow_job(client, as_json, "SaveAll", {**wanted, **options(before_kexec=before_kexec or None)})
 
     _run(context, work)
 
@@ -231,7 +244,7 @@ def load(context: click.Context, vm: str | None, every: bool, autostart: bool, f
             await client.vm(vm, "CprLoad", "sa{sv}", filename, {})
             _show(as_json, await client.vm_properties(vm), lambda _: click.echo(f"{vm}: loaded"))
             return 0
-        return _report_job(as_json, await client.run_job("LoadAll", options(autostart=autostart), None))
+        return await _follow_job(client, as_json, "LoadAll", options(autostart=autostart))
 
     _run(context, work)
 
@@ -239,6 +252,111 @@ def load(context: click.Context, vm: str | None, every: bool, autostart: bool, f
 def _one_or_all(vm: str | None, every: bool) -> None:
     if bool(vm) == every:
         raise click.UsageError("name one VM, or give --all")
+
+
+policy_option = click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    help="What to do with guests that can't be saved: refuse; shut them down in order; shut them down in any case.",
+)
+max_pause_option = click.option("--max-pause", type=float, metavar="S", help="Refuse if guests would pause longer (s).")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check, try to load the kernel, and stop there.")
+
+
+@cli.command()
+@click.option("--kernel", default="", metavar="V", help="Version of an installed kernel (default: the newest).")
+@click.option("--kernel-image", default="", metavar="F", help="Another kernel's file, with --initrd.")
+@click.option("--initrd", default="", metavar="F", help="The initrd of --kernel-image.")
+@click.option("--append", default="", metavar="WORDS", help="The new command line; with --reuse-cmdline, added to it.")
+@click.option("--reuse-cmdline", is_flag=True, help="Keep the running kernel's command line (the default).")
+@click.option("--back", is_flag=True, help="Into the kernel before the last upgrade; guests not yet loaded come along.")
+@policy_option
+@max_pause_option
+@dry_run_option
+@json_option
+@pass_context
+def upgrade(context: click.Context, /, as_json: bool, **wishes: Any) -> None:
+    """Start another kernel under all guests: check, save, kexec, load."""
+    _upgrade(context, as_json, wishes)
+
+
+@cli.command()
+@policy_option
+@max_pause_option
+@dry_run_option
+@json_option
+@pass_context
+def drill(context: click.Context, /, as_json: bool, **wishes: Any) -> None:
+    """Rehearse an upgrade: the same, into the kernel that runs now. Its numbers tell how long the real one will take."""
+    _upgrade(context, as_json, {**wishes, "drill": True})
+
+
+def _upgrade(context: click.Context, as_json: bool, wishes: dict[str, Any]) -> None:
+    wanted = options(**{name: value or None for name, value in wishes.items()})
+    dry_run = bool(wishes.pop("dry_run"))
+
+    async def work(client: Client) -> int:
+        # Asked for in any case: a wish for the default is still one for an upgrade.
+        found = plain(await client.manager("Check", "a{sv}", {**wanted, **options(dry_run=dry_run)}))
+        refused = any(finding["severity"] == "error" for finding in found)
+        if not as_json or refused:
+            _show(as_json, found, tables.findings)
+        if refused:
+            click.echo("cprctl: refused; no guest was stopped", err=True)
+            return EXIT_REFUSED
+        try:
+            status = await _follow_job(client, as_json, "Upgrade", wanted, quiet=True)
+        except CallError as error:
+            if error.kind != "AgentGone" or dry_run:
+                raise
+            status = 0 if "restarts" in str(error) else EXIT_FAILED
+            text = "The host restarts; `cprctl status` tells how it went." if status == 0 else f"cprctl: {error}"
+            click.echo(text, err=status != 0)
+            return status
+        if status == 0 and as_json:
+            _show(True, found, tables.findings)
+        elif status == 0:
+            click.echo("The kernel can be loaded. No guest was stopped.")
+        return status
+
+    _run(context, work)
+
+
+@cli.command()
+@json_option
+@pass_context
+def rollback(context: click.Context, as_json: bool) -> None:
+    """Take an upgrade back, until the host goes down: every saved guest goes on."""
+
+    async def work(client: Client) -> int:
+        return await _follow_job(client, as_json, "Rollback", None)
+
+    _run(context, work)
+
+
+async def _follow_job(
+    client: Client, as_json: bool, member: str, wanted: dict[str, Any] | None, *, quiet: bool = False
+) -> int:
+    """Run a job with its steps on the screen, or each on a line of stderr for who reads a pipe."""
+    if as_json:
+        result = await client.run_job(member, wanted)
+    else:
+        with tables.progress() if sys.stderr.isatty() else _lines() as progress:
+            result = await client.run_job(member, wanted, progress)
+    return 0 if quiet and result == "done" else _report_job(as_json, result)
+
+
+@contextlib.contextmanager
+def _lines() -> Iterator[Callable[[str, float], None]]:
+    told = ""
+
+    def tell(step: str, done: float) -> None:  # noqa: ARG001 - there is no bar
+        nonlocal told
+        if step and step != told:
+            click.echo(f"{step} ...", err=True)
+            told = step
+
+    yield tell
 
 
 def _report_job(as_json: bool, result: str) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 WIDE = 400
@@ -15,6 +18,9 @@ _STYLES = {
     "running": "green",
     "saved": "cyan",
     "held": "bold red",
+    "done": "green",
+    "refused": "yellow",
+    "rolled-back": "yellow",
     "unreachable": "red",
     "error": "red",
     "warning": "yellow",
@@ -67,9 +73,30 @@ def vms(data: list[dict[str, Any]]) -> None:
 def agent(data: dict[str, Any]) -> None:
     _print(f"cpr-agent {data['Version']}, {len(data['VMs'])} VMs, {len(data['Jobs'])} jobs under way")
     vms(data["VMs"])
+    if data["Upgrade"]:
+        _print(_upgrade(data["Upgrade"]))
     for entry in data["VMs"]:
         if entry["Problem"]:
             _print(f"[red]{entry['Name']}[/]: {entry['Problem']}")
+
+
+def _upgrade(data: dict[str, Any]) -> str:
+    """One line: what became of the last upgrade."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["started-at"]))
+    to = f" -> {data['kernel-to']}" if data["kernel-to"] else ""
+    words = [f"last {data['kind']}, {since}: {_styled(data['phase'])}, kernel {data['kernel-from']}{to}"]
+    words += [data["reason"]] if data["reason"] else []
+    words += [f"[red]{failure}[/]" for failure in data["failures"]]
+    return "; ".join(words)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar with the step that a job is in, on stderr."""
+    columns = (SpinnerColumn(), BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda step, done: bar.update(task, description=step or "starting", completed=done)
 
 
 def vm(data: dict[str, Any]) -> None:

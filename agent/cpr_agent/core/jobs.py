@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from cpr_agent.errors import CprError
+from cpr_agent.errors import CprError, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,10 @@ class JobState(enum.StrEnum):
 
 @dataclass
 class Job:
-    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done" or what went wrong."""
+    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done" or what went wrong.
+
+    ``parked``: it does nothing more but wait for the host to go down, so that an end of the agent need not wait for it.
+    """
 
     id: int
     kind: str
@@ -31,6 +34,8 @@ class Job:
     step: str = ""
     result: str = ""
     error: CprError | None = None
+    cancellable: bool = True
+    parked: bool = False
     changed: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def advance(self, done: int, total: int, step: str) -> None:
@@ -49,21 +54,25 @@ class Jobs:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._last = 0
 
-    def start(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
+    def start(self, kind: str, work: Callable[[Job], Awaitable[None]], *, parked: bool = False) -> Job:
         self._last += 1
-        job = Job(self._last, kind)
+        job = Job(self._last, kind, parked=parked, cancellable=not parked)
         self.current[job.id] = job
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job, work))
         self.added(job)
         return job
 
     def cancel(self, job_id: int) -> None:
+        """Raises WrongState when it is too late."""
+        job = self.current[job_id]
+        if not job.cancellable:
+            raise WrongState(f"job {job.id} ({job.kind}) can't be cancelled any more: {job.step}", left="it goes on")
         self._tasks[job_id].cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for jobs under way, so that a stop of the agent does not interrupt what it can finish."""
-        if self._tasks:
-            await asyncio.wait(self._tasks.values(), timeout=timeout_s)
+        if busy := [task for number, task in self._tasks.items() if not self.current[number].parked]:
+            await asyncio.wait(busy, timeout=timeout_s)
 
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
         try:

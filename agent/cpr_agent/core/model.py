@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 MANIFEST_SCHEMA = 1
 RAM_ID = "cpr-ram"
 """Id of the memory backend, and by that the name of the RAM block in every vmstate. Never change it."""
+
+Policy = Literal["all-or-nothing", "skip-unsaveable", "force"]
+"""What an upgrade does with a guest that cannot be saved: refuse; shut it down in order; shut it down in any case."""
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
@@ -70,6 +74,9 @@ class SaveSection:
     suspend: Literal["auto", "always", "never"] = "auto"
     timeout: Seconds = Seconds(60)
     order: int = 100
+    when_blocked: tuple[Literal["wait", "shut-down", "refuse"], ...] = ("refuse",)
+    """What to do, one after the other, when CPR is blocked and the host is to be upgraded."""
+    blocked_wait: Seconds = Seconds(60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +157,18 @@ class DaxDevice:
     align_bytes: int
     resource: int | None
     numa_node: int
+    drivers: tuple[str, ...] = ()
+    """Kernel modules (or built-in drivers) that the device and its parents are bound to, as /sys/module names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A kernel that can be started. ``initrd`` and ``config`` are "" where there is none."""
+
+    version: str
+    image: str
+    initrd: str = ""
+    config: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +260,8 @@ class SaveTimes:
     stopped_at: float
     written_at: float
     durable_at: float
+    stopped_uptime_s: float = 0.0
+    """``stopped_at`` on a clock that nobody steps: that of the boot (CLOCK_BOOTTIME)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,3 +297,4 @@ class Finding:
     why: str = ""
     remedy: str = ""
     vm: str = ""
+    seconds: float | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from cpr_agent.core.model import (
     DaxDevice,
     Definition,
     DiskIdentity,
+    Finding,
+    Kernel,
     Launch,
     Located,
     Manifest,
@@ -32,6 +35,9 @@ class Qemu(Protocol):
 
     async def blocked_reasons(self, launch: Launch) -> list[str]:
         """Why a save would be refused or unsafe now, each fit for an admin. Touches nothing that the guest sees."""
+
+    async def until_saveable(self, launch: Launch, timeout_s: float) -> list[str]:
+        """Wait for ``blocked_reasons`` to become empty; returns the last ones."""
 
     async def facts(self) -> QemuFacts: ...
 
@@ -137,6 +143,12 @@ class Store(Protocol):
     def live(self, vm: str) -> Manifest | None:
         """The checkpoint that may still be loaded. Raises CheckpointUnreadable."""
 
+    def verify(self, manifest: Manifest) -> None:
+        """Read from disk what a save wrote. Blocking. Raises CheckpointUnreadable, NotVmstate, ProofFailed."""
+
+    def room_bytes(self) -> int:
+        """Room for checkpoints."""
+
     def live_all(self) -> list[str]:
         """Names of all VMs with a live or unreadable checkpoint."""
 
@@ -169,7 +181,11 @@ class Journal(Protocol):
 
 
 class Host(Protocol):
-    def now(self) -> float: ...
+    def now(self) -> float:
+        """Epoch seconds; can be stepped."""
+
+    def uptime_s(self) -> float:
+        """Seconds since this boot began, suspend included; never stepped."""
 
     def boot_id(self) -> str: ...
 
@@ -186,6 +202,57 @@ class Host(Protocol):
 
     def userspace_at(self) -> float:
         """When this boot's userspace began (epoch s); 0 if nobody knows."""
+
+
+class Kernels(Protocol):
+    """Installed kernels, and the one that is loaded for a kexec."""
+
+    def installed(self) -> list[Kernel]:
+        """Newest first."""
+
+    def command_line(self) -> str:
+        """The running kernel's, without what the boot loader added (BOOT_IMAGE=, initrd=)."""
+
+    def findings(self, kernel: Kernel, drivers: Collection[str]) -> list[Finding]:
+        """What speaks against a kexec into ``kernel`` on a host whose guests' memory needs these ``drivers``. Blocking."""
+
+    def loaded(self) -> bool:
+        """Whether a kernel is loaded for a kexec (/sys/kernel/kexec_loaded)."""
+
+    async def load(self, kernel: Kernel, command_line: str) -> None:
+        """Raises KernelRefused with what the kernel or kexec said."""
+
+    async def unload(self) -> None:
+        """Raises KernelRefused."""
+
+
+class Kexec(Protocol):
+    """The way from this kernel into the next."""
+
+    @property
+    def possible(self) -> bool:
+        """False where the agent does not run under the host's own systemd."""
+
+    def findings(self) -> list[Finding]:
+        """What of the host speaks against a kexec now: units that are not enabled, a shutdown under way, inhibitors."""
+
+    def inhibit(self, why: str) -> AbstractAsyncContextManager[None]:
+        """Nobody may restart the host by other means meanwhile."""
+
+    def promise(self) -> None:
+        """Tell the gate that every guest is saved in this boot."""
+
+    def withdraw(self) -> None:
+        """Take that back."""
+
+    async def pending(self) -> bool:
+        """Whether systemd has a kexec under way."""
+
+    async def start(self) -> str:
+        """Start it. Returns only if the host goes on without it: what systemd said."""
+
+    async def over(self) -> str:
+        """Wait for the one under way. Returns only if the host goes on without it."""
 
 
 class History(Protocol):
@@ -205,3 +272,5 @@ class Ports:
     journal: Journal
     history: History
     host: Host
+    kernels: Kernels
+    kexec: Kexec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cpr_agent.core.model import Seconds
+from cpr_agent.core.model import Policy, Seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class AgentSection:
 @dataclass(frozen=True, kw_only=True)
 class FilesSection:
     directories: tuple[str, ...] = ("/var/lib/cpr-agent/exports",)
+    kernel_directories: tuple[str, ...] = ("/boot", "/usr/lib/modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,13 @@ class WitnessSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpgradeSection:
+    policy: Policy = "all-or-nothing"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     agent: AgentSection = field(default_factory=AgentSection)
     files: FilesSection = field(default_factory=FilesSection)
     witness: WitnessSection = field(default_factory=WitnessSection)
+    upgrade: UpgradeSection = field(default_factory=UpgradeSection)

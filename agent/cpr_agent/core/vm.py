@@ -12,6 +12,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import replace
+from itertools import takewhile
 
 from cpr_agent.core.model import (
     Definition,
@@ -19,6 +20,7 @@ from cpr_agent.core.model import (
     Located,
     Manifest,
     MemoryIdentity,
+    Policy,
     SaveTimes,
     Survives,
     VmState,
@@ -68,7 +70,7 @@ SAVEABLE = ("running", "paused", "suspended")
 
 class Vm:
     """``changed`` is called after each change of state; ``claims`` yields the memory that the guests of other VMs occupy
-    and, if asked to, that which is only defined to be theirs."""
+    and, if asked to, that which is only defined to be theirs. ``admit`` raises while no guest may be let run."""
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class Vm:
         settings: Settings,
         changed: Callable[[Vm], None],
         claims: Callable[[Vm, bool], Awaitable[list[tuple[str, MemoryIdentity]]]],
+        admit: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.definition: Definition | None = None
@@ -89,6 +92,7 @@ class Vm:
         self._settings = settings
         self._changed = changed
         self._claims = claims
+        self._admit = admit
         self._qemu: Qemu | None = None
         self._lock = asyncio.Lock()
         self._act = ""
@@ -116,6 +120,44 @@ class Vm:
             manifest = self.live_checkpoint()
             return manifest.memory if manifest else None
         return None
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether there is a live checkpoint, readable or not."""
+        return self._ports.store.checkpointed(self.name)
+
+    @property
+    def off(self) -> bool:
+        """Whether its guest has powered off, though QEMU may still be there."""
+        return self.run_state == "shutdown" or not self.pid
+
+    @property
+    def trouble(self) -> str:
+        """Why it has no run state in which it could be saved."""
+        return "its QEMU does not answer" if self.state is VmState.UNREACHABLE else f"its run state is {self.run_state}"
+
+    def saved_by(self, upgrade: str) -> bool:
+        manifest = self._live_or_none()
+        return manifest is not None and manifest.upgrade == upgrade
+
+    def saved_in_volatile(self, need: Survives) -> bool:
+        """Whether it is saved already, in RAM that would not outlive ``need``."""
+        manifest = self._live_or_none()
+        return manifest is not None and not manifest.survives.covers(need)
+
+    def may_shut_down(self, policy: Policy) -> bool:
+        """Whether it may be shut down in order when it cannot be saved."""
+        return policy != "all-or-nothing" or "shut-down" in self._ladder()
+
+    @property
+    def waits(self) -> bool:
+        """Whether what blocks its save is waited for."""
+        return "wait" in self._ladder()
+
+    def _ladder(self) -> list[str]:
+        """What to do one after the other when CPR is blocked; "refuse" is the end of it."""
+        steps = self.definition.save.when_blocked if self.definition else ()
+        return list(takewhile(lambda step: step != "refuse", steps))
 
     @property
     def qemu(self) -> Qemu | None:
@@ -191,6 +233,7 @@ class Vm:
     async def start(self) -> None:
         """Start the guest afresh. Refused while a live checkpoint holds it. Raises CprError."""
         async with self._exclusive("start"):
+            self._admit()
             definition = self.usable_definition()
             if self.live_checkpoint():
                 raise AlreadySaved(
@@ -239,6 +282,7 @@ class Vm:
         ``cont`` does it for a guest that ran. One that was paused or suspended must be loaded (FACTS.md, "Rollback").
         """
         async with self._exclusive("resume"):
+            self._admit()
             await self._derive()
             manifest = self.live_checkpoint()
             if manifest is None:
@@ -253,6 +297,7 @@ class Vm:
     async def discard(self) -> None:
         """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs."""
         async with self._exclusive("discard"):
+            self._admit()
             await self._derive()
             if self.run_state == "postmigrate":
                 raise WrongState(
@@ -288,6 +333,7 @@ class Vm:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
         which the guest runs the checkpoint stays and the load can be repeated."""
         async with self._exclusive("load"):
+            self._admit()
             await self._derive()
             if self.pid and self.run_state != "postmigrate":
                 raise AlreadyRunning(
@@ -305,11 +351,26 @@ class Vm:
                     self._ports.store.hold(self.name, error.text)
                 raise
 
-    async def require_saveable(self, need: Survives) -> None:
-        """Raises what a save would raise now, and stops nothing."""
+    async def require_saveable(self, need: Survives, *, wait: bool = False) -> None:
+        """Raises what a save would raise now, and stops nothing. ``wait``: if the definition says so, not at once."""
         if self._qemu is None:
             raise WrongState(f"is {self.state} and can't be saved", vm=self.name)
+        launch = self.launched()
+        if wait and launch and self.definition and self.waits:
+            await self._qemu.until_saveable(launch, self.definition.save.blocked_wait)
         await self._require_saveable(self._qemu, need)
+
+    async def shut_down(self, *, forced: bool) -> None:
+        """For a guest that can't be saved: its power button; if ``forced`` also an end for a QEMU that doesn't answer."""
+        try:
+            await self.stop("acpi")
+        except QemuFailed:
+            if not forced:
+                raise
+            await self.stop("hard")
+        except WrongState:
+            if self.pid:
+                raise
 
     # -- parts of the acts --------------------------------------------------------------------------------------------
 
@@ -378,7 +439,11 @@ class Vm:
                 boot_id=host.boot_id(),
                 kernel=host.kernel(),
                 times=SaveTimes(
-                    requested_at=requested_at, stopped_at=stopped_at, written_at=written_at, durable_at=host.now()
+                    requested_at=requested_at,
+                    stopped_at=stopped_at,
+                    written_at=written_at,
+                    durable_at=host.now(),
+                    stopped_uptime_s=host.uptime_s() - (host.now() - stopped_at),
                 ),
                 upgrade=upgrade,
             )
@@ -501,21 +566,25 @@ class Vm:
             self._spawn(self._record(manifest, load_at, memory_at, resumed_at))  # nobody's guest need wait for it
 
     async def _record(self, manifest: Manifest, load_at: float, memory_at: float, resumed_at: float) -> None:
-        host = self._ports.host
+        host, times = self._ports.host, manifest.times
         rebooted = host.boot_id() != manifest.boot_id
+        stepped_s = 0.0
+        if not rebooted and times.stopped_uptime_s:
+            paused_s = host.uptime_s() - (host.now() - resumed_at) - times.stopped_uptime_s
+            stepped_s = resumed_at - times.stopped_at - paused_s
         timeline = GuestTimeline(
             id=manifest.id,
             vm=self.name,
             upgrade=manifest.upgrade,
             kernel_before=manifest.kernel,
             kernel_after=host.kernel(),
-            stopped_at=manifest.times.stopped_at,
-            saved_at=manifest.times.durable_at,
+            stopped_at=times.stopped_at,
+            saved_at=times.durable_at,
             shutdown_at=await asyncio.to_thread(host.boot_ended_at, manifest.boot_id) if rebooted else 0.0,
             userspace_at=host.userspace_at() if rebooted else 0.0,
-            load_at=load_at,
-            memory_at=memory_at,
-            resumed_at=resumed_at,
+            load_at=load_at - stepped_s,
+            memory_at=memory_at - stepped_s,
+            resumed_at=resumed_at - stepped_s,
         )
         log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s)
         try:

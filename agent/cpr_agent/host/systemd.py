@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pystemd.base import SDObject
 from pystemd.daemon import notify as sd_notify
 from pystemd.daemon import watchdog_enabled
 from pystemd.dbusexc import DBusBaseError
@@ -25,6 +26,8 @@ JOB_TIMEOUT_S = 300.0
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
+_LOGIN = b"org.freedesktop.login1"
+_SHUTDOWNS = ("kexec.target", "reboot.target", "poweroff.target", "halt.target", "soft-reboot.target")
 RUNTIME_UNITS = Path("/run/systemd/system")
 DEFAULT_USER = "cpr-vm"
 
@@ -73,12 +76,9 @@ class Systemd:
         self._signals.close()
         self._calls.close()
 
-    async def start_unit(self, name: str) -> str:
+    async def start_unit(self, name: str, mode: str = "replace", timeout_s: float | None = JOB_TIMEOUT_S) -> str:
         """Start and wait for the job's end; returns its result, ``"done"`` if all is well."""
-        return await self._finished(self._manager.Manager.StartUnit(name.encode(), b"replace"))
-
-    async def stop_unit(self, name: str) -> str:
-        return await self._finished(self._manager.Manager.StopUnit(name.encode(), b"replace"))
+        return await self.finished(self._manager.Manager.StartUnit(name.encode(), mode.encode()), timeout_s)
 
     def kill_unit(self, name: str) -> None:
         self._manager.Manager.KillUnit(name.encode(), b"all", 9)
@@ -90,19 +90,49 @@ class Systemd:
         unit = Unit(name.encode(), bus=self._calls, _autoload=True)
         return int(unit.Service.MainPID)
 
-    async def kexec_pending(self) -> bool:
-        """FACTS.md: the job list has ``kexec.target start`` then, and not on a poweroff or a plain reboot."""
-        return any(job[1] == b"kexec.target" and job[2] == b"start" for job in self._manager.Manager.ListJobs())
+    def job_of(self, name: str) -> bytes | None:
+        """The job that starts this unit (FACTS.md: ``kexec.target`` before a kexec, and not before other shutdowns)."""
+        jobs = self._manager.Manager.ListJobs()
+        return next((bytes(job[4]) for job in jobs if job[1] == name.encode() and job[2] == b"start"), None)
+
+    def shutdown_pending(self) -> str:
+        """The target of a shutdown that is under way, or ""."""
+        return next((name for name in _SHUTDOWNS if self.job_of(name)), "")
+
+    def unit_file_state(self, name: str) -> str:
+        """As `systemctl is-enabled` says; "" where there is no such unit."""
+        try:
+            return bytes(self._manager.Manager.GetUnitFileState(name.encode())).decode()
+        except DBusBaseError:
+            return ""
+
+    def active_state(self, name: str) -> str:
+        unit = Unit(name.encode(), bus=self._calls, _autoload=True)
+        return bytes(unit.Unit.ActiveState).decode()
+
+    def shutdown_blockers(self) -> list[tuple[str, str]]:
+        """Who blocks a shutdown by logind, and why (org.freedesktop.login1(5), ListInhibitors)."""
+        try:
+            login = SDObject(_LOGIN, b"/org/freedesktop/login1", bus=self._calls, _autoload=True)
+            inhibitors = login.Manager.ListInhibitors()
+        except (DBusBaseError, AttributeError):
+            return []
+        return [
+            (who.decode(), why.decode())
+            for what, who, why, mode, _, _ in inhibitors
+            if b"shutdown" in what.split(b":") and mode.startswith(b"block")
+        ]
 
     def userspace_at(self) -> float:
         """When this boot's userspace began, epoch seconds (org.freedesktop.systemd1(5))."""
         return float(self._manager.Manager.UserspaceTimestamp) / 1e6
 
-    async def _finished(self, job: bytes) -> str:
+    async def finished(self, job: bytes, timeout_s: float | None = JOB_TIMEOUT_S) -> str:
+        """Wait until systemd has done with the job; returns its result, or "timeout"."""
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._jobs[job.decode()] = future
         try:
-            async with asyncio.timeout(JOB_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:
             return "timeout"

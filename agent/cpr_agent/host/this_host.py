@@ -27,6 +27,9 @@ class ThisHost:
     def now(self) -> float:
         return time.time()
 
+    def uptime_s(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
     def boot_id(self) -> str:
         """random(4): new at each boot, also after a kexec."""
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

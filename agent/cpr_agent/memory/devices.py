@@ -19,6 +19,9 @@ from cpr_agent.core.model import DaxDevice
 UDEVD = Path("/run/udev/control")
 """There while systemd-udevd runs, which it does not in a container."""
 
+MEMORY_BUSES = frozenset({"dax", "nd", "cxl"})
+"""Those of drivers/dax, drivers/nvdimm and drivers/cxl."""
+
 
 class Devices(Protocol):
     """What backends.py needs; the fake of the unit tests implements it too (this machine may have no dax device)."""
@@ -94,7 +97,22 @@ def _read(device: Any) -> DaxDevice | None:
         align_bytes=int(_text(device, "align") or _text(parent, "align") or 0),
         resource=int(resource, 16) if resource else None,
         numa_node=int(_text(device, "numa_node") or -1),
+        drivers=_drivers(device),
     )
+
+
+def _drivers(device: Any) -> tuple[str, ...]:
+    """Modules behind the drivers from the device up to what provides the memory: the first one that is on none of the
+    memory's own buses (an ACPI or virtio device). Above it are PCI bridges and such, which no kernel comes without."""
+    modules = []
+    while device is not None:
+        module = Path(device.sys_path, "driver/module")  # none where the driver is built in and can't be a module
+        if module.exists():
+            modules.append(module.resolve().name)
+        device = device.parent if device.subsystem in MEMORY_BUSES else None
+    if "dax_pmem" in modules:
+        modules.append("nd_pmem")  # bound to none of them, but it made the first (nd_pmem_probe, drivers/nvdimm/pmem.c)
+    return tuple(dict.fromkeys(modules))
 
 
 def _text(device: Any, attribute: str) -> str:

@@ -75,6 +75,9 @@ class LiveQemu:
             reasons += [str(reason) for reason in migration.get("blocked-reasons", ())]
         return reasons
 
+    async def until_saveable(self, launch: Launch, timeout_s: float) -> list[str]:
+        return await until(lambda: self.blocked_reasons(launch), lambda reasons: not reasons, timeout_s, slowest_s=1.0)
+
     async def _memory_reasons(self, launch: Launch) -> list[str]:
         """RAM that a save would lose or copy: private, unnamed, or freed by a clean exit."""
         reasons = []

@@ -10,14 +10,16 @@ import tenacity
 T = TypeVar("T")
 
 
-async def until(probe: Callable[[], Awaitable[T]], good: Callable[[T], bool], timeout_s: float) -> T:
+async def until(
+    probe: Callable[[], Awaitable[T]], good: Callable[[T], bool], timeout_s: float, slowest_s: float = 0.1
+) -> T:
     """Ask QEMU again until the answer is ``good``, for the few changes that it announces by no event.
 
-    From 5 ms doubling to 100 ms. Returns the last answer, good or not; errors of ``probe`` pass through at once.
+    From 5 ms doubling to ``slowest_s``. Returns the last answer, good or not; errors of ``probe`` pass through at once.
     """
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_delay(timeout_s),
-        wait=tenacity.wait_exponential(multiplier=0.005, max=0.1),
+        wait=tenacity.wait_exponential(multiplier=0.005, max=slowest_s),
         retry=tenacity.retry_if_result(lambda answer: not good(answer)),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
     )

@@ -1,0 +1,199 @@
+"""The host's part of the check, and the plan of an upgrade. Looks, and changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpr_agent.core.command_line import blacklisted, lost_and_added
+from cpr_agent.core.ledger import Kind, Upgrade
+from cpr_agent.core.model import Finding, Kernel, Policy
+from cpr_agent.core.ports import Ports
+from cpr_agent.core.settings import Settings
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import InvalidArgument, KernelRefused
+from cpr_agent.report.timeline import GuestTimeline
+
+STATE_BYTES = 16 << 20
+"""Room to ask for a VM's device state: some hundred KB are usual, and many vCPUs or devices take a few MB."""
+RECENT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What the caller of an upgrade asked for; the fields are the options of Manager.Upgrade."""
+
+    kernel: str = ""
+    kernel_image: str = ""
+    initrd: str = ""
+    append: str = ""
+    reuse_cmdline: bool = False
+    policy: Policy | None = None
+    max_pause: float | None = None
+    dry_run: bool = False
+    back: bool = False
+    drill: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    kind: Kind
+    kernel: Kernel
+    command_line: str
+    policy: Policy
+    max_pause_s: float | None = None
+    dry_run: bool = False
+
+
+def plan(wish: Wish, ports: Ports, settings: Settings, last: Upgrade | None) -> Plan:
+    """Which kernel, with which command line. Raises InvalidArgument, KernelRefused."""
+    chosen = [name for name in ("kernel", "kernel_image", "back", "drill") if getattr(wish, name)]
+    if len(chosen) > 1:
+        raise InvalidArgument(f"{' and '.join(chosen).replace('_', '-')} exclude each other", left="nothing was done")
+    if wish.initrd and not wish.kernel_image:
+        raise InvalidArgument("an initrd was named without a kernel image", left="nothing was done")
+    running = ports.kernels.command_line()
+    command_line = f"{running} {wish.append}".strip() if wish.reuse_cmdline or not wish.append else wish.append
+    kind: Kind = "upgrade"
+    if wish.kernel_image:
+        image, initrd = (_justified(name, settings) if name else "" for name in (wish.kernel_image, wish.initrd))
+        known = [k for k in ports.kernels.installed() if Path(k.image).resolve() == Path(image)]
+        kernel = Kernel(
+            version=known[0].version if known else "", image=image, initrd=initrd, config=known[0].config if known else ""
+        )
+    elif wish.back:
+        if last is None or not last.kernel_from:
+            raise KernelRefused("there is no earlier upgrade to go back from", left="nothing was done")
+        kind, kernel = "back", _installed(last.kernel_from, ports)
+        command_line = last.command_line_from or command_line
+    elif wish.drill:
+        kind, kernel = "drill", _installed(ports.host.kernel(), ports)
+    else:
+        kernel = _installed(wish.kernel, ports)
+    policy = wish.policy or settings.upgrade.policy
+    return Plan(
+        kind=kind,
+        kernel=kernel,
+        command_line=command_line,
+        policy=policy,
+        max_pause_s=wish.max_pause,
+        dry_run=wish.dry_run,
+    )
+
+
+def _installed(version: str, ports: Ports) -> Kernel:
+    """``version`` "" is the newest."""
+    installed = ports.kernels.installed()
+    for kernel in installed:
+        if version in ("", kernel.version):
+            return kernel
+    raise KernelRefused(
+        f"kernel {version} is not installed" if version else "no kernel is installed in /boot",
+        left="nothing was done",
+        remedy=f"installed are: {', '.join(kernel.version for kernel in installed) or 'none'}",
+    )
+
+
+def _justified(name: str, settings: Settings) -> str:
+    """A path below the directories that kernels may be in, symbolic links resolved."""
+    allowed = settings.files.kernel_directories
+    path = Path(name)
+    resolved = path.resolve()
+    if not path.is_absolute() or not any(resolved.is_relative_to(Path(d).resolve()) for d in allowed):
+        raise InvalidArgument(
+            f"{name} is not below a directory that kernels may be in",
+            left="nothing was read",
+            remedy=f"use a file below {', '.join(allowed)}, or extend [files] kernel-directories in agent.toml",
+        )
+    return str(resolved)
+
+
+async def check_host(the_plan: Plan, ports: Ports, vms: Collection[Vm]) -> list[Finding]:
+    """What of the host and of the new kernel speaks against the plan, and how long guests would pause."""
+    drivers = {
+        driver
+        for vm in vms
+        if (memory := vm.occupied_memory())
+        for device in ports.memory.devices()
+        if device.uuid == memory.uuid
+        for driver in device.drivers
+    }
+    return [
+        *ports.kexec.findings(),
+        *await asyncio.to_thread(ports.kernels.findings, the_plan.kernel, drivers),
+        *_command_line_findings(the_plan, ports, drivers),
+        *_room_findings(ports, [vm for vm in vms if vm.pid]),
+        *_pause_findings(the_plan, ports, [vm.name for vm in vms if vm.pid or vm.checkpointed]),
+    ]
+
+
+def _command_line_findings(the_plan: Plan, ports: Ports, drivers: Collection[str]) -> list[Finding]:
+    out = []
+    lost, added = lost_and_added(ports.kernels.command_line(), the_plan.command_line)
+    difference = [f"lacks {word}" for word in lost] + [f"has {word} in addition" for word in added]
+    if difference:
+        out.append(
+            Finding(
+                severity="error",
+                code="command-line",
+                what=f"the new kernel's command line {', '.join(difference)}",
+                why="it decides where persistent memory is: guests' RAM would become free memory, or move",
+                remedy="use --reuse-cmdline",
+            )
+        )
+    if banned := sorted(blacklisted(the_plan.command_line) & set(drivers)):
+        out.append(
+            Finding(
+                severity="error",
+                code="command-line-blacklist",
+                what=f"the new kernel's command line forbids {', '.join(banned)}",
+                why="the guests' memory needs these drivers",
+                remedy="take them off the blacklist",
+            )
+        )
+    return out
+
+
+def _room_findings(ports: Ports, live: list[Vm]) -> list[Finding]:
+    needed, room = len(live) * STATE_BYTES, ports.store.room_bytes()
+    if room >= needed:
+        return []
+    what = f"{room >> 20} MiB are free for the device state of {len(live)} VMs, which can take {needed >> 20} MiB"
+    remedy = "free some room in /var/lib/cpr-agent"
+    return [Finding(severity="error", code="no-room", what=what, why="a save would fail half way", remedy=remedy)]
+
+
+def predict(vms: list[str], history: list[GuestTimeline]) -> tuple[float, int] | None:
+    """The longest pause that any of ``vms`` must expect (s), and of how many kexecs that is known; None if of none.
+
+    A VM's own last kexecs count, or those of all where it has none. A median: a clock that was stepped on the way must
+    not decide.
+    """
+    kexecs = [timeline for timeline in history if timeline.userspace_at and timeline.pause_s > 0]
+    if not kexecs or not vms:
+        return None
+    own = ([t.pause_s for t in kexecs if t.vm == vm] or [t.pause_s for t in kexecs] for vm in vms)
+    return max(statistics.median(pauses[-RECENT:]) for pauses in own), len({t.upgrade or t.id for t in kexecs})
+
+
+def _pause_findings(the_plan: Plan, ports: Ports, vms: list[str]) -> list[Finding]:
+    predicted = predict(vms, ports.history.all())
+    if predicted is None:
+        what = "how long guests will pause is not known: this host has no kexec on record" if vms else "no guest will pause"
+        out = [
+            Finding(severity="info", code="predicted-pause", what=what, remedy="`cprctl drill` measures it" if vms else "")
+        ]
+    else:
+        pause_s, count = predicted
+        what = f"guests will pause for about {pause_s:.1f} s, as in the last of {count} kexecs of this host"
+        out = [Finding(severity="info", code="predicted-pause", what=what, seconds=pause_s)]
+    if the_plan.max_pause_s is not None and vms and (predicted is None or predicted[0] > the_plan.max_pause_s):
+        why = "longer than allowed" if predicted else "nothing says that it will be short enough"
+        what = f"the pause may not exceed {the_plan.max_pause_s:g} s, expected are " + (
+            f"{predicted[0]:.1f} s" if predicted else "none that were measured"
+        )
+        out.append(Finding(severity="error", code="max-pause", what=what, why=why, remedy="allow more with --max-pause"))
+    return out

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""What became of the guests of a host whose power was cut again and again? Runs inside the host VM, in each boot.
+
+It reads the guests' consoles and what the scenario noted in each boot before the agent started (``BOOTS/N/``): ``kind``
+(how the boot began), ``sizes`` (of the consoles, in bytes), and copies of the manifests (``VM.manifest``), the agent's
+``journal`` and its ``listing``. Every boot is judged anew each time, from the first one on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    from scripts.guest.console import LINE
+except ModuleNotFoundError:  # inside the host VM the two lie side by side
+    from console import LINE  # type: ignore[import-not-found,no-redef]
+
+
+class Kind(StrEnum):
+    """How a boot of the host began."""
+
+    KEXEC = "kexec"
+    CUT = "cut"
+
+
+class Fate(StrEnum):
+    """What became of a guest over a boot of its host."""
+
+    RESTORED = "restored"
+    COLD_STARTED = "cold-started"
+
+
+class Harm(StrEnum):
+    """What must not happen."""
+
+    CORRUPTED = "corrupted"
+    LOADED_TWICE = "loaded twice"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Said:
+    """One line of a guest."""
+
+    boot: str
+    count: int
+    bad: int
+
+
+class Problem(NamedTuple):
+    harm: Harm
+    text: str
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What was found before the agent started. ``saved`` maps VMs with a live checkpoint to its id."""
+
+    kind: Kind
+    sizes: dict[str, int] = field(default_factory=dict)
+    saved: dict[str, str] = field(default_factory=dict)
+    events: tuple[dict[str, object], ...] = ()
+    damaged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of one guest over one boot; ``fate`` is None if it said nothing in it."""
+
+    fate: Fate | None
+    text: str
+    problems: tuple[Problem, ...] = ()
+
+
+def parse(log: bytes) -> list[Said]:
+    return [Said(boot.decode(), int(count), int(bad)) for boot, count, bad in LINE.findall(log.replace(b"\0", b""))]
+
+
+def split(log: bytes, boots: Iterable[tuple[Kind, int]]) -> list[list[Said]]:
+    """The lines said before the first and within each boot, given its kind and where the log ended when it began.
+
+    Over a kexec a line may go on where it was broken off. A cut may take the end of the log with it: what goes on there
+    is not what was broken off.
+    """
+    ends = [0]
+    for kind, size in boots:
+        ends.append(log.rfind(b"\n", 0, size) + 1 if kind is Kind.KEXEC else size)
+    return [parse(log[a:b]) for a, b in pairwise([*ends, len(log)])]
+
+
+def judge_guest(name: str, log: bytes, boots: Sequence[Boot]) -> list[Judgement]:
+    """One judgement for each boot."""
+    first, *parts = split(log, [(boot.kind, boot.sizes.get(name, 0)) for boot in boots])
+    before = first[-1] if first else None
+    out = []
+    for boot, part in zip(boots, parts, strict=True):
+        out.append(_judge_boot(boot.kind, name in boot.saved, before, part))
+        before = part[-1] if part else before
+    return out
+
+
+def _judge_boot(kind: Kind, saved: bool, before: Said | None, part: list[Said]) -> Judgement:
+    if not part:
+        return Judgement(None, "said nothing")
+    now = part[0]
+    problems = check_order(part, gaps=False)
+    same = before is not None and now.boot == before.boot
+    if before and same and now.count <= before.count:
+        problems.append(Problem(Harm.LOADED_TWICE, f"its counter had come to {before.count}, then began at {now.count}"))
+    if before and same and kind is Kind.KEXEC and now.count > before.count + 1:
+        problems.append(Problem(Harm.CORRUPTED, f"its counter went from {before.count} to {now.count} over a kexec"))
+    if same and not saved:
+        problems.append(Problem(Harm.LOADED_TWICE, "it goes on, and nothing had been saved"))
+    if not same and saved:
+        problems.append(Problem(Harm.LOST, "it was saved, and was started afresh"))
+    if not same and kind is Kind.KEXEC:
+        problems.append(Problem(Harm.LOST, "it did not come through a kexec"))
+    fate = Fate.RESTORED if same else Fate.COLD_STARTED
+    was = f"from {before.count} " if before and same else ""
+    return Judgement(fate, f"{fate} as {now.boot}, {was}to {now.count}, now {part[-1].count}", tuple(problems))
+
+
+def check_order(said: Iterable[Said], *, gaps: bool) -> list[Problem]:
+    """Every guest counts on, ``gaps`` allowed or not; its memory is good. Without gaps the lines are of one guest."""
+    problems = []
+    last: dict[str, Said] = {}
+    for line in said:
+        if line.bad:
+            problems.append(Problem(Harm.CORRUPTED, f"bad={line.bad} at {line.count} of {line.boot}"))
+        before = last.get(line.boot)
+        if before and line.count <= before.count:
+            problems.append(Problem(Harm.LOADED_TWICE, f"{line.boot} counted {before.count}, then {line.count}"))
+        elif before and line.count > before.count + 1 and not gaps:
+            problems.append(Problem(Harm.CORRUPTED, f"{line.boot} counted {before.count}, then {line.count}"))
+        if last and not before and not gaps:
+            problems.append(Problem(Harm.LOST, f"{line.boot} began within one boot of the host"))
+        last[line.boot] = line
+    return problems
+
+
+def judge_store(boot: Boot) -> list[Problem]:
+    """The agent's own records, as the boot found them: intact, and no live checkpoint whose guest has run."""
+    problems = [Problem(Harm.CORRUPTED, f"the agent keeps {name}") for name in boot.damaged]
+    ran = {record.get("checkpoint") for record in boot.events if record.get("event") == "resumed"}
+    problems += [
+        Problem(Harm.LOADED_TWICE, f"the checkpoint {checkpoint} of {vm} is live, and its guest has run")
+        for vm, checkpoint in boot.saved.items()
+        if checkpoint in ran
+    ]
+    return problems
+
+
+def phase(boot: Boot) -> str:
+    """How far the agent had come when the power went: each VM's last event in its journal."""
+    last = {str(record["vm"]): str(record["event"]) for record in boot.events if "vm" in record}
+    hostwide = [str(record["event"]) for record in boot.events if "vm" not in record]
+    said = [f"{vm} {event}{' (checkpoint is live)' if vm in boot.saved else ''}" for vm, event in sorted(last.items())]
+    return ", ".join([*said, *hostwide[-1:]]) or "no record"
+
+
+def read_boot(directory: Path) -> Boot:
+    sizes = dict(line.rsplit(" ", 1) for line in (directory / "sizes").read_text().splitlines())
+    saved, damaged = {}, []
+    for path in sorted(directory.glob("*.manifest")):
+        try:
+            saved[path.stem] = str(json.loads(path.read_bytes())["manifest"]["id"])
+        except (ValueError, KeyError):
+            saved[path.stem] = ""
+            damaged.append(f"a manifest of {path.stem} that can't be read")
+    damaged += [name for name in (directory / "listing").read_text().split() if ".damaged-" in name]
+    journal = directory / "journal"
+    return Boot(
+        kind=Kind((directory / "kind").read_text().strip()),
+        sizes={Path(name).stem: int(size) for name, size in sizes.items()},
+        saved=saved,
+        events=_read_journal(journal.read_bytes()) if journal.exists() else (),
+        damaged=tuple(damaged),
+    )
+
+
+def _read_journal(data: bytes) -> tuple[dict[str, object], ...]:
+    """A line that a cut tore is the agent's to cut off; it sets a journal aside that is damaged elsewhere."""
+    records = []
+    for line in data.splitlines():
+        try:
+            records.append(dict(json.loads(line.partition(b" ")[2])))
+        except ValueError:
+            break
+    return tuple(records)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What became of the guests? Exits 0 if nothing that must not happen did.")
+    parser.add_argument("boots", type=Path)
+    parser.add_argument("consoles", type=Path, nargs="+")
+    parser.add_argument("--summary", action="store_true", help="of all boots after a cut, in one line")
+    options = parser.parse_args()
+    boots = [read_boot(path) for path in sorted(options.boots.glob("[0-9]*"))]
+    judged = {path.stem: judge_guest(path.stem, path.read_bytes(), boots) for path in options.consoles}
+    problems = [problem for boot in boots for problem in judge_store(boot)]
+    problems += [problem for judgements in judged.values() for judgement in judgements for problem in judgement.problems]
+    problems += [
+        Problem(Harm.LOST, f"{name} does not run") for name, judgements in judged.items() if not judgements[-1].fate
+    ]
+    if options.summary:
+        after_cut = [
+            judgement.fate
+            for judgements in judged.values()
+            for boot, judgement in zip(boots, judgements, strict=True)
+            if boot.kind is Kind.CUT
+        ]
+        harms = [problem.harm for problem in problems]
+        print(
+            f"power cuts {sum(boot.kind is Kind.CUT for boot in boots)}: guests "
+            + ", ".join(f"{fate} {after_cut.count(fate)}" for fate in Fate)
+            + f", {Harm.CORRUPTED} {harms.count(Harm.CORRUPTED)}, {Harm.LOADED_TWICE} {harms.count(Harm.LOADED_TWICE)}"
+        )
+    else:
+        print(f"a {boots[-1].kind}; before it: {phase(boots[-1])}")
+        for name, judgements in judged.items():
+            print(f"{name}: {judgements[-1].text}")
+    for problem in problems:
+        print(f"{problem.harm}: {problem.text}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

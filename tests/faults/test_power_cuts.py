@@ -1,0 +1,46 @@
+"""Power cuts at random instants of upgrades: with an installed package, systemd as PID 1, a dax device and real kexecs.
+
+Not part of ``make test``: a cut takes two to three minutes. ``CPR_TEST_CUTS`` is how many, ``CPR_TEST_SEED`` repeats
+their instants.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+from tests.faults.judge import check_order, parse
+
+ROOT = Path(__file__).parent.parent.parent
+FIRST_BOOT_S = 300
+CUT_S = 300
+
+
+def test_guests_that_were_saved_live_through_power_cuts(tmp_path: Path) -> None:
+    cuts = int(os.environ.get("CPR_TEST_CUTS", "10"))
+    seed = int(os.environ.get("CPR_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"{cuts} power cuts; to repeat them: CPR_TEST_CUTS={cuts} CPR_TEST_SEED={seed}")
+    guests, wanted, out = tmp_path / "guests", tmp_path / "cuts", ROOT / "build/test-power-cuts"
+    subprocess.run(["rm", "-rf", out], check=True)
+    subprocess.run([ROOT / "scripts/guest/build-tiny", guests / "tiny.elf"], check=True)
+    wanted.write_text(f"{cuts}\n")
+    here = ROOT / "tests/faults"
+    (deb,) = ROOT.glob("build/cpr-agent_*_all.deb")
+    machine = ["--smp", "1", f"--timeout={FIRST_BOOT_S + CUT_S * cuts}", "--power-cuts", "--seed", str(seed)]
+    payload = [guests, wanted, here / "judge.py", ROOT / "scripts/guest/console.py"]
+    ended = subprocess.run(
+        [
+            *(ROOT / "scripts/host-vm", "run", "--follow", *machine, "--out", out),
+            *("--scenario", here / "power-cut-scenario", "--deb", deb, "--payload", *payload),
+        ],
+        check=False,
+    )
+    assert ended.returncode == 0, f"see {out}"
+    assert len((out / "power-cuts").read_text().splitlines()) == cuts
+    # No console in the host VM is proof against a cut; what was seen from outside is.
+    assert check_order(parse((out / "scenario.log").read_bytes()), gaps=True) == []
+    summary = (out / "artefacts/summary").read_text()
+    assert summary.startswith(f"power cuts {cuts}: "), summary
+    assert summary.endswith(", corrupted 0, loaded twice 0\n"), summary

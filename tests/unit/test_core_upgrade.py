@@ -1,0 +1,718 @@
+"""The upgrade as a transaction: what it does when all is well, and what it takes back when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.core.jobs import Job, JobState
+from cpr_agent.core.ledger import Phase
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import Finding, Kernel, Survives, VmState
+from cpr_agent.core.preflight import Wish, predict
+from cpr_agent.errors import Busy, InvalidArgument, KernelRefused, QemuFailed, SaveFailed, WrongState
+from cpr_agent.report.timeline import GuestTimeline
+from tests.bench import Bench
+from tests.fakes import AgentKilled, Gate
+
+NAMES = ("web1", "web2", "web3")
+Act = Callable[[Manager], Awaitable[object]]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Three VMs that run on dax devices."""
+    bench = Bench(tmp_path)
+    for name in NAMES:
+        bench.define(name, bench.define_device(name))
+
+    async def start(manager: Manager) -> None:
+        for name in NAMES:
+            await manager.vm(name).start()
+
+    bench.run(start)
+    bench.runner.started.clear()
+    return bench
+
+
+async def ended(manager: Manager, job: Job) -> Job:
+    """Wait for its end, also of one that waits for the host's."""
+    end, tell = asyncio.Event(), manager.jobs.removed
+
+    def removed(other: Job) -> None:
+        tell(other)
+        if other is job:
+            end.set()
+
+    manager.jobs.removed = removed
+    if job.id in manager.jobs.current:
+        await end.wait()
+    return job
+
+
+def until_kexec(bench: Bench, wish: Wish | None = None) -> Callable[[Manager], Awaitable[Job]]:
+    """An upgrade, up to where systemd takes the host down; the agent ends then."""
+
+    async def act(manager: Manager) -> Job:
+        job = manager.upgrade(wish or Wish())
+        waits = {asyncio.ensure_future(bench.kexec.started.wait()), asyncio.ensure_future(ended(manager, job))}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return job
+
+    return act
+
+
+def refused_upgrade(wish: Wish | None = None) -> Callable[[Manager], Awaitable[Job]]:
+    async def act(manager: Manager) -> Job:
+        return await ended(manager, manager.upgrade(wish or Wish()))
+
+    return act
+
+
+async def load_all(manager: Manager) -> Job:
+    return await ended(manager, manager.load_all(autostart=False))
+
+
+async def look(manager: Manager) -> dict[str, VmState]:
+    return {name: vm.state for name, vm in manager.vms.items()}
+
+
+def phases(bench: Bench) -> list[str]:
+    return [event.removeprefix("upgrade-") for event in bench.records() if event.startswith("upgrade-")]
+
+
+def statuses(bench: Bench) -> set[str]:
+    return {qemu.status for qemu in bench.runner.qemus.values()}
+
+
+def assert_all_run(bench: Bench, *, booted: tuple[str, ...] = ()) -> None:
+    """Each guest runs, from where it was; none was booted but these."""
+    assert bench.runner.violations == []
+    assert set(bench.runner.qemus) == set(NAMES)
+    assert statuses(bench) == {"running"}
+    assert sorted(name for name, kind in bench.runner.started if kind == "start") == sorted(booted)
+    for name in NAMES:
+        assert bench.qemu(name).count == bench.runner.counts[name]
+        assert "manifest.json" not in bench.files(name)
+    assert not bench.kexec.promised
+    assert bench.kernels.is_loaded is None
+
+
+def test_all_guests_go_through_into_the_newest_kernel(bench: Bench) -> None:
+    job = bench.run(until_kexec(bench))
+    assert (job.state, job.step, job.cancellable) == (JobState.CANCELLED, "the host restarts", False), job
+    assert bench.kernels.is_loaded == ("6.12.2", bench.kernels.line)
+    assert bench.kexec.promised
+    assert statuses(bench) == {"postmigrate"}
+    bench.reboot()
+    assert set(bench.run(look).values()) == {VmState.SAVED}
+    assert bench.run(load_all).result == "done"
+    assert phases(bench) == ["checking", "saving", "saved", "committing", "booted", "loading", "done"]
+    assert_all_run(bench)
+
+
+def test_each_phase_is_durable_before_it_is_acted_on(bench: Bench) -> None:
+    bench.run(until_kexec(bench))
+    bench.reboot()
+    bench.run(load_all)
+    events = bench.records()
+    assert events.index("upgrade-saving") < events.index("save-begin")
+    assert events.index("upgrade-saved") > max(n for n, event in enumerate(events) if event == "saved")
+    assert events.index("upgrade-booted") < events.index("upgrade-loading") < events.index("load-begin")
+
+
+@pytest.mark.parametrize("failing", NAMES)
+def test_one_that_cannot_be_saved_keeps_the_host_where_it_is(bench: Bench, failing: str) -> None:
+    bench.runner.faults[failing, "save"] = SaveFailed("no room", vm=failing)
+    job = bench.run(refused_upgrade())
+    assert f"VM {failing}: could not be saved: no room" in job.result
+    assert phases(bench) == ["checking", "saving", "rolling-back", "rolled-back"]
+    assert not bench.kexec.started.is_set()
+    assert_all_run(bench)
+
+
+def test_a_qemu_that_dies_while_it_saves_costs_no_other_guest(bench: Bench) -> None:
+    gate = bench.runner.gates["web2", "save"] = Gate()
+
+    async def die(manager: Manager) -> Job:
+        job = manager.upgrade(Wish())
+        await gate.entered.wait()
+        bench.runner.end("web2")
+        bench.runner.faults["web2", "save"] = QemuFailed("QEMU is gone", vm="web2")
+        gate.go.set()
+        return await ended(manager, job)
+
+    job = bench.run(die)
+    assert "VM web2" in job.result
+    assert statuses(bench) == {"running"}
+    assert set(bench.runner.qemus) == {"web1", "web3"}
+    assert bench.kernels.is_loaded is None
+
+
+def test_a_state_that_does_not_read_back_as_it_was_written_takes_all_back(bench: Bench) -> None:
+    async def spoil(manager: Manager) -> Job:
+        store = manager.ports.store
+        verify = store.verify
+
+        def damaged(manifest: object) -> None:
+            path = Path(manifest.vmstate.path)  # type: ignore[attr-defined]
+            path.write_bytes(path.read_bytes()[:-1])
+            verify(manifest)  # type: ignore[arg-type]
+
+        store.verify = damaged  # type: ignore[method-assign]
+        return await ended(manager, manager.upgrade(Wish()))
+
+    assert "is not the state that was saved" in bench.run(spoil).result
+    assert_all_run(bench)
+
+
+@pytest.mark.parametrize("place", ["findings", "plan", "load", "blocked"])
+def test_what_stops_an_upgrade_is_found_before_a_guest_stops(bench: Bench, place: str) -> None:
+    wrong = Finding(severity="error", code="x", what="the moon is full", remedy="wait a week")
+    match place:
+        case "findings":
+            bench.kernels.wrong = [wrong]
+        case "plan":
+            bench.kexec.wrong = [wrong]
+        case "load":
+            bench.kernels.refusal = "the moon is full"
+        case "blocked":
+            bench.runner.blocked["web3"] = ["the moon is full"]
+    old = dict(bench.runner.qemus)
+    job = bench.run(refused_upgrade())
+    assert job.state is JobState.FAILED
+    assert "the moon is full" in job.result
+    assert phases(bench) == ["checking", "refused"]
+    assert bench.runner.qemus == old
+    assert_all_run(bench)
+
+
+def test_a_command_line_that_drops_the_memory_is_refused_with_the_difference(bench: Bench) -> None:
+    job = bench.run(refused_upgrade(Wish(append="root=/dev/sda quiet")))
+    assert "lacks memmap=4G!8G" in job.result
+    assert "--reuse-cmdline" in job.result
+    assert_all_run(bench)
+
+
+def test_words_can_be_added_to_the_command_line(bench: Bench) -> None:
+    bench.run(until_kexec(bench, Wish(append="debug", reuse_cmdline=True)))
+    assert bench.kernels.is_loaded == ("6.12.2", f"{bench.kernels.line} debug")
+
+
+@pytest.mark.parametrize(
+    ("wish", "error", "words"),
+    [
+        (Wish(kernel="5.0"), KernelRefused, "kernel 5.0 is not installed"),
+        (Wish(back=True), KernelRefused, "no earlier upgrade"),
+        (Wish(back=True, drill=True), InvalidArgument, "exclude each other"),
+        (Wish(initrd="/boot/initrd.img"), InvalidArgument, "without a kernel image"),
+        (Wish(kernel_image="/etc/passwd"), InvalidArgument, "not below a directory"),
+        (Wish(kernel_image="/boot/../etc/passwd"), InvalidArgument, "not below a directory"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused_at_once(bench: Bench, wish: Wish, error: type, words: str) -> None:
+    async def ask(manager: Manager) -> None:
+        with pytest.raises(error, match=words):
+            manager.upgrade(wish)
+        assert manager.jobs.current == {}
+
+    bench.run(ask)
+
+
+def test_a_dry_run_stops_no_guest_and_leaves_no_kernel(bench: Bench) -> None:
+    old = dict(bench.runner.qemus)
+    job = bench.run(refused_upgrade(Wish(dry_run=True)))
+    assert job.result == "done"
+    assert phases(bench) == ["checking", "checked"]
+    assert bench.runner.qemus == old
+    assert_all_run(bench)
+
+
+def test_a_dry_run_leaves_a_kernel_that_somebody_loaded(bench: Bench) -> None:
+    bench.kernels.is_loaded = ("6.12.9", "theirs")
+    assert bench.run(refused_upgrade(Wish(dry_run=True))).result == "done"
+    assert bench.kernels.is_loaded == ("6.12.9", "theirs")
+
+
+def test_a_kexec_that_is_called_off_is_taken_back(bench: Bench) -> None:
+    async def call_off(manager: Manager) -> Job:
+        job = manager.upgrade(Wish())
+        await bench.kexec.started.wait()
+        bench.kexec.fail("canceled")
+        return await ended(manager, job)
+
+    job = bench.run(call_off)
+    assert "the kexec did not happen: canceled" in job.result
+    assert phases(bench)[-3:] == ["committing", "rolling-back", "rolled-back"]
+    assert_all_run(bench)
+
+
+def test_an_agent_that_comes_back_after_a_shutdown_that_was_called_off_resumes_all(bench: Bench) -> None:
+    """The gate's case: the VMs were stopped already, and so was the agent."""
+    bench.run(until_kexec(bench))
+    for name in NAMES:
+        bench.runner.end(name)
+    bench.kexec.fail()
+    bench.run(look)
+    assert phases(bench)[-2:] == ["rolling-back", "rolled-back"]
+    assert_all_run(bench)
+
+
+def test_an_agent_that_is_restarted_while_the_kexec_is_under_way_leaves_it_alone(bench: Bench) -> None:
+    bench.run(until_kexec(bench))
+    assert set(bench.run(look).values()) == {VmState.SAVED}
+    assert bench.kexec.promised
+    bench.reboot()
+    bench.run(load_all)
+    assert_all_run(bench)
+
+
+@pytest.mark.parametrize("act", ["start", "load", "resume", "discard"])
+def test_between_commit_and_kexec_no_guest_is_let_run(bench: Bench, act: str) -> None:
+    bench.define("web4", bench.define_device("web4"))
+
+    async def meddle(manager: Manager) -> None:
+        await until_kexec(bench)(manager)
+        vm = manager.vm("web4" if act == "start" else "web1")
+        with pytest.raises(Busy, match="on its way into another kernel"):
+            await {"start": vm.start, "load": lambda: vm.load(""), "resume": vm.resume, "discard": vm.discard}[act]()
+        assert "on its way" in (await ended(manager, manager.load_all(autostart=True))).result
+        assert "is under way (committing)" in (await ended(manager, manager.upgrade(Wish()))).result
+
+    bench.run(meddle)
+    assert bench.kexec.promised
+
+
+def test_a_guest_that_somebody_lets_run_after_the_commit_stops_the_kexec(bench: Bench) -> None:
+    async def by_hand(manager: Manager) -> None:
+        await until_kexec(bench)(manager)
+        bench.qemu("web1").by_hand("running")
+        await manager.vm("web1").refresh()
+
+    bench.run(by_hand)
+    assert not bench.kexec.promised
+
+
+def test_a_guest_that_is_started_during_the_save_is_found_before_the_commit(bench: Bench) -> None:
+    bench.define("web4", bench.define_device("web4"))
+    gate = bench.runner.gates["web3", "save"] = Gate()
+
+    async def meanwhile(manager: Manager) -> Job:
+        job = manager.upgrade(Wish())
+        await gate.entered.wait()
+        await manager.vm("web4").start()
+        gate.go.set()
+        return await ended(manager, job)
+
+    assert "not saved: web4 (running)" in bench.run(meanwhile).result
+    assert statuses(bench) == {"running"}
+    assert len(bench.runner.qemus) == 4
+
+
+def test_a_kernel_that_is_unloaded_meanwhile_is_noticed(bench: Bench) -> None:
+    gate = bench.runner.gates["web3", "save"] = Gate()
+
+    async def meanwhile(manager: Manager) -> Job:
+        job = manager.upgrade(Wish())
+        await gate.entered.wait()
+        bench.kernels.is_loaded = None
+        gate.go.set()
+        return await ended(manager, job)
+
+    assert "not loaded any more" in bench.run(meanwhile).result
+    assert_all_run(bench)
+
+
+def test_one_upgrade_at_a_time(bench: Bench) -> None:
+    gate = bench.runner.gates["web3", "save"] = Gate()
+
+    async def two(manager: Manager) -> tuple[Job, Job]:
+        first = manager.upgrade(Wish())
+        await gate.entered.wait()
+        second = await ended(manager, manager.upgrade(Wish()))
+        gate.go.set()
+        await bench.kexec.started.wait()
+        return first, second
+
+    _, second = bench.run(two)
+    assert "guests are just being saved" in second.result
+
+
+def test_cancel_takes_all_back_until_the_commit(bench: Bench) -> None:
+    gate = bench.runner.gates["web3", "save"] = Gate()
+
+    async def cancel(manager: Manager) -> Job:
+        job = manager.upgrade(Wish())
+        await gate.entered.wait()
+        manager.jobs.cancel(job.id)
+        return await ended(manager, job)
+
+    assert bench.run(cancel).state is JobState.CANCELLED
+    assert_all_run(bench)
+
+
+def test_cancel_is_refused_after_the_commit(bench: Bench) -> None:
+    async def cancel(manager: Manager) -> None:
+        job = await until_kexec(bench)(manager)
+        with pytest.raises(WrongState, match="can't be cancelled any more: the host restarts"):
+            manager.jobs.cancel(job.id)
+
+    bench.run(cancel)
+    assert bench.kexec.promised
+
+
+# -- policies -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["skip-unsaveable", "force"])
+def test_what_cannot_be_saved_is_shut_down_and_started_again(bench: Bench, policy: str) -> None:
+    bench.runner.blocked["web2"] = ["it plays the piano"]
+    bench.run(until_kexec(bench, Wish(policy=policy)))  # type: ignore[arg-type]  # one of them
+    assert set(bench.runner.qemus) == {"web1", "web3"}
+    bench.runner.blocked.clear()
+    bench.reboot()
+    assert bench.run(load_all).result == "done"
+    assert_all_run(bench, booted=("web2",))
+
+
+def test_a_roll_back_starts_again_what_was_shut_down(bench: Bench) -> None:
+    bench.runner.blocked["web2"] = ["it plays the piano"]
+
+    async def call_off(manager: Manager) -> Job:
+        job = manager.upgrade(Wish(policy="skip-unsaveable"))
+        await bench.kexec.started.wait()
+        bench.kexec.fail()
+        return await ended(manager, job)
+
+    assert "started again: web2" in bench.run(call_off).result
+    bench.runner.blocked.clear()
+    assert_all_run(bench, booted=("web2",))
+
+
+def test_a_plan_says_first_what_it_would_shut_down(bench: Bench) -> None:
+    bench.runner.blocked["web2"] = ["it plays the piano"]
+
+    async def ask(manager: Manager) -> list[Finding]:
+        return await manager.plan_findings(manager.plan(Wish(policy="skip-unsaveable")))
+
+    (found,) = [finding for finding in bench.run(ask) if finding.code == "will-be-shut-down"]
+    assert (found.severity, found.vm) == ("warning", "web2")
+    assert "it plays the piano" in found.what
+
+
+def test_only_force_ends_a_qemu_that_does_not_answer(bench: Bench) -> None:
+    bench.runner.faults["web2", "run_state"] = QemuFailed("no answer", vm="web2")
+    assert "does not answer" in bench.run(refused_upgrade(Wish(policy="skip-unsaveable"))).result
+    bench.run(until_kexec(bench, Wish(policy="force")))
+    assert set(bench.runner.qemus) == {"web1", "web3"}
+    assert bench.kexec.promised
+
+
+@pytest.mark.parametrize(
+    ("ladder", "refused"),
+    [('["shut-down"]', False), ('["wait", "shut-down"]', False), ('["refuse", "shut-down"]', True), ('["wait"]', True)],
+)
+def test_a_vm_has_a_ladder_of_its_own(bench: Bench, ladder: str, refused: bool) -> None:
+    path = bench.definitions / "web2.toml"
+    path.write_text(path.read_text().replace("[save]", f"[save]\nwhen-blocked = {ladder}"))
+    bench.runner.blocked["web2"] = ["it plays the piano"]
+    job = bench.run(until_kexec(bench))
+    assert ("it plays the piano" in job.result) == refused
+    assert bench.kexec.promised != refused
+
+
+def test_a_blocker_that_goes_away_in_time_is_waited_for(bench: Bench) -> None:
+    path = bench.definitions / "web2.toml"
+    path.write_text(path.read_text().replace("[save]", '[save]\nwhen-blocked = ["wait"]\nblocked-wait = "5s"'))
+    bench.runner.blocked["web2"] = ["it plays the piano"]
+    gate = bench.runner.gates["web2", "until_saveable"] = Gate()
+
+    async def finish(manager: Manager) -> None:
+        job = manager.upgrade(Wish())
+        await gate.entered.wait()
+        assert statuses(bench) == {"running"}, "nobody is stopped while one is waited for"
+        bench.runner.blocked.clear()
+        gate.go.set()
+        await bench.kexec.started.wait()
+        assert job.step == "the host restarts"
+
+    bench.run(finish)
+
+
+def test_a_late_blocker_takes_all_back(bench: Bench) -> None:
+    gate = bench.runner.gates["web2", "save"] = Gate()
+
+    async def block(manager: Manager) -> Job:
+        job = manager.upgrade(Wish())
+        await gate.entered.wait()
+        bench.runner.faults["web2", "save"] = SaveFailed("blocked: it plays the piano", vm="web2")
+        gate.go.set()
+        return await ended(manager, job)
+
+    assert "it plays the piano" in bench.run(block).result
+    assert_all_run(bench)
+
+
+# -- after boot, and back -------------------------------------------------------------------------------------------------
+
+
+def test_guests_that_the_new_kernel_cannot_load_go_back_to_the_old_one(bench: Bench) -> None:
+    bench.run(until_kexec(bench))
+    bench.reboot()
+    assert bench.host.release == "6.12.2"
+    for name in ("web1", "web2"):
+        bench.runner.faults[name, "load"] = QemuFailed("this kernel lacks what it needs", vm=name)
+    assert "1 of 3 run" in bench.run(load_all).result
+    assert phases(bench)[-1] == "held"
+    assert bench.files("web1")[0] == "manifest.json"
+    bench.run(until_kexec(bench, Wish(back=True)))
+    assert bench.kernels.is_loaded == ("6.12.1", bench.kernels.line)
+    bench.reboot()
+    bench.runner.faults.clear()
+    assert bench.run(load_all).result == "done"
+    assert bench.host.release == "6.12.1"
+    assert_all_run(bench)
+
+
+def test_another_kernel_than_planned_is_on_record(bench: Bench) -> None:
+    bench.run(until_kexec(bench))
+    bench.kexec.under_way = False  # a plain reboot
+    bench.reboot()
+    bench.run(load_all)
+
+    async def reason(manager: Manager) -> str:
+        assert manager.ledger.current
+        return manager.ledger.current.reason
+
+    assert bench.run(reason) == "the host runs kernel 6.12.1, planned was 6.12.2"
+    assert_all_run(bench)
+
+
+def test_rollback_has_nothing_to_do_before_and_after(bench: Bench) -> None:
+    async def roll_back(manager: Manager) -> Job:
+        return await ended(manager, manager.rollback())
+
+    assert "nothing was done" in bench.run(roll_back).result.lower()
+    bench.run(until_kexec(bench))
+    bench.reboot()
+    assert "no save that could be taken back" in bench.run(roll_back).result
+    bench.run(load_all)
+    assert_all_run(bench)
+
+
+def test_rollback_takes_an_admins_own_save_back(bench: Bench) -> None:
+    async def save_and_roll_back(manager: Manager) -> Job:
+        assert (await ended(manager, manager.save_all(Survives.KEXEC))).result == "done"
+        return await ended(manager, manager.rollback())
+
+    assert bench.run(save_and_roll_back).result == "done"
+    assert_all_run(bench)
+
+
+def test_a_save_by_hand_outlives_the_agent(bench: Bench) -> None:
+    async def save(manager: Manager) -> Job:
+        return await ended(manager, manager.save_all(Survives.KEXEC))
+
+    bench.run(save)
+    assert set(bench.run(look).values()) == {VmState.SAVED}
+    bench.run(load_all)
+    assert_all_run(bench)
+
+
+# -- somebody types `systemctl kexec` -------------------------------------------------------------------------------------
+
+
+async def before_kexec(manager: Manager) -> Job:
+    return await ended(manager, manager.before_kexec())
+
+
+def test_a_plain_kexec_is_saved_for(bench: Bench) -> None:
+    bench.kexec.under_way = True
+    assert bench.run(before_kexec).result == "done"
+    assert bench.kexec.promised
+    bench.reboot()
+    assert bench.run(load_all).result == "done"
+    assert_all_run(bench)
+
+
+def test_a_plain_kexec_with_a_guest_that_cannot_be_saved_is_not_promised(bench: Bench) -> None:
+    bench.kexec.under_way = True
+    bench.runner.faults["web2", "save"] = SaveFailed("no room", vm="web2")
+    assert "no room" in bench.run(before_kexec).result
+    assert not bench.kexec.promised
+    assert_all_run(bench)
+
+
+def test_a_plain_kexec_that_does_not_come_is_taken_back(bench: Bench) -> None:
+    async def call_off(manager: Manager) -> None:
+        bench.kexec.begin()
+        await before_kexec(manager)
+        assert statuses(bench) == {"postmigrate"}
+        (watch,) = manager.jobs.current.values()
+        bench.kexec.fail()
+        await ended(manager, watch)
+
+    bench.run(call_off)
+    assert_all_run(bench)
+
+
+def test_the_hook_of_our_own_upgrade_finds_all_saved(bench: Bench) -> None:
+    async def hook(manager: Manager) -> Job:
+        await until_kexec(bench)(manager)
+        return await ended(manager, manager.before_kexec())
+
+    assert bench.run(hook).result == "done"
+    assert phases(bench).count("saving") == 1
+
+
+# -- killed anywhere ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["restart", "power-cut"])
+@pytest.mark.parametrize("story", ["upgrade", "called off", "one fails", "load", "by hand"])
+def test_an_agent_that_is_killed_anywhere_loses_no_guest(tmp_path: Path, story: str, end: str) -> None:
+    """At each point at which it touches the world. After it: another agent; or the power is gone with it, and all that
+    was not in persistent memory or on disk. Whoever was durably saved is loaded then, and nobody twice."""
+    for points in range(1, 1000):
+        root = tmp_path / str(points)
+        root.mkdir()
+        bench = Bench(root, witness="off")  # the order of things alone must do
+        for name in NAMES[:2]:
+            bench.define(name, bench.define_device(name), autostart=True)
+
+        async def start(manager: Manager) -> None:
+            for vm in manager.vms.values():
+                await vm.start()
+
+        bench.run(start)
+        bench.runner.started.clear()
+        if story == "load":
+            bench.run(until_kexec(bench))
+            bench.reboot()
+        if story == "one fails":
+            bench.runner.faults["web2", "save"] = SaveFailed("no room", vm="web2")
+
+        async def act(manager: Manager, bench: Bench = bench) -> None:
+            if story == "load":
+                await load_all(manager)
+            elif story == "by hand":
+                await ended(manager, manager.save_all(Survives.KEXEC))
+                await ended(manager, manager.rollback())
+            else:
+                job = await until_kexec(bench)(manager)
+                if story == "called off" and bench.kexec.under_way:
+                    bench.kexec.fail()
+                    await ended(manager, job)
+
+        bench.runner.life_left = points
+        with contextlib.suppress(AgentKilled):
+            bench.run(act)
+        lived, bench.runner.life_left = bench.runner.agent_lives, None
+        bench.runner.faults.clear()
+        saved = {name for name in NAMES[:2] if "manifest.json" in bench.files(name)}
+        if end == "power-cut" or bench.kexec.under_way:  # a kexec that is under way goes on without the agent
+            bench.reboot()
+        bench.run(look)
+        if end == "power-cut" or bench.host.boot > 1:
+            bench.run(lambda manager: ended(manager, manager.load_all(autostart=True)))
+        if story == "by hand" and end == "restart":
+
+            async def take_back(manager: Manager) -> None:
+                for vm in manager.vms.values():
+                    if vm.state is VmState.SAVED:
+                        await vm.resume()
+
+            bench.run(take_back)
+        where = f"killed at point {points}: {bench.records()[-6:]}"
+        assert bench.runner.violations == [], where
+        assert set(bench.runner.qemus) == set(NAMES[:2]), where
+        assert statuses(bench) == {"running"}, where
+        for name in NAMES[:2]:
+            assert bench.qemu(name).count == bench.runner.counts[name], where
+            assert "manifest.json" not in bench.files(name), where
+            booted = (name, "start") in bench.runner.started
+            assert not (booted and name in saved), f"{name} was saved, and booted afresh; {where}"
+            assert not (booted and end == "restart"), f"{name} was lost; {where}"
+        assert not bench.kexec.promised, where
+        if lived:
+            return
+    raise AssertionError("it never got done")
+
+
+# -- prediction -----------------------------------------------------------------------------------------------------------
+
+
+def timeline(vm: str, pause_s: float, *, kexec: bool = True, upgrade: str = "u1") -> GuestTimeline:
+    return GuestTimeline(
+        id=f"{vm}-{pause_s}", vm=vm, upgrade=upgrade, kernel_before="a", kernel_after="b", stopped_at=100.0, saved_at=101.0,
+        shutdown_at=102.0 if kexec else 0.0, userspace_at=103.0 if kexec else 0.0, load_at=104.0, memory_at=105.0,
+        resumed_at=100.0 + pause_s,
+    )  # fmt: skip
+
+
+def test_a_host_without_a_kexec_on_record_predicts_nothing() -> None:
+    assert predict(["web1"], [timeline("web1", 5.0, kexec=False)]) is None
+    assert predict([], [timeline("web1", 5.0)]) is None
+
+
+def test_the_longest_of_the_guests_own_pauses_is_predicted() -> None:
+    history = [timeline("web1", 5.0), timeline("web2", 20.0), timeline("web1", 7.0, upgrade="u2")]
+    assert predict(["web1"], history) == (6.0, 2)
+    assert predict(["web1", "web2"], history) == (20.0, 2)
+    assert predict(["new"], history) == (7.0, 2)
+
+
+def test_a_clock_that_was_stepped_does_not_decide() -> None:
+    history = [timeline("web1", pause) for pause in (5.0, 6.0, -3600.0, 3607.0, 7.0)]
+    predicted = predict(["web1"], history)
+    assert predicted
+    assert predicted[0] == 6.5
+
+
+@pytest.mark.parametrize(("known", "words"), [(True, "expected are 20.0 s"), (False, "none that were measured")])
+def test_a_pause_that_is_too_long_or_not_known_is_refused(bench: Bench, known: bool, words: str) -> None:
+    async def ask(manager: Manager) -> Job:
+        if known:
+            manager.ports.history.add(timeline("web1", 20.0))
+        return await ended(manager, manager.upgrade(Wish(max_pause=10.0)))
+
+    assert words in bench.run(ask).result
+    assert_all_run(bench)
+
+
+def test_no_room_for_state_is_found(bench: Bench) -> None:
+    async def ask(manager: Manager) -> list[Finding]:
+        manager.ports.store.room_bytes = lambda: 1 << 20  # type: ignore[method-assign]
+        return await manager.plan_findings(manager.plan(Wish()))
+
+    (found,) = [finding for finding in bench.run(ask) if finding.code == "no-room"]
+    assert "1 MiB are free for the device state of 3 VMs" in found.what
+
+
+def test_the_memory_of_the_guests_decides_which_drivers_the_kernel_needs(bench: Bench) -> None:
+    asked: list[set[str]] = []
+    bench.devices.list()[0] = replace(bench.devices.list()[0], drivers=("device_dax", "nfit"))
+
+    def findings(kernel: Kernel, drivers: set[str]) -> list[Finding]:  # noqa: ARG001
+        asked.append(drivers)
+        return []
+
+    bench.kernels.findings = findings  # type: ignore[method-assign, assignment]
+    bench.run(refused_upgrade(Wish(dry_run=True)))
+    assert asked == [{"device_dax", "nfit"}]
+
+
+def test_phases_follow_a_table() -> None:
+    from cpr_agent.core.ledger import IN_FLIGHT, NEXT
+
+    assert set(NEXT) == set(Phase)
+    reachable = {Phase.CHECKING} | set().union(*NEXT.values())
+    assert reachable == set(Phase) - {Phase.BOOTED}, "only a new boot makes a phase BOOTED"
+    assert all(NEXT[phase] for phase in IN_FLIGHT), "an upgrade in flight has a way on"
