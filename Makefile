@@ -40,6 +40,13 @@ test: check ## Everything: lint, unit, bus, one real kexec
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/unit tests/bus
 	$(PYTHON) -m pytest -s tests/host
 
+.PHONY: test-faults
+test-faults: bootstrap host-root $(DEB) ## Hours: kills, power cuts and refused kexecs, and what guests made of them
+	rm -f build/faults
+	CPR_TEST_EXAMPLES=2000 $(PYTHON) -m pytest tests/unit/test_core_stateful.py
+	$(PYTHON) -m pytest -s tests/faults
+	@$(PYTHON) -m tests.faults.tally
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build

@@ -101,6 +101,7 @@ class FakeKexec:
         self.promised = False
         self.under_way = False
         self.inhibited = 0
+        self.brought_back = 0
         self.started = asyncio.Event()
         self._said = ""
         self._end = asyncio.Event()
@@ -137,6 +138,9 @@ class FakeKexec:
         if self.under_way:
             await self._end.wait()
         return self._said
+
+    def bring_back(self) -> None:
+        self.brought_back += 1
 
     def of_this_loop(self) -> None:
         """Events belong to the event loop of an agent's life."""

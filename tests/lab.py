@@ -44,16 +44,27 @@ BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-BUS Bus Config
 @contextlib.contextmanager
 def private_bus(directory: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A dbus-daemon of our own; yields its address and itself. Any user may connect."""
+    address, daemon = start_bus(directory)
+    try:
+        yield address, daemon
+    finally:
+        if daemon.poll() is None:
+            end_bus(daemon)
+
+
+def start_bus(directory: Path) -> tuple[str, subprocess.Popen[str]]:
     config = directory / "bus.conf"
     config.write_text(BUS_CONFIG.format(socket=directory / "bus"))
-    with subprocess.Popen(
+    daemon = subprocess.Popen(
         ["dbus-daemon", f"--config-file={config}", "--nofork", "--print-address"], stdout=subprocess.PIPE, text=True
-    ) as daemon:
-        assert daemon.stdout
-        try:
-            yield daemon.stdout.readline().strip(), daemon
-        finally:
-            daemon.terminate()
+    )
+    assert daemon.stdout
+    return daemon.stdout.readline().strip(), daemon
+
+
+def end_bus(daemon: subprocess.Popen[str]) -> None:
+    daemon.terminate()
+    daemon.communicate(timeout=PATIENCE_S)
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
@@ -149,7 +160,8 @@ class Lab:
     def settings(self, **sections: dict[str, Any]) -> None:
         (self.root / "etc/cpr-agent/agent.toml").write_text(toml(sections))
 
-    def start_agent(self, program: tuple[str, ...] = DAEMON) -> None:
+    def start_agent(self, program: tuple[str, ...] = DAEMON, *, mortal: bool = False) -> None:
+        """Returns when it has recovered; or, if it is ``mortal``, when it is dead."""
         with self.log.open("ab") as log:
             self._agent = agent = subprocess.Popen(
                 [*program, f"--root={self.root}", f"--bus-address={self.address}"], cwd=ROOT, stderr=log
@@ -159,6 +171,8 @@ class Lab:
         def recovered() -> bool:
             """It says so once recovery is over; its name is on the bus before."""
             said = self.log.read_bytes()[before:].decode()
+            if mortal and agent.poll() is not None:
+                return True
             assert agent.poll() is None, f"the agent ended with {agent.returncode}: {said[-2000:]}"
             return "run as processes" in said
 
@@ -175,8 +189,11 @@ class Lab:
         return self._agent.wait(PATIENCE_S)
 
     def end_bus(self) -> None:
-        self._bus.terminate()
-        self._bus.wait(PATIENCE_S)
+        end_bus(self._bus)
+
+    def restart_bus(self) -> None:
+        """Another daemon in the place of the one that was ended."""
+        self.address, self._bus = start_bus(self.root.parent)
 
     def client(self, work: Callable[[Client], Any]) -> Any:
         async def connected() -> Any:
@@ -230,6 +247,8 @@ class Lab:
 
     def close(self) -> None:
         """End what we started, by its pid."""
+        if self._bus.poll() is None:
+            end_bus(self._bus)
         if self._agent and self._agent.poll() is None:
             self._agent.kill()
             self._agent.wait()

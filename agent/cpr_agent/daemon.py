@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -103,8 +104,10 @@ async def serve(paths: Paths, address: str | None, runner: str) -> int:
     lost = loop.create_task(service.disconnected())
     await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
     if lost.done():
+        # As if killed, which is what recovery is made for: what is half done can't be undone in order without the bus.
         log.error("the connection to the bus was lost")
-        return 1
+        sys.stderr.flush()
+        os._exit(1)
     notify(stopping=1)
     await manager.close()
     watchdog.cancel()

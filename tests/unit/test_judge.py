@@ -66,6 +66,11 @@ def test_what_a_cut_tore_is_not_joined_to_a_line_that_nobody_said() -> None:
     assert (judgement.fate, judgement.problems) == (Fate.RESTORED, ())
 
 
+def test_lines_may_be_missing_where_a_cut_left_nuls() -> None:
+    judgement = judge(Kind.CUT, lines(A, 1, 5) + b"\0" * 90 + lines(A, 9, 11), lines(A, 30, 40))
+    assert (judgement.fate, judgement.problems) == (Fate.RESTORED, ())
+
+
 def test_guest_that_was_not_saved_starts_afresh() -> None:
     judgement = judge(Kind.CUT, lines(A, 1, 5), lines(B, 1, 5), saved=False)
     assert (judgement.fate, judgement.problems) == (Fate.COLD_STARTED, ())

@@ -91,7 +91,8 @@ class ManagerObject(BusObject):
         if current is None:
             return {}
         names = ("id", "kind", "phase", "policy", "kernel_from", "kernel_to", "reason", "started_at")
-        lists = {name: Variant("as", list(getattr(current, name))) for name in ("shut_down", "failures")}
+        lists = {name: Variant("as", list(getattr(current, name))) for name in ("loaded", "shut_down", "failures")}
+        lists["longest_pause"] = Variant("d", current.longest_pause_s)
         return vardict(**{name: getattr(current, name) for name in names}, **lists)
 
     def get_Jobs(self) -> list[str]:

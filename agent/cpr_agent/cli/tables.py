@@ -85,6 +85,8 @@ def _upgrade(data: dict[str, Any]) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["started-at"]))
     to = f" -> {data['kernel-to']}" if data["kernel-to"] else ""
     words = [f"last {data['kind']}, {since}: {_styled(data['phase'])}, kernel {data['kernel-from']}{to}"]
+    if data["loaded"]:
+        words.append(f"{len(data['loaded'])} guests loaded, longest pause {data['longest-pause']:.1f} s")
     words += [data["reason"]] if data["reason"] else []
     words += [f"[red]{failure}[/]" for failure in data["failures"]]
     return "; ".join(words)

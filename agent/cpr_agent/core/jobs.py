@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,7 @@ class JobState(enum.StrEnum):
 class Job:
     """``progress`` is 0 to 1; ``result`` is empty until the end, then "done" or what went wrong.
 
-    ``parked``: it does nothing more but wait for the host to go down, so that an end of the agent need not wait for it.
+    ``parked`` is set while it only waits for the host to go down, and at its end: the agent's own end need not wait for it.
     """
 
     id: int
@@ -35,7 +36,7 @@ class Job:
     result: str = ""
     error: CprError | None = None
     cancellable: bool = True
-    parked: bool = False
+    parked: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     changed: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def advance(self, done: int, total: int, step: str) -> None:
@@ -56,7 +57,9 @@ class Jobs:
 
     def start(self, kind: str, work: Callable[[Job], Awaitable[None]], *, parked: bool = False) -> Job:
         self._last += 1
-        job = Job(self._last, kind, parked=parked, cancellable=not parked)
+        job = Job(self._last, kind, cancellable=not parked)
+        if parked:
+            job.parked.set()
         self.current[job.id] = job
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job, work))
         self.added(job)
@@ -71,10 +74,13 @@ class Jobs:
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for jobs under way, so that a stop of the agent does not interrupt what it can finish."""
-        if busy := [task for number, task in self._tasks.items() if not self.current[number].parked]:
-            await asyncio.wait(busy, timeout=timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for job in list(self.current.values()):
+                    await job.parked.wait()
 
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
+        over = True
         try:
             await work(job)
             job.state, job.result, job.progress = JobState.DONE, "done", 1.0
@@ -82,12 +88,15 @@ class Jobs:
             job.state, job.result, job.error = JobState.FAILED, error.text, error
             log.error("job %d (%s) failed: %s", job.id, job.kind, error)
         except asyncio.CancelledError:
+            over = not job.parked.is_set()  # else the agent goes down with the host, which is no end of the job
             job.state, job.result = JobState.CANCELLED, "cancelled"
         except Exception as error:
             job.state, job.result = JobState.FAILED, f"internal error: {error}"
             log.exception("job %d (%s)", job.id, job.kind)
         finally:
-            del self.current[job.id]
-            del self._tasks[job.id]
-            job.changed()
-            self.removed(job)
+            if over:
+                del self.current[job.id]
+                del self._tasks[job.id]
+                job.parked.set()
+                job.changed()
+                self.removed(job)

@@ -70,6 +70,8 @@ class Upgrade:
     shut_down: tuple[str, ...] = ()
     """VMs that it shut down because they could not be saved; they are started again at its end."""
     failures: tuple[str, ...] = ()
+    loaded: tuple[str, ...] = ()
+    longest_pause_s: float = 0.0
     reason: str = ""
 
 
@@ -142,4 +144,15 @@ def _replayed(before: Upgrade | None, record: Mapping[str, Any]) -> Upgrade:
     return replace(before, phase=phase, boot=record["boot"], **facts)
 
 
-_FACTS = ("kind", "kernel_from", "command_line_from", "kernel_to", "policy", "shut_down", "failures", "reason")
+_FACTS = (
+    "kind",
+    "kernel_from",
+    "command_line_from",
+    "kernel_to",
+    "policy",
+    "shut_down",
+    "failures",
+    "loaded",
+    "longest_pause_s",
+    "reason",
+)

@@ -254,6 +254,9 @@ class Kexec(Protocol):
     async def over(self) -> str:
         """Wait for the one under way. Returns only if the host goes on without it."""
 
+    def bring_back(self) -> None:
+        """Start the host's services again that a shutdown which was called off has stopped; does not wait."""
+
 
 class History(Protocol):
     def add(self, timeline: GuestTimeline) -> None: ...

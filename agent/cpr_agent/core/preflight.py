@@ -50,6 +50,12 @@ class Plan:
 
 def plan(wish: Wish, ports: Ports, settings: Settings, last: Upgrade | None) -> Plan:
     """Which kernel, with which command line. Raises InvalidArgument, KernelRefused."""
+    if not ports.kexec.possible:
+        raise KernelRefused(
+            "the agent does not run under systemd: it can replace QEMU, but start no other kernel",
+            left="nothing was done",
+            remedy="run it as cpr-agent.service",
+        )
     chosen = [name for name in ("kernel", "kernel_image", "back", "drill") if getattr(wish, name)]
     if len(chosen) > 1:
         raise InvalidArgument(f"{' and '.join(chosen).replace('_', '-')} exclude each other", left="nothing was done")

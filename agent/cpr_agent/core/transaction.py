@@ -90,7 +90,7 @@ class Transaction:
                 await self._save(job, Survives.KEXEC, plan.policy)
                 await self._commit(job)
         job.advance(1, 1, "the host restarts")
-        job.parked = True
+        job.parked.set()
         await self._fallen_through(job, await self._ports.kexec.start())
 
     async def _load_kernel(self, job: Job, plan: Plan) -> None:
@@ -231,11 +231,12 @@ class Transaction:
         await self._fallen_through(job, await self._ports.kexec.over())
 
     async def _fallen_through(self, job: Job, said: str) -> None:
-        job.parked = False
+        job.parked.clear()
         async with self._lock:
             if not self.ledger.committed:  # somebody has rolled back by hand
                 return
             left = await self._roll_back(job, f"the kexec did not happen: {said}")
+            self._ports.kexec.bring_back()
         raise SaveFailed(f"the kexec did not happen: {said}", left=left, remedy="see: systemctl list-jobs, journalctl -b")
 
     async def roll_back(self, job: Job, reason: str) -> None:
@@ -298,8 +299,15 @@ class Transaction:
             failures, total = await self._load_each(job, list(vms), autostart)
             if in_ledger:
                 assert self.ledger.current
-                reason = _surprise(self.ledger.current, self._ports)
-                self.ledger.enter(Phase.HELD if failures else Phase.DONE, failures=failures, reason=reason)
+                upgrade = self.ledger.current
+                through = [pause for pause in self._ports.history.all() if pause.upgrade == upgrade.id]
+                self.ledger.enter(
+                    Phase.HELD if failures else Phase.DONE,
+                    failures=failures,
+                    loaded=sorted(pause.vm for pause in through),
+                    longest_pause_s=max((pause.pause_s for pause in through), default=0.0),
+                    reason=_surprise(upgrade, self._ports),
+                )
             if failures:
                 raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
 

@@ -88,6 +88,9 @@ class SystemdKexec:
         job = self._systemd.job_of("kexec.target")
         return await self._systemd.finished(job, timeout_s=None) if job else "it is not under way any more"
 
+    def bring_back(self) -> None:
+        self._systemd.queue_start("cpr-abort.service")
+
 
 async def _within(wait: Awaitable[T]) -> T | None:
     with contextlib.suppress(TimeoutError):
@@ -102,8 +105,7 @@ class NoKexec:
     possible = False
 
     def findings(self) -> list[Finding]:
-        what, why = "the agent does not run under systemd", "it can replace QEMU, but start no other kernel"
-        return [Finding(severity="error", code="no-systemd", what=what, why=why, remedy="run it as cpr-agent.service")]
+        return []
 
     @contextlib.asynccontextmanager
     async def inhibit(self, why: str) -> AsyncIterator[None]:  # noqa: ARG002 - the port's
@@ -123,3 +125,6 @@ class NoKexec:
 
     async def over(self) -> str:
         return "the agent does not run under systemd"
+
+    def bring_back(self) -> None:
+        """Nothing was stopped."""

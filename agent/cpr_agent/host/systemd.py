@@ -80,6 +80,9 @@ class Systemd:
         """Start and wait for the job's end; returns its result, ``"done"`` if all is well."""
         return await self.finished(self._manager.Manager.StartUnit(name.encode(), mode.encode()), timeout_s)
 
+    def queue_start(self, name: str) -> None:
+        self._manager.Manager.StartUnit(name.encode(), b"replace")
+
     def kill_unit(self, name: str) -> None:
         self._manager.Manager.KillUnit(name.encode(), b"all", 9)
 

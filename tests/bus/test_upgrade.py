@@ -1,0 +1,163 @@
+"""The upgrade with real QEMUs, up to the kexec, which is the lab's; the real one is in tests/host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from cpr_agent.bus.client import CallError
+from tests.kexec_lab import NEVER, KexecLab, Story, assert_nobody_noticed, every_point, kill_and_wait, kill_at, settled
+from tests.lab import Lab, until
+
+
+@pytest.fixture
+def five(lab: Lab) -> KexecLab:
+    return KexecLab(lab, 5)
+
+
+@pytest.fixture
+def two(lab: Lab) -> KexecLab:
+    return KexecLab(lab, 2)
+
+
+def last_upgrade(lab: KexecLab) -> dict[str, object]:
+    shown = lab.lab.client(lambda client: client.properties("/org/cpragent1", "Manager"))
+    return dict(shown["Upgrade"])
+
+
+def test_five_guests_go_through(five: KexecLab) -> None:
+    assert five.upgrade() == ""
+    assert five.promised
+    assert {guest.state for guest in five.guests} == {"saved"}
+    five.reboot()
+    five.agent(NEVER)
+    assert last_upgrade(five)["phase"] == "booted"
+    assert five.lab.job("LoadAll") == "done"
+    assert_nobody_noticed(five)
+    assert (last_upgrade(five)["phase"], last_upgrade(five)["failures"]) == ("done", [])
+    assert "last upgrade" in five.lab.cprctl("status").stdout
+
+
+def the_others_run_on(lab: KexecLab, lost: str, result: list[str]) -> None:
+    assert f"VM {lost}" in result[0]
+    assert not lab.under_way
+    assert not lab.promised
+    assert last_upgrade(lab)["phase"] == "rolled-back"
+    for guest in lab.guests:
+        if guest.name != lost:
+            assert guest.state == "running"
+            guest.assert_unbroken()
+            assert "manifest.json" not in guest.checkpoint_files()
+
+
+def test_one_of_five_whose_qemu_is_killed(five: KexecLab) -> None:
+    last = _saves_last(five, "web3")
+    pids = [guest.pid for guest in five.guests]
+    with five.stopped_at("before save-begin 5") as result:
+        kill_and_wait(pids[2])
+    the_others_run_on(five, last, result)
+    assert [guest.pid for guest in five.guests] == [*pids[:2], 0, *pids[3:]], "they went on in their own QEMUs"
+
+
+def test_one_of_five_for_which_the_disk_is_full(five: KexecLab) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    last = _saves_last(five, "web3")
+    checkpoints = five.lab.state / "checkpoints"
+    checkpoints.mkdir(mode=0o700, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m,mode=700", "tmpfs", checkpoints], check=True)
+    try:
+        with five.stopped_at("before save-begin 5") as result:
+            room = os.statvfs(checkpoints)
+            (checkpoints / "filler").write_bytes(bytes(room.f_bavail * room.f_frsize - 65536))
+        assert "No space left" in result[0]
+        the_others_run_on(five, last, result)
+        five.guests[2].assert_unbroken()
+    finally:
+        five.lab.close()
+        subprocess.run(["umount", "--lazy", checkpoints], check=True)
+
+
+def test_one_of_five_with_a_blocker_that_comes_late(five: KexecLab) -> None:
+    last = _saves_last(five, "web3")
+    with five.stopped_at("before save-begin 4") as result:
+        five.guests[2].admin("migrate", uri="exec:sleep 1000")
+    assert "a migration is already under way" in result[0]
+    five.guests[2].admin("migrate_cancel")
+    the_others_run_on(five, last, result)
+    five.guests[2].assert_unbroken()
+
+
+def _saves_last(lab: KexecLab, name: str) -> str:
+    """A low order saves later."""
+    for guest in lab.guests:
+        guest.definition["save"] = {"order": 1 if guest.name == name else 100}
+        lab.lab.define(guest)
+    return name
+
+
+def test_a_bus_that_is_restarted_in_the_middle(five: KexecLab) -> None:
+    """The agent ends with its bus; the next one takes back what it finds."""
+    with five.stopped_at("before save-begin 4") as result:
+        five.lab.end_bus()
+    assert result == ["the agent is gone"]
+    five.lab.agent_ended()
+    five.lab.restart_bus()
+    five.agent(NEVER)
+    until(lambda: settled(five), "the upgrade is taken back")
+    assert last_upgrade(five)["phase"] == "rolled-back"
+    assert_nobody_noticed(five)
+
+
+@pytest.mark.parametrize("step_s", [3600, -3600])
+def test_a_clock_that_is_stepped_by_an_hour(two: KexecLab, step_s: int) -> None:
+    """While guests are saved, and again over the kexec: they come back."""
+    clock = two.lab.root / "stepped-s"
+    assert two.lab.job("SaveAll") == "done"
+    clock.write_text(str(step_s))
+    assert two.lab.job("LoadAll") == "done"
+    assert two.upgrade() == ""
+    clock.write_text(str(2 * step_s))
+    two.reboot()
+    two.agent(NEVER)
+    assert two.lab.job("LoadAll") == "done"
+    assert_nobody_noticed(two)
+
+
+@pytest.mark.parametrize("story", ["upgrade", "rollback", "load"])
+def test_an_agent_that_is_killed_after_any_record_of_its_journal(two: KexecLab, story: str) -> None:
+    """The records are those that a life without a kill has written: a new one is covered by itself. `make test-faults`
+    kills before each one too, at each repetition, and around each act of the store."""
+    points = list(dict.fromkeys(point.rpartition(" ")[0] for point in every_point(two, Story(story))))
+    records = [point for point in points if point.startswith("after ") and point.split()[1] not in STORE]
+    assert len(records) > 5
+    for point in records:
+        print(f"{story}: killed {point}", flush=True)
+        assert kill_at(two, Story(story), point)
+
+
+STORE = ("seal", "commit", "begin", "abort", "consume", "discard-files")
+
+
+def test_an_agent_without_systemd_refuses_the_upgrade(lab: Lab) -> None:
+    refused = lab.cprctl("upgrade")
+    assert refused.returncode == 4, refused.stderr
+    assert "does not run under systemd" in refused.stderr
+    assert lab.cprctl("drill", "--dry-run").returncode == 4
+    assert lab.cprctl("rollback").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kernel": "0.0"}, "does not run under systemd"),
+        ({"policy": "hope"}, "there is no policy 'hope'"),
+        ({"max-pause": "10"}, "it must be 'd'"),
+        ({"colour": "red"}, "unknown option 'colour'"),
+    ],
+)
+def test_an_upgrade_that_makes_no_sense_is_refused(lab: Lab, options: dict[str, str], words: str) -> None:
+    with pytest.raises(CallError, match=words):
+        lab.job("Upgrade", **options)

@@ -1,0 +1,5 @@
+"""The lab of tests/bus, for faults too."""
+
+from tests.bus.conftest import any_qemu, lab, tiny
+
+__all__ = ["any_qemu", "lab", "tiny"]

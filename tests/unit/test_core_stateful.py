@@ -1,0 +1,207 @@
+"""Any sequence of upgrades, crashes, restarts, reboots and hands on the admin's socket: what no such sequence may reach."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cpr_agent.core.jobs import Job
+from cpr_agent.core.ledger import EVENT, IN_FLIGHT, NEXT, Phase
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import Survives, VmState
+from cpr_agent.core.preflight import Wish
+from cpr_agent.errors import CprError, QemuFailed
+from tests.bench import Bench
+from tests.fakes import AgentKilled
+
+NAMES = ("web1", "web2")
+Act = Callable[[Manager], Awaitable[object]]
+
+
+def through(start: Callable[[Manager], Job]) -> Act:
+    """The job, up to its end or to where it waits for the host's."""
+
+    async def act(manager: Manager) -> None:
+        start(manager)
+        await manager.jobs.drain(10)
+
+    return act
+
+
+JOBS: dict[str, Act] = {
+    "upgrade": through(lambda manager: manager.upgrade(Wish())),
+    "skip": through(lambda manager: manager.upgrade(Wish(policy="skip-unsaveable"))),
+    "drill": through(lambda manager: manager.upgrade(Wish(drill=True))),
+    "save all": through(lambda manager: manager.save_all(Survives.KEXEC)),
+    "load all": through(lambda manager: manager.load_all(autostart=False)),
+    "rollback": through(lambda manager: manager.rollback()),
+}
+FAULTS = ("start", "connect", "run_state", "save", "after-save", "load", "after-load", "cont", "after-cont")
+lives = st.none() | st.integers(1, 120)
+names = st.sampled_from(NAMES)
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Two VMs on persistent memory; no witness, so that the order of things alone must do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
+        self.bench = Bench(self.root, witness="off")
+        for name in NAMES:
+            self.bench.define(name, self.bench.define_device(name))
+
+        async def start(manager: Manager) -> None:
+            for vm in manager.vms.values():
+                await vm.start()
+
+        self.bench.run(start)
+
+    def teardown(self) -> None:
+        """At last the next agent makes sense of what is left: each checkpoint is whole, or not there."""
+
+        async def look(manager: Manager) -> set[VmState]:
+            await manager.jobs.drain(10)
+            return {vm.state for vm in manager.vms.values()}
+
+        self.bench.runner.faults.clear()
+        self.bench.kexec.under_way = False
+        try:
+            assert VmState.HELD not in self.bench.run(look)
+            self.no_state_is_loaded_onto_ram_that_moved_on()
+            self.no_checkpoint_runs_twice()
+        finally:
+            shutil.rmtree(self.root)
+
+    def live(self, act: Act, points: int | None) -> None:
+        """One agent's life; it is killed after so many touches of the world."""
+        self.bench.runner.life_left = points
+        with contextlib.suppress(AgentKilled, CprError):
+            self.bench.run(act)
+        self.bench.runner.life_left = None
+
+    @rule(name=st.sampled_from(sorted(JOBS)), points=lives)
+    def a_job(self, name: str, points: int | None) -> None:
+        self.live(JOBS[name], points)
+
+    @rule(vm=names, act=st.sampled_from(["save", "load", "resume", "start"]), points=lives)
+    def an_act(self, vm: str, act: str, points: int | None) -> None:
+        def do(manager: Manager) -> Awaitable[object]:
+            one = manager.vm(vm)
+            return one.save("", "reboot") if act == "save" else one.load("") if act == "load" else getattr(one, act)()
+
+        self.live(do, points)
+
+    @rule(points=lives)
+    def a_restart(self, points: int | None) -> None:
+        async def nothing(manager: Manager) -> None:
+            await manager.jobs.drain(10)
+
+        self.live(nothing, points)
+
+    @rule()
+    def the_host_starts_anew(self) -> None:
+        """By the kexec that was under way, or because the power went."""
+        self.bench.reboot()
+
+    @precondition(lambda self: self.bench.kexec.under_way)
+    @rule()
+    def the_kexec_is_called_off(self) -> None:
+        self.bench.kexec.under_way = False
+
+    @precondition(lambda self: not self.bench.kexec.under_way)
+    @rule(points=lives)
+    def somebody_types_systemctl_kexec(self, points: int | None) -> None:
+        async def hook(manager: Manager) -> None:
+            self.bench.kexec.begin()
+            await through(lambda manager: manager.before_kexec())(manager)
+            self.bench.kexec.under_way = self.bench.kexec.promised  # else the hook cancels it
+
+        self.live(hook, points)
+        if not self.bench.kexec.promised:
+            self.bench.kexec.under_way = False
+
+    @rule(vm=names)
+    def a_qemu_dies(self, vm: str) -> None:
+        self.bench.runner.end(vm)
+
+    @rule(vm=names, paused=st.booleans())
+    def a_hand_on_the_admins_socket(self, vm: str, paused: bool) -> None:
+        qemu = self.bench.runner.qemus.get(vm)
+        if qemu and qemu.status in ("running" if paused else "paused", "" if paused else "postmigrate"):
+            self.live(lambda manager: self.meddle(manager, vm, "paused" if paused else "running"), None)
+
+    async def meddle(self, manager: Manager, vm: str, status: str) -> None:
+        if qemu := self.bench.runner.qemus.get(vm):
+            qemu.by_hand(status)
+        await manager.vm(vm).refresh()
+
+    @rule(vm=names, fault=st.none() | st.sampled_from(FAULTS))
+    def a_fault(self, vm: str, fault: str | None) -> None:
+        runner = self.bench.runner
+        runner.faults = {(vm, fault): QemuFailed(f"{fault} failed", vm=vm)} if fault else {}
+
+    @rule(vm=names, blocked=st.booleans())
+    def a_blocker(self, vm: str, blocked: bool) -> None:
+        self.bench.runner.blocked = {vm: ["it plays the piano"]} if blocked else {}
+
+    # -- what must hold at any time -----------------------------------------------------------------------------------
+
+    @invariant()
+    def no_state_is_loaded_onto_ram_that_moved_on(self) -> None:
+        assert self.bench.runner.violations == []
+
+    @invariant()
+    def no_checkpoint_runs_twice(self) -> None:
+        """ "resume" alone only announces: until the checkpoint is out of the world its guest has not run."""
+        records = self.bench.journal()
+        runs = Counter(record["checkpoint"] for record in records if record["event"] == "resumed")
+        assert all(count == 1 for count in runs.values())
+        spent: set[object] = set()
+        for record in records:
+            if record["event"] == "load-begin":
+                assert record["checkpoint"] not in spent, "a checkpoint whose guest has run is loaded again"
+            if record["event"] in ("resumed", "rollback", "resumed-by-hand", "save-undone"):
+                spent.add(record["checkpoint"])
+
+    @invariant()
+    def no_guest_runs_while_it_can_still_be_loaded(self) -> None:
+        """But for one that somebody let run on another socket while no agent looked."""
+        for name, qemu in self.bench.runner.qemus.items():
+            if qemu.status == "running":
+                assert "manifest.json" not in self.bench.files(name)
+
+    @invariant()
+    def a_promise_to_the_gate_is_true(self) -> None:
+        if self.bench.kexec.promised:
+            assert all(qemu.status != "running" for qemu in self.bench.runner.qemus.values())
+
+    @invariant()
+    def phases_follow_their_table(self) -> None:
+        last: dict[object, tuple[Phase, object]] = {}
+        for record in self.bench.journal():
+            if str(record["event"]).startswith(EVENT):
+                phase = Phase(str(record["event"]).removeprefix(EVENT))
+                if record["upgrade"] in last:
+                    before, boot = last[record["upgrade"]]
+                    anew = before in IN_FLIGHT and boot != record["boot"] and phase is Phase.BOOTED
+                    dead_check = before is Phase.CHECKING and phase is Phase.REFUSED
+                    assert anew or dead_check or phase in NEXT[before], f"{before} -> {phase}"
+                else:
+                    assert phase is Phase.CHECKING
+                last[record["upgrade"]] = (phase, record["boot"])
+
+
+EXAMPLES = int(os.environ.get("CPR_TEST_EXAMPLES", "40"))
+"""`make test-faults` asks for many more."""
+AnyHistory.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=20, deadline=None)
+TestAnyHistory = AnyHistory.TestCase
