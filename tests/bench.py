@@ -164,6 +164,7 @@ class Bench:
         if self.kernels.is_loaded and self.kexec.under_way:
             self.host.release = self.kernels.is_loaded[0]
         self.host.boot += 1
+        self.host.by_kexec = self.kexec.under_way
         self.runner.forget_launches()
         self.kernels.is_loaded = None
         self.kexec.promised = self.kexec.under_way = False

@@ -38,10 +38,14 @@ class FakeHost(ThisHost):
     another kernel, step its clock."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(userspace_at=self.now)
         self.boot = 1
         self.release = "6.12.1"
         self.stepped_s = 0.0
+        self.by_kexec = False
+
+    def booted_by_kexec(self) -> bool:
+        return self.by_kexec
 
     def boot_id(self) -> str:
         return f"boot-{self.boot}"

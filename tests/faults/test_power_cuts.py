@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 from tests.faults.judge import check_order, parse
+from tests.faults.tally import note
 
 ROOT = Path(__file__).parent.parent.parent
 FIRST_BOOT_S = 300
@@ -45,3 +46,4 @@ def test_guests_that_were_saved_live_through_power_cuts(tmp_path: Path) -> None:
     summary = (out / "artefacts/summary").read_text()
     assert summary.startswith(f"power cuts {done}: "), summary
     assert summary.endswith(", corrupted 0, loaded twice 0\n"), summary
+    note(done)

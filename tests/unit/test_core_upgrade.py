@@ -482,17 +482,44 @@ def test_guests_that_the_new_kernel_cannot_load_go_back_to_the_old_one(bench: Be
     assert_all_run(bench)
 
 
+async def outcome(manager: Manager) -> tuple[str, str]:
+    assert manager.ledger.current
+    return manager.ledger.current.phase, manager.ledger.current.reason
+
+
 def test_another_kernel_than_planned_is_on_record(bench: Bench) -> None:
     bench.run(until_kexec(bench))
-    bench.kexec.under_way = False  # a plain reboot
+    bench.kernels.is_loaded = ("6.12.0", "")
     bench.reboot()
     bench.run(load_all)
+    assert bench.run(outcome) == ("done", "the host runs kernel 6.12.0, planned was 6.12.2")
+    assert_all_run(bench)
 
-    async def reason(manager: Manager) -> str:
-        assert manager.ledger.current
-        return manager.ledger.current.reason
 
-    assert bench.run(reason) == "the host runs kernel 6.12.1, planned was 6.12.2"
+def test_an_upgrade_that_a_power_cut_ended_was_none(bench: Bench) -> None:
+    """And how long guests were off then says nothing of how long the next kexec takes."""
+    bench.run(until_kexec(bench))
+    bench.kexec.under_way = False
+    bench.reboot()
+    bench.run(load_all)
+    assert bench.run(outcome) == ("rolled-back", "the host went down while committing, and was not started by a kexec")
+    assert_all_run(bench)
+
+    async def predicted(manager: Manager) -> str:
+        await manager.jobs.drain(10)
+        (found,) = [f for f in await manager.plan_findings(manager.plan(Wish())) if f.code == "predicted-pause"]
+        return found.what
+
+    assert "is not known" in bench.run(predicted)
+
+
+def test_an_upgrade_that_a_power_cut_ends_while_it_loads_is_still_one(bench: Bench) -> None:
+    bench.run(until_kexec(bench))
+    bench.reboot()
+    bench.run(look)
+    bench.reboot()
+    bench.run(load_all)
+    assert bench.run(outcome)[0] == "done"
     assert_all_run(bench)
 
 

@@ -42,7 +42,7 @@ NEXT: Mapping[Phase, frozenset[Phase]] = {
     Phase.COMMITTING: frozenset({Phase.ROLLING_BACK}),
     Phase.ROLLING_BACK: frozenset({Phase.ROLLED_BACK}),
     Phase.BOOTED: frozenset({Phase.LOADING}),
-    Phase.LOADING: frozenset({Phase.LOADING, Phase.DONE, Phase.HELD}),
+    Phase.LOADING: frozenset({Phase.LOADING, Phase.DONE, Phase.HELD, Phase.ROLLED_BACK}),
     Phase.HELD: frozenset({Phase.LOADING}),
     **dict.fromkeys((Phase.CHECKED, Phase.REFUSED, Phase.ROLLED_BACK, Phase.DONE), frozenset()),
 }
@@ -73,6 +73,8 @@ class Upgrade:
     loaded: tuple[str, ...] = ()
     longest_pause_s: float = 0.0
     reason: str = ""
+    interrupted: str = ""
+    """What ended the boot before, if that was no kexec."""
 
 
 class Ledger:
@@ -155,4 +157,5 @@ _FACTS = (
     "loaded",
     "longest_pause_s",
     "reason",
+    "interrupted",
 )

@@ -203,6 +203,9 @@ class Host(Protocol):
     def userspace_at(self) -> float:
         """When this boot's userspace began (epoch s); 0 if nobody knows."""
 
+    def booted_by_kexec(self) -> bool:
+        """False after a reset or a power cut: what ran before did not start this kernel."""
+
 
 class Kernels(Protocol):
     """Installed kernels, and the one that is loaded for a kexec."""

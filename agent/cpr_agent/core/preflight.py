@@ -178,7 +178,7 @@ def predict(vms: list[str], history: list[GuestTimeline]) -> tuple[float, int] |
     A VM's own last kexecs count, or those of all where it has none. A median: a clock that was stepped on the way must
     not decide.
     """
-    kexecs = [timeline for timeline in history if timeline.userspace_at and timeline.pause_s > 0]
+    kexecs = [timeline for timeline in history if timeline.userspace_at and timeline.by_kexec and timeline.pause_s > 0]
     if not kexecs or not vms:
         return None
     own = ([t.pause_s for t in kexecs if t.vm == vm] or [t.pause_s for t in kexecs] for vm in vms)

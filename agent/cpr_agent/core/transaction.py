@@ -300,13 +300,14 @@ class Transaction:
             if in_ledger:
                 assert self.ledger.current
                 upgrade = self.ledger.current
+                ended = Phase.ROLLED_BACK if upgrade.interrupted else Phase.DONE
                 through = [pause for pause in self._ports.history.all() if pause.upgrade == upgrade.id]
                 self.ledger.enter(
-                    Phase.HELD if failures else Phase.DONE,
+                    Phase.HELD if failures else ended,
                     failures=failures,
                     loaded=sorted(pause.vm for pause in through),
                     longest_pause_s=max((pause.pause_s for pause in through), default=0.0),
-                    reason=_surprise(upgrade, self._ports),
+                    reason=upgrade.interrupted or _surprise(upgrade, self._ports),
                 )
             if failures:
                 raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
@@ -351,7 +352,7 @@ class Transaction:
             return None
         if self.ledger.rebooted:
             log.info("upgrade %s: booted %s after %s", current.id, self._ports.host.kernel(), current.phase)
-            self.ledger.enter(Phase.BOOTED)
+            self.ledger.enter(Phase.BOOTED, interrupted=_interruption(current, self._ports))
             return None  # cpr-load.service asks for the load, once memory and disks are there
         if current.phase in (Phase.BOOTED, Phase.LOADING):  # an earlier agent of this boot was at it
             return lambda job: self.load_all(job, self._vms(), autostart=False)
@@ -374,6 +375,15 @@ def refuse(findings: list[Finding]) -> None:
             left=_UNTOUCHED,
             remedy="; ".join(dict.fromkeys(finding.remedy for finding in errors if finding.remedy)),
         )
+
+
+def _interruption(current: Upgrade, ports: Ports) -> str:
+    """What ended the boot that was upgraded, if that was no kexec of its: a crash, a reset, a power cut."""
+    if current.kind == "save-all" or current.phase in (Phase.BOOTED, Phase.LOADING):
+        return current.interrupted
+    if current.phase is Phase.COMMITTING and ports.host.booted_by_kexec():
+        return ""
+    return f"the host went down while {current.phase}, and was not started by a kexec"
 
 
 def _surprise(current: Upgrade, ports: Ports) -> str:

@@ -585,6 +585,7 @@ class Vm:
             load_at=load_at - stepped_s,
             memory_at=memory_at - stepped_s,
             resumed_at=resumed_at - stepped_s,
+            by_kexec=not rebooted or host.booted_by_kexec(),
         )
         log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s)
         try:

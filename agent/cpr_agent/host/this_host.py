@@ -15,6 +15,7 @@ from pathlib import Path
 from cpr_agent.core.model import DiskIdentity
 
 JOURNAL_TIMEOUT_S = 60.0
+BOOTLOADER_TYPE = Path("/proc/sys/kernel/bootloader_type")
 
 
 class ThisHost:
@@ -68,3 +69,10 @@ class ThisHost:
 
     def userspace_at(self) -> float:
         return self._userspace_at()
+
+    def booted_by_kexec(self) -> bool:
+        """By the boot loader's type, 0xd for kexec (Documentation/arch/x86/boot.rst); True where there is none to ask."""
+        try:
+            return int(BOOTLOADER_TYPE.read_text()) >> 4 == 0xD
+        except OSError:
+            return True

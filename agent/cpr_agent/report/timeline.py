@@ -26,6 +26,8 @@ class GuestTimeline:
     load_at: float
     memory_at: float
     resumed_at: float
+    by_kexec: bool = True
+    """False if the host was reset, or lost its power, in between."""
 
     @property
     def pause_s(self) -> float:
@@ -40,7 +42,8 @@ class GuestTimeline:
         if self.shutdown_at:
             marks.append(("shutdown", self.shutdown_at))
         if self.userspace_at:
-            name = "kexec + kernel" if self.shutdown_at else "shutdown + kexec + kernel"
+            start = "kexec + kernel" if self.by_kexec else "reset + kernel"
+            name = start if self.shutdown_at else f"shutdown + {start}"
             marks += [(name, self.userspace_at), ("userspace", self.load_at)]
         else:
             marks.append(("saved", self.load_at))

@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
                 _execute(stream, "quit")
             while stream.readline():
                 pass
+    except (ConnectionResetError, FileNotFoundError):
+        pass  # QEMU exits or has exited, which was the aim
     except (OSError, ValueError, KeyError) as error:
         # A guest that does not heed its power button, too. Systemd goes on with SIGTERM, which makes QEMU exit.
         print(f"{path}: {error}", file=sys.stderr)  # noqa: T201 - stderr is the journal
