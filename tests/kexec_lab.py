@@ -104,8 +104,10 @@ class KexecLab:
         for record in self.lab.run.glob("launched/*.json"):
             record.unlink()
         (self.lab.root / "boot").write_text(str(self.boot + 1))
-        for name in ("kexec", "kexec-ready"):
-            (self.lab.root / name).unlink(missing_ok=True)
+        (self.lab.root / "by-kexec").unlink(missing_ok=True)
+        if self.under_way:
+            (self.lab.root / "kexec").rename(self.lab.root / "by-kexec")
+        (self.lab.root / "kexec-ready").unlink(missing_ok=True)
 
 
 def state(pid: int) -> str:

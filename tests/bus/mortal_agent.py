@@ -31,8 +31,8 @@ from tests.fakes import FakeKernels, FakeKexec, FakeRunner
 
 
 class LabHost(ThisHost):
-    """Implements core.ports.Host by the real one, but for the boot, which the lab counts in a file, and a clock that the
-    lab steps."""
+    """Implements core.ports.Host by the real one, but for the boot, which the lab counts in a file, how it began, and a clock
+    that the lab steps."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -44,6 +44,9 @@ class LabHost(ThisHost):
 
     def boot_id(self) -> str:
         return f"boot-{self._number('boot')}"
+
+    def booted_by_kexec(self) -> bool:
+        return (self._root / "by-kexec").exists()
 
     def now(self) -> float:
         return super().now() + self._number("stepped-s")
