@@ -31,8 +31,8 @@ from tests.fakes import FakeKernels, FakeKexec, FakeRunner
 
 
 class LabHost(ThisHost):
-    """Implements core.ports.Host by the real one, but for the boot, which the lab counts in a file, how it began, and a clock
-    that the lab steps."""
+    """Implements core.ports.Host by the real one, but for the boot, which the lab counts in a file, how it began, and a
+    clock that the lab steps."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
