@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cpr_agent.core.model import DaxDevice, DiskIdentity, Finding, Kernel, Launch, QemuFacts
+from cpr_agent.core.model import DaxDevice, Difference, DiskIdentity, Finding, Kernel, Launch, QemuFacts
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import KernelRefused, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.host.this_host import ThisHost
@@ -43,6 +43,10 @@ class FakeHost(ThisHost):
         self.release = "6.12.1"
         self.stepped_s = 0.0
         self.by_kexec = False
+        self.told: list[tuple[str, str]] = []
+
+    def tell(self, event: str, text: str, **fields: str) -> None:  # noqa: ARG002 - the machine's journal is not the test's
+        self.told.append((event, text))
 
     def booted_by_kexec(self) -> bool:
         return self.by_kexec
@@ -241,8 +245,12 @@ class FakeQemu:
         await self._step("until_saveable")
         return await self.blocked_reasons(launch)
 
-    async def facts(self) -> QemuFacts:
+    async def facts(self, launch: Launch) -> QemuFacts:  # noqa: ARG002
         return QemuFacts(version="10.0", machine_type="pc-q35-10.0", dialect="cpr-reboot")
+
+    async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:  # noqa: ARG002
+        await self._step("differences")
+        return self._runner.lacking
 
     async def disks(self) -> list[DiskIdentity]:
         return []
@@ -298,6 +306,7 @@ class FakeRunner:
         self.faults: dict[tuple[str, str], Exception] = {}
         self.gates: dict[tuple[str, str], Gate] = {}
         self.blocked: dict[str, list[str]] = {}
+        self.lacking: list[Difference] = []
         self.counts: dict[str, int] = {}
         self.violations: list[str] = []
         self.started: list[tuple[str, str]] = []

@@ -25,6 +25,8 @@ DEVDAX = MemoryIdentity(
     resource=0x240000000,
     device_size_bytes=1 << 30,
     align_bytes=2 << 20,
+    region="0x240000000+1073741824",
+    provider="ACPI.NFIT",
 )
 FILE = MemoryIdentity(
     kind="file",

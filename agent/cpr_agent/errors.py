@@ -20,6 +20,7 @@
     │   ├── NotVmstate
     │   ├── MemoryChanged
     │   ├── DiskChanged
+    │   ├── MachineChanged    an older QEMU, fewer CPU features, other firmware
     │   └── CheckpointUnreadable
     ├── QemuFailed            QEMU could not be started, died, or did not answer
     ├── SaveFailed
@@ -32,7 +33,11 @@ A message names the VM, what failed, what state that left, and what to do next; 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from cpr_agent.core.model import Difference
 
 
 class CprError(Exception):
@@ -134,7 +139,15 @@ class MemoryOverlap(MemoryUnusable):
 
 
 class ProofFailed(CprError):
+    """``evidence``: what was compared and is not what it was."""
+
     kind = "ProofFailed"
+
+    def __init__(
+        self, what: str, *, vm: str = "", left: str = "", remedy: str = "", evidence: Sequence[Difference] = ()
+    ) -> None:
+        super().__init__(what, vm=vm, left=left, remedy=remedy)
+        self.evidence = tuple(evidence)
 
 
 class NotVmstate(ProofFailed):
@@ -147,6 +160,10 @@ class MemoryChanged(ProofFailed):
 
 class DiskChanged(ProofFailed):
     kind = "DiskChanged"
+
+
+class MachineChanged(ProofFailed):
+    kind = "MachineChanged"
 
 
 class CheckpointUnreadable(ProofFailed):

@@ -24,6 +24,8 @@ from tests.fakes import FakeDevices
 from tests.samples import DEVDAX, FILE
 
 DEVICE = DaxDevice(
+    region=DEVDAX.region,
+    provider=DEVDAX.provider,
     node="/dev/dax1.0",
     uuid=DEVDAX.uuid,
     size_bytes=1 << 30,
@@ -93,7 +95,15 @@ def test_a_resource_that_can_not_be_read_is_no_difference() -> None:
     assert relocate(DEVDAX, replace(DEVICE, resource=None))
 
 
-@pytest.mark.parametrize("name", [f for f in asdict(DEVDAX) if f != "resource"])
+@pytest.mark.parametrize("name", ["resource", "region", "provider", "page_bytes"])
+def test_what_was_not_known_at_the_save_is_no_difference(name: str) -> None:
+    """A guest that an older agent started; one with the uuid, or the inode, of another is refused all the same."""
+    older = replace(DEVDAX, **{name: None if name == "resource" else "" if name != "page_bytes" else 0})
+    assert not older.differences(replace(DEVDAX, page_bytes=2 << 20))
+    assert older.differences(replace(DEVDAX, uuid="another"))
+
+
+@pytest.mark.parametrize("name", [f for f in asdict(DEVDAX) if f not in ("resource", "page_bytes")])
 def test_every_field_of_an_identity_counts(name: str) -> None:
     value = getattr(DEVDAX, name)
     changed: Any = value + 4096 if isinstance(value, int) else f"other-{value}"

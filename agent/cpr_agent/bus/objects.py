@@ -91,7 +91,10 @@ class ManagerObject(BusObject):
         if current is None:
             return {}
         names = ("id", "kind", "phase", "policy", "kernel_from", "kernel_to", "reason", "started_at")
-        lists = {name: Variant("as", list(getattr(current, name))) for name in ("loaded", "shut_down", "failures")}
+        lists = {
+            name: Variant("as", list(getattr(current, name)))
+            for name in ("loaded", "cold_started", "shut_down", "failures")
+        }
         lists["longest_pause"] = Variant("d", current.longest_pause_s)
         return vardict(**{name: getattr(current, name) for name in names}, **lists)
 
@@ -204,7 +207,15 @@ class VmObject(BusObject):
             return [error.text]
 
     def get_Problem(self) -> str:
-        return self._vm.error or self._vm.problem_held() or str(self._vm.problem or "")
+        held = self._vm.held()
+        return self._vm.error or (held.reason if held else "") or str(self._vm.problem or "")
+
+    def get_Held(self) -> dict[str, Variant]:
+        held = self._vm.held()
+        if held is None:
+            return {}
+        evidence = Variant("a(sss)", [list(one) for one in held.evidence])
+        return vardict(reason=held.reason, error=held.error, at=held.at, evidence=evidence)
 
 
 class JobObject(BusObject):

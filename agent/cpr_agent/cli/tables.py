@@ -87,6 +87,7 @@ def _upgrade(data: dict[str, Any]) -> str:
     words = [f"last {data['kind']}, {since}: {_styled(data['phase'])}, kernel {data['kernel-from']}{to}"]
     if data["loaded"]:
         words.append(f"{len(data['loaded'])} guests loaded, longest pause {data['longest-pause']:.1f} s")
+    words += [f"[yellow]started afresh: {vm}[/]" for vm in data["cold-started"]]
     words += [data["reason"]] if data["reason"] else []
     words += [f"[red]{failure}[/]" for failure in data["failures"]]
     return "; ".join(words)
@@ -126,6 +127,19 @@ def vm(data: dict[str, Any]) -> None:
     for name, value in rows.items():
         if value:
             _print(f"  {name + ':':<13} {value}")
+    if data["Held"]:
+        _held(data["Held"])
+
+
+def _held(data: dict[str, Any]) -> None:
+    """Expected and found, side by side."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["at"]))
+    _print(f"  [bold red]Held[/] since {since} ({data['error']}): nothing was touched, an admin decides")
+    if data["evidence"]:
+        table = _table("  PROOF", "EXPECTED", "FOUND")
+        for what, expected, found in data["evidence"]:
+            table.add_row(f"  {what}", expected, found)
+        _print(table)
 
 
 def saved(name: str, data: dict[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cpr_agent.core.model import Finding, Manifest, MemoryIdentity, Survives
+from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Survives
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.vm import SAVEABLE, Vm
-from cpr_agent.errors import CheckpointUnreadable, MemoryUnusable
+from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
 
 
 async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
@@ -14,9 +14,9 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
     if vm.definition is None:
         what, why = str(vm.problem or "its definition is gone"), "it could not be started again"
         found.append(Finding(severity="error", code="definition", what=what, why=why, vm=vm.name))
-    if held := vm.problem_held():
+    if held := vm.held():
         why, remedy = "the guest waits in its memory", f"cprctl status {vm.name}"
-        found.append(Finding(severity="error", code="held", what=held, why=why, remedy=remedy, vm=vm.name))
+        found.append(Finding(severity="error", code="held", what=held.reason, why=why, remedy=remedy, vm=vm.name))
     launch, manifest = vm.launched(), _live_checkpoint(vm, found)
     memory = launch.memory if launch else manifest.memory if manifest else await _defined_memory(vm, ports, found)
     if memory:
@@ -30,7 +30,19 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
             Finding(severity="error", code="blocked", what=reason, why=why, vm=vm.name)
             for reason in await vm.qemu.blocked_reasons(launch)
         ]
+        found += await _witness_findings(vm, ports, launch)
     return found
+
+
+async def _witness_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
+    """What the proof of the RAM's contents adds to the guest's pause, twice: measured here and now."""
+    try:
+        located = await ports.memory.relocate(launch.memory, 0.5)
+        kind, seconds = await ports.memory.witness_cost_s(located, vm.witness_kind)
+    except CprError as error:
+        return [Finding(severity="error", code=error.kind, what=error.what, remedy=error.remedy, vm=vm.name)]
+    what = f"the witness of its RAM ({kind}) takes {seconds:.3f} s, at the save and at the load"
+    return [Finding(severity="info", code="witness", what=what, vm=vm.name, seconds=seconds)]
 
 
 def _live_checkpoint(vm: Vm, found: list[Finding]) -> Manifest | None:

@@ -71,6 +71,8 @@ class Upgrade:
     """VMs that it shut down because they could not be saved; they are started again at its end."""
     failures: tuple[str, ...] = ()
     loaded: tuple[str, ...] = ()
+    cold_started: tuple[str, ...] = ()
+    """VMs whose memory was lost, with why."""
     longest_pause_s: float = 0.0
     reason: str = ""
     interrupted: str = ""
@@ -155,6 +157,7 @@ _FACTS = (
     "shut_down",
     "failures",
     "loaded",
+    "cold_started",
     "longest_pause_s",
     "reason",
     "interrupted",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 MANIFEST_SCHEMA = 1
 RAM_ID = "cpr-ram"
@@ -16,6 +16,17 @@ Policy = Literal["all-or-nothing", "skip-unsaveable", "force"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+class Difference(NamedTuple):
+    """One thing that a proof compared, and that is not what it was."""
+
+    what: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.what} was {self.expected}, is {self.found}"
 
 
 class Bytes(int):
@@ -101,8 +112,9 @@ class Definition:
 class MemoryIdentity:
     """Which memory a VM's RAM is, in terms that stay true across a kexec. Sizes in bytes.
 
-    A device is known by the uuid of its parent nd device, cross-checked with where and how big it is; its node's name
-    changes from boot to boot (measured, FACTS.md) and plays no part. A file is known by device, inode and size.
+    A device is known by the uuid of its parent nd device, cross-checked with where and how big it is, in which region, and
+    who provides that; its node's name changes from boot to boot (measured, FACTS.md) and plays no part. A file is known by
+    device, inode and size, one in hugetlbfs by the size of its pages too.
     """
 
     kind: Literal["devdax", "file"]
@@ -114,20 +126,26 @@ class MemoryIdentity:
     resource: int | None = None
     device_size_bytes: int = 0
     align_bytes: int = 0
+    region: str = ""
+    """Where it begins and how long it is, as ``"0x100000000+4294967296"``; its name moves."""
+    provider: str = ""
+    """Of its bus, as ``ndctl list -B`` shows it: ``ACPI.NFIT``, ``e820``, ``virtio_pmem``."""
     path: str = ""
     filesystem: str = ""
     st_dev: int = 0
     inode: int = 0
+    page_bytes: int = 0
+    """Of hugetlbfs."""
 
-    def differences(self, found: MemoryIdentity) -> list[str]:
-        """Each field that is not what it was, as ``"field was X, is Y"``; empty if this is the same memory."""
+    def differences(self, found: MemoryIdentity) -> list[Difference]:
+        """Each field that is not what it was; empty if this is the same memory."""
         out = []
         for name in (f.name for f in fields(self)):
             was, now = getattr(self, name), getattr(found, name)
-            if name == "resource" and None in (was, now):
-                continue  # only root may read it; the uuid has been compared
+            if name in _MAY_BE_UNKNOWN and (not was or now is None):
+                continue
             if was != now:
-                out.append(f"{name} was {_show(name, was)}, is {_show(name, now)}")
+                out.append(Difference(name, _show(name, was), _show(name, now)))
         return out
 
     def overlaps(self, other: MemoryIdentity) -> bool:
@@ -141,6 +159,11 @@ class MemoryIdentity:
             and self.offset_bytes < other.offset_bytes + other.size_bytes
             and other.offset_bytes < self.offset_bytes + self.size_bytes
         )
+
+
+_MAY_BE_UNKNOWN = ("resource", "region", "provider", "page_bytes")
+"""Only root may read where memory is; the others were not noted for guests that an older agent started. The uuid, or
+the inode, has always been compared."""
 
 
 def _show(name: str, value: object) -> str:
@@ -157,6 +180,8 @@ class DaxDevice:
     align_bytes: int
     resource: int | None
     numa_node: int
+    region: str = ""
+    provider: str = ""
     drivers: tuple[str, ...] = ()
     """Kernel modules (or built-in drivers) that the device and its parents are bound to, as /sys/module names them."""
 
@@ -205,24 +230,46 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class DiskIdentity:
-    """A block backend. Of one that is no local file (nbd, rbd, iscsi) only the name is known."""
+    """A block backend. Of one that is no local file (nbd, rbd, iscsi) its name and size are all that QEMU can tell."""
 
     node: str
     driver: str
     filename: str
     kind: Literal["file", "device", "missing", "remote"] = "remote"
+    device_id: str = ""
+    """Of a block device, what names it on any boot: its world wide id, or that of the device mapper."""
     inode: int = 0
     size_bytes: int = 0
     mtime_ns: int = 0
 
-    def differences(self, found: DiskIdentity) -> list[str]:
+    def differences(self, found: DiskIdentity) -> list[Difference]:
         """What says that somebody else wrote to it, or that it is another one; empty if nothing does."""
-        names = ("kind", "inode", "size_bytes", "mtime_ns") if found.kind == "file" else ("kind",)
+        if self.kind != found.kind:
+            return [Difference(f"{self.filename}: kind", self.kind, found.kind)]
         return [
-            f"{name} was {getattr(self, name)}, is {getattr(found, name)}"
-            for name in names
+            Difference(f"{self.filename}: {name}", str(getattr(self, name)), str(getattr(found, name)))
+            for name in ("device_id", "inode", "size_bytes", "mtime_ns")
             if getattr(self, name) != getattr(found, name)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuFacts:
+    """What the guest's CPUs can do, after QEMU took off what its host can't; empty where QEMU has no CPUID."""
+
+    count: int = 0
+    words: dict[str, int] = field(default_factory=dict)
+    """Each register of CPUID by ``leaf.subleaf.register`` (hexadecimal, ``7.0.EBX``), to its bits."""
+    features: tuple[str, ...] = ()
+    """The same by name, as QEMU expands the VM's model, to say what a bit is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """A firmware or NVRAM file. ``sha256`` is "" if it is not there."""
+
+    path: str
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +279,10 @@ class QemuFacts:
     version: str
     machine_type: str
     dialect: str
+    cpu: CpuFacts = field(default_factory=lambda: CpuFacts())
+    tpm: tuple[str, ...] = ()
     disks: tuple[DiskIdentity, ...] = ()
+    firmware: tuple[FileDigest, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,9 +297,13 @@ class Witness:
 
 @dataclass(frozen=True, kw_only=True)
 class Vmstate:
+    """``machine`` and ``cpus`` are what it says of the VM it is the state of."""
+
     path: str
     size_bytes: int
     sha256: str
+    machine: str = ""
+    cpus: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +339,16 @@ class Manifest:
     times: SaveTimes
     upgrade: str = ""
     schema: int = MANIFEST_SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Why a VM is kept untouched. ``error`` is the kind of the failed proof; ``at`` epoch seconds."""
+
+    reason: str
+    error: str = ""
+    at: float = 0.0
+    evidence: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

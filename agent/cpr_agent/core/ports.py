@@ -10,8 +10,10 @@ from typing import Protocol
 from cpr_agent.core.model import (
     DaxDevice,
     Definition,
+    Difference,
     DiskIdentity,
     Finding,
+    Held,
     Kernel,
     Launch,
     Located,
@@ -39,10 +41,14 @@ class Qemu(Protocol):
     async def until_saveable(self, launch: Launch, timeout_s: float) -> list[str]:
         """Wait for ``blocked_reasons`` to become empty; returns the last ones."""
 
-    async def facts(self) -> QemuFacts: ...
+    async def facts(self, launch: Launch) -> QemuFacts:
+        """What it is, but for its disks; of firmware files the paths alone."""
+
+    async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
+        """What a guest that was saved in ``was`` would miss here; empty if it can go on. Before a load."""
 
     async def disks(self) -> list[DiskIdentity]:
-        """Its block backends by name; what they are is the host's to say."""
+        """Its block backends by name; what those of this host are is the host's to say."""
 
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:
         """Write device state to a fresh descriptor; the guest is stopped after. Returns when it stopped (epoch s)."""
@@ -118,6 +124,12 @@ class Memory(Protocol):
     async def witness(self, located: Located, like: Witness) -> Witness:
         """Hash the pages that ``like`` chooses (kind, seed, pages)."""
 
+    async def witness_cost_s(self, located: Located, kind: str) -> tuple[str, float]:
+        """What it is, and how long it takes (s): measured, a long one by its first part."""
+
+    async def blank(self, located: Located) -> bool:
+        """Whether each byte is zero, which the RAM of a guest that has run never is."""
+
     async def users(self, located: Located) -> list[tuple[str, int]]:
         """Other processes that have the memory open or mapped: name and PID."""
 
@@ -131,7 +143,7 @@ class PendingState(Protocol):
     path: str
 
     def seal(self) -> Vmstate:
-        """Fsync, check the header, digest. Blocking. Raises NotVmstate, OSError."""
+        """Fsync, look whether it is whole, digest. Blocking. Raises NotVmstate, OSError."""
 
     def commit(self, manifest: Manifest) -> None:
         """Make state and manifest durable, in this order. Blocking."""
@@ -166,11 +178,12 @@ class Store(Protocol):
     def consume(self, manifest: Manifest) -> None:
         """Make it durable that this checkpoint can never be loaded again. Blocking."""
 
-    def discard(self, vm: str) -> None: ...
+    def discard(self, vm: str, suffix: str = "discarded") -> None:
+        """Move it aside; nothing loads it any more. The last one of each ``suffix`` is kept. Blocking."""
 
-    def hold(self, vm: str, reason: str) -> None: ...
+    def hold(self, vm: str, held: Held) -> None: ...
 
-    def held(self, vm: str) -> str: ...
+    def held(self, vm: str) -> Held | None: ...
 
 
 class Journal(Protocol):
@@ -193,6 +206,12 @@ class Host(Protocol):
 
     def program_digest(self, pid: int) -> str:
         """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""
+
+    def digest_file(self, path: str) -> str:
+        """SHA-256; "" if there is no such file, or it can't be read. Blocking."""
+
+    def tell(self, event: str, text: str, **fields: str) -> None:
+        """Put an entry with ``event``'s own MESSAGE_ID into the system's journal."""
 
     def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
         """``disk`` as it is now. True for a checkpoint only once the guest has stopped. Blocking."""

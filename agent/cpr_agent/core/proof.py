@@ -5,11 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
-from cpr_agent.core.model import DiskIdentity, Located, Manifest, MemoryIdentity
-from cpr_agent.core.ports import Ports
-from cpr_agent.errors import CprError, DiskChanged, MemoryChanged, MemoryInUse, MemoryOverlap
+from cpr_agent.core.model import (
+    Difference,
+    DiskIdentity,
+    FileDigest,
+    Located,
+    Manifest,
+    MemoryIdentity,
+    QemuFacts,
+    Survives,
+    Vmstate,
+)
+from cpr_agent.core.ports import Ports, Qemu
+from cpr_agent.errors import (
+    CprError,
+    DiskChanged,
+    MachineChanged,
+    MemoryChanged,
+    MemoryInUse,
+    MemoryOverlap,
+    MemoryUnusable,
+    NotVmstate,
+)
 
+IN_RAM = ("tmpfs", "hugetlbfs")
+"""File systems that are gone with the boot."""
+DRAM_PROVIDER = "e820"
+"""Of persistent memory that memmap= made of ordinary RAM (drivers/nvdimm/e820.c): a power cut erases it."""
 _KEPT = "nothing was started; memory and checkpoint are kept as they are"
 
 
@@ -60,6 +84,9 @@ async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Located)
             vm=manifest.vm,
             left=_KEPT,
             remedy=f"the guest can't be continued from this memory; see `cprctl status {manifest.vm}`",
+            evidence=[
+                Difference(f"witness of its RAM ({manifest.witness.kind})", manifest.witness.digest, found.digest),
+            ],
         )
 
 
@@ -74,14 +101,77 @@ async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
     """
     now = await identify_disks(ports, manifest.qemu.disks)
     changed = [
-        f"{was.filename}: {', '.join(differences)}"
-        for was, found in zip(manifest.qemu.disks, now, strict=True)
-        if (differences := was.differences(found))
+        difference for was, found in zip(manifest.qemu.disks, now, strict=True) for difference in was.differences(found)
     ]
     if changed:
         raise DiskChanged(
-            f"its disks are not what they were when it was saved: {'; '.join(changed)}",
+            f"its disks are not what they were when it was saved: {'; '.join(map(str, changed))}",
             vm=manifest.vm,
             left=_KEPT,
             remedy="bring the original contents back and load again",
+            evidence=changed,
         )
+
+
+async def digest_firmware(ports: Ports, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
+    return await asyncio.to_thread(lambda: tuple(replace(file, sha256=ports.host.digest_file(file.path)) for file in files))
+
+
+async def refuse_changed_firmware(ports: Ports, manifest: Manifest) -> None:
+    """A guest goes on with the variables that it knows, and writes them over those in the file. Raises MachineChanged."""
+    now = await digest_firmware(ports, manifest.qemu.firmware)
+    changed = [
+        Difference(f"{was.path}: SHA-256", was.sha256, found.sha256 or "there is no such file")
+        for was, found in zip(manifest.qemu.firmware, now, strict=True)
+        if was != found
+    ]
+    if changed:
+        raise MachineChanged(
+            f"its firmware is not what it was when it was saved: {'; '.join(map(str, changed))}",
+            vm=manifest.vm,
+            left=_KEPT,
+            remedy="bring the original file back and load again",
+            evidence=changed,
+        )
+
+
+async def refuse_lesser_machine(qemu: Qemu, manifest: Manifest) -> None:
+    """What the guest has seen must still be there. The QEMU is new and has loaded nothing yet. Raises MachineChanged."""
+    if lacking := await qemu.differences(manifest.qemu, manifest.launch):
+        raise MachineChanged(
+            f"the machine that it would go on in lacks what it had: {'; '.join(map(str, lacking))}",
+            vm=manifest.vm,
+            left=_KEPT,
+            remedy="use the kernel and the QEMU that it was saved with, or newer ones: see `cprctl upgrade --back`",
+            evidence=lacking,
+        )
+
+
+async def provably_lost(ports: Ports, manifest: Manifest, error: CprError) -> str:
+    """Why the RAM that was saved is no more, beyond any doubt; "" if it may still be somewhere. ``error`` is how the
+    memory failed its proof; a device that is not there (yet), or another one, proves nothing."""
+    memory = manifest.memory
+    rebooted = manifest.boot_id != ports.host.boot_id()
+    if rebooted and not memory.survives.covers(Survives.KEXEC) and memory.filesystem in IN_RAM:
+        return f"{memory.path} was a file in RAM ({memory.filesystem}), and the host was started anew"
+    if not isinstance(error, MemoryChanged):
+        return ""
+    try:
+        located = await ports.memory.relocate(memory, 0.0)
+    except (MemoryUnusable, MemoryChanged):
+        return ""
+    if rebooted and memory.provider == DRAM_PROVIDER and not ports.host.booted_by_kexec():
+        return f"{located.node} is ordinary RAM of the host (memmap=), which was started without a kexec"
+    if await ports.memory.blank(located):
+        return f"each byte of it in {located.node} is zero"
+    return ""
+
+
+def refuse_foreign_state(vmstate: Vmstate, facts: QemuFacts) -> None:
+    """What a save has written must be the state of the VM that it asked. Raises NotVmstate."""
+    said = [
+        Difference("machine type", facts.machine_type, vmstate.machine),
+        Difference("number of CPUs", str(facts.cpu.count), str(vmstate.cpus)),
+    ]
+    if wrong := [one for one in said if one.found not in ("", "0", one.expected)]:
+        raise NotVmstate(f"the state that QEMU wrote is not of this VM: {'; '.join(map(str, wrong))}", evidence=wrong)

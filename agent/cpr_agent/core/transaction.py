@@ -296,7 +296,7 @@ class Transaction:
             in_ledger = self.ledger.phase in (Phase.SAVED, Phase.BOOTED, Phase.LOADING, Phase.HELD)
             if in_ledger:
                 self.ledger.enter(Phase.LOADING)
-            failures, total = await self._load_each(job, list(vms), autostart)
+            failures, cold_started, total = await self._load_each(job, list(vms), autostart)
             if in_ledger:
                 assert self.ledger.current
                 upgrade = self.ledger.current
@@ -306,37 +306,45 @@ class Transaction:
                     Phase.HELD if failures else ended,
                     failures=failures,
                     loaded=sorted(pause.vm for pause in through),
+                    cold_started=[*upgrade.cold_started, *cold_started],
                     longest_pause_s=max((pause.pause_s for pause in through), default=0.0),
                     reason=upgrade.interrupted or _surprise(upgrade, self._ports),
                 )
             if failures:
                 raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
 
-    async def _load_each(self, job: Job, vms: list[Vm], autostart: bool) -> tuple[list[str], int]:
+    async def _load_each(self, job: Job, vms: list[Vm], autostart: bool) -> tuple[list[str], list[str], int]:
+        """What failed, who was started afresh because memory was lost, and how many there were."""
         await asyncio.gather(*(vm.refresh() for vm in vms))
         current = self.ledger.current
         shut_down = current.shut_down if current and self.ledger.phase is Phase.LOADING else ()
         failures: list[str] = []
+        cold_started: list[str] = []
         done = 0
+
+        async def load(vm: Vm) -> None:
+            if lost := await vm.load(""):
+                cold_started.append(f"{vm.name}: {lost}")
+
         waiting = [vm for vm in vms if vm.checkpointed]
         fresh = [
             vm
             for vm in vms
             if vm.definition
             and vm.state is VmState.STOPPED
-            and (vm.name in shut_down or (autostart and vm.definition.vm.autostart))
+            and (vm.name in shut_down or vm.awaits_cold_start() or (autostart and vm.definition.vm.autostart))
         ]
         total = len(waiting) + len(fresh)
         for _, group in groupby(sorted(waiting, key=_order), key=_order):
             loading = list(group)
             job.advance(done, total, f"loading {_names(loading)}")
-            failures += await _each(loading, lambda vm: vm.load(""))
+            failures += await _each(loading, load)
             done += len(loading)
         if fresh:
             job.advance(done, total, f"starting {_names(fresh)}")
             failures += await _each(fresh, lambda vm: vm.start())
         await asyncio.gather(*(vm.settled() for vm in waiting))
-        return failures, total
+        return failures, cold_started, total
 
     # -- after a crash ------------------------------------------------------------------------------------------------
 

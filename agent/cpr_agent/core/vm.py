@@ -16,6 +16,7 @@ from itertools import takewhile
 
 from cpr_agent.core.model import (
     Definition,
+    Held,
     Launch,
     Located,
     Manifest,
@@ -27,10 +28,15 @@ from cpr_agent.core.model import (
 )
 from cpr_agent.core.ports import Ports, Qemu
 from cpr_agent.core.proof import (
+    digest_firmware,
     identify_disks,
     naming,
+    provably_lost,
     refuse_changed_disks,
+    refuse_changed_firmware,
     refuse_changed_ram,
+    refuse_foreign_state,
+    refuse_lesser_machine,
     refuse_other_users,
     refuse_overlap,
 )
@@ -42,6 +48,7 @@ from cpr_agent.errors import (
     Busy,
     CheckpointUnreadable,
     CprError,
+    DeviceMissing,
     InvalidArgument,
     InvalidDefinition,
     LoadFailed,
@@ -150,6 +157,10 @@ class Vm:
         return policy != "all-or-nothing" or "shut-down" in self._ladder()
 
     @property
+    def witness_kind(self) -> str:
+        return self._settings.witness.kind
+
+    @property
     def waits(self) -> bool:
         """Whether what blocks its save is waited for."""
         return "wait" in self._ladder()
@@ -219,8 +230,14 @@ class Vm:
         begun = events.count("load-begin")
         return bool(begun) and events[-1] in ("load-begin", "load-interrupted") and begun < MAX_LOADS
 
-    def problem_held(self) -> str:
+    def held(self) -> Held | None:
+        """Why it is kept untouched, if it is."""
         return self._ports.store.held(self.name)
+
+    def awaits_cold_start(self) -> bool:
+        """Whether its memory was found to be lost, and it was not started afresh yet."""
+        events = [r["event"] for r in self._ports.journal.records() if r.get("vm") == self.name]
+        return events[-1:] == ["memory-lost"]
 
     async def blocked_reasons(self) -> list[str]:
         launch = self.launched()
@@ -243,14 +260,7 @@ class Vm:
                     remedy=f"continue it with `cprctl load {self.name}`, or give it up with `cprctl discard {self.name}`",
                 )
             await self._require_no_qemu()
-            with naming(self.name):
-                await self._ports.memory.prepare(definition.memory, definition.vm.user)
-                located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
-                refuse_overlap(self.name, located.identity, await self._claims(self, True))
-                await refuse_other_users(self._ports, self.name, located, self.pid)
-            launch = self._stamped(self._ports.definitions.plan_start(definition, located))
-            self._ports.journal.append("start", vm=self.name)
-            await self._launch(launch)
+            await self._start(definition)
 
     async def stop(self, how: str) -> None:
         """``acpi``: press the power button, and after the definition's shutdown-timeout go on as ``hard``: quit QEMU."""
@@ -329,9 +339,12 @@ class Vm:
             launch = await self._require_saveable(self._qemu, need)
             return await self._save(self._qemu, launch, self.run_state, filename, mode, upgrade)
 
-    async def load(self, filename: str) -> None:
+    async def load(self, filename: str) -> str:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
-        which the guest runs the checkpoint stays and the load can be repeated."""
+        which the guest runs the checkpoint stays and the load can be repeated.
+
+        Returns "", or why the guest was started afresh: its memory is lost, and the definition wants that.
+        """
         async with self._exclusive("load"):
             self._admit()
             await self._derive()
@@ -346,10 +359,18 @@ class Vm:
                 raise NoCheckpoint("has no checkpoint to load", vm=self.name, remedy=f"`cprctl start {self.name}` boots it")
             try:
                 await self._load(manifest, filename)
-            except ProofFailed as error:
-                if not filename:  # a file that the caller named wrongly says nothing about the checkpoint
-                    self._ports.store.hold(self.name, error.text)
+            except (ProofFailed, DeviceMissing) as error:
+                if filename:  # a file that the caller named wrongly says nothing about the checkpoint
+                    raise
+                definition = self.definition
+                may_boot = definition is not None and definition.load.on_lost_memory == "cold-start"
+                if definition and may_boot and (lost := await provably_lost(self._ports, manifest, error)):
+                    await self._start_afresh(definition, manifest, lost)
+                    return lost
+                if isinstance(error, ProofFailed):
+                    self._hold(manifest, error)
                 raise
+            return ""
 
     async def require_saveable(self, need: Survives, *, wait: bool = False) -> None:
         """Raises what a save would raise now, and stops nothing. ``wait``: if the definition says so, not at once."""
@@ -373,6 +394,36 @@ class Vm:
                 raise
 
     # -- parts of the acts --------------------------------------------------------------------------------------------
+
+    async def _start(self, definition: Definition) -> None:
+        with naming(self.name):
+            await self._ports.memory.prepare(definition.memory, definition.vm.user)
+            located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
+            refuse_overlap(self.name, located.identity, await self._claims(self, True))
+            await refuse_other_users(self._ports, self.name, located, self.pid)
+        launch = self._stamped(self._ports.definitions.plan_start(definition, located))
+        self._ports.journal.append("start", vm=self.name)
+        await self._launch(launch)
+
+    def _hold(self, manifest: Manifest, error: ProofFailed) -> None:
+        """Keep everything as it is, with what was found, for an admin to decide."""
+        held = Held(reason=error.text, error=error.kind, at=self._ports.host.now(), evidence=error.evidence)
+        self._ports.store.hold(self.name, held)
+        found = "; ".join(f"{one.what}: expected {one.expected}, found {one.found}" for one in error.evidence)
+        log.error("%s", error.text)
+        self._ports.host.tell(
+            "held", error.text, vm=self.name, upgrade=manifest.upgrade, checkpoint=manifest.id, evidence=found
+        )
+
+    async def _start_afresh(self, definition: Definition, manifest: Manifest, lost: str) -> None:
+        """Its RAM is no more: what was saved is moved aside, on the record, and the guest boots."""
+        self._ports.journal.append("memory-lost", vm=self.name, checkpoint=manifest.id, reason=lost)
+        text = f"VM {self.name}: its memory is lost: {lost}. It is started afresh, as its definition wants."
+        log.warning("%s", text)
+        self._ports.host.tell("memory-lost", text, vm=self.name, upgrade=manifest.upgrade, checkpoint=manifest.id)
+        await asyncio.to_thread(self._ports.store.discard, self.name, "lost")
+        await self._end_qemu()
+        await self._start(definition)
 
     async def _require_saveable(self, qemu: Qemu, need: Survives) -> Launch:
         launch = self.launched()
@@ -399,7 +450,7 @@ class Vm:
         """``begun`` is the journal's record of a save that QEMU has done and nobody has stored."""
         definition_timeout = self.definition.save.timeout if self.definition else 60.0
         host, store = self._ports.host, self._ports.store
-        facts = await qemu.facts()
+        facts = await qemu.facts(launch)
         digest = await asyncio.to_thread(host.program_digest, self.pid)
         witness = self._ports.memory.new_witness(self._settings.witness.kind)
         located = await self._relocated(launch.memory)
@@ -418,11 +469,13 @@ class Vm:
                 self._set(VmState.SAVING)
                 stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
             written_at = host.now()
-            vmstate, witness, disks = await asyncio.gather(
+            vmstate, witness, disks, firmware = await asyncio.gather(
                 asyncio.to_thread(pending.seal),
                 self._ports.memory.witness(located, witness),
                 identify_disks(self._ports, await qemu.disks()),
+                digest_firmware(self._ports, facts.firmware),
             )
+            refuse_foreign_state(vmstate, facts)
             manifest = Manifest(
                 id=checkpoint,
                 vm=self.name,
@@ -430,7 +483,7 @@ class Vm:
                 survives=launch.memory.survives,
                 run_state=run_state,
                 launch=launch,
-                qemu=replace(facts, disks=tuple(disks)),
+                qemu=replace(facts, disks=tuple(disks), firmware=firmware),
                 qemu_path=launch.argv[0],
                 qemu_sha256=digest,
                 memory=launch.memory,
@@ -536,6 +589,7 @@ class Vm:
             refuse_overlap(self.name, located.identity, await self._claims(self, False))
             await asyncio.gather(
                 refuse_changed_disks(self._ports, manifest),
+                refuse_changed_firmware(self._ports, manifest),
                 refuse_other_users(self._ports, self.name, located, self.pid),
                 refuse_changed_ram(self._ports, manifest, located),
             )
@@ -544,6 +598,7 @@ class Vm:
             try:
                 await self._launch(self._stamped(self._ports.definitions.plan_load(manifest, located)))
                 assert self._qemu
+                await refuse_lesser_machine(self._qemu, manifest)
                 await self._qemu.load(fd, self._settings.agent.load_timeout)
             except BaseException as error:
                 # Shielded: a cancelled load must not leave a QEMU that has not run its guest either.
@@ -551,9 +606,11 @@ class Vm:
                 await asyncio.shield(asyncio.ensure_future(self._end_qemu()))
                 if not isinstance(error, (CprError, TimeoutError)):
                     raise
+                self._ports.journal.append("load-failed", vm=self.name, checkpoint=manifest.id)
+                if isinstance(error, ProofFailed):
+                    raise
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
-                self._ports.journal.append("load-failed", vm=self.name, checkpoint=manifest.id)
                 raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
             self._ports.journal.append("resume", vm=self.name, checkpoint=manifest.id, run_state=manifest.run_state)
             await asyncio.to_thread(store.consume, manifest)
@@ -702,7 +759,7 @@ class Vm:
         return self.run_state in ("running", "suspended") or not (loading or self.run_state == "postmigrate")
 
     def _state_without_qemu(self) -> VmState:
-        if self.problem_held():
+        if self.held():
             return VmState.HELD
         try:
             return VmState.SAVED if self.live_checkpoint() else VmState.STOPPED

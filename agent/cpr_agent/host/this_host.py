@@ -11,10 +11,21 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from pystemd.journal import sendv
 
 from cpr_agent.core.model import DiskIdentity
 
 JOURNAL_TIMEOUT_S = 60.0
+BLOCK_DEVICES = Path("/sys/dev/block")
+ERR = 3
+"""Of syslog(3)."""
+MESSAGE_IDS = {
+    "held": "8e4b9ad1f2a3477c9c5f6d2f0f4d51a7",
+    "memory-lost": "0d3c5a55a6c44d37b1f0a1bb3f6b9f42",
+}
+"""Of entries in the system's journal; units/cpr-agent.catalog explains each."""
 BOOTLOADER_TYPE = Path("/proc/sys/kernel/bootloader_type")
 
 
@@ -47,6 +58,13 @@ class ThisHost:
                 self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._digests[key]
 
+    def digest_file(self, path: str) -> str:
+        try:
+            with Path(path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return ""
+
     def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
         if not disk.filename.startswith("/"):
             return replace(disk, kind="remote")
@@ -54,9 +72,16 @@ class ThisHost:
             info = Path(disk.filename).stat()
         except OSError:
             return replace(disk, kind="missing")
+        if stat.S_ISBLK(info.st_mode):
+            number = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
+            return replace(disk, kind="device", **_block_device(BLOCK_DEVICES / number))
         if not stat.S_ISREG(info.st_mode):
             return replace(disk, kind="device")
         return replace(disk, kind="file", inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
+
+    def tell(self, event: str, text: str, **fields: str) -> None:
+        names = {f"CPR_{name.upper()}": value for name, value in fields.items()}
+        sendv(f"PRIORITY={ERR}", MESSAGE=text, MESSAGE_ID=MESSAGE_IDS[event], SYSLOG_IDENTIFIER="cpr-agentd", **names)
 
     def boot_ended_at(self, boot_id: str) -> float:
         """By its last entry in the persistent journal (journalctl(1)), where there is one."""
@@ -76,3 +101,17 @@ class ThisHost:
             return int(BOOTLOADER_TYPE.read_text()) >> 4 == 0xD
         except OSError:
             return True
+
+
+def _block_device(sysfs: Path) -> dict[str, Any]:
+    """Its size, and a name that is the same on any boot, where the device has one (Documentation/ABI, block and dm)."""
+    names = ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
+    name = next((text for name in names if (text := _text(sysfs / name))), "")
+    return {"device_id": name, "size_bytes": int(_text(sysfs / "size") or 0) * 512}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

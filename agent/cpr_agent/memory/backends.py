@@ -13,7 +13,7 @@ from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, Memo
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory.devices import Devices
 from cpr_agent.memory.users import find_users
-from cpr_agent.memory.witness import new_witness, take_witness
+from cpr_agent.memory.witness import is_blank, measure_witness, new_witness, take_witness
 
 MOUNTS = Path("/proc/self/mountinfo")
 PAGE = 4096
@@ -54,9 +54,10 @@ class HostMemory:
             raise MemoryChanged(error.what, left=KEPT, remedy=error.remedy) from error
         if differences := identity.differences(located.identity):
             raise MemoryChanged(
-                f"{located.node} is not the memory that was saved: {'; '.join(differences)}",
+                f"{located.node} is not the memory that was saved: {'; '.join(map(str, differences))}",
                 left=KEPT,
                 remedy="bring the original memory back and load again",
+                evidence=differences,
             )
         return located
 
@@ -94,6 +95,18 @@ class HostMemory:
             return await asyncio.to_thread(take_witness, located, like)
         except (OSError, ValueError) as error:
             raise MemoryUnusable(f"its memory {located.node} cannot be read: {error}", left=KEPT) from error
+
+    async def witness_cost_s(self, located: Located, kind: str) -> tuple[str, float]:
+        try:
+            return await asyncio.to_thread(measure_witness, located, new_witness(kind))
+        except (OSError, ValueError) as error:
+            raise MemoryUnusable(f"its memory {located.node} cannot be read: {error}") from error
+
+    async def blank(self, located: Located) -> bool:
+        try:
+            return await asyncio.to_thread(is_blank, located)
+        except (OSError, ValueError):
+            return False
 
     async def users(self, located: Located) -> list[tuple[str, int]]:
         return await asyncio.to_thread(find_users, Path(located.node))
@@ -181,6 +194,8 @@ def _devdax(section: MemorySection, device: DaxDevice) -> Located:
         resource=device.resource,
         device_size_bytes=device.size_bytes,
         align_bytes=device.align_bytes,
+        region=device.region,
+        provider=device.provider,
     )
     return Located(identity=identity, node=device.node)
 
@@ -209,6 +224,7 @@ def _file(path: Path, size: int, offset: int) -> Located:
         st_dev=info.st_dev,
         inode=info.st_ino,
         device_size_bytes=info.st_size,
+        page_bytes=block if filesystem == "hugetlbfs" else 0,
     )
     return Located(identity=identity, node=str(path))
 

@@ -97,8 +97,28 @@ def _read(device: Any) -> DaxDevice | None:
         align_bytes=int(_text(device, "align") or _text(parent, "align") or 0),
         resource=int(resource, 16) if resource else None,
         numa_node=int(_text(device, "numa_node") or -1),
+        region=_region(device),
+        provider=_provider(device),
         drivers=_drivers(device),
     )
+
+
+def _region(device: Any) -> str:
+    """Where the memory's region begins, if we may read that, and its length in bytes."""
+    region = _ancestor(device, "region")
+    return f"{_text(region, 'resource')}+{_text(region, 'size')}" if region else ""
+
+
+def _provider(device: Any) -> str:
+    bus = _ancestor(device, "ndbus")
+    return _text(bus, "provider") if bus else ""
+
+
+def _ancestor(device: Any, prefix: str) -> Any:
+    """The nearest above with such a name in sysfs, or None."""
+    while device is not None and not device.sys_name.startswith(prefix):
+        device = device.parent
+    return device
 
 
 def _drivers(device: Any) -> tuple[str, ...]:

@@ -11,7 +11,10 @@ import mmap
 import os
 import random
 import secrets
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import xxhash
@@ -20,6 +23,8 @@ from cpr_agent.core.model import Located, Witness
 
 PAGE = 4096
 DEFAULT_PAGES = 4096
+MEASURED_BYTES = 1 << 30
+"""Of a full witness, to know what the whole costs: a multiple of each alignment that device-dax has."""
 _CHUNK = 2 << 20
 
 
@@ -34,6 +39,29 @@ def take_witness(located: Located, like: Witness) -> Witness:
     """Hash what ``like`` chooses. Blocking; raises OSError if the memory can't be opened or mapped."""
     if like.kind == "off":
         return like
+    with _mapped(located) as ram:
+        digest = _sampled(ram, like) if like.kind == "sampled" else _full(ram)
+    return replace(like, digest=digest)
+
+
+def measure_witness(located: Located, like: Witness) -> tuple[str, float]:
+    """How long taking it takes (s), and what was measured. Blocking; raises OSError."""
+    size, kind = located.identity.size_bytes, f"{like.kind}, {like.pages} pages" if like.pages else like.kind
+    part = min(size, MEASURED_BYTES) if like.kind == "full" else size
+    begun = time.monotonic()
+    take_witness(replace(located, identity=replace(located.identity, size_bytes=part)), like)
+    return kind, (time.monotonic() - begun) * size / part
+
+
+def is_blank(located: Located) -> bool:
+    """Blocking; raises OSError."""
+    zeros = bytes(_CHUNK)
+    with _mapped(located) as ram:
+        return all(ram[at : at + _CHUNK] == zeros[: len(ram) - at] for at in range(0, len(ram), _CHUNK))
+
+
+@contextmanager
+def _mapped(located: Located) -> Iterator[memoryview]:
     identity = located.identity
     fd = os.open(located.node, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -42,8 +70,7 @@ def take_witness(located: Located, like: Witness) -> Witness:
     finally:
         os.close(fd)
     with mapping, memoryview(mapping) as ram:
-        digest = _sampled(ram, like) if like.kind == "sampled" else _full(ram)
-    return replace(like, digest=digest)
+        yield ram
 
 
 def chosen_pages(size_bytes: int, seed: int, pages: int) -> list[int]:

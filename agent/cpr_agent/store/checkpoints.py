@@ -9,19 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from cpr_agent.core.model import MANIFEST_SCHEMA, Manifest, Vmstate
+from cpr_agent.core.model import MANIFEST_SCHEMA, Difference, Held, Manifest, Vmstate
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
+from cpr_agent.store import vmstate
 from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory, write_atomically
-
-VMSTATE_MAGIC = b"QEVM"
-VMSTATE_VERSION = 3
-"""QEMU migration/savevm.h: QEMU_VM_FILE_MAGIC, QEMU_VM_FILE_VERSION; big-endian."""
 
 
 class CheckpointStore:
@@ -88,7 +84,7 @@ class CheckpointStore:
                 f"the state file {path} cannot be opened: {error.strerror}", vm=manifest.vm, left=keep
             ) from error
         try:
-            found = inspect_vmstate(fd, str(path), manifest.vm)
+            found = vmstate.inspect(fd, str(path), manifest.vm)
             if (found.size_bytes, found.sha256) != (manifest.vmstate.size_bytes, manifest.vmstate.sha256):
                 owner = self._owner_of(found)
                 what = (
@@ -97,7 +93,9 @@ class CheckpointStore:
                     else f"{path} is not the state that was saved: {found.size_bytes} bytes with SHA-256 "
                     f"{found.sha256[:16]}…, saved were {manifest.vmstate.size_bytes} with {manifest.vmstate.sha256[:16]}…"
                 )
-                raise ProofFailed(what, vm=manifest.vm, left=keep)
+                sizes = Difference("size of the state", str(manifest.vmstate.size_bytes), str(found.size_bytes))
+                digests = Difference("SHA-256 of the state", manifest.vmstate.sha256, found.sha256)
+                raise ProofFailed(what, vm=manifest.vm, left=keep, evidence=[sizes, digests])
         except BaseException:
             os.close(fd)
             raise
@@ -122,18 +120,20 @@ class CheckpointStore:
     def consume(self, manifest: Manifest) -> None:
         self._retire(manifest.vm, "loaded")
 
-    def discard(self, vm: str) -> None:
-        self._retire(vm, "discarded")
+    def discard(self, vm: str, suffix: str = "discarded") -> None:
+        self._retire(vm, suffix)
 
-    def hold(self, vm: str, reason: str) -> None:
+    def hold(self, vm: str, held: Held) -> None:
         make_private_directory(self.root / vm)
-        write_atomically(self.root / vm / "held", reason.encode())
+        write_atomically(self.root / vm / "held", msgspec.json.encode(held))
 
-    def held(self, vm: str) -> str:
+    def held(self, vm: str) -> Held | None:
         try:
-            return (self.root / vm / "held").read_text()
+            return msgspec.json.decode((self.root / vm / "held").read_bytes(), type=Held)
         except FileNotFoundError:
-            return ""
+            return None
+        except (msgspec.MsgspecError, ValueError) as error:
+            return Held(reason=f"it was held, and the record of why cannot be read: {error}")
 
     def release(self, vm: str) -> None:
         (self.root / vm / "held").unlink(missing_ok=True)
@@ -151,10 +151,10 @@ class CheckpointStore:
         with contextlib.suppress(FileNotFoundError):
             rename_aside(manifest, suffix)
         sync_directory(manifest.parent)
-        vmstate = Path(state.vmstate.path) if state else manifest.parent / "vmstate"
+        path = Path(state.vmstate.path) if state else manifest.parent / "vmstate"
         with contextlib.suppress(FileNotFoundError):
-            rename_aside(vmstate, suffix)
-            sync_directory(vmstate.parent)
+            rename_aside(path, suffix)
+            sync_directory(path.parent)
         self.release(vm)
 
     def _owner_of(self, found: Vmstate) -> str:
@@ -203,7 +203,7 @@ class PendingVmstate:
         os.fsync(self.fd)
         fd = os.open(self._temporary, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            return replace(inspect_vmstate(fd, str(self._temporary), self.vm), path=str(self.target))
+            return replace(vmstate.inspect(fd, str(self._temporary), self.vm), path=str(self.target))
         finally:
             os.close(fd)
 
@@ -227,26 +227,3 @@ class PendingVmstate:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-def inspect_vmstate(fd: int, path: str, vm: str) -> Vmstate:
-    """Size and SHA-256 of an open state file, once its header is right. Raises NotVmstate."""
-    info = os.fstat(fd)
-    problem = ""
-    if not stat.S_ISREG(info.st_mode):
-        problem = "it is not a regular file"
-    else:
-        header = os.pread(fd, 8, 0)
-        if not header:
-            problem = "it is empty"
-        elif header[:4] != VMSTATE_MAGIC:
-            problem = f"it starts with {header[:4]!r} where QEMU writes {VMSTATE_MAGIC!r}"
-        elif int.from_bytes(header[4:], "big") != VMSTATE_VERSION:
-            problem = f"its version is {int.from_bytes(header[4:], 'big')}, known is {VMSTATE_VERSION}"
-    if problem:
-        raise NotVmstate(f"{path} is not a QEMU state file: {problem}", vm=vm, left="nothing was loaded")
-    with open(os.dup(fd), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from where it is
-    return Vmstate(path=path, size_bytes=info.st_size, sha256=digest)

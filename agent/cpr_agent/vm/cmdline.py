@@ -7,8 +7,12 @@ into being between check and use.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from cpr_agent.core.model import RAM_ID, Definition, Launch, Located, Manifest
 
@@ -123,3 +127,51 @@ def _base_argv(definition: Definition, located: Located) -> list[str]:
             f"chardev={chardev},mode=control",
         ]
     return argv
+
+
+def option(argv: Sequence[str], *names: str) -> list[str]:
+    """The values of each of these options, in order."""
+    return [value for name, value in pairwise(argv) if _single_dash(name) in names]
+
+
+def keyed(value: str) -> dict[str, str]:
+    """``a=b,c=d`` as QEMU reads it, with ``,,`` for a comma in a value; JSON where it takes that too."""
+    if value.startswith("{"):
+        return {key: str(word) for key, word in json.loads(value).items()}
+    words = (word.replace("\0", ",").partition("=") for word in value.replace(",,", "\0").split(","))
+    return {key: word for key, _, word in words}
+
+
+def firmware_files(argv: Sequence[str]) -> list[str]:
+    """What holds the VM's firmware and its variables, where the admin named it by its whole path."""
+    files = option(argv, "-bios", "-pflash")
+    files += [drive.get("file", "") for drive in map(keyed, option(argv, "-drive")) if drive.get("if") == "pflash"]
+    files += [device["romfile"] for device in map(keyed, option(argv, "-device")) if "romfile" in device]
+    nodes = {node.get("node-name", ""): node for node in map(keyed, option(argv, "-blockdev"))}
+    for machine in map(keyed, option(argv, "-machine", "-M")):
+        for flash in ("pflash0", "pflash1"):
+            node = nodes.get(machine.get(flash, ""), {})
+            below = nodes.get(node.get("file", ""), {})
+            files.append(node.get("filename") or node.get("file.filename") or below.get("filename", ""))
+    return [file for file in dict.fromkeys(files) if file.startswith("/")]
+
+
+def cpu_model(argv: Sequence[str]) -> dict[str, Any]:
+    """The ``-cpu`` argument as a CpuModelInfo of QAPI; qemu64 is what x86 has without one."""
+    name, *features = (option(argv, "-cpu") or ["qemu64"])[-1].split(",")
+    props: dict[str, object] = {}
+    for feature in features:
+        key, _, value = feature.partition("=")
+        if key.startswith(("+", "-")):
+            props[key[1:]] = key.startswith("+")
+        else:
+            props[key] = {"on": True, "off": False}.get(value, int(value, 0) if _number(value) else value)
+    return {"name": name, "props": props}
+
+
+def _number(text: str) -> bool:
+    try:
+        int(text, 0)
+    except ValueError:
+        return False
+    return True

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpr_agent.core.model import RAM_ID, DiskIdentity, Launch, QemuFacts
+from cpr_agent.core.model import RAM_ID, CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
 from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.vm.cmdline import cpu_model, firmware_files
 from cpr_agent.vm.dialects import CONFLICTING, Dialect, choose
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused, event_time
 from cpr_agent.vm.retry import until
@@ -40,15 +43,86 @@ class LiveQemu:
             self._dialect = choose(await self._qmp.execute("query-qmp-schema"), self._qmp.vm)
         return self._dialect
 
-    async def facts(self) -> QemuFacts:
+    async def facts(self, launch: Launch) -> QemuFacts:
+        cpu = await self._cpu()
+        return QemuFacts(
+            version=await self._version(),
+            machine_type=await self._machine_type(),
+            dialect=(await self.dialect()).name,
+            cpu=replace(cpu, features=await self._features(launch)) if cpu.words else cpu,
+            tpm=await self._tpm(),
+            firmware=tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.argv)),
+        )
+
+    async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
+        version, machine, tpm, cpu = (
+            await self._version(),
+            await self._machine_type(),
+            await self._tpm() if was.tpm else (),
+            await self._cpu(),
+        )
+        out = []
+        if _numbers(version) < _numbers(was.version):
+            out.append(Difference("version of QEMU", f"{was.version} (the same or newer is good)", version))
+        if machine != was.machine_type:
+            out.append(Difference("machine type", was.machine_type, machine))
+        if tpm != was.tpm:
+            out.append(Difference("TPM", ", ".join(was.tpm) or "none", ", ".join(tpm) or "none"))
+        if was.cpu.count and cpu.count != was.cpu.count:
+            out.append(Difference("number of CPUs", str(was.cpu.count), str(cpu.count)))
+        if gone := _gone(was.cpu.words, cpu.words):
+            out.append(Difference("CPU features", await self._named(gone, was.cpu, launch), "they are gone"))
+        remote = {disk.node: disk for disk in was.disks if disk.kind == "remote"}
+        if remote:
+            now = {disk.node: disk for disk in await self.disks()}
+            out += [
+                Difference(
+                    f"{disk.filename}: {what}", str(getattr(disk, what)), str(getattr(now.get(name), what, "missing"))
+                )
+                for name, disk in remote.items()
+                for what in ("driver", "filename", "size_bytes")
+                if getattr(disk, what) != getattr(now.get(name), what, None)
+            ]
+        return out
+
+    async def _version(self) -> str:
         version = await self._qmp.execute("query-version")
         number = version["qemu"]
+        return f"{number['major']}.{number['minor']}.{number['micro']}{version['package']}"
+
+    async def _machine_type(self) -> str:
         machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
-        return QemuFacts(
-            version=f"{number['major']}.{number['minor']}.{number['micro']}{version['package']}",
-            machine_type=str(machine).removesuffix("-machine"),
-            dialect=(await self.dialect()).name,
-        )
+        return str(machine).removesuffix("-machine")
+
+    async def _cpu(self) -> CpuFacts:
+        """Of the first CPU, by what the guest's CPUID shows; all are the same model."""
+        cpus = await self._qmp.execute("query-cpus-fast")
+        words = await self._optional("qom-get", [], path=cpus[0]["qom-path"], property="feature-words")
+        named = {
+            f"{word['cpuid-input-eax']:X}.{word.get('cpuid-input-ecx', 0):X}.{word['cpuid-register']}": int(
+                word["features"]
+            )
+            for word in words
+        }
+        return CpuFacts(count=len(cpus), words={name: bits for name, bits in named.items() if bits})
+
+    async def _features(self, launch: Launch) -> tuple[str, ...]:
+        model = cpu_model(launch.argv)
+        expanded = await self._optional("query-cpu-model-expansion", {}, type="full", model=model)
+        props = expanded.get("model", {}).get("props", {})
+        return tuple(sorted(name for name, value in props.items() if value is True))
+
+    async def _named(self, gone: dict[str, int], was: CpuFacts, launch: Launch) -> str:
+        """By what QEMU took off the model, and by what the model has no more; the bits where neither knows."""
+        cpus = await self._qmp.execute("query-cpus-fast")
+        taken = await self._optional("qom-get", [], path=cpus[0]["qom-path"], property="unavailable-features")
+        names = {*taken} & {*was.features} | {*was.features} - {*await self._features(launch)}
+        bits = ", ".join(f"CPUID {word} {value:#x}" for word, value in gone.items())
+        return f"{', '.join(sorted(names))} ({bits})" if names else bits
+
+    async def _tpm(self) -> tuple[str, ...]:
+        found = await self._optional("query-tpm", [])
+        return tuple(f"{tpm['id']} {tpm['model']} {tpm['options']['type']}" for tpm in found)
 
     async def blocked_reasons(self, launch: Launch) -> list[str]:
         """Everything DESIGN.md names that QMP can tell. Setting the migration mode is how QEMU is made to say more."""
@@ -192,7 +266,20 @@ class LiveQemu:
     async def disks(self) -> list[DiskIdentity]:
         return [
             DiskIdentity(
-                node=str(node.get("node-name", "")), driver=str(node.get("drv", "")), filename=str(node.get("file", ""))
+                node=str(node.get("node-name", "")),
+                driver=str(node.get("drv", "")),
+                filename=str(node.get("file", "")),
+                size_bytes=int(node.get("image", {}).get("virtual-size", 0)),
             )
             for node in await self._qmp.execute("query-named-block-nodes", {"flat": True})
         ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``10.0.2 (Debian 1:10.0.2+ds-2)`` as (10, 0, 2)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("(")[0])[:3])
+
+
+def _gone(was: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """The bits of each word that were set, and are not."""
+    return {word: missing for word, bits in was.items() if (missing := bits & ~now.get(word, 0))}

@@ -1,0 +1,77 @@
+"""What QEMU's state file says of itself: that it is one, that it is whole, and of which machine it is the state.
+
+Its format is that of migration/savevm.c: a header, the machine's name, sections of devices, and last a description of
+them all in JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from typing import Any
+
+import msgspec
+
+from cpr_agent.core.model import Vmstate
+from cpr_agent.errors import NotVmstate
+
+MAGIC = b"QEVM"
+VERSION = 3
+"""QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION of migration/savevm.h; numbers are big-endian."""
+_CONFIGURATION = b"\x07"
+_DESCRIPTION = b"\x06"
+"""QEMU_VM_CONFIGURATION and QEMU_VM_VMDESCRIPTION, the bytes that begin these sections."""
+
+
+def inspect(fd: int, path: str, vm: str) -> Vmstate:
+    """Read an open state file, once; the offset of ``fd`` stays. Raises NotVmstate, OSError."""
+    problem = ""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        problem = "it is not a regular file"
+    else:
+        with open(os.dup(fd), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+            file.seek(0)
+            data = file.read()
+        os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from where it is
+        problem = _header_problem(data)
+    if problem:
+        raise NotVmstate(f"{path} is not a QEMU state file: {problem}", vm=vm, left="nothing was loaded")
+    devices = _description(data).get("devices", ())
+    return Vmstate(
+        path=path,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        machine=_machine(data),
+        cpus=sum(device.get("name") == "cpu_common" for device in devices),
+    )
+
+
+def _header_problem(data: bytes) -> str:
+    if not data:
+        return "it is empty"
+    if data[:4] != MAGIC:
+        return f"it starts with {data[:4]!r} where QEMU writes {MAGIC!r}"
+    if (version := int.from_bytes(data[4:8], "big")) != VERSION:
+        return f"its version is {version}, known is {VERSION}"
+    return ""
+
+
+def _machine(data: bytes) -> str:
+    """The machine type, as ``pc-q35-10.0``; "" if the file does not say."""
+    if data[8:9] != _CONFIGURATION:
+        return ""
+    length = int.from_bytes(data[9:13], "big")
+    return data[13 : 13 + length].decode("ascii", "replace")
+
+
+def _description(data: bytes) -> dict[str, Any]:
+    """The file's last section; empty if the file was cut off before its end."""
+    at = len(data)
+    while (at := data.rfind(_DESCRIPTION, 0, at)) > 0:
+        if int.from_bytes(data[at + 1 : at + 5], "big") == len(data) - at - 5:
+            with contextlib.suppress(msgspec.MsgspecError):
+                return msgspec.json.decode(data[at + 5 :], type=dict[str, Any])
+    return {}
