@@ -28,6 +28,7 @@ from cpr_agent.errors import (
     MemoryOverlap,
     MemoryUnusable,
     NotVmstate,
+    ProofFailed,
 )
 
 IN_RAM = ("tmpfs", "hugetlbfs")
@@ -72,6 +73,19 @@ async def refuse_other_users(ports: Ports, vm: str, located: Located, own_pid: i
             left="nothing was started",
             remedy="end that process, or find out why it is there",
         )
+
+
+def refuse_spent(ports: Ports, manifest: Manifest) -> None:
+    """A checkpoint out of a backup: its guest has run since, and its RAM has moved on (invariant 2). Raises ProofFailed."""
+    for record in ports.journal.records():
+        if record.get("checkpoint") == manifest.id and record["event"] in ("resumed", "resumed-by-hand"):
+            raise ProofFailed(
+                "the guest has run since this checkpoint was made: its RAM is not what belongs to it",
+                vm=manifest.vm,
+                left=_KEPT,
+                remedy=f"give the checkpoint up with: cprctl discard {manifest.vm}",
+                evidence=[Difference(f"checkpoint {manifest.id}", "not resumed", str(record["event"]))],
+            )
 
 
 async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Located) -> None:

@@ -39,6 +39,7 @@ from cpr_agent.core.proof import (
     refuse_lesser_machine,
     refuse_other_users,
     refuse_overlap,
+    refuse_spent,
 )
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import (
@@ -581,6 +582,7 @@ class Vm:
     async def _load(self, manifest: Manifest, filename: str) -> None:
         store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
         load_at = host.now()
+        refuse_spent(self._ports, manifest)
         fd = await asyncio.to_thread(store.open_vmstate, manifest, filename)
         with open(fd, "rb", buffering=0), naming(self.name):  # noqa: PTH123 - only to be closed
             self._set(VmState.LOADING)

@@ -72,16 +72,13 @@ class LiveQemu:
             out.append(Difference("number of CPUs", str(was.cpu.count), str(cpu.count)))
         if gone := _gone(was.cpu.words, cpu.words):
             out.append(Difference("CPU features", await self._named(gone, was.cpu, launch), "they are gone"))
-        remote = {disk.node: disk for disk in was.disks if disk.kind == "remote"}
-        if remote:
-            now = {disk.node: disk for disk in await self.disks()}
+        if remote := [disk for disk in was.disks if disk.kind == "remote"]:
+            # Node names that QEMU makes up are others each time.
+            now = {(disk.driver, disk.filename): str(disk.size_bytes) for disk in await self.disks()}
             out += [
-                Difference(
-                    f"{disk.filename}: {what}", str(getattr(disk, what)), str(getattr(now.get(name), what, "missing"))
-                )
-                for name, disk in remote.items()
-                for what in ("driver", "filename", "size_bytes")
-                if getattr(disk, what) != getattr(now.get(name), what, None)
+                Difference(f"{disk.filename}: size_bytes", str(disk.size_bytes), size)
+                for disk in remote
+                if (size := now.get((disk.driver, disk.filename), "missing")) != str(disk.size_bytes)
             ]
         return out
 
