@@ -47,6 +47,12 @@ test-faults: bootstrap host-root $(DEB) ## Hours: kills, power cuts and refused 
 	$(PYTHON) -m pytest -s tests/faults
 	@$(PYTHON) -m tests.faults.tally
 
+.PHONY: test-corruption
+test-corruption: bootstrap host-root $(DEB) ## Everything that can happen to a saved guest's memory, state, disks, machine
+	rm -f build/corruptions
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/corruption
+	@$(PYTHON) -m tests.corruption.tally
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build
@@ -77,6 +83,7 @@ install: ## Install into DESTDIR (for packages; needs build/vendor)
 	install units/save-before-kexec units/gate $(DESTDIR)/usr/libexec/cpr-agent/
 	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system units/cpr-*.service
 	install -D -m 644 units/org.cpragent1.service -t $(DESTDIR)/usr/share/dbus-1/system-services
+	install -D -m 644 units/cpr-agent.catalog -t $(DESTDIR)/usr/lib/systemd/catalog
 	install -D -m 644 units/cpr-agent.sysusers $(DESTDIR)/usr/lib/sysusers.d/cpr-agent.conf
 	install -D -m 644 units/cpr-agent.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/cpr-agent.conf
 	install -D -m 644 units/60-cpr-agent.rules -t $(DESTDIR)/usr/lib/udev/rules.d

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpr_agent import __version__
-from cpr_agent.bus.service import Service
+from cpr_agent.bus.service import Bus, Service
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
@@ -24,7 +24,7 @@ from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watch
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
-from cpr_agent.store.atomic import make_private_directory
+from cpr_agent.store.atomic import locked, make_private_directory
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
@@ -64,7 +64,6 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
     """The agent without its bus."""
     host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
     runner: Runner = SystemdRunner(paths.run, paths.logs, systemd) if systemd else ProcessRunner(paths.run, paths.logs)
-    make_private_directory(paths.state)
     ports = Ports(
         definitions=DefinitionDirectory(paths.definitions, paths.run, paths.logs),
         runner=runner,
@@ -84,9 +83,14 @@ async def serve(paths: Paths, address: str | None, runner: str) -> int:
     kind = settings.agent.runner if runner == "auto" else runner
     systemd = Systemd() if kind == "systemd" or (kind == "auto" and booted()) else None
     bus = await Service.connect(address)
-    manager = build(paths, settings, systemd)
+    make_private_directory(paths.state)
+    with locked(paths.state / "lock"):  # on another bus, an agent with the same guests could be
+        await Service.own_name(bus)  # before anything is touched: there must be no second agent
+        return await _serve(paths, build(paths, settings, systemd), bus, systemd is not None)
+
+
+async def _serve(paths: Paths, manager: Manager, bus: Bus, units: bool) -> int:
     service = Service(bus, manager, paths.run)
-    await service.own_name()  # before anything is touched: there must be no second agent
     await manager.reload()
     await manager.recover()
     service.open()
@@ -96,7 +100,7 @@ async def serve(paths: Paths, address: str | None, runner: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: manager.jobs.start("reload", lambda _: manager.reload()))
-    log.info("cpr-agentd %s: %d VMs, run as %s", __version__, len(manager.vms), "units" if systemd else "processes")
+    log.info("cpr-agentd %s: %d VMs, run as %s", __version__, len(manager.vms), "units" if units else "processes")
     notify(ready=1, status=f"{len(manager.vms)} VMs")
 
     watchdog = loop.create_task(_feed_watchdog())

@@ -116,7 +116,7 @@ async def serve(paths: Paths, address: str, point: str) -> None:
     )
     manager = type(manager)(ports, Settings())
     service = Service(bus, manager, paths.run)
-    await service.own_name()
+    await Service.own_name(bus)
     await manager.reload()
     await manager.recover()
     service.open()

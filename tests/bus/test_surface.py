@@ -13,7 +13,7 @@ import pytest
 
 from cpr_agent.bus.client import CallError, Client
 from cpr_agent.bus.contract import read_contract
-from tests.lab import DAEMON, PATIENCE_S, Lab, let_others_in
+from tests.lab import DAEMON, PATIENCE_S, Lab, let_others_in, private_bus
 
 ROOT = "/org/cpragent1"
 SAMPLES = {"s": "x", "a{sv}": {}}
@@ -174,16 +174,25 @@ def test_changes_are_signalled(lab: Lab) -> None:
     guest.assert_unbroken()
 
 
-def test_a_second_agent_does_not_start(lab: Lab) -> None:
+def second_agent(root: Path, address: str) -> str:
     ended = subprocess.run(
-        [*DAEMON, f"--root={lab.root}", f"--bus-address={lab.address}"],
+        [*DAEMON, f"--root={root}", f"--bus-address={address}"],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
         check=False,
     )
     assert ended.returncode == 1
-    assert "another process owns org.cpragent1" in ended.stderr
+    return ended.stderr
+
+
+def test_a_second_agent_does_not_start(lab: Lab, tmp_path: Path) -> None:
+    """Neither on the same bus nor, for the same guests, on another."""
+    assert "another process owns org.cpragent1" in second_agent(tmp_path / "elsewhere", lab.address)
+    other = tmp_path / "other"
+    other.mkdir()
+    with private_bus(other) as (address, _):
+        assert f"another agent has {lab.state}" in second_agent(lab.root, address)
 
 
 def test_busctl_alone_is_enough(lab: Lab) -> None:

@@ -41,6 +41,10 @@ OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 CONNECT_TIMEOUT_S = 30.0
 
 
+Bus = MessageBus
+"""So that nobody else needs to import the library."""
+
+
 class Service:
     """Publishes ``manager`` on a connected ``bus``."""
 
@@ -74,9 +78,10 @@ class Service:
             bus = MessageBus(address, BusType.SYSTEM) if address else MessageBus(bus_type=BusType.SYSTEM)
             return await bus.connect()
 
-    async def own_name(self) -> None:
+    @staticmethod
+    async def own_name(bus: MessageBus) -> None:
         """Raises Busy if another agent has the name: a second one would act on the same guests."""
-        reply = await self._bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
+        reply = await bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
         if reply is not RequestNameReply.PRIMARY_OWNER:
             raise Busy(f"another process owns {BUS_NAME}", left="nothing was started", remedy="stop the other agent")
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from cpr_agent.errors import Busy
 
 
 def sync_directory(path: Path) -> None:
@@ -22,6 +27,23 @@ def make_private_directory(path: Path) -> None:
     make_private_directory(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     sync_directory(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that ``path`` is; it ends with the process at the latest. Raises Busy if another process has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Busy(
+            f"another agent has {path.parent}", left="nothing was started", remedy="stop the other agent: see fuser(1)"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
