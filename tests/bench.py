@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import pytest
 
+from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Manifest, Seconds, Vmstate
 from cpr_agent.core.ports import Host, Ports
@@ -83,9 +84,9 @@ class MortalStore(CheckpointStore):
         super().consume(manifest)
         self._point("after consume")
 
-    def discard(self, vm: str) -> None:
+    def discard(self, vm: str, suffix: str = "discarded") -> None:
         self._point("before discard-files")
-        super().discard(vm)
+        super().discard(vm, suffix)
         self._point("after discard-files")
 
 
@@ -103,18 +104,27 @@ class Bench:
         self.definitions = root / "vms"
         self.definitions.mkdir()
 
-    def define(self, name: str, device: str = "", order: int = 100, autostart: bool = False) -> None:
+    def define(
+        self, name: str, device: str = "", order: int = 100, autostart: bool = False, on_lost_memory: str = "hold"
+    ) -> None:
         (self.definitions / f"{name}.toml").write_text(
             f'[vm]\nuser = "root"\nautostart = {"true" if autostart else "false"}\n[save]\norder = {order}\n'
+            f'[load]\non-lost-memory = "{on_lost_memory}"\n'
             f'[memory]\nsize = "{RAM_BYTES}"\ndevice = "{device or self.root / f"{name}.ram"}"\n'
         )
 
-    def define_device(self, name: str) -> str:
+    def define_device(self, name: str, provider: str = "ACPI.NFIT") -> str:
         """A dax device, with an ordinary file in the place of its node, which core does not look at."""
         node = self.root / f"{name}.dax"
         node.write_bytes(bytes(RAM_BYTES))
         device = DaxDevice(
-            node=str(node), uuid=f"uuid-of-{name}", size_bytes=RAM_BYTES, align_bytes=4096, resource=None, numa_node=0
+            node=str(node),
+            uuid=f"uuid-of-{name}",
+            size_bytes=RAM_BYTES,
+            align_bytes=4096,
+            resource=None,
+            numa_node=0,
+            provider=provider,
         )
         self.devices = FakeDevices(*self.devices.list(), device)
         return f"uuid:{device.uuid}"
@@ -194,3 +204,18 @@ class Bench:
     def files(self, name: str = "web1") -> list[str]:
         directory = self.root / "checkpoints" / name
         return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+async def ended(manager: Manager, job: Job) -> Job:
+    """Wait for its end, also of one that waits for the host's."""
+    end, tell = asyncio.Event(), manager.jobs.removed
+
+    def removed(other: Job) -> None:
+        tell(other)
+        if other is job:
+            end.set()
+
+    manager.jobs.removed = removed
+    if job.id in manager.jobs.current:
+        await end.wait()
+    return job

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.bus.client import CallError
-from tests.lab import Guest, Lab
+from tests.lab import Guest, Lab, until
 
 
 @pytest.fixture
@@ -94,3 +94,42 @@ def test_a_process_that_has_the_memory_is_named(saved: Guest, intruder: subproce
     intruder.wait()
     saved.load()
     saved.assert_unbroken()
+
+
+def test_a_held_guest_shows_what_was_expected_and_found(lab: Lab) -> None:
+    guest = lab.running()
+    guest.save()
+    guest.call("Stop", "s", "hard")
+    with guest.ram.open("r+b") as ram:
+        ram.write(b"\xff" * 4096)
+    with pytest.raises(CallError):
+        guest.load()
+    held = guest.properties["Held"]
+    assert held["error"] == "MemoryChanged"
+    ((what, expected, found),) = held["evidence"]
+    shown = lab.cprctl("status", guest.name).stdout
+    for words in ("Held since", "PROOF", "EXPECTED", "FOUND", what, expected, found):
+        assert words in shown
+
+
+def test_lost_memory_is_started_afresh_where_that_is_wanted(lab: Lab) -> None:
+    guest = lab.running()
+    guest.definition["load"] = {"on-lost-memory": "cold-start"}
+    lab.define(guest)
+    guest.save()
+    guest.call("Stop", "s", "hard")
+    size = guest.ram.stat().st_size
+    with guest.ram.open("r+b") as ram:
+        ram.write(bytes(size))
+    assert lab.job("LoadAll") == "done"
+    until(lambda: len(guest.report.boots) == 2, "it boots again")
+    assert guest.state == "running"
+    assert guest.checkpoint_files() == ["manifest.json.lost", "vmstate.lost"]
+
+
+def test_a_check_measures_the_witness(lab: Lab) -> None:
+    guest = lab.running()
+    (found,) = [finding for finding in guest.call("Check") if finding["code"] == "witness"]
+    assert 0 < found["seconds"] < 60
+    assert "sampled, 4096 pages" in found["what"]
+    guest.assert_unbroken()

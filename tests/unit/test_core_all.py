@@ -11,7 +11,7 @@ from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
 from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed, WrongState
-from tests.bench import Bench
+from tests.bench import Bench, ended
 from tests.fakes import Gate
 
 NAMES = ("first", "middle", "last")
@@ -32,12 +32,6 @@ def bench(tmp_path: Path) -> Bench:
 async def start(manager: Manager, *names: str) -> None:
     for name in names:
         await manager.vm(name).start()
-
-
-async def ended(manager: Manager, job: Job) -> Job:
-    await manager.jobs.drain(10)
-    assert job.id not in manager.jobs.current
-    return job
 
 
 async def save_all(manager: Manager) -> Job:

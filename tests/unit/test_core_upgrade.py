@@ -17,7 +17,7 @@ from cpr_agent.core.model import Finding, Kernel, Survives, VmState
 from cpr_agent.core.preflight import Wish, predict
 from cpr_agent.errors import Busy, InvalidArgument, KernelRefused, QemuFailed, SaveFailed, WrongState
 from cpr_agent.report.timeline import GuestTimeline
-from tests.bench import Bench
+from tests.bench import Bench, ended
 from tests.fakes import AgentKilled, Gate
 
 NAMES = ("web1", "web2", "web3")
@@ -38,21 +38,6 @@ def bench(tmp_path: Path) -> Bench:
     bench.run(start)
     bench.runner.started.clear()
     return bench
-
-
-async def ended(manager: Manager, job: Job) -> Job:
-    """Wait for its end, also of one that waits for the host's."""
-    end, tell = asyncio.Event(), manager.jobs.removed
-
-    def removed(other: Job) -> None:
-        tell(other)
-        if other is job:
-            end.set()
-
-    manager.jobs.removed = removed
-    if job.id in manager.jobs.current:
-        await end.wait()
-    return job
 
 
 def until_kexec(bench: Bench, wish: Wish | None = None) -> Callable[[Manager], Awaitable[Job]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cpr_agent.core.model import Definition
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import InvalidDefinition
-from cpr_agent.vm.cmdline import collisions
+from cpr_agent.vm.cmdline import collisions, cpu_model, firmware_files
 from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, parse_duration, parse_size, read_definition
 
 GOOD = """
@@ -125,3 +125,37 @@ def test_sizes_are_powers_of_1024(number: int, unit: str) -> None:
 def test_durations_have_units(number: int) -> None:
     assert parse_duration(f"{number}ms") * 1000 == pytest.approx(number)
     assert parse_duration(f"{number}min") == parse_duration(f"{number * 60}s") == parse_duration(str(number * 60))
+
+
+def test_firmware_is_found_wherever_it_is_named() -> None:
+    argv = [
+        *("-bios", "/fw/bios.bin"),
+        *("-drive", "if=pflash,format=raw,unit=0,readonly=on,file=/fw/a,,b.fd"),
+        *("-drive", "if=virtio,file=/disk.qcow2"),
+        *("-blockdev", "driver=file,node-name=below,filename=/fw/vars.fd"),
+        *("--blockdev", '{"driver": "raw", "node-name": "vars", "file": "below"}'),
+        *("-blockdev", "driver=raw,node-name=code,file.driver=file,file.filename=/fw/code.fd"),
+        *("-machine", "q35,pflash0=code,pflash1=vars"),
+        *("-device", "virtio-net-pci,romfile=/fw/efi-virtio.rom"),
+        *("-bios", "found-in-a-directory-of-qemu.bin"),
+    ]
+    assert firmware_files(argv) == [
+        "/fw/bios.bin",
+        "/fw/a,b.fd",
+        "/fw/efi-virtio.rom",
+        "/fw/code.fd",
+        "/fw/vars.fd",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "props"),
+    [
+        ("host", "host", {}),
+        ("EPYC,+avx2,-svm,phys-bits=0x28", "EPYC", {"avx2": True, "svm": False, "phys-bits": 40}),
+        ("max,pmu=off,vendor=GenuineIntel", "max", {"pmu": False, "vendor": "GenuineIntel"}),
+        ("", "qemu64", {}),
+    ],
+)
+def test_a_cpu_argument_as_qapi_has_it(argument: str, name: str, props: dict[str, object]) -> None:
+    assert cpu_model(["qemu", "-cpu", argument] if argument else ["qemu"]) == {"name": name, "props": props}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpr_agent.core.model import Manifest
+from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
 from cpr_agent.host.this_host import ThisHost
+from cpr_agent.store import vmstate
 from cpr_agent.store.atomic import write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.journal import FileJournal
@@ -198,3 +201,46 @@ def test_a_journal_damaged_in_the_middle_is_set_aside(tmp_path: Path) -> None:
     journal = FileJournal(path, ThisHost())
     assert [record["number"] for record in journal.records()] == [0]
     assert len(list(tmp_path.glob("journal.damaged-*"))) == 1
+
+
+def state_file(path: Path, machine: bytes = b"pc-q35-10.0", cpus: int = 2) -> bytes:
+    """What QEMU writes around the sections of devices (migration/savevm.c)."""
+    devices = [{"name": "cpu_common", "instance_id": n} for n in range(cpus)] + [{"name": "apic"}]
+    description = json.dumps({"page_size": 4096, "devices": devices}).encode()
+    data = b"QEVM\0\0\0\x03\x07" + len(machine).to_bytes(4, "big") + machine + b"\x06device\x06\0"
+    data += b"\x06" + len(description).to_bytes(4, "big") + description
+    path.write_bytes(data)
+    return data
+
+
+def inspected(path: Path) -> Vmstate:
+    with path.open("rb") as file:
+        return vmstate.inspect(file.fileno(), str(path), "web1")
+
+
+def test_a_state_file_says_of_which_machine_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "vmstate"
+    data = state_file(path)
+    found = inspected(path)
+    assert (found.machine, found.cpus, found.size_bytes) == ("pc-q35-10.0", 2, len(data))
+    path.write_bytes(data[:-1])
+    assert (inspected(path).machine, inspected(path).cpus) == ("pc-q35-10.0", 0)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_after_the_header_are_no_reason_to_fail(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "vmstate"
+        path.write_bytes(b"QEVM\0\0\0\x03" + data)
+        assert inspected(path).size_bytes == len(data) + 8
+
+
+def test_why_a_vm_is_held_is_kept_with_the_evidence(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ())
+    held = Held(reason="no", error="MemoryChanged", at=1.0, evidence=(Difference("inode", "1", "2"),))
+    store.hold("web1", held)
+    assert store.held("web1") == held
+    (tmp_path / "web1/held").write_bytes(b"\xff")
+    unreadable = store.held("web1")
+    assert unreadable
+    assert "cannot be read" in unreadable.reason

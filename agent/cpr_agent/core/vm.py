@@ -206,6 +206,8 @@ class Vm:
             await self._derive()
             if self._qemu is None:
                 return
+            if self.awaits_cold_start():
+                self._ports.journal.append("cold-started", vm=self.name)
             launch, manifest = self.launched(), self._live_or_none()
             never_ran = self.run_state in ("inmigrate", "paused", "prelaunch")
             if manifest and launch and launch.kind == "load" and launch.checkpoint == manifest.id and never_ran:
@@ -237,8 +239,9 @@ class Vm:
 
     def awaits_cold_start(self) -> bool:
         """Whether its memory was found to be lost, and it was not started afresh yet."""
-        events = [r["event"] for r in self._ports.journal.records() if r.get("vm") == self.name]
-        return events[-1:] == ["memory-lost"]
+        records = [r for r in self._ports.journal.records() if r.get("vm") == self.name]
+        ended = [r["event"] for r in records if r["event"] in ("memory-lost", "cold-started")]
+        return ended[-1:] == ["memory-lost"]
 
     async def blocked_reasons(self) -> list[str]:
         launch = self.launched()
@@ -262,6 +265,8 @@ class Vm:
                 )
             await self._require_no_qemu()
             await self._start(definition)
+            if self.awaits_cold_start():
+                self._ports.journal.append("cold-started", vm=self.name)
 
     async def stop(self, how: str) -> None:
         """``acpi``: press the power button, and after the definition's shutdown-timeout go on as ``hard``: quit QEMU."""
@@ -425,6 +430,7 @@ class Vm:
         await asyncio.to_thread(self._ports.store.discard, self.name, "lost")
         await self._end_qemu()
         await self._start(definition)
+        self._ports.journal.append("cold-started", vm=self.name)
 
     async def _require_saveable(self, qemu: Qemu, need: Survives) -> Launch:
         launch = self.launched()
