@@ -13,6 +13,7 @@ import click
 
 from cpr_agent import __version__
 from cpr_agent.bus.client import CallError, Client, options, plain
+from cpr_agent.errors import Blocked, KernelRefused, ProofFailed, UpgradeRefused
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -26,12 +27,8 @@ _EXITS = {
     "NoSuchReport": EXIT_NOT_FOUND,
     "org.freedesktop.DBus.Error.UnknownObject": EXIT_NOT_FOUND,
     "NoCheckpoint": EXIT_NOT_FOUND,
-    "Blocked": EXIT_REFUSED,
-    "KernelRefused": EXIT_REFUSED,
-    "UpgradeRefused": EXIT_REFUSED,
-    "ProofFailed": EXIT_REFUSED,
-    "MemoryChanged": EXIT_REFUSED,
-    "NotVmstate": EXIT_REFUSED,
+    **{error.kind: EXIT_REFUSED for error in (Blocked, KernelRefused, UpgradeRefused, ProofFailed)},
+    **{error.kind: EXIT_REFUSED for error in ProofFailed.__subclasses__()},
     "AccessDenied": EXIT_DENIED,
     "org.freedesktop.DBus.Error.AccessDenied": EXIT_DENIED,
     "NoBus": EXIT_NO_AGENT,
