@@ -30,6 +30,6 @@ def test_devices_that_are_not_what_they_were(tmp_path: Path) -> None:
     for line in tally.read_text().splitlines() if tally.exists() else []:
         note(line)
     assert ended.returncode == 0, f"see {out}"
-    for name in ("one", "two"):
+    for name in ("before", "one", "two"):
         report = read_console(out / "artefacts/consoles" / f"{name}.log", min_lines=10)
         assert report.problems == (), str(report)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -23,9 +24,15 @@ from tests.fakes import AgentKilled
 LOST = ["manifest.json.lost", "vmstate.lost"]
 
 
-def saved(root: Path, on_lost_memory: str = "cold-start", provider: str = "ACPI.NFIT", device: str = "") -> Bench:
+def saved(
+    root: Path,
+    on_lost_memory: str = "cold-start",
+    provider: str = "ACPI.NFIT",
+    device: str = "",
+    witness: Literal["sampled", "off"] = "sampled",
+) -> Bench:
     """A VM that was saved, and its host started anew by a kexec."""
-    bench = Bench(root)
+    bench = Bench(root, witness)
     bench.define("web1", device or bench.define_device("web1", provider), on_lost_memory=on_lost_memory)
     bench.vm(lambda vm: vm.start())
     bench.vm(lambda vm: vm.save("", "reboot"))
@@ -132,6 +139,16 @@ def test_ordinary_ram_that_outlived_a_reset_is_loaded(tmp_path: Path) -> None:
     bench.host.by_kexec = False
     assert bench.vm(load) == ""
     assert bench.runner.violations == []
+
+
+def test_ordinary_ram_after_a_power_cut_is_never_taken_on_trust(tmp_path: Path) -> None:
+    bench = saved(tmp_path, "hold", provider="e820", witness="off")
+    bench.host.by_kexec = False
+    with pytest.raises(MemoryChanged, match="no witness proves it"):
+        bench.vm(load)
+    assert_held(bench)
+    bench.host.by_kexec = True
+    assert bench.vm(load) == ""
 
 
 @pytest.fixture

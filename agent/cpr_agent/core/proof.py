@@ -89,7 +89,14 @@ def refuse_spent(ports: Ports, manifest: Manifest) -> None:
 
 
 async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Located) -> None:
-    """The witness. Raises MemoryChanged."""
+    """The witness; and where there is none, what must not be taken on trust. Raises MemoryChanged."""
+    if manifest.witness.kind == "off" and _power_was_cut_from(manifest, ports):
+        raise MemoryChanged(
+            "its RAM is ordinary memory of the host (memmap=), which was not started by a kexec, and no witness proves it",
+            vm=manifest.vm,
+            left=_KEPT,
+            remedy=f"give the checkpoint up with `cprctl discard {manifest.vm}`, and let [witness] take them",
+        )
     found = await ports.memory.witness(located, manifest.witness)
     if found.digest != manifest.witness.digest:
         raise MemoryChanged(
@@ -161,6 +168,12 @@ async def refuse_lesser_machine(qemu: Qemu, manifest: Manifest) -> None:
         )
 
 
+def _power_was_cut_from(manifest: Manifest, ports: Ports) -> bool:
+    """Whether it may have been off: RAM that memmap= made persistent outlives nothing but a kexec."""
+    rebooted = manifest.boot_id != ports.host.boot_id()
+    return rebooted and manifest.memory.provider == DRAM_PROVIDER and not ports.host.booted_by_kexec()
+
+
 async def provably_lost(ports: Ports, manifest: Manifest, error: CprError) -> str:
     """Why the RAM that was saved is no more, beyond any doubt; "" if it may still be somewhere. ``error`` is how the
     memory failed its proof; a device that is not there (yet), or another one, proves nothing."""
@@ -174,7 +187,7 @@ async def provably_lost(ports: Ports, manifest: Manifest, error: CprError) -> st
         located = await ports.memory.relocate(memory, 0.0)
     except (MemoryUnusable, MemoryChanged):
         return ""
-    if rebooted and memory.provider == DRAM_PROVIDER and not ports.host.booted_by_kexec():
+    if _power_was_cut_from(manifest, ports):
         return f"{located.node} is ordinary RAM of the host (memmap=), which was started without a kexec"
     if await ports.memory.blank(located):
         return f"each byte of it in {located.node} is zero"

@@ -55,12 +55,8 @@ class LiveQemu:
         )
 
     async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
-        version, machine, tpm, cpu = (
-            await self._version(),
-            await self._machine_type(),
-            await self._tpm() if was.tpm else (),
-            await self._cpu(),
-        )
+        # A guest waits for this: all at once.
+        version, machine, tpm, cpu = await asyncio.gather(self._version(), self._machine_type(), self._tpm(), self._cpu())
         out = []
         if _numbers(version) < _numbers(was.version):
             out.append(Difference("version of QEMU", f"{was.version} (the same or newer is good)", version))
