@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.bus.conftest import QEMUS
+from tests.bus.test_proof import grow, replace, touch
 from tests.corruption.tally import caught, loads
 from tests.lab import Guest, Lab, script, until
 
 
-def stopped(guest: Guest) -> Guest:
+def kept(lab: Lab, *arguments: str, name: str = "web1", qemu: str | None = None) -> Guest:
+    """Saved, and its QEMU gone."""
+    guest = lab.guest(name, *arguments, qemu=qemu)
+    guest.start()
+    guest.until_counts()
     guest.save()
     guest.call("Stop", "s", "hard")
     return guest
@@ -29,10 +34,7 @@ def changing(tmp_path: Path, before: str, after: str) -> tuple[str, Path]:
 
 def test_a_cpu_feature_that_is_gone(each_lab: Lab, tmp_path: Path) -> None:
     qemu, changed = changing(tmp_path, f'{each_lab.qemu} "$@" -cpu max', f'{each_lab.qemu} "$@" -cpu max,-avx2,-sse4.2')
-    guest = each_lab.guest("web1", "-cpu", "max", qemu=qemu)
-    guest.start()
-    guest.until_counts()
-    stopped(guest)
+    guest = kept(each_lab, "-cpu", "max", qemu=qemu)
     changed.touch()
     caught(guest, "MachineChanged", "CPU features", "CPUID 7.0.EBX 0x20", "CPUID 1.0.ECX 0x100000")
     changed.unlink()
@@ -42,10 +44,7 @@ def test_a_cpu_feature_that_is_gone(each_lab: Lab, tmp_path: Path) -> None:
 def test_features_that_the_host_lacks_are_named(each_lab: Lab, tmp_path: Path) -> None:
     """QEMU itself takes them off the model: by name it knows what the host can't do."""
     qemu, changed = changing(tmp_path, f'{each_lab.qemu} "$@"', f'{each_lab.qemu} "$@" -cpu max,-avx2')
-    guest = each_lab.guest("web1", "-cpu", "max,-sha-ni", qemu=qemu)
-    guest.start()
-    guest.until_counts()
-    stopped(guest)
+    guest = kept(each_lab, "-cpu", "max,-sha-ni", qemu=qemu)
     changed.touch()
     caught(guest, "MachineChanged", "CPUID 7.0.EBX 0x20")
     changed.unlink()
@@ -54,10 +53,7 @@ def test_features_that_the_host_lacks_are_named(each_lab: Lab, tmp_path: Path) -
 
 def test_a_cpu_that_is_gone(lab: Lab, tmp_path: Path) -> None:
     qemu, changed = changing(tmp_path, f'{lab.qemu} "$@" -smp 2', f'{lab.qemu} "$@" -smp 1')
-    guest = lab.guest(qemu=qemu)
-    guest.start()
-    guest.until_counts()
-    stopped(guest)
+    guest = kept(lab, qemu=qemu)
     changed.touch()
     caught(guest, "MachineChanged", "number of CPUs was 2, is 1")
     changed.unlink()
@@ -69,19 +65,13 @@ def test_another_generation_of_qemu(lab: Lab, tmp_path: Path) -> None:
     old, new = (QEMUS[version] for version in sorted(QEMUS, key=lambda v: tuple(map(int, v.split(".")))))
     machine = "-machine", "pc-q35-7.2,accel=tcg"
     qemu, changed = changing(tmp_path, f'{new} "$@"', f'{old} "$@"')
-    guest = lab.guest("web1", *machine, qemu=qemu)
-    guest.start()
-    guest.until_counts()
-    stopped(guest)
+    guest = kept(lab, *machine, qemu=qemu)
     changed.touch()
     caught(guest, "MachineChanged", "version of QEMU was")
     changed.unlink()
     loads(guest)
     newer, updated = changing(lab.root, f'{old} "$@"', f'{new} "$@"')
-    other = lab.guest("web2", *machine, qemu=newer)
-    other.start()
-    other.until_counts()
-    stopped(other)
+    other = kept(lab, *machine, name="web2", qemu=newer)
     updated.touch()
     loads(other)
 
@@ -90,10 +80,7 @@ def test_another_generation_of_qemu(lab: Lab, tmp_path: Path) -> None:
 def test_a_machine_type_that_an_older_qemu_does_not_have(lab: Lab, tmp_path: Path) -> None:
     old, new = (QEMUS[version] for version in sorted(QEMUS, key=lambda v: tuple(map(int, v.split(".")))))
     qemu, changed = changing(tmp_path, f'{new} "$@"', f'{old} "$@"')
-    guest = lab.guest(qemu=qemu)
-    guest.start()
-    guest.until_counts()
-    stopped(guest)
+    guest = kept(lab, qemu=qemu)
     changed.touch()
     caught(guest, "LoadFailed", "unsupported machine type")
     changed.unlink()
@@ -102,10 +89,7 @@ def test_a_machine_type_that_an_older_qemu_does_not_have(lab: Lab, tmp_path: Pat
 
 def test_the_same_qemu_in_another_file(lab: Lab, tmp_path: Path) -> None:
     qemu = script(tmp_path / "qemu", f'#!/bin/sh\nexec {lab.qemu} "$@"\n')
-    guest = lab.guest(qemu=qemu)
-    guest.start()
-    guest.until_counts()
-    stopped(guest)
+    guest = kept(lab, qemu=qemu)
     shutil.copy(qemu, tmp_path / "copy")
     (tmp_path / "copy").rename(qemu)
     loads(guest)
@@ -113,7 +97,7 @@ def test_the_same_qemu_in_another_file(lab: Lab, tmp_path: Path) -> None:
 
 def test_arguments_that_were_edited(lab: Lab) -> None:
     """The recorded ones count, whatever the definition says by now."""
-    guest = stopped(lab.running())
+    guest = kept(lab)
     guest.definition["vm"]["arguments"] += ["-smp", "4", "-device", "no-such-device"]
     lab.define(guest)
     loads(guest)
@@ -129,14 +113,11 @@ def nvram(lab: Lab) -> tuple[Path, Path]:
 
 def test_firmware_and_its_variables(lab: Lab) -> None:
     code, variables = nvram(lab)
-    guest = stopped(
-        lab.running(
-            "web1",
-            *("-blockdev", f"driver=file,node-name=variables,filename={variables}"),
-            *("-device", "virtio-rng-pci"),
-            *("-machine", "pflash1=variables,pflash0=code"),
-            *("-blockdev", f"driver=file,node-name=code,filename={code},read-only=on"),
-        )
+    guest = kept(
+        lab,
+        *("-blockdev", f"driver=file,node-name=variables,filename={variables}"),
+        *("-machine", "pflash1=variables,pflash0=code"),
+        *("-blockdev", f"driver=file,node-name=code,filename={code},read-only=on"),
     )
     for path in (code, variables):
         content, times = path.read_bytes(), path.stat()
@@ -158,23 +139,9 @@ def image(lab: Lab) -> Path:
     return path
 
 
-def touch(path: Path) -> None:
-    os.utime(path)
-
-
-def grow(path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(bytes(512))
-
-
-def replace(path: Path) -> None:
-    shutil.copy2(path, path.with_suffix(".copy"))
-    path.with_suffix(".copy").rename(path)
-
-
 @pytest.mark.parametrize(("change", "said"), [(touch, "mtime_ns"), (grow, "size_bytes"), (replace, "inode")])
 def test_a_disk(lab: Lab, image: Path, change: Callable[[Path], None], said: str) -> None:
-    guest = stopped(lab.running("web1", "-drive", f"file={image},if=virtio,format=qcow2"))
+    guest = kept(lab, "-drive", f"file={image},if=virtio,format=qcow2")
     change(image)
     caught(guest, "DiskChanged", f"{image}: {said} was")
 
@@ -197,7 +164,7 @@ def test_a_disk_on_the_network_that_grew(lab: Lab) -> None:
 
     server = export()
     try:
-        guest = stopped(lab.running("web1", "-drive", f"file=nbd+unix:///?socket={socket},if=virtio,format=raw"))
+        guest = kept(lab, "-drive", f"file=nbd+unix:///?socket={socket},if=virtio,format=raw")
         end(server)
         os.truncate(raw, 16 << 20)
         server = export()
