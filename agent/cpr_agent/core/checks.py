@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Survives
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.vm import SAVEABLE, Vm
+from cpr_agent.core.vm import Vm
+from cpr_agent.core.vm_base import SAVEABLE
 from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
 
 

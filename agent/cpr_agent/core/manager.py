@@ -90,7 +90,7 @@ class Manager:
 
     async def vm_findings(self, name: str) -> list[Finding]:
         vm = self.vm(name)
-        return await check_vm(vm, self.ports, await self._claims(vm, True))
+        return await check_vm(vm, self.ports, await self._claims(vm.name, True))
 
     def plan(self, wish: Wish) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
@@ -160,13 +160,16 @@ class Manager:
     def _policy(self, policy: Policy | None) -> Policy:
         return policy or self._settings.upgrade.policy
 
-    def _changed(self, vm: Vm) -> None:
+    def _changed(self, name: str) -> None:
+        vm = self.vms.get(name)
+        if vm is None:
+            return
         if self.ledger.committed and not vm.off and vm.run_state != "postmigrate":
             self.ports.kexec.withdraw()  # its guest was let run behind our back, on another socket: no kexec over it
         self.vm_changed(vm)
 
-    async def _claims(self, asking: Vm, defined: bool) -> list[tuple[str, MemoryIdentity]]:
-        others = [vm for vm in self.vms.values() if vm is not asking]
+    async def _claims(self, asking: str, defined: bool) -> list[tuple[str, MemoryIdentity]]:
+        others = [vm for vm in self.vms.values() if vm.name != asking]
         claims = [(vm.name, await vm.claimed_memory() if defined else vm.occupied_memory()) for vm in others]
         return [(name, memory) for name, memory in claims if memory]
 

@@ -14,7 +14,8 @@ from cpr_agent.core.ledger import Kind, Ledger, Phase, Upgrade
 from cpr_agent.core.model import Finding, Policy, Survives, VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.preflight import Plan
-from cpr_agent.core.vm import SAVEABLE, Vm
+from cpr_agent.core.vm import Vm
+from cpr_agent.core.vm_base import SAVEABLE
 from cpr_agent.errors import Busy, CprError, KernelRefused, LoadFailed, SaveFailed, UpgradeRefused, WrongState
 
 log = logging.getLogger(__name__)

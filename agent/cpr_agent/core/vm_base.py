@@ -1,0 +1,351 @@
+"""What a VM is now, derived and never remembered: from the live QEMU, if there is one, and from the live checkpoint, if
+there is one (invariant 5). And how its QEMU comes and goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import replace
+from itertools import takewhile
+
+from cpr_agent.core.model import (
+    Definition,
+    Held,
+    Launch,
+    Manifest,
+    MemoryIdentity,
+    Policy,
+    Survives,
+    VmState,
+)
+from cpr_agent.core.ports import Ports, Qemu
+from cpr_agent.core.settings import Settings
+from cpr_agent.errors import (
+    AlreadyRunning,
+    Busy,
+    CheckpointUnreadable,
+    CprError,
+    InvalidArgument,
+    InvalidDefinition,
+    MemoryUnusable,
+    QemuFailed,
+    WrongState,
+)
+
+log = logging.getLogger(__name__)
+
+_FROM_RUN_STATE = {
+    "running": VmState.RUNNING,
+    "paused": VmState.PAUSED,
+    "suspended": VmState.SUSPENDED,
+    "shutdown": VmState.SHUT_DOWN,
+    "inmigrate": VmState.LOADING,
+    "prelaunch": VmState.STARTING,
+}
+MAX_LOADS = 3
+SAVEABLE = ("running", "paused", "suspended")
+
+
+class VmBase:
+    """``changed`` is called with its name after each change of state; ``claims`` yields the memory that the guests of all
+    VMs but the named one occupy and, if asked to, that which is only defined to be theirs. ``admit`` raises while no guest
+    may be let run."""
+
+    def __init__(
+        self,
+        name: str,
+        ports: Ports,
+        settings: Settings,
+        changed: Callable[[str], None],
+        claims: Callable[[str, bool], Awaitable[list[tuple[str, MemoryIdentity]]]],
+        admit: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.definition: Definition | None = None
+        self.problem: Exception | None = None
+        self.state = VmState.STOPPED
+        self.run_state = ""
+        self.pid = 0
+        self.error = ""
+        self._ports = ports
+        self._settings = settings
+        self._changed = changed
+        self._claims = claims
+        self._admit = admit
+        self._qemu: Qemu | None = None
+        self._lock = asyncio.Lock()
+        self._act = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- what it is -----------------------------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> str:
+        return self._ports.runner.unit(self.name)
+
+    def live_checkpoint(self) -> Manifest | None:
+        return self._ports.store.live(self.name)
+
+    def launched(self) -> Launch | None:
+        """What the live QEMU was started with."""
+        return self._ports.runner.launched(self.name) if self.pid else None
+
+    def occupied_memory(self) -> MemoryIdentity | None:
+        """The memory that this VM's guest is in now, by its QEMU or its checkpoint."""
+        launch = self.launched()
+        if launch:
+            return launch.memory
+        with contextlib.suppress(CheckpointUnreadable):
+            manifest = self.live_checkpoint()
+            return manifest.memory if manifest else None
+        return None
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether there is a live checkpoint, readable or not."""
+        return self._ports.store.checkpointed(self.name)
+
+    @property
+    def off(self) -> bool:
+        """Whether its guest has powered off, though QEMU may still be there."""
+        return self.run_state == "shutdown" or not self.pid
+
+    @property
+    def trouble(self) -> str:
+        """Why it has no run state in which it could be saved."""
+        return "its QEMU does not answer" if self.state is VmState.UNREACHABLE else f"its run state is {self.run_state}"
+
+    def saved_by(self, upgrade: str) -> bool:
+        manifest = self._live_or_none()
+        return manifest is not None and manifest.upgrade == upgrade
+
+    def saved_in_volatile(self, need: Survives) -> bool:
+        """Whether it is saved already, in RAM that would not outlive ``need``."""
+        manifest = self._live_or_none()
+        return manifest is not None and not manifest.survives.covers(need)
+
+    def may_shut_down(self, policy: Policy) -> bool:
+        """Whether it may be shut down in order when it cannot be saved."""
+        return policy != "all-or-nothing" or "shut-down" in self._ladder()
+
+    @property
+    def witness_kind(self) -> str:
+        return self._settings.witness.kind
+
+    @property
+    def waits(self) -> bool:
+        """Whether what blocks its save is waited for."""
+        return "wait" in self._ladder()
+
+    def _ladder(self) -> list[str]:
+        """What to do one after the other when CPR is blocked; "refuse" is the end of it."""
+        steps = self.definition.save.when_blocked if self.definition else ()
+        return list(takewhile(lambda step: step != "refuse", steps))
+
+    @property
+    def qemu(self) -> Qemu | None:
+        """The live QEMU, if there is one that answers."""
+        return self._qemu
+
+    async def claimed_memory(self) -> MemoryIdentity | None:
+        """The memory that is this VM's own: what its guest occupies, else what its definition names on this host."""
+        if occupied := self.occupied_memory():
+            return occupied
+        if self.definition:
+            with contextlib.suppress(MemoryUnusable):
+                return (await self._ports.memory.locate(self.definition.memory, 0)).identity
+        return None
+
+    def usable_definition(self) -> Definition:
+        """Raises InvalidDefinition."""
+        if self.definition is None:
+            if isinstance(self.problem, CprError):
+                raise self.problem
+            raise InvalidDefinition(
+                f"has no usable definition: {self.problem or 'its file is gone'}", vm=self.name, left="nothing was done"
+            )
+        return self.definition
+
+    def load_interrupted(self) -> bool:
+        """Whether the last thing that happened to the live checkpoint was a load that did not get to its end.
+
+        After three such loads it is left to the admin: it may be what ends the agent.
+        """
+        manifest = self._live_or_none()
+        if manifest is None:
+            return False
+        events = [r["event"] for r in self._ports.journal.records() if r.get("checkpoint") == manifest.id]
+        begun = events.count("load-begin")
+        return bool(begun) and events[-1] in ("load-begin", "load-interrupted") and begun < MAX_LOADS
+
+    def held(self) -> Held | None:
+        """Why it is kept untouched, if it is."""
+        return self._ports.store.held(self.name)
+
+    def awaits_cold_start(self) -> bool:
+        """Whether its memory was found to be lost, and it was not started afresh yet."""
+        records = [r for r in self._ports.journal.records() if r.get("vm") == self.name]
+        ended = [r["event"] for r in records if r["event"] in ("memory-lost", "cold-started")]
+        return ended[-1:] == ["memory-lost"]
+
+    async def blocked_reasons(self) -> list[str]:
+        launch = self.launched()
+        if self._qemu is None or launch is None or self.run_state not in SAVEABLE:
+            return []
+        return await self._qemu.blocked_reasons(launch)
+
+    # -- its state ------------------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Derive the state anew, connecting to a QEMU that is there."""
+        async with self._lock:
+            await self._derive()
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self, act: str) -> AsyncIterator[None]:
+        if self._act:
+            raise Busy(
+                f"is in the middle of {self._act}",
+                vm=self.name,
+                left="nothing was done",
+                remedy="try again when it is done",
+            )
+        self._act = act
+        self.error = ""
+        try:
+            async with self._lock:
+                try:
+                    yield
+                except (WrongState, InvalidArgument):
+                    raise  # the caller's problem, not the VM's
+                except CprError as error:
+                    self.error = error.text
+                    raise
+                finally:
+                    await self._derive()
+        finally:
+            self._act = ""
+
+    async def _derive(self) -> None:
+        """With the lock held."""
+        self.pid = await self._ports.runner.active(self.name)
+        if not self.pid:
+            await self._drop_connection()
+            self.run_state = ""
+            self._set(self._state_without_qemu())
+            return
+        try:
+            if self._qemu is None:
+                await self._connect()
+            assert self._qemu
+            self.run_state = await self._qemu.run_state()
+        except QemuFailed as error:
+            self.error = error.text
+            await self._drop_connection()
+            self._set(VmState.UNREACHABLE)
+            return
+        manifest = self._live_or_none()
+        if manifest and self._ran_since(manifest):
+            # Somebody let the saved guest run, by the admin's own QMP socket: its checkpoint is history.
+            log.warning("VM %s: its guest was resumed by hand; the checkpoint is retired", self.name)
+            self._ports.journal.append("resumed-by-hand", vm=self.name, checkpoint=manifest.id)
+            await asyncio.to_thread(self._ports.store.discard, self.name)
+            manifest = None
+        if self.run_state == "postmigrate":
+            self._set(VmState.SAVED if self._ports.store.checkpointed(self.name) else VmState.PAUSED)
+        else:
+            self._set(_FROM_RUN_STATE.get(self.run_state, VmState.PAUSED))
+
+    def _ran_since(self, manifest: Manifest) -> bool:
+        """Whether the live QEMU's guest ran after it was saved: its QEMU left postmigrate, and does not load just this."""
+        launch = self.launched()
+        loading = launch is None or (launch.kind == "load" and launch.checkpoint == manifest.id)
+        return self.run_state in ("running", "suspended") or not (loading or self.run_state == "postmigrate")
+
+    def _state_without_qemu(self) -> VmState:
+        if self.held():
+            return VmState.HELD
+        try:
+            return VmState.SAVED if self.live_checkpoint() else VmState.STOPPED
+        except CheckpointUnreadable as error:
+            self.error = error.text
+            return VmState.HELD
+
+    def _live_or_none(self) -> Manifest | None:
+        try:
+            return self.live_checkpoint()
+        except CheckpointUnreadable as error:
+            self.error = error.text
+            return None
+
+    def _set(self, state: VmState) -> None:
+        self.state = state
+        self._changed(self.name)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settled(self) -> None:
+        """Wait for what an act left to be done after its guest ran."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Let go of QEMU, which runs on."""
+        await self.settled()
+        async with self._lock:
+            await self._drop_connection()
+
+    # -- its QEMU -------------------------------------------------------------------------------------------------------
+
+    async def _launch(self, launch: Launch) -> None:
+        """Start QEMU and speak to it, or leave nothing of it. Raises QemuFailed with what QEMU said."""
+        self._set(VmState.STARTING if launch.kind == "start" else VmState.LOADING)
+        runner = self._ports.runner
+        try:
+            await runner.start(launch)
+            self.pid = await runner.active(self.name)
+            await self._connect()
+        except BaseException as error:
+            await asyncio.shield(asyncio.ensure_future(runner.kill(self.name)))
+            self.pid = 0
+            if not isinstance(error, CprError):
+                raise
+            said = runner.log_tail(self.name)
+            detail = f": {said}" if said and said not in error.what else ""
+            raise QemuFailed(f"{error.what}{detail}", vm=self.name, left="nothing runs", remedy=error.remedy) from error
+
+    async def _end_qemu(self) -> None:
+        """Quit QEMU, then the hard way; done when its process is gone."""
+        if self._qemu:
+            await self._qemu.quit()
+            await self._drop_connection()
+        if not await self._ports.runner.wait_exit(self.name, 10.0):
+            await self._ports.runner.kill(self.name)
+        self.pid = 0
+
+    async def _require_no_qemu(self) -> None:
+        await self._derive()
+        if self.pid:
+            raise AlreadyRunning(f"is already {self.state}", vm=self.name)
+
+    def _stamped(self, launch: Launch) -> Launch:
+        return replace(launch, created_at=self._ports.host.now(), boot_id=self._ports.host.boot_id())
+
+    async def _connect(self) -> None:
+        qemu = await self._ports.runner.connect(self.name, self._settings.agent.qemu_start_timeout)
+        qemu.on_change(self._on_qemu_event)
+        self._qemu = qemu
+
+    async def _drop_connection(self) -> None:
+        if self._qemu:
+            qemu, self._qemu = self._qemu, None
+            await qemu.close()
+
+    def _on_qemu_event(self, event: str) -> None:
+        if event in ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
+            self._spawn(self.refresh())
