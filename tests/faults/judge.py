@@ -3,7 +3,8 @@
 
 It reads the guests' consoles and what the scenario noted in each boot before the agent started (``BOOTS/N/``): ``kind``
 (how the boot began), ``sizes`` (of the consoles, in bytes), and copies of the manifests (``VM.manifest``), the agent's
-``journal`` and its ``listing``. Every boot is judged anew each time, from the first one on.
+``journal`` and its ``listing``. Every boot is judged anew each time, from the first one on. What the agent tells
+of the upgrade that the boot before began, and of the guests' pauses, is judged in the boot that loaded them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Harm(StrEnum):
     CORRUPTED = "corrupted"
     LOADED_TWICE = "loaded twice"
     LOST = "lost"
+    MISTOLD = "mistold"
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,45 @@ def judge_store(boot: Boot) -> list[Problem]:
     return problems
 
 
+IN_FLIGHT = ("saving", "saved", "committing", "rolling-back", "booted", "loading")
+REASON = "the host went down while {}, and was not started by a kexec"
+
+
+def expect_upgrade(boot: Boot) -> tuple[str, str] | None:
+    """Phase and reason that the agent must tell of its last upgrade once the boot has loaded its guests; None: of none."""
+    phases = [record for record in boot.events if str(record["event"]).startswith("upgrade-")]
+    if not phases:
+        return None
+    last = phases[-1]
+    came_to = str(last["event"]).removeprefix("upgrade-")
+    same = [record for record in phases if record["upgrade"] == last["upgrade"]]
+    if came_to == "checking":
+        return "refused", "the agent was interrupted"
+    if came_to not in IN_FLIGHT:
+        return came_to, str(next((record["reason"] for record in reversed(same) if "reason" in record), ""))
+    reason = REASON.format(came_to)
+    if came_to in ("booted", "loading"):  # a boot before has told what ended the one before it
+        reason = str(next((record["interrupted"] for record in reversed(same) if "interrupted" in record), ""))
+    elif came_to == "committing" and boot.kind is Kind.KEXEC:
+        reason = ""
+    return ("rolled-back" if reason else "done"), reason
+
+
+def judge_told(boot: Boot, upgrade: dict[str, object], by_kexec: dict[str, bool]) -> list[Problem]:
+    """What the agent tells once the guests run: ``upgrade`` by D-Bus, and of each checkpoint that was loaded how the boot
+    before ended."""
+    problems = []
+    expected = expect_upgrade(boot)
+    told = (str(upgrade["phase"]), str(upgrade["reason"])) if upgrade else None
+    if told != expected:
+        problems.append(Problem(Harm.MISTOLD, f"of its last upgrade the agent says {told}, expected is {expected}"))
+    for name, checkpoint in boot.saved.items():
+        if by_kexec.get(checkpoint) is not (boot.kind is Kind.KEXEC):
+            what = f"of the pause of {name} the agent says by kexec: {by_kexec.get(checkpoint)}"
+            problems.append(Problem(Harm.MISTOLD, what))
+    return problems
+
+
 def phase(boot: Boot) -> str:
     """How far the agent had come when the power went: each VM's last event in its journal."""
     last = {str(record["vm"]): str(record["event"]) for record in boot.events if "vm" in record}
@@ -204,6 +245,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="What became of the guests? Exits 0 if nothing that must not happen did.")
     parser.add_argument("boots", type=Path)
     parser.add_argument("consoles", type=Path, nargs="+")
+    parser.add_argument("--status", type=Path, help="what `cprctl status --json` says")
+    parser.add_argument("--history", type=Path, help="the directory with the agent's timelines")
     parser.add_argument("--summary", action="store_true", help="of all boots after a cut, in one line")
     options = parser.parse_args()
     boots = [read_boot(path) for path in sorted(options.boots.glob("[0-9]*"))]
@@ -213,6 +256,10 @@ def main() -> int:
     problems += [
         Problem(Harm.LOST, f"{name} does not run") for name, judgements in judged.items() if not judgements[-1].fate
     ]
+    if options.status:
+        upgrade = json.loads(options.status.read_bytes())["Upgrade"]
+        timelines = [json.loads(path.read_bytes()) for path in options.history.glob("*.json")]
+        problems += judge_told(boots[-1], upgrade, {timeline["id"]: timeline["by_kexec"] for timeline in timelines})
     if options.summary:
         after_cut = [
             judgement.fate
@@ -230,6 +277,8 @@ def main() -> int:
         print(f"a {boots[-1].kind}; before it: {phase(boots[-1])}")
         for name, judgements in judged.items():
             print(f"{name}: {judgements[-1].text}")
+        if options.status:
+            print(f"upgrade: {': '.join(filter(None, expect_upgrade(boots[-1]) or ['none']))}")
     for problem in problems:
         print(f"{problem.harm}: {problem.text}")
     return 1 if problems else 0

@@ -14,8 +14,10 @@ from tests.faults.judge import (
     Judgement,
     Kind,
     check_order,
+    expect_upgrade,
     judge_guest,
     judge_store,
+    judge_told,
     parse,
     phase,
     read_boot,
@@ -122,6 +124,37 @@ def test_live_checkpoint_of_a_guest_that_has_run_is_seen() -> None:
     assert judge_store(boot) == []
     ran = Boot(Kind.CUT, saved={"one": "c"}, events=(*events, {**events[0], "event": "resumed"}))
     assert [problem.harm for problem in judge_store(ran)] == [Harm.LOADED_TWICE]
+
+
+def upgrade_came_to(kind: Kind, *phases: str, **facts: str) -> Boot:
+    return Boot(kind, saved={"one": "c"}, events=tuple({"event": f"upgrade-{p}", "upgrade": "u", **facts} for p in phases))
+
+
+@pytest.mark.parametrize("came_to", ["saving", "saved", "committing", "rolling-back"])
+def test_upgrade_that_a_cut_ended_is_rolled_back_and_says_why(came_to: str) -> None:
+    reason = f"the host went down while {came_to}, and was not started by a kexec"
+    assert expect_upgrade(upgrade_came_to(Kind.CUT, "checking", came_to)) == ("rolled-back", reason)
+
+
+def test_upgrade_that_came_through_its_kexec_is_done() -> None:
+    assert expect_upgrade(upgrade_came_to(Kind.KEXEC, "committing")) == ("done", "")
+    assert expect_upgrade(upgrade_came_to(Kind.CUT, "committing", "loading", interrupted="")) == ("done", "")
+
+
+def test_cut_while_guests_are_loaded_leaves_the_upgrade_what_it_was() -> None:
+    assert expect_upgrade(upgrade_came_to(Kind.CUT, "loading", interrupted="why")) == ("rolled-back", "why")
+    assert expect_upgrade(upgrade_came_to(Kind.CUT, "done", reason="another kernel")) == ("done", "another kernel")
+    assert expect_upgrade(upgrade_came_to(Kind.CUT, "checking")) == ("refused", "the agent was interrupted")
+    assert expect_upgrade(Boot(Kind.CUT)) is None
+
+
+def test_agent_that_takes_a_cut_for_a_kexec_is_seen() -> None:
+    cut = upgrade_came_to(Kind.CUT, "committing")
+    phase_told, reason = expect_upgrade(cut) or ("", "")
+    assert judge_told(cut, {"phase": phase_told, "reason": reason}, {"c": False}) == []
+    told = judge_told(cut, {"phase": "done", "reason": ""}, {"c": True})
+    assert [problem.harm for problem in told] == [Harm.MISTOLD] * 2
+    assert [problem.harm for problem in judge_told(cut, {}, {})] == [Harm.MISTOLD] * 2
 
 
 def test_notes_of_a_boot_are_read(tmp_path: Path) -> None:
