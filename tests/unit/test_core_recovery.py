@@ -8,7 +8,7 @@ import pytest
 
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CheckpointUnreadable, CprError, LoadFailed, SaveFailed
+from cpr_agent.errors import CheckpointUnreadable, CprError, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.store.checkpoints import CheckpointStore
 from tests.bench import Bench
 
@@ -52,6 +52,32 @@ def test_a_checkpoint_without_qemu_waits(bench: Bench) -> None:
     assert recover(bench) is VmState.SAVED
     assert bench.runner.qemus == {}
     assert bench.files() == SAVED
+
+
+@pytest.mark.parametrize("act", ["load", "resume", "discard"])
+@pytest.mark.parametrize("next_agent", [False, True])
+def test_a_saved_qemu_that_does_not_answer_is_not_replaced(bench: Bench, act: str, next_agent: bool) -> None:
+    """On another socket its guest may have been let run, which ends its checkpoint."""
+
+    async def refused(vm: Vm) -> None:
+        bench.runner.faults["web1", "run_state"] = QemuFailed("no answer", vm="web1")
+        bench.qemu().by_hand("running")
+        with pytest.raises(QemuFailed, match="does not answer"):
+            await (vm.load("") if act == "load" else getattr(vm, act)())
+
+    async def save_and_go_on(vm: Vm) -> None:
+        await save(vm)
+        if not next_agent:
+            await refused(vm)
+
+    qemu = bench.qemu()
+    bench.vm(save_and_go_on)
+    if next_agent:
+        bench.vm(refused)
+    assert (bench.qemu(), qemu.status, bench.files()) == (qemu, "running", SAVED)
+    bench.runner.faults.clear()
+    assert recover(bench) is VmState.RUNNING
+    assert bench.files() == DISCARDED
 
 
 def test_a_saved_qemu_is_kept_for_a_rollback(bench: Bench) -> None:

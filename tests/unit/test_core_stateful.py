@@ -136,7 +136,10 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule(vm=names, paused=st.booleans())
     def a_hand_on_the_admins_socket(self, vm: str, paused: bool) -> None:
-        qemu = self.bench.runner.qemus.get(vm)
+        """Of a QEMU that answers the agent, too: what a hand does to any other the witness must tell, and there is none."""
+        qemu, faults = self.bench.runner.qemus.get(vm), self.bench.runner.faults
+        if not {(vm, "connect"), (vm, "run_state")}.isdisjoint(faults):
+            return
         if qemu and qemu.status in ("running" if paused else "paused", "" if paused else "postmigrate"):
             self.live(lambda manager: self.meddle(manager, vm, "paused" if paused else "running"), None)
 

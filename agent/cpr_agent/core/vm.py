@@ -135,6 +135,7 @@ class Vm(VmBase):
             elif self._qemu and self.run_state == "postmigrate" and manifest.run_state == "running":
                 await self._take_back(manifest)
             else:
+                self._require_no_silent_qemu("nothing was resumed")
                 await self._load(manifest, "")
 
     async def discard(self) -> None:
@@ -142,6 +143,7 @@ class Vm(VmBase):
         async with self._exclusive("discard"):
             self._admit()
             await self._derive()
+            self._require_no_silent_qemu("nothing was discarded")
             if self.run_state == "postmigrate":
                 raise WrongState(
                     "is saved and its QEMU still has the guest",
@@ -181,6 +183,7 @@ class Vm(VmBase):
         async with self._exclusive("load"):
             self._admit()
             await self._derive()
+            self._require_no_silent_qemu("nothing was loaded")
             if self.pid and self.run_state != "postmigrate":
                 raise AlreadyRunning(
                     f"is {self.state}; a checkpoint can't be loaded into a live VM",

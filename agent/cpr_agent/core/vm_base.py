@@ -333,6 +333,17 @@ class VmBase:
         if self.pid:
             raise AlreadyRunning(f"is already {self.state}", vm=self.name)
 
+    def _require_no_silent_qemu(self, left: str) -> None:
+        """Raises QemuFailed. Whether the guest of a QEMU that does not answer still stands where it was saved, nobody can
+        tell, and the witness, a sample, need not (invariant 2)."""
+        if self.pid and self._qemu is None:
+            raise QemuFailed(
+                "its QEMU does not answer, so nobody can tell whether its guest has run since it was saved",
+                vm=self.name,
+                left=left,
+                remedy=f"`cprctl stop --hard {self.name}` ends QEMU, if you know that it has not",
+            )
+
     def _stamped(self, launch: Launch) -> Launch:
         return replace(launch, created_at=self._ports.host.now(), boot_id=self._ports.host.boot_id())
 
