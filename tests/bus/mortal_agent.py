@@ -15,6 +15,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -93,12 +94,15 @@ class LabKexec(FakeKexec):
 
 async def serve(paths: Paths, address: str, point: str) -> None:
     passed: Counter[str] = Counter()
+    one_at_a_time = threading.Lock()
 
     def die_at(name: str) -> None:
-        passed[name] += 1
-        with (paths.root / "points").open("a") as points:
-            print(f"{name} {passed[name]}", file=points)
-        if point.removeprefix("stop ") in (name, f"{name} {passed[name]}"):
+        """Acts of the store pass here in threads of their own."""
+        with one_at_a_time, (paths.root / "points").open("a") as points:
+            passed[name] += 1
+            passage = f"{name} {passed[name]}"
+            print(passage, file=points)
+        if point.removeprefix("stop ") in (name, passage):
             os.kill(os.getpid(), signal.SIGSTOP if point.startswith("stop ") else signal.SIGKILL)
 
     bus = await Service.connect(address)
