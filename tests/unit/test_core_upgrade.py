@@ -508,6 +508,43 @@ def test_an_upgrade_that_a_power_cut_ends_while_it_loads_is_still_one(bench: Ben
     assert_all_run(bench)
 
 
+def test_a_power_cut_in_the_middle_of_a_load_leaves_no_guest_out_of_the_upgrade(bench: Bench) -> None:
+    """The next boot loads them all, and starts what was shut down, not just the one whose load was cut off."""
+    bench.runner.blocked["web2"] = ["it plays the piano"]
+    bench.run(until_kexec(bench, Wish(policy="skip-unsaveable")))
+    bench.runner.blocked.clear()
+    bench.reboot()
+    bench.runner.die_at = "after load-begin"
+    with contextlib.suppress(AgentKilled):
+        bench.run(load_all)
+    bench.runner.die_at = ""
+    bench.reboot()
+    bench.run(look)
+    bench.run(load_all)
+    assert_all_run(bench, booted=("web2",))
+
+    async def loaded(manager: Manager) -> tuple[str, ...]:
+        assert manager.ledger.current
+        return (manager.ledger.current.phase, *manager.ledger.current.loaded)
+
+    assert bench.run(loaded) == ("done", "web1", "web3")
+
+
+def test_one_guests_load_that_is_finished_after_a_crash_does_not_end_an_upgrade_that_is_held(bench: Bench) -> None:
+    bench.run(until_kexec(bench))
+    bench.reboot()
+    for name in ("web1", "web2"):
+        bench.runner.faults[name, "load"] = QemuFailed("this kernel lacks what it needs", vm=name)
+    bench.run(load_all)
+    del bench.runner.faults["web1", "load"]
+    bench.runner.die_at = "after load-begin"
+    with contextlib.suppress(AgentKilled):
+        bench.run(lambda manager: manager.vm("web1").load(""))
+    bench.runner.die_at = ""
+    assert bench.run(look) == {"web1": VmState.RUNNING, "web2": VmState.SAVED, "web3": VmState.RUNNING}
+    assert bench.run(outcome)[0] == "held"
+
+
 def test_rollback_has_nothing_to_do_before_and_after(bench: Bench) -> None:
     async def roll_back(manager: Manager) -> Job:
         return await ended(manager, manager.rollback())

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cpr_agent.core.checks import check_vm
 from cpr_agent.core.jobs import Job, Jobs
-from cpr_agent.core.ledger import Ledger
+from cpr_agent.core.ledger import Ledger, Phase
 from cpr_agent.core.model import Finding, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.preflight import Plan, Wish, check_host, plan
@@ -80,8 +80,10 @@ class Manager:
                 log.error("VM %s: could not be recovered: %s", vm.name, error)
         if unfinished := await self._transaction.recover():
             self.jobs.start("recover", unfinished, parked=unfinished == self._transaction.watch_kexec)
+        elif self.ledger.phase is Phase.BOOTED:
+            pass  # cpr-load.service asks for the load of all
         elif interrupted := [vm for vm in self.vms.values() if vm.load_interrupted()]:
-            self.jobs.start("recover", lambda job: self._transaction.load_all(job, interrupted, autostart=False))
+            self.jobs.start("recover", lambda job: self._transaction.load_again(job, interrupted))
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

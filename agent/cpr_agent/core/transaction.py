@@ -314,6 +314,14 @@ class Transaction:
             if failures:
                 raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
 
+    async def load_again(self, job: Job, vms: list[Vm]) -> None:
+        """Loads of single VMs that an earlier agent was in the middle of: they end no upgrade. Raises LoadFailed."""
+        async with self._lock:
+            self.refuse_when_committed()
+            failures, _, total = await self._load_each(job, vms, autostart=False)
+            if failures:
+                raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
+
     async def _load_each(self, job: Job, vms: list[Vm], autostart: bool) -> tuple[list[str], list[str], int]:
         """What failed, who was started afresh because memory was lost, and how many there were."""
         await asyncio.gather(*(vm.refresh() for vm in vms))
