@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 try:
     from scripts.guest.console import LINE
@@ -187,7 +187,7 @@ def expect_upgrade(boot: Boot) -> tuple[str, str] | None:
     return ("rolled-back" if reason else "done"), reason
 
 
-def judge_told(boot: Boot, upgrade: dict[str, object], by_kexec: dict[str, bool]) -> list[Problem]:
+def judge_told(boot: Boot, upgrade: dict[str, Any], by_kexec: dict[str, bool]) -> list[Problem]:
     """What the agent tells once the guests run: ``upgrade`` by D-Bus, and of each checkpoint that was loaded how the boot
     before ended."""
     problems = []
@@ -195,6 +195,8 @@ def judge_told(boot: Boot, upgrade: dict[str, object], by_kexec: dict[str, bool]
     told = (str(upgrade["phase"]), str(upgrade["reason"])) if upgrade else None
     if told != expected:
         problems.append(Problem(Harm.MISTOLD, f"of its last upgrade the agent says {told}, expected is {expected}"))
+    if missing := set(boot.saved) - set(upgrade.get("loaded", ())):
+        problems.append(Problem(Harm.MISTOLD, f"the agent leaves {', '.join(sorted(missing))} out of its last upgrade"))
     for name, checkpoint in boot.saved.items():
         if by_kexec.get(checkpoint) is not (boot.kind is Kind.KEXEC):
             what = f"of the pause of {name} the agent says by kexec: {by_kexec.get(checkpoint)}"

@@ -151,10 +151,16 @@ def test_cut_while_guests_are_loaded_leaves_the_upgrade_what_it_was() -> None:
 def test_agent_that_takes_a_cut_for_a_kexec_is_seen() -> None:
     cut = upgrade_came_to(Kind.CUT, "committing")
     phase_told, reason = expect_upgrade(cut) or ("", "")
-    assert judge_told(cut, {"phase": phase_told, "reason": reason}, {"c": False}) == []
-    told = judge_told(cut, {"phase": "done", "reason": ""}, {"c": True})
+    assert judge_told(cut, {"phase": phase_told, "reason": reason, "loaded": ["one"]}, {"c": False}) == []
+    told = judge_told(cut, {"phase": "done", "reason": "", "loaded": ["one"]}, {"c": True})
     assert [problem.harm for problem in told] == [Harm.MISTOLD] * 2
-    assert [problem.harm for problem in judge_told(cut, {}, {})] == [Harm.MISTOLD] * 2
+    assert [problem.harm for problem in judge_told(cut, {}, {})] == [Harm.MISTOLD] * 3
+
+
+def test_guest_that_is_left_out_of_its_upgrade_is_seen() -> None:
+    boot = upgrade_came_to(Kind.KEXEC, "committing")
+    (problem,) = judge_told(boot, {"phase": "done", "reason": "", "loaded": []}, {"c": True})
+    assert "leaves one out" in problem.text
 
 
 def test_notes_of_a_boot_are_read(tmp_path: Path) -> None:
