@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpr_agent.core.model import Definition
+from cpr_agent.core.model import Bytes, Definition, Seconds
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import InvalidDefinition
 from cpr_agent.vm.cmdline import collisions, cpu_model, firmware_files
-from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, parse_duration, parse_size, read_definition
+from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, read_definition
 
 GOOD = """
 [vm]
@@ -118,13 +118,13 @@ def test_the_packaged_examples_are_valid() -> None:
 @given(st.integers(0, 1 << 20), st.sampled_from(["", "K", "M", "G", "T", "k", "MiB", "GB"]))
 def test_sizes_are_powers_of_1024(number: int, unit: str) -> None:
     exponent = " KMGT".index(unit[:1].upper() or " ")
-    assert parse_size(f"{number}{unit}") == number << (10 * exponent)
+    assert Bytes.parse(f"{number}{unit}") == number << (10 * exponent)
 
 
 @given(st.integers(0, 10000))
 def test_durations_have_units(number: int) -> None:
-    assert parse_duration(f"{number}ms") * 1000 == pytest.approx(number)
-    assert parse_duration(f"{number}min") == parse_duration(f"{number * 60}s") == parse_duration(str(number * 60))
+    assert Seconds.parse(f"{number}ms") * 1000 == pytest.approx(number)
+    assert Seconds.parse(f"{number}min") == Seconds.parse(f"{number * 60}s") == Seconds.parse(str(number * 60))
 
 
 def test_firmware_is_found_wherever_it_is_named() -> None:

@@ -10,6 +10,7 @@ from dbus_next.signature import Variant
 from cpr_agent import __version__
 from cpr_agent.bus.contract import ROOT, escape
 from cpr_agent.bus.options import take_options, vardict
+from cpr_agent.core.allocation import Range, free, used
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import POLICIES, DaxDevice, Finding, Policy, Survives
@@ -68,13 +69,13 @@ class ManagerObject(BusObject):
         return [[[vm.name, str(vm.state), vm_path(vm.name)] for _, vm in sorted(self._manager.vms.items())]]
 
     async def call_ListDevices(self) -> list[Any]:
-        users = [(vm.name, await vm.claimed_memory()) for vm in self._manager.vms.values()]
-        return [
-            [
-                _device(device, [name for name, memory in users if memory and memory.uuid == device.uuid])
-                for device in self._manager.ports.memory.devices()
-            ]
-        ]
+        claims = await self._manager.claims()
+        return [[_device(device, used(device, claims)) for device in self._manager.ports.memory.devices()]]
+
+    async def call_AllocateMemory(self, vm: str, options: dict[str, Variant]) -> list[Any]:
+        taken = take_options(options, {"size": "s", "device": "s"})
+        device, found = await self._manager.allocate(vm, taken.get("size", ""), taken.get("device", ""))
+        return [vardict(device=f"uuid:{device.uuid}", size=found.size, offset=found.offset)]
 
     async def call_ListHistory(self) -> list[Any]:
         return [[_timeline(timeline) for timeline in self._manager.ports.history.all()]]
@@ -295,7 +296,7 @@ def _finding(finding: Finding) -> dict[str, Variant]:
     )
 
 
-def _device(device: DaxDevice, users: list[str]) -> dict[str, Variant]:
+def _device(device: DaxDevice, ranges: list[Range]) -> dict[str, Variant]:
     return vardict(
         node=device.node,
         uuid=device.uuid,
@@ -303,7 +304,10 @@ def _device(device: DaxDevice, users: list[str]) -> dict[str, Variant]:
         align=device.align_bytes,
         resource=device.resource,
         numa_node=device.numa_node,
-        vms=Variant("as", users),
+        region=device.region,
+        provider=device.provider,
+        used=Variant("a(tts)", [list(one) for one in ranges]),
+        free=Variant("a(tt)", [[one.offset, one.size] for one in free(device, ranges)]),
     )
 
 

@@ -379,6 +379,28 @@ def devices(context: click.Context, as_json: bool) -> None:
     _run(context, work)
 
 
+@cli.group()
+def memory() -> None:
+    """Find room for a guest's RAM."""
+
+
+@memory.command("allocate")
+@click.argument("vm")
+@click.option("--size", default="", help="As 4G (default: that of the VM's definition).")
+@click.option("--device", default="", help="On this device: its uuid, or its node (default: the best fit on any).")
+@json_option
+@pass_context
+def memory_allocate(context: click.Context, vm: str, size: str, device: str, as_json: bool) -> None:
+    """Print the [memory] section for a VM: a free, aligned range of a dax device. Reserves nothing."""
+
+    async def work(client: Client) -> int:
+        wanted = options(size=size or None, device=device or None)
+        _show(as_json, plain(await client.manager("AllocateMemory", "sa{sv}", vm, wanted)), tables.memory)
+        return 0
+
+    _run(context, work)
+
+
 @cli.command()
 @json_option
 @pass_context

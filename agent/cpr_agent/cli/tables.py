@@ -10,6 +10,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -164,17 +165,30 @@ def devices(data: list[dict[str, Any]]) -> None:
     if not data:
         _print("No dax devices are there. Make one with: ndctl create-namespace -f -e NAMESPACE -m devdax -M mem")
         return
-    table = _table("NODE", "UUID", "SIZE", "ALIGN", "NUMA", "USED BY")
+    table = _table("NODE", "UUID", "ALIGN", "NUMA", "PROVIDER", "OFFSET", "SIZE", "VM")
     for entry in data:
-        table.add_row(
-            entry["node"],
-            entry["uuid"],
-            size(entry["size"]),
-            size(entry["align"]),
-            str(entry["numa-node"]),
-            ", ".join(entry["vms"]) or "-",
-        )
+        about = [entry["node"], entry["uuid"], size(entry["align"]), _numa(entry["numa-node"]), entry["provider"]]
+        ranges = [*entry["used"], *([offset, length, "[dim]free[/]"] for offset, length in entry["free"])]
+        for offset, length, vm in sorted(ranges):
+            table.add_row(*about, size(offset), size(length), vm)
+            about = [""] * len(about)
+        room = sum(length for _, length in entry["free"])
+        table.add_row("", "", "", "", "", "[bold]total[/]", f"[bold]{size(entry['size'])}[/]", f"{size(room)} free")
     _print(table)
+
+
+def _numa(node: int) -> str:
+    return str(node) if node >= 0 else "-"
+
+
+def memory(data: dict[str, Any]) -> None:
+    """As it stands in a definition."""
+    for line in ("[memory]", *(f'{key} = "{value}"' for key, value in _section(data).items())):
+        _print(escape(line))
+
+
+def _section(data: dict[str, Any]) -> dict[str, str]:
+    return {"size": size(data["size"]), "device": data["device"], "offset": size(data["offset"])}
 
 
 def history(data: list[dict[str, Any]]) -> None:

@@ -6,16 +6,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import check_vm
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.ledger import Ledger, Phase
-from cpr_agent.core.model import Finding, MemoryIdentity, Policy, Survives
+from cpr_agent.core.model import Bytes, DaxDevice, Finding, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.preflight import Plan, Wish, check_host, plan
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.transaction import Transaction
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CprError, NoSuchVM
+from cpr_agent.errors import CprError, InvalidArgument, NoSuchVM
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,22 @@ class Manager:
             pass  # cpr-load.service asks for the load of all
         elif interrupted := [vm for vm in self.vms.values() if vm.load_interrupted()]:
             self.jobs.start("recover", lambda job: self._transaction.load_again(job, interrupted))
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    async def claims(self) -> list[tuple[str, MemoryIdentity]]:
+        """The memory of all VMs: what their guests are in, or else what their definitions name."""
+        return await self._claims("", True)
+
+    async def allocate(self, vm: str, size: str, device: str) -> tuple[DaxDevice, Range]:
+        """Where the RAM of ``vm`` can go; nothing is reserved. ``size`` "" is that of its definition. Raises
+        InvalidArgument, MemoryUnusable."""
+        known = self.vms.get(vm)
+        try:
+            wanted = Bytes.parse(size) if size else known.definition.memory.size if known and known.definition else 0
+        except ValueError as error:
+            raise InvalidArgument(str(error), vm=vm, left="nothing was allocated") from error
+        return allocate(vm, wanted, self.ports.memory.devices(), await self.claims(), device.removeprefix("uuid:"))
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import re
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -18,30 +17,9 @@ from cpr_agent.vm.cmdline import collisions, plan_load, plan_start
 
 T = TypeVar("T")
 
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h|)")
-_DURATION_UNITS = {"ms": 0.001, "s": 1, "": 1, "min": 60, "h": 3600}
-
-
-def parse_size(text: str) -> Bytes:
-    """``"4G"`` → bytes, in powers of 1024 as QEMU reads them. Raises ValueError."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 512M or 4G")
-    return Bytes(int(match[1]) * _SIZE_UNITS[match[2].upper()])
-
-
-def parse_duration(text: str) -> Seconds:
-    """``"60s"`` → seconds. Raises ValueError."""
-    match = _DURATION.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is not a duration such as 60s or 2min")
-    return Seconds(float(match[1]) * _DURATION_UNITS[match[2]])
-
 
 def _decode(kind: type, value: Any) -> Any:
-    parse = {Bytes: parse_size, Seconds: parse_duration}.get(kind)
+    parse = {Bytes: Bytes.parse, Seconds: Seconds.parse}.get(kind)
     if parse is None:
         raise NotImplementedError(kind)
     if isinstance(value, str):
