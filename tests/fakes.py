@@ -282,6 +282,10 @@ class FakeQemu:
         await self._step("after-cont")
         return 0.0
 
+    async def set_guest_clock(self, now: Callable[[], float]) -> float | None:  # noqa: ARG002
+        await self._step("set_guest_clock")
+        return None
+
     async def powerdown(self) -> None:
         await self._step("powerdown")
         self._runner.end(self.launch.vm)

@@ -23,6 +23,7 @@
     │   ├── MachineChanged    an older QEMU, fewer CPU features, other firmware
     │   └── CheckpointUnreadable
     ├── QemuFailed            QEMU could not be started, died, or did not answer
+    ├── GuestAgentFailed      the QEMU guest agent hung, refused, or made no sense
     ├── SaveFailed
     ├── LoadFailed
     ├── KernelRefused         a kernel that can't be started, or that would lose the guests
@@ -172,6 +173,10 @@ class CheckpointUnreadable(ProofFailed):
 
 class QemuFailed(CprError):
     kind = "QemuFailed"
+
+
+class GuestAgentFailed(CprError):
+    kind = "GuestAgentFailed"
 
 
 class SaveFailed(CprError):

@@ -45,6 +45,17 @@ def linux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def linux_with_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with Debian's qemu-ga."""
+    out = tmp_path_factory.mktemp("guest")
+    found = subprocess.run(["scripts/host-vm", "root"], cwd=ROOT, capture_output=True, text=True, check=True)
+    root = Path(found.stdout.strip())
+    kernel = max(root.glob("boot/vmlinuz-*-cloud-amd64"))
+    subprocess.run([ROOT / "scripts/guest/build-linux", out, kernel, "", root], check=True)
+    return out
+
+
 def _qemu(version: str) -> str:
     if version not in QEMUS:
         missing = f"no QEMU {version} here (found: {', '.join(QEMUS) or 'none'}); build it with: make host-root"

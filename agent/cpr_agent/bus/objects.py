@@ -320,5 +320,7 @@ def _timeline(timeline: GuestTimeline) -> dict[str, Variant]:
         stopped_at=timeline.stopped_at,
         resumed_at=timeline.resumed_at,
         pause=timeline.pause_s,
+        clock_behind=timeline.clock_behind_s,
+        clock_problem=timeline.clock_problem,
         phases=Variant("a(sd)", [[name, length_s] for name, length_s in timeline.phases()]),
     )

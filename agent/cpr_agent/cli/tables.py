@@ -202,4 +202,8 @@ def history(data: list[dict[str, Any]]) -> None:
             table.add_row(name, f"{length_s:.3f}")
         table.add_row("[bold]total pause[/]", f"[bold]{entry['pause']:.3f}[/]")
         _print(f"[bold]{entry['vm']}[/]: kernel {entry['kernel-before']} -> {entry['kernel-after']}")
+        if "clock-behind" in entry:
+            _print(f"its clock was {entry['clock-behind']:.3f} s behind, and was set")
+        if entry["clock-problem"]:
+            _print(f"[yellow]its clock was not set:[/] {entry['clock-problem']}")
         _print(table)

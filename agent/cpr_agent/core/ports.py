@@ -59,6 +59,10 @@ class Qemu(Protocol):
     async def cont(self) -> float:
         """Let the guest run; returns when it did (epoch s)."""
 
+    async def set_guest_clock(self, now: Callable[[], float]) -> float | None:
+        """Set it to ``now()`` (epoch s) by the guest agent; returns by how much it was behind (s), None where the VM has no
+        port for a guest agent. Raises GuestAgentFailed."""
+
     async def powerdown(self) -> None: ...
 
     async def quit(self) -> None: ...

@@ -7,6 +7,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from cpr_agent.core.model import (
     Definition,
@@ -483,10 +484,29 @@ class Vm(VmBase):
             by_kexec=not rebooted or host.booted_by_kexec(),
         )
         log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s)
+        self._store_timeline(timeline)
+        if manifest.run_state == "running" and (clock := await self._set_clock()):
+            self._store_timeline(replace(timeline, **clock))
+
+    def _store_timeline(self, timeline: GuestTimeline) -> None:
         try:
             self._ports.history.add(timeline)
         except OSError as error:  # the guest runs; a report is not worth failing for
             log.warning("VM %s: its timeline could not be stored: %s", self.name, error)
+
+    async def _set_clock(self) -> dict[str, Any]:
+        """A guest's clock stood still with it. Returns what its timeline has to tell of that."""
+        if self._qemu is None or (self.definition and self.definition.load.resync_clock == "never"):
+            return {}
+        try:
+            behind_s = await self._qemu.set_guest_clock(self._ports.host.now)
+        except CprError as error:
+            log.warning("VM %s: its clock was not set: %s", self.name, error.what)
+            return {"clock_problem": error.what}
+        if behind_s is None:
+            return {}
+        log.info("VM %s: its clock was %.3f s behind, and was set", self.name, behind_s)
+        return {"clock_behind_s": behind_s}
 
     async def _relocated(self, identity: MemoryIdentity) -> Located:
         with naming(self.name):

@@ -26,6 +26,9 @@ class GuestTimeline:
     load_at: float
     memory_at: float
     resumed_at: float
+    clock_behind_s: float | None = None
+    """By how much the guest's clock was wrong before the agent set it; None if nobody did."""
+    clock_problem: str = ""
     by_kexec: bool = True
     """False if the host was reset, or lost its power, in between."""
 

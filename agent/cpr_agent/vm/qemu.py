@@ -13,6 +13,7 @@ from cpr_agent.core.model import RAM_ID, CpuFacts, Difference, DiskIdentity, Fil
 from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.vm.cmdline import cpu_model, firmware_files
 from cpr_agent.vm.dialects import CONFLICTING, Dialect, choose
+from cpr_agent.vm.guest_agent import PORT, set_clock
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused, event_time
 from cpr_agent.vm.retry import until
 
@@ -237,6 +238,24 @@ class LiveQemu:
                     return event_time(await resumed)
             except TimeoutError:
                 raise QemuFailed(f"QEMU did not resume the guest within {_SETTLE_S:.0f} s", vm=self._qmp.vm) from None
+
+    async def set_guest_clock(self, now: Callable[[], float]) -> float | None:
+        path = await self._guest_agent()
+        return await set_clock(self._qmp.vm, Path(path), now) if path else None
+
+    async def _guest_agent(self) -> str:
+        """The socket of the VM's guest agent port, "" if it has none."""
+        chardevs = {str(chardev["label"]): str(chardev["filename"]) for chardev in await self._qmp.execute("query-chardev")}
+        for parent in ("/machine/peripheral", "/machine/peripheral-anon"):
+            for child in await self._qmp.execute("qom-list", {"path": parent}):
+                if child["type"] != "child<virtserialport>":
+                    continue
+                path = f"{parent}/{child['name']}"
+                if await self._optional("qom-get", "", path=path, property="name") == PORT:
+                    chardev = await self._optional("qom-get", "", path=path, property="chardev")
+                    found = re.search(r"unix:([^,]*)", chardevs.get(chardev, ""))
+                    return found[1] if found else ""
+        return ""
 
     async def powerdown(self) -> None:
         if await self.run_state() == "suspended":

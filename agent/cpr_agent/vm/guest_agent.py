@@ -1,0 +1,94 @@
+"""The QEMU guest agent (qga), over the socket of its virtio-serial port: by it a guest's clock is set.
+
+What is at the other end belongs to the guest, and is not believed: a reply is bounded in size and time, and has to be JSON
+of the right shape. The protocol is that of docs/interop/qemu-ga.rst and qga/qapi-schema.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from cpr_agent.errors import GuestAgentFailed
+
+PORT = "org.qemu.guest_agent.0"
+"""What the virtio-serial port is called in the guest; qemu-ga looks for it."""
+TIMEOUT_S = 20.0
+_REPLY_BYTES = 1 << 20
+_DELIMITER = b"\xff"
+
+
+class GuestAgent:
+    """One connection, in sync. Every method raises GuestAgentFailed."""
+
+    def __init__(self, vm: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._vm = vm
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def connected(cls, vm: str, path: Path, timeout_s: float = TIMEOUT_S) -> AsyncIterator[GuestAgent]:
+        try:
+            reader, writer = await asyncio.open_unix_connection(path, limit=_REPLY_BYTES)
+        except OSError as error:
+            raise GuestAgentFailed(f"its guest agent's socket {path}: {error.strerror or error}", vm=vm) from error
+        try:
+            agent = cls(vm, reader, writer)
+            await agent._synchronize(timeout_s)
+            yield agent
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def execute(self, command: str, timeout_s: float = TIMEOUT_S, **arguments: object) -> Any:
+        reply = await self._exchange(command, b"", arguments, timeout_s)
+        if "return" not in reply:
+            error = reply.get("error")
+            said = error.get("desc") if isinstance(error, dict) else error
+            raise GuestAgentFailed(f"its guest agent refused {command}: {str(said)[:200]}", vm=self._vm)
+        return reply["return"]
+
+    async def _synchronize(self, timeout_s: float) -> None:
+        """Skip what an earlier client left unread: replies up to ours are not ours."""
+        number = secrets.randbits(31)
+        self._writer.write(_DELIMITER)  # ends whatever an earlier client sent the half of
+        reply = await self._exchange("guest-sync-delimited", _DELIMITER, {"id": number}, timeout_s)
+        if reply.get("return") != number:
+            raise GuestAgentFailed("its guest agent answered with what it was not asked", vm=self._vm)
+
+    async def _exchange(self, command: str, until: bytes, arguments: dict[str, object], timeout_s: float) -> dict[str, Any]:
+        request = {"execute": command, **({"arguments": arguments} if arguments else {})}
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._writer.write(json.dumps(request).encode() + b"\n")
+                await self._writer.drain()
+                if until:
+                    await self._reader.readuntil(until)
+                reply = json.loads(await self._reader.readuntil(b"\n"))
+        except TimeoutError:
+            raise GuestAgentFailed(
+                f"its guest agent did not answer {command} within {timeout_s:.0f} s", vm=self._vm
+            ) from None
+        except (ValueError, RecursionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError) as error:
+            raise GuestAgentFailed(f"its guest agent answered {command} with garbage, or went away", vm=self._vm) from error
+        if not isinstance(reply, dict):
+            raise GuestAgentFailed(f"its guest agent answered {command} with garbage", vm=self._vm)
+        return reply
+
+
+async def set_clock(vm: str, path: Path, now: Any, timeout_s: float = TIMEOUT_S) -> float:
+    """Set the guest's clock to ``now()`` (epoch seconds); returns by how much it was behind (s)."""
+    async with GuestAgent.connected(vm, path, timeout_s) as agent:
+        was = await agent.execute("guest-get-time", timeout_s)
+        if not isinstance(was, int) or isinstance(was, bool) or abs(was) >= 1 << 63:
+            raise GuestAgentFailed("its guest agent answered guest-get-time with garbage", vm=vm)
+        behind_s = float(now()) - was / 1e9
+        await agent.execute("guest-set-time", timeout_s, time=int(now() * 1e9))
+        return behind_s

@@ -1,0 +1,87 @@
+"""A guest's clock after a pause, set by a real qemu-ga in a real Linux."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.lab import Guest, Lab, until
+
+PAUSE_S = 60
+
+
+def with_agent(lab: Lab, linux: Path) -> Guest:
+    """A Linux guest with the port that qemu-ga listens at."""
+    socket = lab.root / "qga"
+    guest = lab.guest(
+        "linux",
+        *("-initrd", str(linux / "initrd.img"), "-append", "console=ttyS0 quiet loglevel=1 panic=-1"),
+        *("-chardev", f"socket,id=qga,path={socket},server=on,wait=off", "-device", "virtio-serial"),
+        *("-device", "virtserialport,chardev=qga,name=org.qemu.guest_agent.0"),
+        size="512M",
+    )
+    arguments = guest.definition["vm"]["arguments"]
+    arguments[arguments.index("-kernel") + 1] = str(linux / "vmlinuz")
+    lab.define(guest)
+    return guest
+
+
+def behind_s(guest: Guest, lines: int = 6) -> float:
+    """The least by which the clock that it prints, in whole seconds, is behind ours at the moment it appears."""
+    seen = []
+    for _ in range(lines):
+        had = guest.console.read_bytes().count(b"cpr-clock ")
+        until(lambda had=had: guest.console.read_bytes().count(b"cpr-clock ") > had, "the guest tells the time")
+        seen.append(time.time() - float(re.findall(rb"cpr-clock (\d+)\s", guest.console.read_bytes())[-1]))
+    return min(seen)
+
+
+@pytest.mark.parametrize("resync", ["auto", "never"])
+def test_a_clock_is_right_after_a_pause(lab: Lab, linux_with_agent: Path, resync: str) -> None:
+    guest = with_agent(lab, linux_with_agent)
+    guest.definition["load"] = {"resync-clock": resync}
+    lab.define(guest)
+    pause_s = PAUSE_S if resync == "auto" else PAUSE_S / 10
+    guest.start()
+    guest.until_counts()
+    before_s = behind_s(guest)
+    assert abs(before_s) < 1.5
+    guest.save()
+    threading.Event().wait(pause_s)  # the pause is what is tested
+    guest.load()
+    guest.until_counts()
+
+    def told() -> dict[str, object]:
+        return dict(lab.client(lambda client: client.manager("ListHistory"))[-1])
+
+    if resync == "never":
+        assert behind_s(guest) > pause_s - 1.5
+        assert "clock-behind" not in told()
+        return
+    until(lambda: "clock-behind" in told() or told()["clock-problem"], "the clock is set")
+    assert told()["clock-problem"] == ""
+    assert pause_s - 1 < told()["clock-behind"] < pause_s + 60  # type: ignore[operator]
+    assert abs(behind_s(guest) - before_s) < 1
+    guest.assert_unbroken()
+
+
+def test_a_guest_that_does_not_answer_runs_all_the_same(lab: Lab) -> None:
+    """The tiny guest has the port, and nobody listens there."""
+    socket = lab.root / "qga"
+    guest = lab.running(
+        "web1",
+        *("-chardev", f"socket,id=qga,path={socket},server=on,wait=off", "-device", "virtio-serial"),
+        *("-device", "virtserialport,chardev=qga,name=org.qemu.guest_agent.0"),
+    )
+    guest.save()
+    guest.load()
+    guest.assert_unbroken()
+    (told,) = until(
+        lambda: [h for h in lab.client(lambda client: client.manager("ListHistory")) if h["clock-problem"]], "it is told"
+    )
+    assert "did not answer guest-sync-delimited" in told["clock-problem"]
+    assert "its clock was not set" in lab.cprctl("history").stdout
