@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -45,6 +46,7 @@ JOBS: dict[str, Act] = {
     "load all": through(lambda manager: manager.load_all(autostart=False)),
     "rollback": through(lambda manager: manager.rollback()),
 }
+ANNOUNCED = ("resume", "rollback", "save-undone")
 FAULTS = ("start", "connect", "run_state", "save", "after-save", "load", "after-load", "cont", "after-cont")
 lives = st.none() | st.integers(1, 120)
 names = st.sampled_from(NAMES)
@@ -57,6 +59,9 @@ class AnyHistory(RuleBasedStateMachine):
         super().__init__()
         self.root = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
         self.bench = Bench(self.root, witness="off")
+        self.gone: set[object] = set()
+        """Checkpoints that were announced to be over, and were gone when the world was looked at."""
+        self.looked_at = 0
         for name in NAMES:
             self.bench.define(name, self.bench.define_device(name))
 
@@ -165,16 +170,24 @@ class AnyHistory(RuleBasedStateMachine):
 
     @invariant()
     def no_checkpoint_runs_twice(self) -> None:
-        """ "resume" alone only announces: until the checkpoint is out of the world its guest has not run."""
+        """ "resume", "rollback" and "save-undone" only announce: until the checkpoint is out of the world its guest has not
+        run, and an agent that was killed in between leaves it for a load."""
         records = self.bench.journal()
         runs = Counter(record["checkpoint"] for record in records if record["event"] == "resumed")
         assert all(count == 1 for count in runs.values())
         spent: set[object] = set()
-        for record in records:
+        for number, record in enumerate(records):
             if record["event"] == "load-begin":
-                assert record["checkpoint"] not in spent, "a checkpoint whose guest has run is loaded again"
-            if record["event"] in ("resumed", "rollback", "resumed-by-hand", "save-undone"):
+                gone = self.gone if number >= self.looked_at else set()
+                assert record["checkpoint"] not in spent | gone, "a checkpoint whose guest has run is loaded again"
+            if record["event"] in ("resumed", "resumed-by-hand"):
                 spent.add(record["checkpoint"])
+        self.gone |= {record["checkpoint"] for record in records if record["event"] in ANNOUNCED} - self.live_checkpoints()
+        self.looked_at = len(records)
+
+    def live_checkpoints(self) -> set[object]:
+        paths = (self.root / "checkpoints").glob("*/manifest.json")
+        return {json.loads(path.read_bytes())["manifest"]["id"] for path in paths}
 
     @invariant()
     def no_guest_runs_while_it_can_still_be_loaded(self) -> None:
