@@ -41,7 +41,7 @@ test: check ## Everything: lint, unit, bus, one real kexec
 	$(PYTHON) -m pytest -s tests/host
 
 .PHONY: test-faults
-test-faults: bootstrap host-root $(DEB) ## Hours: kills, power cuts and refused kexecs, and what guests made of them
+test-faults: bootstrap host-root $(DEB) ## About an hour: kills, power cuts and refused kexecs, and what guests made of them
 	rm -f build/faults
 	CPR_TEST_EXAMPLES=2000 $(PYTHON) -m pytest tests/unit/test_core_stateful.py
 	$(PYTHON) -m pytest -s tests/faults
