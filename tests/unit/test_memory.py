@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
+from cpr_agent.memory import users
 from cpr_agent.memory.backends import HostMemory, filesystem_of
 from cpr_agent.memory.witness import PAGE, chosen_pages, new_witness, take_witness
 from cpr_agent.vm.launch import RefusedError, open_memory, take_ticket
@@ -247,3 +249,54 @@ def test_the_launcher_needs_the_standard_library_alone() -> None:
         ended = subprocess.run([sys.executable, "-I", "-S", path, "/nonexistent/x", "1"], capture_output=True, check=False)
         assert b"ImportError" not in ended.stderr
         assert b"ModuleNotFoundError" not in ended.stderr
+
+
+def test_a_census_answers_all_who_ask_by_few_walks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One walk for who came first, one for all who came while it was under way; each sees what was there when it asked."""
+    walks: list[int] = []
+
+    def counted(wanted: Collection[users.Wanted]) -> dict[users.Wanted, users.Users]:
+        walks.append(len(wanted))
+        return find_users(wanted)
+
+    find_users = users.find_users
+    monkeypatch.setattr(users, "find_users", counted)
+    paths = [tmp_path / str(number) for number in range(20)]
+    for path in paths:
+        path.write_bytes(bytes(4096))
+
+    async def ask() -> list[users.Users]:
+        census = users.Census()
+        first = asyncio.ensure_future(census.users(paths[0]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        answers = await asyncio.gather(*(census.users(path) for path in paths))
+        await first
+        return answers
+
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()", paths[7]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        assert holder.stdin and holder.stdout
+        holder.stdout.readline()
+        answers = asyncio.run(ask())
+        holder.stdin.close()
+    assert walks == [1, 20]
+    assert [len(answer) for answer in answers] == [int(number == 7) for number in range(20)]
+    assert answers[7][0][1] == holder.pid
+
+
+def test_a_node_that_is_gone_is_no_matter_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "here").write_bytes(b"")
+
+    async def ask() -> list[users.Users | BaseException]:
+        census = users.Census()
+        asked = (census.users(tmp_path / name) for name in ("gone", "here"))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    gone, here = asyncio.run(ask())
+    assert isinstance(gone, FileNotFoundError)
+    assert here == []

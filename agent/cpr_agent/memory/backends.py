@@ -12,7 +12,7 @@ from pathlib import Path
 from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory.devices import Devices
-from cpr_agent.memory.users import find_users
+from cpr_agent.memory.users import Census
 from cpr_agent.memory.witness import is_blank, measure_witness, new_witness, take_witness
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -25,6 +25,7 @@ class HostMemory:
 
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
+        self._census = Census()
 
     def devices(self) -> list[DaxDevice]:
         return self._devices.list()
@@ -109,7 +110,7 @@ class HostMemory:
             return False
 
     async def users(self, located: Located) -> list[tuple[str, int]]:
-        return await asyncio.to_thread(find_users, Path(located.node))
+        return await self._census.users(Path(located.node))
 
     async def _device(self, good: Callable[[DaxDevice], bool], what: str, timeout_s: float) -> DaxDevice:
         device = await self._devices.wait(good, timeout_s)
