@@ -8,7 +8,7 @@ from pathlib import Path
 from scripts.guest.console import read_console
 
 ROOT = Path(__file__).parent.parent.parent
-TIMEOUT_S = 1500
+TIMEOUT_S = 2400
 
 
 def test_two_guests_live_through_a_kexec_of_their_host(tmp_path: Path) -> None:
