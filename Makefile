@@ -44,7 +44,7 @@ test: check ## Everything: lint, unit, bus, one real kexec
 test-faults: bootstrap host-root $(DEB) ## About an hour: kills, power cuts and refused kexecs, and what guests made of them
 	rm -f build/faults
 	CPR_TEST_EXAMPLES=2000 $(PYTHON) -m pytest tests/unit/test_core_stateful.py
-	$(PYTHON) -m pytest -s tests/faults
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/faults
 	@$(PYTHON) -m tests.faults.tally
 
 .PHONY: test-corruption
