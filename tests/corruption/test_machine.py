@@ -176,3 +176,28 @@ def test_a_disk_on_the_network_that_grew(lab: Lab) -> None:
         guest.call("Stop", "s", "hard")
     finally:
         end(server)
+
+
+def test_a_tpm_that_is_gone(each_lab: Lab, tmp_path: Path) -> None:
+    """Its state travels in QEMU's file; the swtpm behind the VM ends with QEMU's connection, and is another at the load."""
+    socket, state = each_lab.root / "tpm", each_lab.root / "tpm-state"
+    state.mkdir()
+    tpm = f"-chardev socket,id=tpm,path={socket} -tpmdev emulator,id=tpm0,chardev=tpm -device tpm-tis,tpmdev=tpm0"
+    qemu, changed = changing(tmp_path, f'{each_lab.qemu} "$@" {tpm}', f'{each_lab.qemu} "$@"')
+
+    def emulator() -> subprocess.Popen[bytes]:
+        command = ["swtpm", "socket", "--tpm2", f"--tpmstate=dir={state}", f"--ctrl=type=unixio,path={socket}"]
+        process = subprocess.Popen(command)
+        until(socket.exists, "swtpm listens")
+        return process
+
+    first = emulator()
+    guest = kept(each_lab, qemu=qemu)
+    first.wait()
+    second = emulator()
+    changed.touch()
+    caught(guest, "MachineChanged", "TPM was tpm0 tpm-tis emulator, is none")
+    changed.unlink()
+    loads(guest)
+    guest.call("Stop", "s", "hard")
+    second.wait()
