@@ -137,9 +137,17 @@ def option(argv: Sequence[str], *names: str) -> list[str]:
 def keyed(value: str) -> dict[str, str]:
     """``a=b,c=d`` as QEMU reads it, with ``,,`` for a comma in a value; JSON where it takes that too."""
     if value.startswith("{"):
-        return {key: str(word) for key, word in json.loads(value).items()}
+        return _flat(json.loads(value))
     words = (word.replace("\0", ",").partition("=") for word in value.replace(",,", "\0").split(","))
     return {key: word for key, _, word in words}
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"file": {"filename": "x"}}`` as ``file.filename=x``, which is the same to QEMU."""
+    out: dict[str, str] = {}
+    for key, word in value.items():
+        out.update(_flat(word, f"{prefix}{key}.") if isinstance(word, dict) else {f"{prefix}{key}": str(word)})
+    return out
 
 
 def firmware_files(argv: Sequence[str]) -> list[str]:
