@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,13 +42,6 @@ def caught(guest: Guest, kind: str, *words: str) -> str:
         assert guest.state == ("held" if kind in PROOFS else "saved"), text
     note("caught", kind)
     return text
-
-
-@contextlib.contextmanager
-def held(guest: Guest, kind: str, *words: str) -> Iterator[None]:
-    """The body corrupts, the load is refused, and what comes after puts things right again."""
-    yield
-    caught(guest, kind, *words)
 
 
 def loads(guest: Guest) -> None:

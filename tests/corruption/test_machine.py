@@ -32,44 +32,44 @@ def changing(tmp_path: Path, before: str, after: str) -> tuple[str, Path]:
     return script(tmp_path / "qemu", f"#!/bin/sh\n[ -e {changed} ] && exec {after}\nexec {before}\n"), changed
 
 
+def noticed(guest: Guest, changed: Path, kind: str, *words: str) -> None:
+    """While the other QEMU is there the load is refused; after that the guest goes on."""
+    changed.touch()
+    caught(guest, kind, *words)
+    changed.unlink()
+    loads(guest)
+
+
 def test_a_cpu_feature_that_is_gone(each_lab: Lab, tmp_path: Path) -> None:
     qemu, changed = changing(tmp_path, f'{each_lab.qemu} "$@" -cpu max', f'{each_lab.qemu} "$@" -cpu max,-avx2,-sse4.2')
     guest = kept(each_lab, "-cpu", "max", qemu=qemu)
-    changed.touch()
-    caught(guest, "MachineChanged", "CPU features", "CPUID 7.0.EBX 0x20", "CPUID 1.0.ECX 0x100000")
-    changed.unlink()
-    loads(guest)
+    noticed(guest, changed, "MachineChanged", "CPU features", "CPUID 7.0.EBX 0x20", "CPUID 1.0.ECX 0x100000")
 
 
 def test_features_that_the_host_lacks_are_named(each_lab: Lab, tmp_path: Path) -> None:
     """QEMU itself takes them off the model: by name it knows what the host can't do."""
     qemu, changed = changing(tmp_path, f'{each_lab.qemu} "$@"', f'{each_lab.qemu} "$@" -cpu max,-avx2')
     guest = kept(each_lab, "-cpu", "max,-sha-ni", qemu=qemu)
-    changed.touch()
-    caught(guest, "MachineChanged", "CPUID 7.0.EBX 0x20")
-    changed.unlink()
-    loads(guest)
+    noticed(guest, changed, "MachineChanged", "CPUID 7.0.EBX 0x20")
 
 
 def test_a_cpu_that_is_gone(lab: Lab, tmp_path: Path) -> None:
     qemu, changed = changing(tmp_path, f'{lab.qemu} "$@" -smp 2', f'{lab.qemu} "$@" -smp 1')
     guest = kept(lab, qemu=qemu)
-    changed.touch()
-    caught(guest, "MachineChanged", "number of CPUs was 2, is 1")
-    changed.unlink()
-    loads(guest)
+    noticed(guest, changed, "MachineChanged", "number of CPUs was 2, is 1")
+
+
+def oldest_first() -> list[str]:
+    return [QEMUS[version] for version in sorted(QEMUS, key=lambda v: tuple(map(int, v.split("."))))]
 
 
 @pytest.mark.skipif(len(QEMUS) < 2, reason="there is one QEMU here")
 def test_another_generation_of_qemu(lab: Lab, tmp_path: Path) -> None:
-    old, new = (QEMUS[version] for version in sorted(QEMUS, key=lambda v: tuple(map(int, v.split(".")))))
+    old, new = oldest_first()
     machine = "-machine", "pc-q35-7.2,accel=tcg"
     qemu, changed = changing(tmp_path, f'{new} "$@"', f'{old} "$@"')
     guest = kept(lab, *machine, qemu=qemu)
-    changed.touch()
-    caught(guest, "MachineChanged", "version of QEMU was")
-    changed.unlink()
-    loads(guest)
+    noticed(guest, changed, "MachineChanged", "version of QEMU was")
     newer, updated = changing(lab.root, f'{old} "$@"', f'{new} "$@"')
     other = kept(lab, *machine, name="web2", qemu=newer)
     updated.touch()
@@ -78,13 +78,10 @@ def test_another_generation_of_qemu(lab: Lab, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(len(QEMUS) < 2, reason="there is one QEMU here")
 def test_a_machine_type_that_an_older_qemu_does_not_have(lab: Lab, tmp_path: Path) -> None:
-    old, new = (QEMUS[version] for version in sorted(QEMUS, key=lambda v: tuple(map(int, v.split(".")))))
+    old, new = oldest_first()
     qemu, changed = changing(tmp_path, f'{new} "$@"', f'{old} "$@"')
     guest = kept(lab, qemu=qemu)
-    changed.touch()
-    caught(guest, "LoadFailed", "unsupported machine type")
-    changed.unlink()
-    loads(guest)
+    noticed(guest, changed, "LoadFailed", "unsupported machine type")
 
 
 def test_the_same_qemu_in_another_file(lab: Lab, tmp_path: Path) -> None:
@@ -195,9 +192,6 @@ def test_a_tpm_that_is_gone(each_lab: Lab, tmp_path: Path) -> None:
     guest = kept(each_lab, qemu=qemu)
     first.wait()
     second = emulator()
-    changed.touch()
-    caught(guest, "MachineChanged", "TPM was tpm0 tpm-tis emulator, is none")
-    changed.unlink()
-    loads(guest)
+    noticed(guest, changed, "MachineChanged", "TPM was tpm0 tpm-tis emulator, is none")
     guest.call("Stop", "s", "hard")
     second.wait()

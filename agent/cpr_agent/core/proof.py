@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from cpr_agent.core.model import (
@@ -124,14 +124,8 @@ async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
     changed = [
         difference for was, found in zip(manifest.qemu.disks, now, strict=True) for difference in was.differences(found)
     ]
-    if changed:
-        raise DiskChanged(
-            f"its disks are not what they were when it was saved: {'; '.join(map(str, changed))}",
-            vm=manifest.vm,
-            left=_KEPT,
-            remedy="bring the original contents back and load again",
-            evidence=changed,
-        )
+    what = "its disks are not what they were when it was saved"
+    _refuse(DiskChanged, what, changed, manifest, "bring the original contents back and load again")
 
 
 async def digest_firmware(ports: Ports, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
@@ -146,26 +140,23 @@ async def refuse_changed_firmware(ports: Ports, manifest: Manifest) -> None:
         for was, found in zip(manifest.qemu.firmware, now, strict=True)
         if was != found
     ]
-    if changed:
-        raise MachineChanged(
-            f"its firmware is not what it was when it was saved: {'; '.join(map(str, changed))}",
-            vm=manifest.vm,
-            left=_KEPT,
-            remedy="bring the original file back and load again",
-            evidence=changed,
-        )
+    what = "its firmware is not what it was when it was saved"
+    _refuse(MachineChanged, what, changed, manifest, "bring the original file back and load again")
 
 
 async def refuse_lesser_machine(qemu: Qemu, manifest: Manifest) -> None:
     """What the guest has seen must still be there. The QEMU is new and has loaded nothing yet. Raises MachineChanged."""
-    if lacking := await qemu.differences(manifest.qemu, manifest.launch):
-        raise MachineChanged(
-            f"the machine that it would go on in lacks what it had: {'; '.join(map(str, lacking))}",
-            vm=manifest.vm,
-            left=_KEPT,
-            remedy="use the kernel and the QEMU that it was saved with, or newer ones: see `cprctl upgrade --back`",
-            evidence=lacking,
-        )
+    lacking = await qemu.differences(manifest.qemu, manifest.launch)
+    remedy = "use the kernel and the QEMU that it was saved with, or newer ones: see `cprctl upgrade --back`"
+    _refuse(MachineChanged, "the machine that it would go on in lacks what it had", lacking, manifest, remedy)
+
+
+def _refuse(
+    error: type[ProofFailed], what: str, differences: Sequence[Difference], manifest: Manifest, remedy: str
+) -> None:
+    if differences:
+        text = f"{what}: {'; '.join(map(str, differences))}"
+        raise error(text, vm=manifest.vm, left=_KEPT, remedy=remedy, evidence=differences)
 
 
 def _power_was_cut_from(manifest: Manifest, ports: Ports) -> bool:

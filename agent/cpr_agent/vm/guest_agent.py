@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,12 @@ class GuestAgent:
         return reply
 
 
-async def set_clock(vm: str, path: Path, now: Any, timeout_s: float = TIMEOUT_S) -> float:
+async def set_clock(vm: str, path: Path, now: Callable[[], float], timeout_s: float = TIMEOUT_S) -> float:
     """Set the guest's clock to ``now()`` (epoch seconds); returns by how much it was behind (s)."""
     async with GuestAgent.connected(vm, path, timeout_s) as agent:
         was = await agent.execute("guest-get-time", timeout_s)
         if not isinstance(was, int) or isinstance(was, bool) or abs(was) >= 1 << 63:
             raise GuestAgentFailed("its guest agent answered guest-get-time with garbage", vm=vm)
-        behind_s = float(now()) - was / 1e9
+        behind_s = now() - was / 1e9
         await agent.execute("guest-set-time", timeout_s, time=int(now() * 1e9))
         return behind_s
