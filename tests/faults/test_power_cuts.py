@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from pathlib import Path
 
 from tests.faults.judge import check_order, parse
 from tests.faults.tally import note
+from tests.host_vm import build_guests, run_scenario
 
-ROOT = Path(__file__).parent.parent.parent
 FIRST_BOOT_S = 300
 CUT_S = 300
 
@@ -23,22 +22,13 @@ def test_guests_that_were_saved_live_through_power_cuts(tmp_path: Path) -> None:
     cuts = int(os.environ.get("CPR_TEST_CUTS", "10"))
     seed = int(os.environ.get("CPR_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
     print(f"{cuts} power cuts; to repeat them: CPR_TEST_CUTS={cuts} CPR_TEST_SEED={seed}")
-    guests, wanted, out = tmp_path / "guests", tmp_path / "cuts", ROOT / "build/test-power-cuts"
-    subprocess.run(["rm", "-rf", out], check=True)
-    subprocess.run([ROOT / "scripts/guest/build-tiny", guests / "tiny.elf"], check=True)
+    here, wanted = Path(__file__).parent, tmp_path / "cuts"
     wanted.write_text(f"{cuts}\n")
-    here = ROOT / "tests/faults"
-    (deb,) = ROOT.glob("build/cpr-agent_*_all.deb")
-    machine = ["--smp", "1", f"--timeout={FIRST_BOOT_S + CUT_S * cuts}", "--power-cuts", "--seed", str(seed)]
-    payload = [guests, wanted, here / "judge.py", ROOT / "scripts/guest/console.py"]
-    ended = subprocess.run(
-        [
-            *(ROOT / "scripts/host-vm", "run", "--follow", *machine, "--out", out),
-            *("--scenario", here / "power-cut-scenario", "--deb", deb, "--payload", *payload),
-        ],
-        check=False,
-    )
-    assert ended.returncode == 0, f"see {out}"
+    payload = [build_guests(tmp_path / "guests"), wanted, here / "judge.py"]
+    timeout_s = FIRST_BOOT_S + CUT_S * cuts
+    options = ("--power-cuts", "--seed", str(seed))
+    out, verdict = run_scenario(here / "power-cut-scenario", "test-power-cuts", payload, timeout_s, *options)
+    assert verdict == 0, f"see {out}"
     done = len((out / "power-cuts").read_text().splitlines())
     assert done >= cuts
     # No console in the host VM is proof against a cut; what was seen from outside is.

@@ -1,0 +1,32 @@
+"""The host VM as tests run it: one processor, and the built package installed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def build_guests(directory: Path, builder: str = "build-tiny") -> Path:
+    """A directory for the payload, with the tiny guest; by ``build-all`` with the Linux one too."""
+    target = directory if builder == "build-all" else directory / "tiny.elf"
+    subprocess.run([ROOT / "scripts/guest" / builder, target], check=True)
+    return directory
+
+
+def run_scenario(scenario: Path, name: str, payload: Sequence[Path], timeout_s: float, *options: str) -> tuple[Path, int]:
+    """Run it, with the guests' judge in the payload. Returns the directory of what it left, build/NAME, and its verdict."""
+    out = ROOT / "build" / name
+    subprocess.run(["rm", "-rf", out], check=True)
+    (deb,) = ROOT.glob("build/cpr-agent_*_all.deb")
+    ended = subprocess.run(
+        [
+            *(ROOT / "scripts/host-vm", "run", "--follow", "--smp", "1", f"--timeout={timeout_s}", *options),
+            *("--out", out, "--scenario", scenario, "--deb", deb),
+            *("--payload", *payload, ROOT / "scripts/guest/console.py"),
+        ],
+        check=False,
+    )
+    return out, ended.returncode
