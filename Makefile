@@ -53,6 +53,12 @@ test-corruption: bootstrap host-root $(DEB) ## Everything that can happen to a s
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/corruption
 	@$(PYTHON) -m tests.corruption.tally
 
+.PHONY: test-guests
+test-guests: bootstrap host-root $(DEB) ## Other guests, other memory, other QEMUs, each through what it has to survive
+	rm -f build/guests
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/guests
+	@$(PYTHON) -m tests.guests.tally
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build
