@@ -59,6 +59,9 @@ class MortalState:
         self._pending.commit(manifest)
         self._point("after commit")
 
+    def reader(self) -> int:
+        return self._pending.reader()
+
     def abort(self) -> None:
         self._point("before abort")
         self._pending.abort()

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -190,6 +191,7 @@ class FakeQemu:
         self.launch = launch
         self.status = "inmigrate"
         self.loaded = False
+        self._slept = False
         self._runner = runner
         self._callbacks: list[Callable[[str], None]] = []
         if launch.kind == "start":
@@ -212,11 +214,13 @@ class FakeQemu:
 
     def by_hand(self, status: str) -> None:
         """What an admin does over another socket."""
-        if status == "running":
+        if status == "running" and self._slept and self.status == "postmigrate":
+            self._runner.end(self.launch.vm)  # as QEMU 10.0 and 11.1 do
+        elif status == "running":
             self.run()
         self.status = status
         for callback in list(self._callbacks):
-            callback({"running": "RESUME"}.get(status, "STOP"))
+            callback({"running": "WAKEUP" if self._slept else "RESUME", "suspended": "SUSPEND"}.get(status, "STOP"))
 
     # -- the port -----------------------------------------------------------------------------------------------------
 
@@ -259,7 +263,11 @@ class FakeQemu:
         await self._step("save")
         if self.status == "postmigrate":
             raise SaveFailed("Can't migrate the vm that was paused due to previous migration", vm=self.launch.vm)
-        os.write(vmstate_fd, HEADER + json.dumps({"vm": self.launch.vm, "count": self.count}).encode())
+        if self._runner.vfio.get(self.launch.vm) and self.status != "suspended":
+            raise SaveFailed("VFIO device only supports cpr-reboot for runstate suspended", vm=self.launch.vm)
+        self._slept = self.status == "suspended"
+        state = {"vm": self.launch.vm, "count": self.count, "asleep": self._slept}
+        os.write(vmstate_fd, HEADER + json.dumps(state).encode())
         self.status = "postmigrate"
         await self._step("after-save")
         return 0.0
@@ -269,6 +277,7 @@ class FakeQemu:
         state = json.loads(os.read(vmstate_fd, 1000).removeprefix(HEADER))
         if self.status != "inmigrate":
             raise LoadFailed("it is not waiting for a state", vm=self.launch.vm)
+        self._slept = bool(state.pop("asleep"))
         if state != {"vm": self.launch.vm, "count": self.count}:
             self._runner.violations.append(f"VM {self.launch.vm}: {state} loaded onto count {self.count}")
         self.status, self.loaded = "paused", True
@@ -278,13 +287,41 @@ class FakeQemu:
         await self._step("cont")
         if self.status not in ("postmigrate", "paused"):
             raise QemuFailed(f"cannot continue from {self.status}", vm=self.launch.vm)
-        self.run()
+        if self._slept and self.status == "postmigrate":
+            self._runner.end(self.launch.vm)  # as QEMU 10.0 and 11.1 do
+            raise QemuFailed("QEMU has aborted", vm=self.launch.vm)
+        if self._slept:
+            self.status = "suspended"
+        else:
+            self.run()
         await self._step("after-cont")
         return 0.0
 
     async def set_guest_clock(self, now: Callable[[], float]) -> float | None:  # noqa: ARG002
         await self._step("set_guest_clock")
         return None
+
+    async def vfio_devices(self) -> list[str]:
+        return self._runner.vfio.get(self.launch.vm, [])
+
+    async def sleep_problem(self) -> str:
+        await self._step("sleep_problem")
+        return ""
+
+    async def suspend(self, timeout_s: float) -> float:  # noqa: ARG002
+        await self._step("suspend")
+        self.status = "suspended"
+        await self._step("after-suspend")
+        return time.time()
+
+    async def wake(self) -> float:
+        await self._step("wake")
+        if self.status != "suspended":
+            return 0.0
+        self._slept = False
+        self.run()
+        await self._step("after-wake")
+        return time.time()
 
     async def powerdown(self) -> None:
         await self._step("powerdown")
@@ -310,6 +347,7 @@ class FakeRunner:
         self.faults: dict[tuple[str, str], Exception] = {}
         self.gates: dict[tuple[str, str], Gate] = {}
         self.blocked: dict[str, list[str]] = {}
+        self.vfio: dict[str, list[str]] = {}
         self.lacking: list[Difference] = []
         self.counts: dict[str, int] = {}
         self.violations: list[str] = []

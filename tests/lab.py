@@ -234,6 +234,21 @@ class Lab:
         self.define(guest)
         return guest
 
+    def linux_guest(self, name: str, linux: Path, append: str, *more: str, size: str = "512M") -> Guest:
+        """Define a VM with the Linux guest of scripts/guest."""
+        words = f"console=ttyS0 quiet loglevel=1 panic=-1 {append}"
+        guest = self.guest(name, "-initrd", str(linux / "initrd.img"), "-append", words, *more, size=size)
+        arguments = guest.definition["vm"]["arguments"]
+        arguments[arguments.index("-kernel") + 1] = str(linux / "vmlinuz")
+        self.define(guest)
+        return guest
+
+    def agent_port(self) -> tuple[str, ...]:
+        """Arguments for the port that qemu-ga listens at; its socket is ``root / "qga"``."""
+        chardev = f"socket,id=qga,path={self.root / 'qga'},server=on,wait=off"
+        port = "virtserialport,chardev=qga,name=org.qemu.guest_agent.0"
+        return ("-chardev", chardev, "-device", "virtio-serial", "-device", port)
+
     def define(self, guest: Guest) -> None:
         (self.definitions / f"{guest.name}.toml").write_text(toml(guest.definition))
         if self._agent:

@@ -10,25 +10,9 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.vm.guest_agent import GuestAgent
-from tests.lab import Guest, Lab, until
+from tests.lab import Lab, until
 
 PAUSE_S = 60
-
-
-def with_agent(lab: Lab, linux: Path) -> Guest:
-    """A Linux guest with the port that qemu-ga listens at."""
-    socket = lab.root / "qga"
-    guest = lab.guest(
-        "linux",
-        *("-initrd", str(linux / "initrd.img"), "-append", "console=ttyS0 quiet loglevel=1 panic=-1"),
-        *("-chardev", f"socket,id=qga,path={socket},server=on,wait=off", "-device", "virtio-serial"),
-        *("-device", "virtserialport,chardev=qga,name=org.qemu.guest_agent.0"),
-        size="512M",
-    )
-    arguments = guest.definition["vm"]["arguments"]
-    arguments[arguments.index("-kernel") + 1] = str(linux / "vmlinuz")
-    lab.define(guest)
-    return guest
 
 
 def behind_s(socket: Path) -> float:
@@ -45,7 +29,7 @@ def behind_s(socket: Path) -> float:
 
 @pytest.mark.parametrize("resync", ["auto", "never"])
 def test_a_clock_is_right_after_a_pause(lab: Lab, linux_with_agent: Path, resync: str) -> None:
-    guest = with_agent(lab, linux_with_agent)
+    guest = lab.linux_guest("linux", linux_with_agent, "", *lab.agent_port())
     guest.definition["load"] = {"resync-clock": resync}
     lab.define(guest)
     pause_s = PAUSE_S if resync == "auto" else PAUSE_S / 10
@@ -74,12 +58,7 @@ def test_a_clock_is_right_after_a_pause(lab: Lab, linux_with_agent: Path, resync
 
 def test_a_guest_that_does_not_answer_runs_all_the_same(lab: Lab) -> None:
     """The tiny guest has the port, and nobody listens there."""
-    socket = lab.root / "qga"
-    guest = lab.running(
-        "web1",
-        *("-chardev", f"socket,id=qga,path={socket},server=on,wait=off", "-device", "virtio-serial"),
-        *("-device", "virtserialport,chardev=qga,name=org.qemu.guest_agent.0"),
-    )
+    guest = lab.running("web1", *lab.agent_port())
     guest.save()
     guest.load()
     guest.assert_unbroken()

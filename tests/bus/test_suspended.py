@@ -12,11 +12,7 @@ from tests.lab import Guest, Lab
 
 @pytest.fixture
 def sleeper(each_lab: Lab, linux: Path) -> Guest:
-    append = "console=ttyS0 quiet loglevel=1 panic=-1 cpr.suspend"
-    guest = each_lab.guest("sleeper", "-initrd", str(linux / "initrd.img"), "-append", append, size="256M")
-    arguments = guest.definition["vm"]["arguments"]
-    arguments[arguments.index("-kernel") + 1] = str(linux / "vmlinuz")
-    each_lab.define(guest)
+    guest = each_lab.linux_guest("sleeper", linux, "cpr.suspend", size="256M")
     guest.start()
     guest.until_state("suspended")
     return guest

@@ -47,7 +47,19 @@ JOBS: dict[str, Act] = {
     "rollback": through(lambda manager: manager.rollback()),
 }
 ANNOUNCED = ("resume", "rollback", "save-undone")
-FAULTS = ("start", "connect", "run_state", "save", "after-save", "load", "after-load", "cont", "after-cont")
+FAULTS = (
+    "start",
+    "connect",
+    "run_state",
+    "save",
+    "after-save",
+    "load",
+    "after-load",
+    "cont",
+    "after-cont",
+    "sleep_problem",
+)
+FAULTS += ("suspend", "after-suspend", "wake", "after-wake")
 lives = st.none() | st.integers(1, 120)
 names = st.sampled_from(NAMES)
 
@@ -81,7 +93,9 @@ class AnyHistory(RuleBasedStateMachine):
         self.bench.runner.faults.clear()
         self.bench.kexec.under_way = False
         try:
-            assert VmState.HELD not in self.bench.run(look)
+            assert {VmState.HELD, VmState.SUSPENDED}.isdisjoint(self.bench.run(look)), (
+                "the agent alone puts guests to sleep"
+            )
             self.no_state_is_loaded_onto_ram_that_moved_on()
             self.no_checkpoint_runs_twice()
         finally:
@@ -161,6 +175,11 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(vm=names, blocked=st.booleans())
     def a_blocker(self, vm: str, blocked: bool) -> None:
         self.bench.runner.blocked = {vm: ["it plays the piano"]} if blocked else {}
+
+    @rule(vm=names, has=st.booleans())
+    def a_device_of_the_host(self, vm: str, has: bool) -> None:
+        """A guest that has one sleeps while it is saved."""
+        self.bench.runner.vfio = {vm: ["net0 (vfio-pci)"]} if has else {}
 
     # -- what must hold at any time -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.errors import GuestAgentFailed
-from cpr_agent.vm.guest_agent import set_clock
+from cpr_agent.vm.guest_agent import offers, set_clock, suspend
 
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 NOW = 1_700_000_000.5
@@ -115,3 +115,75 @@ def test_one_that_goes_away(tmp_path: Path) -> None:
         talk(tmp_path / "qga", gone)
     with pytest.raises(GuestAgentFailed, match="No such file"):
         asyncio.run(set_clock("web1", tmp_path / "nobody", lambda: NOW))
+
+
+def sleepy(path: Path, answer: bytes | None, *, falls_asleep: bool, timeout_s: float = 20.0) -> None:
+    """Ask a guest to sleep whose agent answers so, and who then sleeps or not."""
+    asked = asyncio.Event()
+
+    def replies(request: dict[str, object]) -> bytes:
+        if request["execute"] != "guest-suspend-ram":
+            return good(request)
+        asked.set()
+        return answer or b""
+
+    async def both() -> None:
+        asleep = asyncio.get_running_loop().create_future()
+
+        async def fall() -> None:
+            await asked.wait()
+            if falls_asleep:
+                asleep.set_result({})
+
+        server = await asyncio.start_unix_server(scripted(replies), path)
+        async with server:
+            falling = asyncio.create_task(fall())
+            await suspend("web1", path, asleep, timeout_s)
+            await falling
+
+    asyncio.run(both())
+
+
+@pytest.mark.parametrize("answer", [None, b'{"return": {}}\n'])
+def test_a_guest_is_asleep_when_qemu_says_so(tmp_path: Path, answer: bytes | None) -> None:
+    """qemu-ga says nothing when all went well; one that says so all the same is not believed, and not held against."""
+    sleepy(tmp_path / "a", answer, falls_asleep=True)
+    with pytest.raises(GuestAgentFailed, match="was asked to sleep, and did not within 0 s"):
+        sleepy(tmp_path / "b", answer, falls_asleep=False, timeout_s=0.3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b'{"error": {"class": "Unsupported", "desc": "no such mode"}}\n', "refused guest-suspend-ram: no such mode"),
+        (b"[]\n", "with garbage"),
+        (b"\x00\x01\x02\n", "with garbage"),
+    ],
+)
+def test_a_guest_agent_that_does_not_put_its_guest_to_sleep(tmp_path: Path, answer: bytes, why: str) -> None:
+    with pytest.raises(GuestAgentFailed, match=why):
+        sleepy(tmp_path / "qga", answer, falls_asleep=False)
+
+
+@pytest.mark.parametrize(
+    ("info", "offered"),
+    [
+        (b'{"return": {"supported_commands": [{"name": "guest-suspend-ram", "enabled": true}]}}\n', True),
+        (b'{"return": {"supported_commands": [{"name": "guest-suspend-ram", "enabled": false}]}}\n', False),
+        (b'{"return": {"supported_commands": []}}\n', False),
+        (b'{"return": {"supported_commands": 7}}\n', None),
+        (b'{"return": 7}\n', None),
+    ],
+)
+def test_what_a_guest_agent_offers(tmp_path: Path, info: bytes, offered: bool | None) -> None:
+    async def ask() -> bool:
+        path = tmp_path / "qga"
+        peer = scripted(lambda request: info if request["execute"] == "guest-info" else good(request))
+        async with await asyncio.start_unix_server(peer, path):
+            return await offers("web1", path, "guest-suspend-ram")
+
+    if offered is None:
+        with pytest.raises(GuestAgentFailed, match="guest-info with garbage"):
+            asyncio.run(ask())
+    else:
+        assert asyncio.run(ask()) is offered

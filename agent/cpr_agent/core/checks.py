@@ -29,7 +29,7 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
         why = "QEMU or the agent would refuse to save it"
         found += [
             Finding(severity="error", code="blocked", what=reason, why=why, vm=vm.name)
-            for reason in await vm.qemu.blocked_reasons(launch)
+            for reason in await vm.blocked_reasons()
         ]
         found += await _witness_findings(vm, ports, launch)
     return found

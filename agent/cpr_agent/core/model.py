@@ -99,6 +99,8 @@ class MemorySection:
 @dataclass(frozen=True, kw_only=True)
 class SaveSection:
     suspend: Literal["auto", "always", "never"] = "auto"
+    """Whether the guest is put to sleep first: auto if it has VFIO devices."""
+    suspend_timeout: Seconds = Seconds(60)
     timeout: Seconds = Seconds(60)
     order: int = 100
     when_blocked: tuple[Literal["wait", "shut-down", "refuse"], ...] = ("refuse",)
@@ -354,6 +356,8 @@ class Manifest:
     kernel: str
     times: SaveTimes
     upgrade: str = ""
+    wakes: bool = False
+    """The agent put the guest to sleep to save it, and wakes it after the load."""
     schema: int = MANIFEST_SCHEMA
 
 

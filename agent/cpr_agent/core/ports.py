@@ -63,6 +63,18 @@ class Qemu(Protocol):
         """Set it to ``now()`` (epoch s) by the guest agent; returns by how much it was behind (s), None where the VM has no
         port for a guest agent. Raises GuestAgentFailed."""
 
+    async def vfio_devices(self) -> list[str]:
+        """Devices of the host that the guest has, each fit for an admin. They are saved in a sleeping guest only."""
+
+    async def sleep_problem(self) -> str:
+        """Why the agent could not put the guest to sleep and wake it again, "" if it could. Asks the guest agent."""
+
+    async def suspend(self, timeout_s: float) -> float:
+        """Have the guest put itself to sleep (S3); returns when it slept (epoch s). Raises GuestAgentFailed."""
+
+    async def wake(self) -> float:
+        """Wake a guest that sleeps; returns when it woke (epoch s), 0 if it did not sleep."""
+
     async def powerdown(self) -> None: ...
 
     async def quit(self) -> None: ...
@@ -151,6 +163,9 @@ class PendingState(Protocol):
 
     def commit(self, manifest: Manifest) -> None:
         """Make state and manifest durable, in this order. Blocking."""
+
+    def reader(self) -> int:
+        """A descriptor to read what was written; it outlives ``abort``. Raises OSError."""
 
     def abort(self) -> None: ...
 

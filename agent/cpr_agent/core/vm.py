@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import uuid
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from cpr_agent.core.model import (
     SaveTimes,
     Survives,
     VmState,
+    Vmstate,
 )
-from cpr_agent.core.ports import Qemu
+from cpr_agent.core.ports import PendingState, Qemu
 from cpr_agent.core.proof import (
     digest_firmware,
     identify_disks,
@@ -35,13 +37,14 @@ from cpr_agent.core.proof import (
     refuse_overlap,
     refuse_spent,
 )
-from cpr_agent.core.vm_base import SAVEABLE, VmBase
+from cpr_agent.core.vm_base import LATE_SLEEP_S, SAVEABLE, VmBase
 from cpr_agent.errors import (
     AlreadyRunning,
     AlreadySaved,
     Blocked,
     CprError,
     DeviceMissing,
+    GuestAgentFailed,
     InvalidArgument,
     LoadFailed,
     NoCheckpoint,
@@ -78,6 +81,7 @@ class Vm(VmBase):
                 await self._finish_interrupted_save()
             elif self.run_state == "paused" and launch and launch.kind == "load":
                 await self._finish_interrupted_resume(launch.checkpoint)
+            await self._end_sleep()
 
     async def start(self) -> None:
         """Start the guest afresh. Refused while a live checkpoint holds it. Raises CprError."""
@@ -172,8 +176,15 @@ class Vm(VmBase):
                 )
             if self._qemu is None or self.run_state not in SAVEABLE:
                 raise WrongState(f"is {self.state} and can't be saved", vm=self.name, left="nothing was saved")
-            launch = await self._require_saveable(self._qemu, need)
-            return await self._save(self._qemu, launch, self.run_state, filename, mode, upgrade)
+            launch = await self._require_saveable(need)
+            if not await self._must_sleep(self._qemu):
+                return await self._save(self._qemu, launch, self.run_state, filename, mode, upgrade)
+            try:
+                asleep_at = await self._fall_asleep(self._qemu)
+                return await self._save(self._qemu, launch, "suspended", filename, mode, upgrade, asleep_at=asleep_at)
+            except BaseException:
+                await asyncio.shield(asyncio.ensure_future(self._end_sleep()))
+                raise
 
     async def load(self, filename: str) -> str:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
@@ -216,7 +227,7 @@ class Vm(VmBase):
         launch = self.launched()
         if wait and launch and self.definition and self.waits:
             await self._qemu.until_saveable(launch, self.definition.save.blocked_wait)
-        await self._require_saveable(self._qemu, need)
+        await self._require_saveable(need)
 
     async def shut_down(self, *, forced: bool) -> None:
         """For a guest that can't be saved: its power button; if ``forced`` also an end for a QEMU that doesn't answer."""
@@ -263,11 +274,11 @@ class Vm(VmBase):
         await self._start(definition)
         self._ports.journal.append("cold-started", vm=self.name)
 
-    async def _require_saveable(self, qemu: Qemu, need: Survives) -> Launch:
+    async def _require_saveable(self, need: Survives) -> Launch:
         launch = self.launched()
         if launch is None:
             raise Blocked(["the record of how its QEMU was started is gone"], vm=self.name)
-        reasons = await qemu.blocked_reasons(launch)
+        reasons = await self.blocked_reasons()
         if not launch.memory.survives.covers(need):
             where = launch.memory.path or launch.node
             reasons.append(f"its RAM in {where} ({launch.memory.filesystem}) does not survive a {need}")
@@ -284,51 +295,63 @@ class Vm(VmBase):
         mode: str,
         upgrade: str,
         begun: dict[str, object] | None = None,
+        asleep_at: float = 0.0,
     ) -> Manifest:
-        """``begun`` is the journal's record of a save that QEMU has done and nobody has stored."""
+        """``begun`` is the journal's record of a save that QEMU has done and nobody has stored. ``asleep_at``: since when
+        the guest sleeps for it (epoch s)."""
         definition_timeout = self.definition.save.timeout if self.definition else 60.0
         host, store = self._ports.host, self._ports.store
         facts = await qemu.facts(launch)
         digest = await asyncio.to_thread(host.program_digest, self.pid)
-        witness = self._ports.memory.new_witness(self._settings.witness.kind)
         located = await self._relocated(launch.memory)
-        checkpoint = str(begun["checkpoint"]) if begun else uuid.uuid4().hex
+        requested_at = host.now()
+        draft = Manifest(
+            id=str(begun["checkpoint"]) if begun else uuid.uuid4().hex,
+            vm=self.name,
+            mode=mode,
+            survives=launch.memory.survives,
+            run_state=run_state,
+            launch=launch,
+            qemu=facts,
+            qemu_path=launch.argv[0],
+            qemu_sha256=digest,
+            memory=launch.memory,
+            witness=self._ports.memory.new_witness(self._settings.witness.kind),
+            vmstate=Vmstate(path="", size_bytes=0, sha256=""),
+            boot_id=host.boot_id(),
+            kernel=host.kernel(),
+            times=SaveTimes(requested_at=requested_at, stopped_at=0.0, written_at=0.0, durable_at=0.0),
+            upgrade=upgrade,
+            wakes=run_state == "suspended" and self._put_to_sleep(),
+        )
         try:
             pending = store.reopen(self.name, str(begun["path"])) if begun else store.begin(self.name, filename)
         except OSError as error:
             raise SaveFailed(f"the state file cannot be opened: {error}", vm=self.name, left="nothing changed") from error
-        requested_at = host.now()
         try:
             stopped_at = requested_at
             if begun is None:
                 self._ports.journal.append(
-                    "save-begin", vm=self.name, checkpoint=checkpoint, run_state=run_state, path=pending.path
+                    "save-begin", vm=self.name, checkpoint=draft.id, run_state=run_state, path=pending.path
                 )
                 self._set(VmState.SAVING)
                 stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
+                if asleep_at:
+                    stopped_at = asleep_at
+                    self._refuse_woken()
             written_at = host.now()
             vmstate, witness, disks, firmware = await asyncio.gather(
                 asyncio.to_thread(pending.seal),
-                self._ports.memory.witness(located, witness),
+                self._ports.memory.witness(located, draft.witness),
                 identify_disks(self._ports, await qemu.disks()),
                 digest_firmware(self._ports, facts.firmware),
             )
             refuse_foreign_state(vmstate, facts)
-            manifest = Manifest(
-                id=checkpoint,
-                vm=self.name,
-                mode=mode,
-                survives=launch.memory.survives,
-                run_state=run_state,
-                launch=launch,
+            manifest = replace(
+                draft,
                 qemu=replace(facts, disks=tuple(disks), firmware=firmware),
-                qemu_path=launch.argv[0],
-                qemu_sha256=digest,
-                memory=launch.memory,
                 witness=witness,
                 vmstate=vmstate,
-                boot_id=host.boot_id(),
-                kernel=host.kernel(),
                 times=SaveTimes(
                     requested_at=requested_at,
                     stopped_at=stopped_at,
@@ -336,13 +359,14 @@ class Vm(VmBase):
                     durable_at=host.now(),
                     stopped_uptime_s=host.uptime_s() - (host.now() - stopped_at),
                 ),
-                upgrade=upgrade,
             )
             await asyncio.to_thread(pending.commit, manifest)
-            self._ports.journal.append("saved", vm=self.name, checkpoint=checkpoint)
+            self._ports.journal.append("saved", vm=self.name, checkpoint=draft.id)
         except BaseException as error:
             # Shielded: whatever interrupts the save, also a cancelled job, the guest must not stay stopped.
-            left = await asyncio.shield(asyncio.ensure_future(self._undo_save(qemu, pending.abort, run_state, checkpoint)))
+            if asleep_at and self._woke:
+                draft = replace(draft, run_state="running")
+            left = await asyncio.shield(asyncio.ensure_future(self._undo_save(qemu, pending, draft, located)))
             if isinstance(error, (CprError, OSError)):
                 what = error.what if isinstance(error, CprError) else f"the state could not be stored: {error}"
                 raise SaveFailed(f"could not be saved: {what}", vm=self.name, left=left) from error
@@ -350,24 +374,71 @@ class Vm(VmBase):
         log.info("VM %s: saved in %.3f s, %d bytes of state", self.name, host.now() - stopped_at, vmstate.size_bytes)
         return manifest
 
-    async def _undo_save(self, qemu: Qemu, abort: Callable[[], None], run_state: str, checkpoint: str) -> str:
-        """Bring the guest back to what it was before a save that failed; returns a sentence for the error."""
-        self._ports.journal.append("save-undone", vm=self.name, checkpoint=checkpoint)
+    async def _fall_asleep(self, qemu: Qemu) -> float:
+        """Returns since when the guest sleeps (epoch s). Raises SaveFailed, QemuFailed; it may go to sleep all the same."""
+        self._ports.journal.append("suspend", vm=self.name)
+        self._woke = False
         try:
-            await asyncio.to_thread(abort)
+            return await qemu.suspend(self.definition.save.suspend_timeout if self.definition else 60.0)
+        except GuestAgentFailed as error:
+            raise SaveFailed(
+                f"could not be saved: it must sleep for that, and {error.what}",
+                vm=self.name,
+                left="the guest was not stopped; should it go to sleep late, it is woken",
+                remedy="the guest's own log says what keeps it awake",
+            ) from error
+
+    async def _end_sleep(self) -> None:
+        """Wake a guest that the agent has put to sleep, unless it is saved: then its load does."""
+        if self.checkpointed or not self._put_to_sleep():
+            return
+        self._may_sleep_late_until = asyncio.get_running_loop().time() + LATE_SLEEP_S
+        try:
+            await self._wake()
+        except QemuFailed as error:
+            log.error("VM %s: its guest was put to sleep, and could not be woken: %s", self.name, error.what)
+
+    def _refuse_woken(self) -> None:
+        """Its devices run again, and after the load there would be nobody to wake. Raises SaveFailed."""
+        if self._woke:
+            raise SaveFailed("its guest was put to sleep, and woke by itself before it was saved", vm=self.name)
+
+    async def _undo_save(self, qemu: Qemu, pending: PendingState, draft: Manifest, located: Located) -> str:
+        """Bring the guest back to what it was before a save that failed; returns a sentence for the error."""
+        run_state = draft.run_state
+        self._ports.journal.append("save-undone", vm=self.name, checkpoint=draft.id)
+        try:
+            with contextlib.ExitStack() as at_end:
+                state = -1
+                if run_state != "running":
+                    state = await asyncio.to_thread(pending.reader)
+                    at_end.callback(os.close, state)
+                await asyncio.to_thread(pending.abort)
+                now = await qemu.run_state()
+                if run_state == "running" and now != "running":
+                    await qemu.cont()
+                    self._ports.journal.append("resumed", vm=self.name, checkpoint=draft.id)
+                    now = await qemu.run_state()
+                elif run_state != "running" and now == "postmigrate":
+                    await self._load_back(draft, located, state)
+                    now = self.run_state
         except OSError as error:
             return f"the half-written checkpoint could not be removed ({error}), so the guest stays stopped"
-        try:
-            now = await qemu.run_state()
-            if run_state == "running" and now != "running":
-                await qemu.cont()
-                self._ports.journal.append("resumed", vm=self.name, checkpoint=checkpoint)
-                now = await qemu.run_state()
-        except QemuFailed as error:
+        except CprError as error:
             return f"and its QEMU is gone ({error.what}); the guest is lost unless it shut itself down"
         if now == run_state:
             return f"the guest is {now}, as before; no checkpoint was left"
         return f"the guest was {run_state} and QEMU is now {now}, where only `cont` on the admin's QMP socket continues it"
+
+    async def _load_back(self, draft: Manifest, located: Located, state: int) -> None:
+        """For a guest that did not run: ``cont`` in postmigrate would let a paused one run, and aborts QEMU for one that
+        sleeps (FACTS.md, "Rollback"). What QEMU has written is read by a new one."""
+        await self._end_qemu()
+        await self._launch(self._stamped(self._ports.definitions.plan_load(draft, located)))
+        assert self._qemu
+        await self._qemu.load(state, self._settings.agent.load_timeout)
+        await self._go_on(self._qemu, draft)
+        self.run_state = await self._qemu.run_state()
 
     async def _finish_interrupted_save(self) -> None:
         """QEMU is in postmigrate and no manifest says why: an agent died between the two. The journal knows the run
@@ -451,15 +522,22 @@ class Vm(VmBase):
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
                 raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
-            self._ports.journal.append("resume", vm=self.name, checkpoint=manifest.id, run_state=manifest.run_state)
-            await asyncio.to_thread(store.consume, manifest)
-            # From here on the checkpoint is spent, whatever happens (invariant 2).
-            resumed_at = 0.0
-            if manifest.run_state != "paused":
-                resumed_at = await self._qemu.cont()
-            resumed_at = resumed_at or host.now()
-            self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id, resumed_at=resumed_at)
+            resumed_at = await self._go_on(self._qemu, manifest) or host.now()
             self._spawn(self._record(manifest, load_at, memory_at, resumed_at))  # nobody's guest need wait for it
+
+    async def _go_on(self, qemu: Qemu, manifest: Manifest) -> float:
+        """Once its state is loaded: let the guest do what it did when it was saved. Returns when it ran (epoch s)."""
+        self._ports.journal.append("resume", vm=self.name, checkpoint=manifest.id, run_state=manifest.run_state)
+        if self.checkpointed:
+            await asyncio.to_thread(self._ports.store.consume, manifest)
+        # From here on the checkpoint is spent, whatever happens (invariant 2).
+        resumed_at = 0.0
+        if manifest.run_state != "paused":
+            resumed_at = await qemu.cont()
+        self._ports.journal.append(
+            "resumed", vm=self.name, checkpoint=manifest.id, resumed_at=resumed_at or self._ports.host.now()
+        )
+        return await self._wake() if manifest.wakes else resumed_at
 
     async def _record(self, manifest: Manifest, load_at: float, memory_at: float, resumed_at: float) -> None:
         host, times = self._ports.host, manifest.times
@@ -485,7 +563,7 @@ class Vm(VmBase):
         )
         log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s)
         self._store_timeline(timeline)
-        if manifest.run_state == "running" and (clock := await self._set_clock()):
+        if (manifest.run_state == "running" or manifest.wakes) and (clock := await self._set_clock()):
             self._store_timeline(replace(timeline, **clock))
 
     def _store_timeline(self, timeline: GuestTimeline) -> None:

@@ -46,6 +46,8 @@ _FROM_RUN_STATE = {
     "prelaunch": VmState.STARTING,
 }
 MAX_LOADS = 3
+LATE_SLEEP_S = 300.0
+"""How long after a guest was asked to sleep in vain it is expected to do so all the same, and woken."""
 SAVEABLE = ("running", "paused", "suspended")
 
 
@@ -78,6 +80,8 @@ class VmBase:
         self._qemu: Qemu | None = None
         self._lock = asyncio.Lock()
         self._act = ""
+        self._woke = False
+        self._may_sleep_late_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what it is -----------------------------------------------------------------------------------------------------
@@ -192,10 +196,49 @@ class VmBase:
         return ended[-1:] == ["memory-lost"]
 
     async def blocked_reasons(self) -> list[str]:
+        """Why it can't be saved as it is now; empty too where there is nothing to save."""
         launch = self.launched()
         if self._qemu is None or launch is None or self.run_state not in SAVEABLE:
             return []
-        return await self._qemu.blocked_reasons(launch)
+        return await self._qemu.blocked_reasons(launch) + await self._sleep_reasons(self._qemu)
+
+    # -- its sleep ------------------------------------------------------------------------------------------------------
+
+    async def _must_sleep(self, qemu: Qemu) -> bool:
+        """Whether a save has to put the guest to sleep before: a device of the host keeps state that only the guest's own
+        driver can put aside (QEMU, hw/vfio/cpr.c)."""
+        wanted = self._suspend_policy
+        return self.run_state == "running" and (
+            wanted == "always" or (wanted == "auto" and bool(await qemu.vfio_devices()))
+        )
+
+    async def _sleep_reasons(self, qemu: Qemu) -> list[str]:
+        """Why a guest that must sleep for a save would not."""
+        if await self._must_sleep(qemu):
+            problem = await qemu.sleep_problem()
+            return [f"it must sleep while it is saved (save.suspend), and can't: {problem}"] if problem else []
+        if self.run_state == "suspended" or not (devices := await qemu.vfio_devices()):
+            return []
+        why = "is paused" if self.run_state == "paused" else "is not to be put to sleep (save.suspend is never)"
+        return [f"it has {', '.join(devices)}, which can be saved only while the guest sleeps, and it {why}"]
+
+    @property
+    def _suspend_policy(self) -> str:
+        return self.definition.save.suspend if self.definition else "auto"
+
+    def _put_to_sleep(self) -> bool:
+        """Whether the guest was last put to sleep by the agent, and not woken since."""
+        records = [r for r in self._ports.journal.records() if r.get("vm") == self.name]
+        ended = [r["event"] for r in records if r["event"] in ("suspend", "woken", "start")]
+        return ended[-1:] == ["suspend"]
+
+    async def _wake(self) -> float:
+        """Wake the guest that the agent has put to sleep. Returns when it woke (epoch s), 0 if it was awake or is gone."""
+        if self._qemu is None:
+            return 0.0
+        woken_at = await self._qemu.wake()
+        self._ports.journal.append("woken", vm=self.name)
+        return woken_at
 
     # -- its state ------------------------------------------------------------------------------------------------------
 
@@ -203,6 +246,11 @@ class VmBase:
         """Derive the state anew, connecting to a QEMU that is there."""
         async with self._lock:
             await self._derive()
+            if self.run_state == "suspended" and asyncio.get_running_loop().time() < self._may_sleep_late_until:
+                log.warning(
+                    "VM %s: its guest went to sleep late, when nobody waited for that any more; it is woken", self.name
+                )
+                await self._wake()
 
     @contextlib.asynccontextmanager
     async def _exclusive(self, act: str) -> AsyncIterator[None]:
@@ -358,5 +406,6 @@ class VmBase:
             await qemu.close()
 
     def _on_qemu_event(self, event: str) -> None:
+        self._woke = self._woke or event == "WAKEUP"
         if event in ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
             self._spawn(self.refresh())

@@ -215,6 +215,13 @@ class PendingVmstate:
         write_atomically(self.manifest, b'{"sha256":"%s","manifest":%s}\n' % (digest.encode(), body))
         self._close()
 
+    def reader(self) -> int:
+        """A descriptor to read what was written; it outlives an abort. Raises OSError."""
+        try:
+            return os.open(self._temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:  # a commit failed half way
+            return os.open(self.target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
     def abort(self) -> None:
         """Leave no trace, durably, also of a commit that failed half way. Raises OSError: then the guest must not run."""
         self._close()

@@ -1,4 +1,4 @@
-"""The QEMU guest agent (qga), over the socket of its virtio-serial port: by it a guest's clock is set.
+"""The QEMU guest agent (qga), over the socket of its virtio-serial port: by it a guest's clock is set, and a guest sleeps.
 
 What is at the other end belongs to the guest, and is not believed: a reply is bounded in size and time, and has to be JSON
 of the right shape. The protocol is that of docs/interop/qemu-ga.rst and qga/qapi-schema.json.
@@ -81,6 +81,35 @@ class GuestAgent:
         if not isinstance(reply, dict):
             raise GuestAgentFailed(f"its guest agent answered {command} with garbage", vm=self._vm)
         return reply
+
+
+async def offers(vm: str, path: Path, command: str, timeout_s: float = TIMEOUT_S) -> bool:
+    """Whether the guest agent is there and lets ``command`` be used. Raises GuestAgentFailed."""
+    async with GuestAgent.connected(vm, path, timeout_s) as agent:
+        told = await agent.execute("guest-info", timeout_s)
+    try:
+        return any(known["name"] == command and known["enabled"] is True for known in told["supported_commands"])
+    except (TypeError, KeyError):
+        raise GuestAgentFailed("its guest agent answered guest-info with garbage", vm=vm) from None
+
+
+async def suspend(vm: str, path: Path, asleep: asyncio.Future[Any], timeout_s: float) -> None:
+    """Ask the guest to sleep (S3), and return when ``asleep`` is done: of success qemu-ga says nothing (see
+    ``guest-suspend-ram`` in its schema), and what a guest says is not believed. Raises GuestAgentFailed; it may go to sleep
+    even then."""
+    async with GuestAgent.connected(vm, path, timeout_s) as agent:
+        answer = asyncio.ensure_future(agent.execute("guest-suspend-ram", 2 * timeout_s))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.wait({answer, asleep}, return_when=asyncio.FIRST_COMPLETED)
+                if not asleep.done():
+                    answer.result()
+                    await asyncio.wait({asleep})
+        except TimeoutError:
+            raise GuestAgentFailed(f"its guest was asked to sleep, and did not within {timeout_s:.0f} s", vm=vm) from None
+        finally:
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
 
 
 async def set_clock(vm: str, path: Path, now: Callable[[], float], timeout_s: float = TIMEOUT_S) -> float:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cpr_agent.core.model import RAM_ID, CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
-from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.vm import guest_agent
 from cpr_agent.vm.cmdline import cpu_model, firmware_files
 from cpr_agent.vm.dialects import CONFLICTING, Dialect, choose
-from cpr_agent.vm.guest_agent import PORT, set_clock
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused, event_time
 from cpr_agent.vm.retry import until
 
+_WOULD_WAKE = "this QEMU (before 9.0) would wake it by saving"
+_CHECK_S = 5.0
+"""How long a check waits for a guest agent."""
 _ENDED = ("completed", "failed", "cancelled")
 _SETTLE_S = 30.0
 """After MIGRATION says completed, the run state follows within milliseconds; this is for a host in trouble."""
@@ -123,8 +126,8 @@ class LiveQemu:
         dialect = await self.dialect()
         reasons: list[str] = []
         state = await self.run_state()
-        if state == "suspended" and not dialect.keeps_suspended:
-            reasons.append("the guest is suspended, and this QEMU (before 9.0) would wake it by saving")
+        if state == "suspended" and not await self._keeps_suspended():
+            reasons.append(f"the guest is suspended, and {_WOULD_WAKE}")
         reasons += await self._memory_reasons(launch)
         capabilities = {c["capability"]: c["state"] for c in await self._qmp.execute("query-migrate-capabilities")}
         reasons += [f"the migration capability {name} is on" for name in CONFLICTING if capabilities.get(name)]
@@ -241,21 +244,92 @@ class LiveQemu:
 
     async def set_guest_clock(self, now: Callable[[], float]) -> float | None:
         path = await self._guest_agent()
-        return await set_clock(self._qmp.vm, Path(path), now) if path else None
+        return await guest_agent.set_clock(self._qmp.vm, path, now) if path else None
 
-    async def _guest_agent(self) -> str:
-        """The socket of the VM's guest agent port, "" if it has none."""
-        chardevs = {str(chardev["label"]): str(chardev["filename"]) for chardev in await self._qmp.execute("query-chardev")}
-        for parent in ("/machine/peripheral", "/machine/peripheral-anon"):
-            for child in await self._qmp.execute("qom-list", {"path": parent}):
-                if child["type"] != "child<virtserialport>":
-                    continue
-                path = f"{parent}/{child['name']}"
-                if await self._optional("qom-get", "", path=path, property="name") == PORT:
-                    chardev = await self._optional("qom-get", "", path=path, property="chardev")
-                    found = re.search(r"unix:([^,]*)", chardevs.get(chardev, ""))
-                    return found[1] if found else ""
+    async def vfio_devices(self) -> list[str]:
+        places = {
+            device["qdev_id"]: device for bus in await self._optional("query-pci", []) for device in _pci(bus["devices"])
+        }
+        found = []
+        for path, kind in await self._devices():
+            if kind.startswith("vfio-"):
+                name = path.rpartition("/")[2]
+                place = "at {bus:02x}:{slot:02x}.{function:x}".format(**places[name]) if name in places else ""
+                found.append(f"{name} ({' '.join(filter(None, (kind, place)))})")
+        return found
+
+    async def sleep_problem(self) -> str:
+        if not await self._keeps_suspended():
+            return _WOULD_WAKE
+        if not (await self._optional("query-current-machine", {})).get("wakeup-suspend-support"):
+            return "its machine has no way to wake a guest that sleeps"
+        if await self._s3_is_disabled():
+            return "its machine has no S3 (disable_s3): its kernel would sleep in a way of its own, which QEMU can't see"
+        path = await self._guest_agent()
+        if path is None:
+            return f"it has no guest agent (no virtio-serial port {guest_agent.PORT} at a Unix socket)"
+        try:
+            if not await guest_agent.offers(self._qmp.vm, path, "guest-suspend-ram", _CHECK_S):
+                return "its guest agent does not let guest-suspend-ram be used"
+        except GuestAgentFailed as error:
+            return error.what
         return ""
+
+    async def suspend(self, timeout_s: float) -> float:
+        path = await self._guest_agent()
+        if path is None:
+            raise GuestAgentFailed("it has no guest agent", vm=self._qmp.vm)
+        with self._qmp.expecting(lambda event: event["event"] == "SUSPEND") as asleep:
+            try:
+                await guest_agent.suspend(self._qmp.vm, path, asleep, timeout_s)
+            except GuestAgentFailed:
+                # A Linux that sleeps without S3 (s2idle) is running for QEMU, and is woken by its keyboard.
+                await self._optional("send-key", None, keys=[{"type": "qcode", "data": "shift"}])
+                raise
+            return event_time(asleep.result())
+
+    async def wake(self) -> float:
+        with self._qmp.expecting(lambda event: event["event"] == "WAKEUP") as awake:
+            if await self.run_state() != "suspended":
+                return 0.0
+            await self._qmp.execute("system_wakeup")
+            try:
+                async with asyncio.timeout(_SETTLE_S):
+                    return event_time(await awake)
+            except TimeoutError:
+                raise QemuFailed(f"QEMU did not wake the guest within {_SETTLE_S:.0f} s", vm=self._qmp.vm) from None
+
+    async def _keeps_suspended(self) -> bool:
+        """No schema tells; measured up to 7.2 and from 10.0, and read in between (FACTS.md, "Run states")."""
+        return (await self.dialect()).keeps_suspended and _numbers(await self._version()) >= _numbers("9.0")
+
+    async def _s3_is_disabled(self) -> bool:
+        """By a property of the chipset's power management, which is part of the south bridge on newer QEMUs' ``pc``;
+        ``wakeup-suspend-support`` is true all the same (measured on 10.0)."""
+        onboard = await self._devices("/machine/unattached")
+        places = [path for path, kind in onboard if kind in ("ICH9-LPC", "PIIX4_PM")]
+        places += [f"{path}/pm" for path, kind in onboard if kind.startswith("PIIX3")]
+        return any([(await self._optional("qom-get", 0, path=path, property="disable_s3")) for path in places])
+
+    async def _devices(self, *parents: str) -> list[tuple[str, str]]:
+        """QOM path and type of each device there; by default of those that the command line or a hotplug has made."""
+        return [
+            (f"{parent}/{child['name']}", child["type"].removeprefix("child<").removesuffix(">"))
+            for parent in parents or ("/machine/peripheral", "/machine/peripheral-anon")
+            for child in await self._qmp.execute("qom-list", {"path": parent})
+        ]
+
+    async def _guest_agent(self) -> Path | None:
+        """The socket of the VM's guest agent port."""
+        chardevs = {str(chardev["label"]): str(chardev["filename"]) for chardev in await self._qmp.execute("query-chardev")}
+        for path, kind in await self._devices():
+            if kind != "virtserialport":
+                continue
+            if await self._optional("qom-get", "", path=path, property="name") == guest_agent.PORT:
+                chardev = await self._optional("qom-get", "", path=path, property="chardev")
+                found = re.search(r"unix:([^,]*)", chardevs.get(chardev, ""))
+                return Path(found[1]) if found else None
+        return None
 
     async def powerdown(self) -> None:
         if await self.run_state() == "suspended":
@@ -285,6 +359,13 @@ class LiveQemu:
             )
             for node in await self._qmp.execute("query-named-block-nodes", {"flat": True})
         ]
+
+
+def _pci(devices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """These, and what is behind them if they are bridges."""
+    for device in devices:
+        yield device
+        yield from _pci(device.get("pci_bridge", {}).get("devices", []))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
