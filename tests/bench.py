@@ -172,8 +172,8 @@ class Bench:
 
     def reboot(self) -> None:
         """The host starts anew, into the kernel that is loaded, if one is; its persistent memory stays."""
-        for name in list(self.runner.qemus):
-            self.runner.end(name)
+        self.runner.qemus.clear()
+        self.runner.beside.clear()
         if self.kernels.is_loaded and self.kexec.under_way:
             self.host.release = self.kernels.is_loaded[0]
         self.host.boot += 1

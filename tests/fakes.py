@@ -207,6 +207,9 @@ class FakeQemu:
     def run(self, *, booting: bool = False) -> None:
         """The guest runs, and counts; a boot starts the count far from any other."""
         self.status = "running"
+        both = (self._runner.qemus.get(self.launch.vm), self._runner.beside.get(self.launch.vm))
+        if any(qemu.status == "running" for qemu in both if qemu and qemu is not self):
+            self._runner.violations.append(f"VM {self.launch.vm}: runs twice")
         count = (self._runner.boots() if booting else self.count) + 1
         with Path(self.launch.node).open("r+b") as ram:
             os.pwrite(ram.fileno(), count.to_bytes(8, "big"), self.launch.memory.offset_bytes)
@@ -229,7 +232,7 @@ class FakeQemu:
 
     async def _step(self, operation: str) -> None:
         self._runner.point()
-        if self._runner.qemus.get(self.launch.vm) is not self:
+        if self not in (self._runner.qemus.get(self.launch.vm), self._runner.beside.get(self.launch.vm)):
             raise QemuFailed("QEMU is gone", vm=self.launch.vm)
         if gate := self._runner.gates.get((self.launch.vm, operation)):
             gate.entered.set()
@@ -344,6 +347,7 @@ class FakeRunner:
 
     def __init__(self) -> None:
         self.qemus: dict[str, FakeQemu] = {}
+        self.beside: dict[str, FakeQemu] = {}
         self.faults: dict[tuple[str, str], Exception] = {}
         self.gates: dict[tuple[str, str], Gate] = {}
         self.blocked: dict[str, list[str]] = {}
@@ -356,6 +360,7 @@ class FakeRunner:
         self.die_at = ""
         self.life_left: int | None = None
         self._launches: dict[str, Launch] = {}
+        self._beside: dict[str, Launch] = {}
         self._boots = 0
 
     def point(self, name: str = "") -> None:
@@ -374,39 +379,48 @@ class FakeRunner:
     def end(self, name: str) -> None:
         self.qemus.pop(name, None)
 
-    async def start(self, launch: Launch) -> None:
+    async def start(self, launch: Launch, *, beside: bool = False) -> None:
         self.point()
         self.started.append((launch.vm, launch.kind))
-        self._launches[launch.vm] = launch
+        launches, qemus = (self._beside, self.beside) if beside else (self._launches, self.qemus)
+        launches[launch.vm] = launch
         if fault := self.faults.get((launch.vm, "start")):
             raise fault
-        assert launch.vm not in self.qemus, "two QEMUs for one VM"
-        self.qemus[launch.vm] = FakeQemu(self, launch)
+        assert launch.vm not in qemus, "two QEMUs in one place"
+        qemus[launch.vm] = FakeQemu(self, launch)
 
-    async def connect(self, name: str, timeout_s: float) -> Qemu:  # noqa: ARG002
+    def adopt(self, name: str) -> None:
+        self.point("adopt")
+        for one, other in ((self.qemus, self.beside), (self._launches, self._beside)):
+            for place, taken in ((one, other.pop(name, None)), (other, one.pop(name, None))):
+                if taken:
+                    place[name] = taken  # type: ignore[assignment]  # QEMUs, then launches
+
+    async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu:  # noqa: ARG002
         self.point()
         if gate := self.gates.get((name, "connect")):
             gate.entered.set()
             await gate.go.wait()
         if fault := self.faults.get((name, "connect")):
             raise fault
-        return self.qemus[name]
+        return (self.beside if beside else self.qemus)[name]
 
-    async def active(self, name: str) -> int:
+    async def active(self, name: str, *, beside: bool = False) -> int:
         """This process's own PID stands for all: /proc has it."""
         self.point()
-        return os.getpid() if name in self.qemus else 0
+        return os.getpid() if name in (self.beside if beside else self.qemus) else 0
 
     async def wait_exit(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002
         return name not in self.qemus
 
-    async def kill(self, name: str) -> None:
+    async def kill(self, name: str, *, beside: bool = False) -> None:
         self.point()
-        self.end(name)
+        (self.beside if beside else self.qemus).pop(name, None)
 
     def forget_launches(self) -> None:
         """/run is empty after a reboot."""
         self._launches.clear()
+        self._beside.clear()
 
     def launched(self, name: str) -> Launch | None:
         return self._launches.get(name)

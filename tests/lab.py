@@ -312,6 +312,8 @@ def refused(guest: Guest, kind: str, *words: str, member: str = "CprLoad", filen
             guest.load(filename)
         elif member == "CprSave":
             guest.save(filename)
+        elif member == "Refresh":
+            guest.call(member, "a{sv}", {})
         else:
             guest.call(member)
     text = str(caught.value)

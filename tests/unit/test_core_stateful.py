@@ -45,6 +45,7 @@ JOBS: dict[str, Act] = {
     "save all": through(lambda manager: manager.save_all(Survives.KEXEC)),
     "load all": through(lambda manager: manager.load_all(autostart=False)),
     "rollback": through(lambda manager: manager.rollback()),
+    "refresh all": through(lambda manager: manager.refresh_all()),
 }
 ANNOUNCED = ("resume", "rollback", "save-undone")
 FAULTS = (
@@ -112,7 +113,7 @@ class AnyHistory(RuleBasedStateMachine):
     def a_job(self, name: str, points: int | None) -> None:
         self.live(JOBS[name], points)
 
-    @rule(vm=names, act=st.sampled_from(["save", "load", "resume", "start"]), points=lives)
+    @rule(vm=names, act=st.sampled_from(["save", "load", "resume", "start", "replace_qemu"]), points=lives)
     def an_act(self, vm: str, act: str, points: int | None) -> None:
         def do(manager: Manager) -> Awaitable[object]:
             one = manager.vm(vm)

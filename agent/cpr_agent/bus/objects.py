@@ -54,6 +54,9 @@ class ManagerObject(BusObject):
         taken = take_options(options, {"autostart": "b"})
         return [job_path(self._manager.load_all(taken.get("autostart", False)))]
 
+    async def call_RefreshAll(self, options: dict[str, Variant]) -> list[Any]:
+        return [job_path(self._manager.refresh_all(**_refresh(options)))]
+
     async def call_Upgrade(self, options: dict[str, Variant]) -> list[Any]:
         return [job_path(self._manager.upgrade(_wish(options)))]
 
@@ -121,6 +124,9 @@ class VmObject(BusObject):
         take_options(options, {})
         await self._vm.load(filename)
         return []
+
+    async def call_Refresh(self, options: dict[str, Variant]) -> list[Any]:
+        return [await self._vm.replace_qemu(**_refresh(options))]
 
     async def call_Start(self) -> list[Any]:
         await self._vm.start()
@@ -256,6 +262,10 @@ def vm_path(name: str) -> str:
 
 def job_path(job: Job) -> str:
     return f"{ROOT}/job/{job.id}"
+
+
+def _refresh(options: dict[str, Variant]) -> dict[str, bool]:
+    return {name.replace("-", "_"): value for name, value in take_options(options, {"in-turn": "b"}).items()}
 
 
 def _survives(options: dict[str, Any], default: Survives) -> Survives:

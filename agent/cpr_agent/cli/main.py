@@ -246,6 +246,29 @@ def load(context: click.Context, vm: str | None, every: bool, autostart: bool, f
     _run(context, work)
 
 
+@cli.command()
+@click.argument("vm", required=False)
+@click.option("--all", "every", is_flag=True, help="Every VM that has a live guest, one after the other.")
+@click.option(
+    "--in-turn", is_flag=True, help="End the old QEMU before the new one starts: both can't have the same tap device."
+)
+@json_option
+@pass_context
+def refresh(context: click.Context, vm: str | None, every: bool, in_turn: bool, as_json: bool) -> None:
+    """Give a guest a new QEMU, of the program that is installed now, without a reboot of the host."""
+    _one_or_all(vm, every)
+
+    async def work(client: Client) -> int:
+        wanted = options(in_turn=in_turn or None)
+        if vm:
+            await client.vm(vm, "Refresh", "a{sv}", wanted)
+            _show(as_json, await client.vm_properties(vm), lambda _: click.echo(f"{vm}: has a new QEMU"))
+            return 0
+        return await _follow_job(client, as_json, "RefreshAll", wanted)
+
+    _run(context, work)
+
+
 def _one_or_all(vm: str | None, every: bool) -> None:
     if bool(vm) == every:
         raise click.UsageError("name one VM, or give --all")

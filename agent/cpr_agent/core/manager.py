@@ -165,6 +165,11 @@ class Manager:
         vms = self.vms.values()
         return self.jobs.start("load-all", lambda job: self._transaction.load_all(job, vms, autostart))
 
+    def refresh_all(self, *, in_turn: bool = False) -> Job:
+        """A new QEMU for every live guest, of the program that is installed now; the host stays."""
+        vms = self.vms.values()
+        return self.jobs.start("refresh-all", lambda job: self._transaction.refresh_all(job, vms, in_turn=in_turn))
+
     def upgrade(self, wish: Wish) -> Job:
         """The host into another kernel, and its guests with it. Raises InvalidArgument, KernelRefused."""
         the_plan = self.plan(wish)

@@ -85,19 +85,24 @@ class Qemu(Protocol):
 class Runner(Protocol):
     """Where QEMU processes live: units of systemd, or processes of their own."""
 
-    async def start(self, launch: Launch) -> None:
-        """Start QEMU. Returns when its sockets accept connections; raises QemuFailed with what it said."""
+    async def start(self, launch: Launch, *, beside: bool = False) -> None:
+        """Start QEMU; or one ``beside`` the VM's own, which stays. Returns when its sockets accept connections; raises
+        QemuFailed with what it said."""
 
-    async def connect(self, name: str, timeout_s: float) -> Qemu: ...
+    async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu: ...
 
-    async def active(self, name: str) -> int:
-        """PID of the VM's QEMU, 0 if there is none."""
+    def adopt(self, name: str) -> None:
+        """From now on the QEMU beside the VM's own is the VM's own, and the one that was is beside it. Atomic, until the
+        host starts anew."""
+
+    async def active(self, name: str, *, beside: bool = False) -> int:
+        """PID of the VM's QEMU, or of the one beside it; 0 if there is none."""
 
     async def wait_exit(self, name: str, timeout_s: float) -> bool:
         """Wait until the VM's QEMU has exited; False on timeout."""
 
-    async def kill(self, name: str) -> None:
-        """End the VM's QEMU the hard way, and wait until it is gone."""
+    async def kill(self, name: str, *, beside: bool = False) -> None:
+        """End the VM's QEMU, or the one beside it, the hard way, and wait until it is gone."""
 
     def launched(self, name: str) -> Launch | None:
         """What the VM's live QEMU was started with."""

@@ -314,6 +314,26 @@ class Transaction:
             if failures:
                 raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
 
+    async def refresh_all(self, job: Job, vms: Iterable[Vm], *, in_turn: bool) -> None:
+        """A new QEMU for every guest, one after the other: one that fails would fail the others too, and ends it. Raises
+        CprError."""
+        async with self._lock:
+            self.refuse_when_committed()
+            live = sorted((vm for vm in vms if vm.run_state in SAVEABLE), key=_order)
+            for done, vm in enumerate(live):
+                job.advance(done, len(live), f"a new QEMU for {vm.name}")
+                try:
+                    await vm.replace_qemu(in_turn=in_turn)
+                except CprError as error:
+                    waiting = _names(live[done + 1 :])
+                    left = f"{error.left or 'nothing was done'}; {done} of {len(live)} have a new QEMU"
+                    raise LoadFailed(
+                        error.what,
+                        vm=vm.name,
+                        left=f"{left}, and these were not tried: {waiting}" if waiting else left,
+                        remedy=error.remedy,
+                    ) from error
+
     async def load_again(self, job: Job, vms: list[Vm]) -> None:
         """Loads of single VMs that an earlier agent was in the middle of: they end no upgrade. Raises LoadFailed."""
         async with self._lock:

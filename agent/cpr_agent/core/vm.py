@@ -64,6 +64,7 @@ class Vm(VmBase):
     async def recover(self) -> None:
         """After a start of the agent: finish or take back what an earlier one was in the middle of."""
         async with self._exclusive("recover"):
+            await self._ports.runner.kill(self.name, beside=True)  # no guest has run in it, or has stopped there for good
             await self._derive()
             if self._qemu is None:
                 return
@@ -75,6 +76,9 @@ class Vm(VmBase):
                 log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", self.name)
                 self._ports.journal.append("load-interrupted", vm=self.name, checkpoint=manifest.id)
                 await self._end_qemu()
+            elif manifest and self._in_refresh() and self.run_state == "postmigrate" and manifest.run_state == "running":
+                log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", self.name)
+                await self._take_back(manifest)
             elif self._ports.store.checkpointed(self.name):
                 return  # saved, also if nobody can read by what
             elif self.run_state == "postmigrate":
@@ -169,22 +173,33 @@ class Vm(VmBase):
                 f"mode {mode!r} is not supported", vm=self.name, left="nothing was saved", remedy='use mode "reboot"'
             )
         async with self._exclusive("save"):
+            return await self._save_now(filename, mode, need, upgrade)
+
+    async def replace_qemu(self, *, in_turn: bool = False) -> str:
+        """Give the guest a new QEMU, of the program that is installed now, on the same RAM. A guest that ran gets it beside
+        the old one, which takes it back if anything fails; any other guest, or ``in_turn``, after the old one has ended:
+        what fails then leaves it saved. Returns "beside" or "in-turn". Raises CprError."""
+        async with self._exclusive("refresh"):
+            self._admit()
             await self._derive()
-            if self.live_checkpoint():
-                raise AlreadySaved(
-                    "is already saved", vm=self.name, remedy=f"`cprctl resume {self.name}` takes the save back"
-                )
-            if self._qemu is None or self.run_state not in SAVEABLE:
-                raise WrongState(f"is {self.state} and can't be saved", vm=self.name, left="nothing was saved")
-            launch = await self._require_saveable(need)
-            if not await self._must_sleep(self._qemu):
-                return await self._save(self._qemu, launch, self.run_state, filename, mode, upgrade)
+            self._ports.journal.append("refresh", vm=self.name)
             try:
-                asleep_at = await self._fall_asleep(self._qemu)
-                return await self._save(self._qemu, launch, "suspended", filename, mode, upgrade, asleep_at=asleep_at)
-            except BaseException:
-                await asyncio.shield(asyncio.ensure_future(self._end_sleep()))
-                raise
+                manifest = await self._save_now("", "reboot", Survives.QEMU_RESTART, "")
+                beside = manifest.run_state == "running" and not in_turn
+                try:
+                    await self._load(manifest, "", beside=beside)
+                except BaseException as error:
+                    left = "it stays saved, and the load can be repeated"
+                    await self._derive()
+                    if beside and self.run_state == "postmigrate":
+                        await asyncio.shield(asyncio.ensure_future(self._take_back(manifest)))
+                        left = "its guest goes on in the QEMU that it had"
+                    if not isinstance(error, CprError):
+                        raise
+                    raise LoadFailed(f"could not get a new QEMU: {error.what}", vm=self.name, left=left) from error
+            finally:
+                self._ports.journal.append("refreshed", vm=self.name)
+            return "beside" if beside else "in-turn"
 
     async def load(self, filename: str) -> str:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
@@ -242,6 +257,21 @@ class Vm(VmBase):
                 raise
 
     # -- parts of the acts ----------------------------------------------------------------------------------------------
+
+    async def _save_now(self, filename: str, mode: str, need: Survives, upgrade: str) -> Manifest:
+        if self.live_checkpoint():
+            raise AlreadySaved("is already saved", vm=self.name, remedy=f"`cprctl resume {self.name}` takes the save back")
+        if self._qemu is None or self.run_state not in SAVEABLE:
+            raise WrongState(f"is {self.state} and can't be saved", vm=self.name, left="nothing was saved")
+        launch = await self._require_saveable(need)
+        if not await self._must_sleep(self._qemu):
+            return await self._save(self._qemu, launch, self.run_state, filename, mode, upgrade)
+        try:
+            asleep_at = await self._fall_asleep(self._qemu)
+            return await self._save(self._qemu, launch, "suspended", filename, mode, upgrade, asleep_at=asleep_at)
+        except BaseException:
+            await asyncio.shield(asyncio.ensure_future(self._end_sleep()))
+            raise
 
     async def _start(self, definition: Definition) -> None:
         with naming(self.name):
@@ -434,11 +464,10 @@ class Vm(VmBase):
         """For a guest that did not run: ``cont`` in postmigrate would let a paused one run, and aborts QEMU for one that
         sleeps (FACTS.md, "Rollback"). What QEMU has written is read by a new one."""
         await self._end_qemu()
-        await self._launch(self._stamped(self._ports.definitions.plan_load(draft, located)))
-        assert self._qemu
-        await self._qemu.load(state, self._settings.agent.load_timeout)
-        await self._go_on(self._qemu, draft)
-        self.run_state = await self._qemu.run_state()
+        qemu = await self._launch(self._stamped(self._ports.definitions.plan_load(draft, located)))
+        await qemu.load(state, self._settings.agent.load_timeout)
+        await self._go_on(qemu, draft)
+        self.run_state = await qemu.run_state()
 
     async def _finish_interrupted_save(self) -> None:
         """QEMU is in postmigrate and no manifest says why: an agent died between the two. The journal knows the run
@@ -487,7 +516,8 @@ class Vm(VmBase):
             ) from error
         self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id)
 
-    async def _load(self, manifest: Manifest, filename: str) -> None:
+    async def _load(self, manifest: Manifest, filename: str, *, beside: bool = False) -> None:
+        """``beside``: the QEMU that it was saved in stays until the guest runs in the new one."""
         store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
         load_at = host.now()
         refuse_spent(self._ports, manifest)
@@ -504,16 +534,18 @@ class Vm(VmBase):
                 refuse_changed_ram(self._ports, manifest, located),
             )
             self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id)
-            await self._end_qemu()
+            launch = self._stamped(self._ports.definitions.plan_load(manifest, located))
+            if not beside:
+                await self._end_qemu()
             try:
-                await self._launch(self._stamped(self._ports.definitions.plan_load(manifest, located)))
-                assert self._qemu
-                await refuse_lesser_machine(self._qemu, manifest)
-                await self._qemu.load(fd, self._settings.agent.load_timeout)
+                qemu = await (self._launch_beside(launch) if beside else self._launch(launch))
+                await refuse_lesser_machine(qemu, manifest)
+                await qemu.load(fd, self._settings.agent.load_timeout)
             except BaseException as error:
                 # Shielded: a cancelled load must not leave a QEMU that has not run its guest either.
                 said = self._ports.runner.log_tail(self.name)
-                await asyncio.shield(asyncio.ensure_future(self._end_qemu()))
+                end = self._ports.runner.kill(self.name, beside=True) if beside else self._end_qemu()
+                await asyncio.shield(asyncio.ensure_future(end))
                 if not isinstance(error, (CprError, TimeoutError)):
                     raise
                 self._ports.journal.append("load-failed", vm=self.name, checkpoint=manifest.id)
@@ -522,12 +554,17 @@ class Vm(VmBase):
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
                 raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
-            resumed_at = await self._go_on(self._qemu, manifest) or host.now()
+            resumed_at = await self._go_on(qemu, manifest, adopt=beside) or host.now()
+            if beside:
+                # Not by `quit`: it would unlink the paths of sockets, which are the new one's now.
+                await self._ports.runner.kill(self.name, beside=True)
             self._spawn(self._record(manifest, load_at, memory_at, resumed_at))  # nobody's guest need wait for it
 
-    async def _go_on(self, qemu: Qemu, manifest: Manifest) -> float:
+    async def _go_on(self, qemu: Qemu, manifest: Manifest, *, adopt: bool = False) -> float:
         """Once its state is loaded: let the guest do what it did when it was saved. Returns when it ran (epoch s)."""
         self._ports.journal.append("resume", vm=self.name, checkpoint=manifest.id, run_state=manifest.run_state)
+        if adopt:
+            await self._adopt(qemu)
         if self.checkpointed:
             await asyncio.to_thread(self._ports.store.consume, manifest)
         # From here on the checkpoint is spent, whatever happens (invariant 2).

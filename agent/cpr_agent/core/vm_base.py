@@ -183,7 +183,19 @@ class VmBase:
             return False
         events = [r["event"] for r in self._ports.journal.records() if r.get("checkpoint") == manifest.id]
         begun = events.count("load-begin")
-        return bool(begun) and events[-1] in ("load-begin", "load-interrupted") and begun < MAX_LOADS
+        under_way = self._in_refresh() or (begun and events[-1] in ("load-begin", "load-interrupted"))
+        return bool(under_way) and begun < MAX_LOADS
+
+    def _in_refresh(self) -> bool:
+        """Whether an agent was in the middle of giving the guest a new QEMU."""
+        return self._last_of("refresh", "refreshed", "start") == "refresh"
+
+    def _last_of(self, *events: str) -> str:
+        """Which of these the journal told last of this VM; "" for none."""
+        found = [
+            str(r["event"]) for r in self._ports.journal.records() if r.get("vm") == self.name and r["event"] in events
+        ]
+        return found[-1] if found else ""
 
     def held(self) -> Held | None:
         """Why it is kept untouched, if it is."""
@@ -191,9 +203,7 @@ class VmBase:
 
     def awaits_cold_start(self) -> bool:
         """Whether its memory was found to be lost, and it was not started afresh yet."""
-        records = [r for r in self._ports.journal.records() if r.get("vm") == self.name]
-        ended = [r["event"] for r in records if r["event"] in ("memory-lost", "cold-started")]
-        return ended[-1:] == ["memory-lost"]
+        return self._last_of("memory-lost", "cold-started") == "memory-lost"
 
     async def blocked_reasons(self) -> list[str]:
         """Why it can't be saved as it is now; empty too where there is nothing to save."""
@@ -228,9 +238,7 @@ class VmBase:
 
     def _put_to_sleep(self) -> bool:
         """Whether the guest was last put to sleep by the agent, and not woken since."""
-        records = [r for r in self._ports.journal.records() if r.get("vm") == self.name]
-        ended = [r["event"] for r in records if r["event"] in ("suspend", "woken", "start")]
-        return ended[-1:] == ["suspend"]
+        return self._last_of("suspend", "woken", "start") == "suspend"
 
     async def _wake(self) -> float:
         """Wake the guest that the agent has put to sleep. Returns when it woke (epoch s), 0 if it was awake or is gone."""
@@ -350,22 +358,45 @@ class VmBase:
 
     # -- its QEMU -------------------------------------------------------------------------------------------------------
 
-    async def _launch(self, launch: Launch) -> None:
+    async def _launch(self, launch: Launch) -> Qemu:
         """Start QEMU and speak to it, or leave nothing of it. Raises QemuFailed with what QEMU said."""
         self._set(VmState.STARTING if launch.kind == "start" else VmState.LOADING)
-        runner = self._ports.runner
         try:
-            await runner.start(launch)
-            self.pid = await runner.active(self.name)
-            await self._connect()
+            await self._ports.runner.start(launch)
+            self.pid = await self._ports.runner.active(self.name)
+            return await self._connect()
         except BaseException as error:
-            await asyncio.shield(asyncio.ensure_future(runner.kill(self.name)))
+            await asyncio.shield(asyncio.ensure_future(self._ports.runner.kill(self.name)))
             self.pid = 0
             if not isinstance(error, CprError):
                 raise
-            said = runner.log_tail(self.name)
-            detail = f": {said}" if said and said not in error.what else ""
-            raise QemuFailed(f"{error.what}{detail}", vm=self.name, left="nothing runs", remedy=error.remedy) from error
+            raise self._not_started(error, "nothing runs") from error
+
+    async def _launch_beside(self, launch: Launch) -> Qemu:
+        """The same beside the VM's own QEMU, which is left as it is."""
+        runner = self._ports.runner
+        try:
+            await runner.start(launch, beside=True)
+            return await runner.connect(self.name, self._settings.agent.qemu_start_timeout, beside=True)
+        except BaseException as error:
+            await asyncio.shield(asyncio.ensure_future(runner.kill(self.name, beside=True)))
+            if not isinstance(error, CprError):
+                raise
+            raise self._not_started(error, "the QEMU that it has is untouched") from error
+
+    def _not_started(self, error: CprError, left: str) -> QemuFailed:
+        said = self._ports.runner.log_tail(self.name)
+        detail = f": {said}" if said and said not in error.what else ""
+        return QemuFailed(f"{error.what}{detail}", vm=self.name, left=left, remedy=error.remedy)
+
+    async def _adopt(self, qemu: Qemu) -> None:
+        """The QEMU beside the VM's own is its own from now on."""
+        self._ports.runner.adopt(self.name)
+        self.pid = await self._ports.runner.active(self.name)
+        old, self._qemu = self._qemu, qemu
+        qemu.on_change(self._on_qemu_event)
+        if old:
+            await old.close()
 
     async def _end_qemu(self) -> None:
         """Quit QEMU, then the hard way; done when its process is gone."""
@@ -395,10 +426,11 @@ class VmBase:
     def _stamped(self, launch: Launch) -> Launch:
         return replace(launch, created_at=self._ports.host.now(), boot_id=self._ports.host.boot_id())
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> Qemu:
         qemu = await self._ports.runner.connect(self.name, self._settings.agent.qemu_start_timeout)
         qemu.on_change(self._on_qemu_event)
         self._qemu = qemu
+        return qemu
 
     async def _drop_connection(self) -> None:
         if self._qemu:

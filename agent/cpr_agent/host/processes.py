@@ -25,16 +25,17 @@ class ProcessRunner(BaseRunner):
     def unit(self, name: str) -> str:  # noqa: ARG002 - the port has units where there are any
         return ""
 
-    async def active(self, name: str) -> int:
+    async def _main_pid(self, place: str) -> int:
         try:
-            pid, started = (self._directory(name) / "pid").read_text().split()
+            pid, started = (self._directory(place) / "pid").read_text().split()
         except (OSError, ValueError):
             return 0
         return int(pid) if _start_time(int(pid)) == started else 0
 
-    async def start(self, launch: Launch) -> None:
-        self._write_ticket(launch)
-        directory = self._directory(launch.vm)
+    async def start(self, launch: Launch, *, beside: bool = False) -> None:
+        place = self._place(launch.vm, beside=beside)
+        self._write_ticket(launch, place)
+        directory = self._directory(place)
         ready_path = directory / "notify.sock"
         ready_path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as ready:
@@ -57,15 +58,17 @@ class ProcessRunner(BaseRunner):
                 ready_path.unlink(missing_ok=True)
         self._reap_when_done(child)
         if not started:
-            await self.kill(launch.vm)
+            await self.kill(launch.vm, beside=beside)
             raise QemuFailed(f"QEMU could not be started: {self.log_tail(launch.vm)}", vm=launch.vm)
 
-    async def kill(self, name: str) -> None:
-        pid = await self.active(name)
+    async def kill(self, name: str, *, beside: bool = False) -> None:
+        place = self._place(name, beside=beside)
+        pid = await self._main_pid(place)
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            await self.wait_exit(name, START_TIMEOUT_S)
+            await self._exited(place, START_TIMEOUT_S)
+        self._point_admin(name)
 
     @staticmethod
     def _reap_when_done(child: subprocess.Popen[bytes]) -> None:

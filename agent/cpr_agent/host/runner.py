@@ -8,6 +8,7 @@ import os
 import pwd
 import select
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,27 +22,47 @@ from cpr_agent.vm.qemu import LiveQemu
 LOG_TAIL_BYTES = 2000
 
 
+SECOND = ":b"
+"""What tells a VM's second place from its first; no name of a VM has a colon."""
+
+
 class BaseRunner(ABC):
-    """``run_dir`` has a directory for each VM, owned by its user, and ``launched/``, which only the agent can write."""
+    """``run_dir`` has a directory for each VM, owned by its user, and ``launched/``, which only the agent can write.
+
+    A VM has two places for a QEMU, NAME and NAME:b, of which one is its own: the second if ``second/NAME`` exists.
+    """
 
     def __init__(self, run_dir: Path, log_dir: Path) -> None:
         self._run_dir = run_dir
         self._log_dir = log_dir
 
-    @abstractmethod
-    async def active(self, name: str) -> int: ...
+    async def active(self, name: str, *, beside: bool = False) -> int:
+        return await self._main_pid(self._place(name, beside=beside))
 
-    async def connect(self, name: str, timeout_s: float) -> Qemu:
-        return await LiveQemu.connect(name, self._directory(name) / "agent.sock", timeout_s)
+    @abstractmethod
+    async def _main_pid(self, place: str) -> int: ...
+
+    async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu:
+        place = self._place(name, beside=beside)
+        return await LiveQemu.connect(name, self._directory(place) / "agent.sock", timeout_s)
+
+    def adopt(self, name: str) -> None:
+        marker = self._marker(name)
+        if marker.exists():
+            marker.unlink()
+        else:
+            make_private_directory(marker.parent)
+            marker.touch()
+        self._point_admin(name)
 
     def launched(self, name: str) -> Launch | None:
         try:
-            return msgspec.json.decode(self._record(name).read_bytes(), type=Launch)
+            return msgspec.json.decode(self._record(self._place(name)).read_bytes(), type=Launch)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
     def launched_all(self) -> list[str]:
-        return sorted(path.stem for path in self._record("").parent.glob("*.json"))
+        return sorted({path.stem.removesuffix(SECOND) for path in self._record("").parent.glob("*.json")})
 
     def log_tail(self, name: str) -> str:
         try:
@@ -54,8 +75,11 @@ class BaseRunner(ABC):
         return " / ".join(lines[-3:])
 
     async def wait_exit(self, name: str, timeout_s: float) -> bool:
+        return await self._exited(self._place(name), timeout_s)
+
+    async def _exited(self, place: str, timeout_s: float) -> bool:
         """By pidfd, which works for processes that are not our children, and leaves no room for PID reuse."""
-        pid = await self.active(name)
+        pid = await self._main_pid(place)
         if not pid:
             return True
         try:
@@ -67,9 +91,22 @@ class BaseRunner(ABC):
         finally:
             os.close(fd)
 
-    def _write_ticket(self, launch: Launch) -> None:
+    def _place(self, name: str, *, beside: bool = False) -> str:
+        """Where the VM's own QEMU lives, or the one beside it."""
+        return f"{name}{SECOND}" if self._marker(name).exists() != beside else name
+
+    def _point_admin(self, name: str) -> None:
+        """The admin's socket has one path, whichever place the VM is in; a link leads to the second one's."""
+        if self._place(name) == name:
+            return
+        path = self._directory(name) / "admin.sock"
+        path.unlink(missing_ok=True)
+        path.symlink_to(self._directory(name + SECOND) / "admin.sock")
+
+    def _write_ticket(self, launch: Launch, place: str) -> None:
         """Leave the ticket and the agent's own record. The log file is made here: its directory is not the VM's."""
-        directory = self._directory(launch.vm)
+        directory = self._directory(place)
+        launch = replace(launch, sockets={str(directory / Path(path).name): fd for path, fd in launch.sockets.items()})
         directory.mkdir(parents=True, exist_ok=True, mode=0o755)
         log = Path(launch.log)
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -84,14 +121,17 @@ class BaseRunner(ABC):
             for path in (directory, log):
                 os.chown(path, *owner, follow_symlinks=False)
         write_atomically(directory / TICKET, data, 0o400, owner)
-        make_private_directory(self._record(launch.vm).parent)
-        write_atomically(self._record(launch.vm), data)
+        make_private_directory(self._record(place).parent)
+        write_atomically(self._record(place), data)
 
-    def _directory(self, name: str) -> Path:
-        return self._run_dir / "vm" / name
+    def _directory(self, place: str) -> Path:
+        return self._run_dir / "vm" / place
 
-    def _record(self, name: str) -> Path:
-        return self._run_dir / "launched" / f"{name}.json"
+    def _record(self, place: str) -> Path:
+        return self._run_dir / "launched" / f"{place}.json"
+
+    def _marker(self, name: str) -> Path:
+        return self._run_dir / "second" / name
 
 
 async def readable(fd: int, timeout_s: float) -> bool:

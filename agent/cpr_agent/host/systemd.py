@@ -86,6 +86,9 @@ class Systemd:
     def kill_unit(self, name: str) -> None:
         self._manager.Manager.KillUnit(name.encode(), b"all", 9)
 
+    def forget_failure(self, name: str) -> None:
+        self._manager.Manager.ResetFailedUnit(name.encode())
+
     def reload(self) -> None:
         self._manager.Manager.Reload()
 
@@ -157,33 +160,39 @@ class SystemdRunner(BaseRunner):
         self._systemd = systemd
 
     def unit(self, name: str) -> str:
-        return f"cpr-vm@{name}.service"
+        return _unit(self._place(name))
 
-    async def active(self, name: str) -> int:
-        return self._systemd.main_pid(self.unit(name))
+    async def _main_pid(self, place: str) -> int:
+        return self._systemd.main_pid(_unit(place))
 
-    async def start(self, launch: Launch) -> None:
-        self._write_ticket(launch)
-        self._set_user(launch.vm, launch.user)
+    async def start(self, launch: Launch, *, beside: bool = False) -> None:
+        place = self._place(launch.vm, beside=beside)
+        unit = _unit(place)
+        self._write_ticket(launch, place)
+        self._set_user(unit, launch.user)
         try:
-            result = await self._systemd.start_unit(self.unit(launch.vm))
+            result = await self._systemd.start_unit(unit)
         except DBusBaseError as error:
             result = str(error)
         if result != "done":
             raise QemuFailed(
-                f"its unit {self.unit(launch.vm)} could not be started ({result}): {self.log_tail(launch.vm)}",
+                f"its unit {unit} could not be started ({result}): {self.log_tail(launch.vm)}",
                 vm=launch.vm,
-                remedy=f"see: journalctl -u {self.unit(launch.vm)}",
+                remedy=f"see: journalctl -u {unit}",
             )
 
-    async def kill(self, name: str) -> None:
-        if await self.active(name):
-            self._systemd.kill_unit(self.unit(name))
-            await self.wait_exit(name, JOB_TIMEOUT_S)
+    async def kill(self, name: str, *, beside: bool = False) -> None:
+        place = self._place(name, beside=beside)
+        if await self._main_pid(place):
+            self._systemd.kill_unit(_unit(place))
+            await self._exited(place, JOB_TIMEOUT_S)
+            if beside:
+                self._systemd.forget_failure(_unit(place))  # it was not its fault
+        self._point_admin(name)
 
-    def _set_user(self, name: str, user: str) -> None:
+    def _set_user(self, unit: str, user: str) -> None:
         """A drop-in for a VM that runs as another user than the unit file says."""
-        drop_in = RUNTIME_UNITS / f"{self.unit(name)}.d" / "50-cpr-agent-user.conf"
+        drop_in = RUNTIME_UNITS / f"{unit}.d" / "50-cpr-agent-user.conf"
         wanted = "" if user == DEFAULT_USER else f"[Service]\nUser={user}\n"
         if (drop_in.read_text() if drop_in.exists() else "") == wanted:
             return
@@ -193,3 +202,7 @@ class SystemdRunner(BaseRunner):
         else:
             drop_in.unlink()
         self._systemd.reload()
+
+
+def _unit(place: str) -> str:
+    return f"cpr-vm@{place}.service"

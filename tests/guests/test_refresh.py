@@ -1,0 +1,157 @@
+"""A new QEMU for a running guest, without a reboot: real QEMUs, the old one beside the new one."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.bus.conftest import _qemu
+from tests.guests.tally import case, take_tally
+from tests.host_vm import build_guests, run_scenario
+from tests.lab import Guest, Lab, refused, script
+
+NEW_DISK = ("-drive", "if=none,id=disk0,format=raw,file={}", "-device", "virtio-blk-pci,drive=disk0")
+
+
+def installed(lab: Lab, version: str) -> None:
+    """What the package manager does: another program under the path that the definition names."""
+    path = lab.root / "qemu"
+    path.unlink(missing_ok=True)
+    path.symlink_to(_qemu(version))
+
+
+def refresh(guest: Guest, *options: str) -> str:
+    done = guest.lab.cprctl("refresh", guest.name, *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def version(guest: Guest) -> str:
+    told = guest.admin("query-version")["qemu"]
+    return f"{told['major']}.{told['minor']}"
+
+
+@pytest.fixture
+def guest(lab: Lab) -> Guest:
+    """One that was started by QEMU 7.2, with a disk that is locked, and a socket with a path."""
+    disk = lab.root / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    more = [word.format(disk) for word in NEW_DISK]
+    port = ("-chardev", f"socket,id=port,path={lab.root / 'port'},server=on,wait=off", "-device", "virtio-serial")
+    guest = lab.guest("web1", *more, *port, "-device", "virtserialport,chardev=port", qemu=str(lab.root / "qemu"))
+    installed(lab, "7.2")
+    guest.start()
+    guest.until_counts()
+    return guest
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_guest_gets_the_qemu_that_is_installed_now(lab: Lab, guest: Guest, in_turn: bool) -> None:
+    options = ["--in-turn"] if in_turn else []
+    for expected in ("7.2", "10.0", "10.0"):
+        installed(lab, expected)
+        before = guest.pid
+        with case(f"refresh to {expected}, {'in turn' if in_turn else 'beside'}"):
+            assert "web1: has a new QEMU" in refresh(guest, *options)
+            assert guest.pid != before
+            assert not Path(f"/proc/{before}").exists() or b"qemu" not in Path(f"/proc/{before}/cmdline").read_bytes()
+            assert version(guest) == expected
+            assert guest.state == "running"
+            guest.assert_unbroken()
+        with socket.socket(socket.AF_UNIX) as port:
+            port.connect(str(lab.root / "port"))
+    pauses = [told["pause"] for told in lab.client(lambda client: client.manager("ListHistory"))]
+    print(f"pauses: {', '.join(f'{pause:.3f} s' for pause in pauses)}")
+    guest.save()
+    guest.load()
+    guest.assert_unbroken()
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("#!/bin/sh\necho 'it is broken' >&2\nexit 1\n", "it is broken"),
+        ("#!/bin/sh\nexec sleep 1000\n", "did not greet"),
+        ("#!/bin/sh\nexec {qemu} -no-such-option\n", "no-such-option"),
+        (None, "qemu"),
+    ],
+)
+def test_a_new_one_that_does_not_work_leaves_the_old_one(lab: Lab, guest: Guest, program: str | None, why: str) -> None:
+    lab.settings(files={"directories": [str(lab.exports)]}, agent={"qemu-start-timeout": "5s"})
+    lab.end_agent()
+    lab.start_agent()
+    path, before = lab.root / "qemu", guest.pid
+    path.unlink()
+    if program:
+        script(path, program.format(qemu=_qemu("7.2")))
+    with case(f"a new QEMU that does not work: {why}"):
+        done = lab.cprctl("refresh", "web1")
+        assert done.returncode == 1
+        for words in ("VM web1: could not get a new QEMU", why, "Its guest goes on in the QEMU that it had"):
+            assert words in done.stderr, done.stderr
+        assert guest.pid == before
+        assert version(guest) == "7.2"
+        guest.assert_unbroken()
+    installed(lab, "10.0")
+    refresh(guest)
+    guest.assert_unbroken()
+
+
+def test_an_older_one_is_refused(lab: Lab, guest: Guest) -> None:
+    installed(lab, "10.0")
+    refresh(guest)
+    installed(lab, "7.2")
+    with case("an older QEMU"):
+        refused(guest, "LoadFailed", "version of QEMU was 10.0", "goes on in the QEMU that it had", member="Refresh")
+        assert version(guest) == "10.0"
+        guest.assert_unbroken()
+
+
+def test_what_both_cannot_have_at_once(lab: Lab) -> None:
+    """A port of the host here; a tap device is the same."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    guest = lab.running(
+        "web1", "-netdev", f"user,id=net0,hostfwd=tcp:127.0.0.1:{port}-:22", "-device", "virtio-net,netdev=net0"
+    )
+    with case("a port of the host"):
+        before = guest.pid
+        refused(guest, "LoadFailed", "could not get a new QEMU", str(port), member="Refresh")
+        assert guest.pid == before
+        guest.assert_unbroken()
+        refresh(guest, "--in-turn")
+        guest.assert_unbroken()
+
+
+def test_all(lab: Lab) -> None:
+    guests = [lab.running(f"web{number}") for number in (1, 2, 3)]
+    before = [guest.pid for guest in guests]
+    with case("three guests, one after the other"):
+        done = lab.cprctl("refresh", "--all")
+        assert done.returncode == 0, done.stderr
+        for guest, pid in zip(guests, before, strict=True):
+            assert guest.pid not in before, pid
+            guest.assert_unbroken()
+
+
+def test_a_second_agent_finds_it_in_its_second_place(lab: Lab) -> None:
+    guest = lab.running()
+    refresh(guest)
+    lab.end_agent()
+    lab.start_agent()
+    with case("an agent that starts after a refresh"):
+        assert guest.state == "running"
+        guest.save()
+        guest.load()
+        guest.assert_unbroken()
+
+
+def test_under_systemd(tmp_path: Path) -> None:
+    """In the host VM."""
+    scenario = Path(__file__).parent / "refresh-scenario"
+    out, verdict = run_scenario(scenario, "test-refresh", [build_guests(tmp_path / "guests")], 600)
+    take_tally(out)
+    assert verdict == 0, f"see {out}"

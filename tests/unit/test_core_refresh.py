@@ -1,0 +1,157 @@
+"""A new QEMU for a guest without a reboot: beside the old one, which takes the guest back if anything fails."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import Difference, VmState
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import AlreadySaved, LoadFailed, QemuFailed, WrongState
+from tests.bench import Bench
+from tests.fakes import AgentKilled
+
+LOADED = ["manifest.json.loaded", "vmstate.loaded"]
+
+
+def fresh(root: Path) -> Bench:
+    root.mkdir(exist_ok=True)
+    bench = Bench(root)
+    bench.define("web1")
+    bench.vm(lambda vm: vm.start())
+    return bench
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A VM that runs; the agent that started it is gone."""
+    return fresh(tmp_path / "bench")
+
+
+async def refresh(vm: Vm) -> str:
+    return await vm.replace_qemu()
+
+
+def state(bench: Bench) -> VmState:
+    async def look(vm: Vm) -> VmState:
+        return vm.state
+
+    return bench.vm(look)
+
+
+def test_the_guest_goes_on_in_another_qemu(bench: Bench) -> None:
+    for _ in range(3):
+        old = bench.qemu()
+        assert bench.vm(refresh) == "beside"
+        assert bench.qemu() is not old
+        assert bench.qemu().status == "running"
+        assert bench.runner.beside == {}
+        assert bench.files() == LOADED
+    assert bench.runner.violations == []
+
+
+@pytest.mark.parametrize("fault", ["start", "connect", "differences", "load", "after-load"])
+def test_what_fails_leaves_it_in_the_old_one(bench: Bench, fault: str) -> None:
+    old = bench.qemu()
+
+    async def fail(vm: Vm) -> None:
+        bench.runner.faults["web1", fault] = QemuFailed("the new one is broken", vm="web1")
+        with pytest.raises(
+            LoadFailed, match="VM web1: could not get a new QEMU: .*broken.* goes on in the QEMU that it had"
+        ):
+            await refresh(vm)
+
+    bench.vm(fail)
+    assert bench.qemu() is old
+    assert old.status == "running"
+    assert bench.runner.beside == {}
+    assert bench.files() == ["manifest.json.discarded", "vmstate.discarded"]
+    bench.runner.faults.clear()
+    assert bench.vm(refresh) == "beside"
+
+
+def test_an_older_qemu_is_refused(bench: Bench) -> None:
+    old = bench.qemu()
+    bench.runner.lacking = [Difference("version of QEMU", "10.0 (the same or newer is good)", "7.2")]
+    with pytest.raises(LoadFailed, match="version of QEMU was 10.0 .* is 7.2"):
+        bench.vm(refresh)
+    assert (bench.qemu(), old.status) == (old, "running")
+
+
+@pytest.mark.parametrize("status", ["paused", "suspended"])
+def test_a_guest_that_does_not_run_gets_it_in_turn(bench: Bench, status: str) -> None:
+    bench.qemu().by_hand(status)
+    assert bench.vm(refresh) == "in-turn"
+    assert bench.qemu().status == status
+    assert bench.runner.violations == []
+
+
+def test_in_turn_what_fails_leaves_it_saved(bench: Bench) -> None:
+    bench.runner.faults["web1", "load"] = LoadFailed("no", vm="web1")
+    with pytest.raises(LoadFailed, match="It stays saved, and the load can be repeated"):
+        bench.vm(lambda vm: vm.replace_qemu(in_turn=True))
+    assert state(bench) is VmState.SAVED
+    bench.runner.faults.clear()
+    bench.vm(lambda vm: vm.load(""))
+    assert bench.runner.violations == []
+
+
+def test_what_is_saved_or_stopped_is_refused(bench: Bench) -> None:
+    bench.vm(lambda vm: vm.save("", "reboot"))
+    with pytest.raises(AlreadySaved):
+        bench.vm(refresh)
+    bench.vm(lambda vm: vm.resume())
+    bench.vm(lambda vm: vm.stop("hard"))
+    with pytest.raises(WrongState):
+        bench.vm(refresh)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_killed_anywhere_the_guest_goes_on(tmp_path: Path, in_turn: bool) -> None:
+    """At each touch of the world; the next agent has it running by itself, in one QEMU."""
+
+    async def act(vm: Vm) -> None:
+        await vm.replace_qemu(in_turn=in_turn)
+
+    points, ended = 0, False
+    while not ended:
+        points += 1
+        bench = fresh(tmp_path / str(points))
+        started = bench.qemu()
+        bench.runner.life_left = points
+        with contextlib.suppress(AgentKilled):
+            bench.vm(act)
+            ended = True
+        bench.runner.life_left = None
+        assert state(bench) is VmState.RUNNING, points
+        assert bench.runner.beside == {}, points
+        assert bench.runner.violations == [], points
+        assert (bench.qemu() is started) == ("resume" not in bench.records() or "rollback" in bench.records()), points
+    assert points > 20
+
+
+def test_all_get_one_and_the_first_that_fails_ends_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for order, name in enumerate(("web1", "web2", "web3")):
+        bench.define(name, order=order)
+
+    async def start(manager: Manager) -> None:
+        for vm in manager.vms.values():
+            await vm.start()
+
+    async def refresh_all(manager: Manager) -> str:
+        job = manager.refresh_all()
+        await manager.jobs.drain(60)
+        return job.result
+
+    bench.run(start)
+    assert bench.run(refresh_all) == "done"
+    bench.runner.faults["web2", "load"] = LoadFailed("no", vm="web2")
+    said = bench.run(refresh_all)
+    assert "VM web2: could not get a new QEMU" in said
+    assert "1 of 3 have a new QEMU, and these were not tried: web3" in said
+    assert {qemu.status for qemu in bench.runner.qemus.values()} == {"running"}
+    assert bench.runner.violations == []
