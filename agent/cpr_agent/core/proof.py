@@ -62,10 +62,10 @@ def refuse_overlap(vm: str, identity: MemoryIdentity, claims: list[tuple[str, Me
             )
 
 
-async def refuse_other_users(ports: Ports, vm: str, located: Located, own_pid: int) -> None:
+async def refuse_other_users(ports: Ports, vm: str, located: Located, *own_pids: int) -> None:
     """Nobody but other VMs of this agent (their ranges were compared) may have the memory. Raises MemoryInUse."""
     runner, names = ports.runner, ports.runner.launched_all()
-    own = {own_pid, *[await runner.active(name) for name in names]}
+    own = {*own_pids, *[await runner.active(name) for name in names]}
     own |= {await runner.active(name, beside=True) for name in names if name != vm}
     users = [f"{name} ({pid})" for name, pid in await ports.memory.users(located) if pid not in own]
     if users:

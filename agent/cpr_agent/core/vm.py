@@ -173,33 +173,26 @@ class Vm(VmBase):
                 f"mode {mode!r} is not supported", vm=self.name, left="nothing was saved", remedy='use mode "reboot"'
             )
         async with self._exclusive("save"):
-            return await self._save_now(filename, mode, need, upgrade)
+            qemu, launch = await self._require_live(need)
+            return await self._save_asleep_or_not(qemu, launch, filename, mode, upgrade)
 
     async def replace_qemu(self, *, in_turn: bool = False) -> str:
-        """Give the guest a new QEMU, of the program that is installed now, on the same RAM. A guest that ran gets it beside
-        the old one, which takes it back if anything fails; any other guest, or ``in_turn``, after the old one has ended:
-        what fails then leaves it saved. Returns "beside" or "in-turn". Raises CprError."""
+        """Give the guest a new QEMU, of the program that is installed now, on the same RAM. A guest that runs gets it
+        beside the old one, which goes on with it if anything fails; any other guest, or ``in_turn``, after the old one has
+        ended: what fails then leaves it saved. Returns "beside" or "in-turn". Raises CprError."""
         async with self._exclusive("refresh"):
             self._admit()
             await self._derive()
+            qemu, launch = await self._require_live(Survives.QEMU_RESTART)
             self._ports.journal.append("refresh", vm=self.name)
             try:
-                manifest = await self._save_now("", "reboot", Survives.QEMU_RESTART, "")
-                beside = manifest.run_state == "running" and not in_turn
-                try:
-                    await self._load(manifest, "", beside=beside)
-                except BaseException as error:
-                    left = "it stays saved, and the load can be repeated"
-                    await self._derive()
-                    if beside and self.run_state == "postmigrate":
-                        await asyncio.shield(asyncio.ensure_future(self._take_back(manifest)))
-                        left = "its guest goes on in the QEMU that it had"
-                    if not isinstance(error, CprError):
-                        raise
-                    raise LoadFailed(f"could not get a new QEMU: {error.what}", vm=self.name, left=left) from error
+                if in_turn or self.run_state != "running" or await self._must_sleep(qemu):
+                    await self._replace_in_turn(qemu, launch)
+                    return "in-turn"
+                await self._replace_beside(qemu, launch)
+                return "beside"
             finally:
                 self._ports.journal.append("refreshed", vm=self.name)
-            return "beside" if beside else "in-turn"
 
     async def load(self, filename: str) -> str:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
@@ -258,20 +251,60 @@ class Vm(VmBase):
 
     # -- parts of the acts ----------------------------------------------------------------------------------------------
 
-    async def _save_now(self, filename: str, mode: str, need: Survives, upgrade: str) -> Manifest:
+    async def _require_live(self, need: Survives) -> tuple[Qemu, Launch]:
+        """Its QEMU, and what that was started with, if its guest can be saved. Raises CprError."""
         if self.live_checkpoint():
             raise AlreadySaved("is already saved", vm=self.name, remedy=f"`cprctl resume {self.name}` takes the save back")
         if self._qemu is None or self.run_state not in SAVEABLE:
             raise WrongState(f"is {self.state} and can't be saved", vm=self.name, left="nothing was saved")
-        launch = await self._require_saveable(need)
-        if not await self._must_sleep(self._qemu):
-            return await self._save(self._qemu, launch, self.run_state, filename, mode, upgrade)
+        return self._qemu, await self._require_saveable(need)
+
+    async def _save_asleep_or_not(
+        self, qemu: Qemu, launch: Launch, filename: str = "", mode: str = "reboot", upgrade: str = ""
+    ) -> Manifest:
+        if not await self._must_sleep(qemu):
+            return await self._save(qemu, await self._draft(qemu, launch, self.run_state, mode, upgrade), filename)
         try:
-            asleep_at = await self._fall_asleep(self._qemu)
-            return await self._save(self._qemu, launch, "suspended", filename, mode, upgrade, asleep_at=asleep_at)
+            asleep_at = await self._fall_asleep(qemu)
+            draft = await self._draft(qemu, launch, "suspended", mode, upgrade)
+            return await self._save(qemu, draft, filename, asleep_at=asleep_at)
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._end_sleep()))
             raise
+
+    async def _replace_in_turn(self, qemu: Qemu, launch: Launch) -> None:
+        manifest = await self._save_asleep_or_not(qemu, launch)
+        try:
+            await self._load(manifest, "")
+        except CprError as error:
+            left = "it stays saved, and the load can be repeated"
+            raise LoadFailed(f"could not get a new QEMU: {error.what}", vm=self.name, left=left) from error
+
+    async def _replace_beside(self, qemu: Qemu, launch: Launch) -> None:
+        """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
+        RAM, and writes nothing to it before that (FACTS.md: only ``-incoming`` skips writing firmware into RAM)."""
+        draft = await self._draft(qemu, launch, "running", "reboot", "")
+        plan = self._ports.definitions.plan_load(draft, await self._relocated(launch.memory))
+        try:
+            new = await self._launch_beside(self._stamped(plan))
+            await refuse_lesser_machine(new, draft)
+            await self._load(await self._save(qemu, draft, ""), "", into=new)
+        except BaseException as error:
+            await asyncio.shield(asyncio.ensure_future(self._keep_old_qemu()))
+            if not isinstance(error, CprError):
+                raise
+            goes_on = self.run_state == "running"
+            left = "its guest goes on in the QEMU that it had" if goes_on else "see its state in `cprctl status`"
+            raise LoadFailed(f"could not get a new QEMU: {error.what}", vm=self.name, left=left) from error
+
+    async def _keep_old_qemu(self) -> None:
+        """After the one beside it has failed."""
+        await self._ports.runner.kill(self.name, beside=True)
+        await self._derive()
+        manifest = self.live_checkpoint()
+        if manifest and self.run_state == "postmigrate":
+            await self._take_back(manifest)
+            await self._derive()
 
     async def _start(self, definition: Definition) -> None:
         with naming(self.name):
@@ -316,14 +349,36 @@ class Vm(VmBase):
             raise Blocked(reasons, vm=self.name)
         return launch
 
+    async def _draft(
+        self, qemu: Qemu, launch: Launch, run_state: str, mode: str, upgrade: str, checkpoint: str = ""
+    ) -> Manifest:
+        """What of a manifest is known before the guest stops."""
+        host = self._ports.host
+        return Manifest(
+            id=checkpoint or uuid.uuid4().hex,
+            vm=self.name,
+            mode=mode,
+            survives=launch.memory.survives,
+            run_state=run_state,
+            launch=launch,
+            qemu=await qemu.facts(launch),
+            qemu_path=launch.argv[0],
+            qemu_sha256=await asyncio.to_thread(host.program_digest, self.pid),
+            memory=launch.memory,
+            witness=self._ports.memory.new_witness(self._settings.witness.kind),
+            vmstate=Vmstate(path="", size_bytes=0, sha256=""),
+            boot_id=host.boot_id(),
+            kernel=host.kernel(),
+            times=SaveTimes(requested_at=host.now(), stopped_at=0.0, written_at=0.0, durable_at=0.0),
+            upgrade=upgrade,
+            wakes=run_state == "suspended" and self._put_to_sleep(),
+        )
+
     async def _save(
         self,
         qemu: Qemu,
-        launch: Launch,
-        run_state: str,
+        draft: Manifest,
         filename: str,
-        mode: str,
-        upgrade: str,
         begun: dict[str, object] | None = None,
         asleep_at: float = 0.0,
     ) -> Manifest:
@@ -331,38 +386,16 @@ class Vm(VmBase):
         the guest sleeps for it (epoch s)."""
         definition_timeout = self.definition.save.timeout if self.definition else 60.0
         host, store = self._ports.host, self._ports.store
-        facts = await qemu.facts(launch)
-        digest = await asyncio.to_thread(host.program_digest, self.pid)
-        located = await self._relocated(launch.memory)
-        requested_at = host.now()
-        draft = Manifest(
-            id=str(begun["checkpoint"]) if begun else uuid.uuid4().hex,
-            vm=self.name,
-            mode=mode,
-            survives=launch.memory.survives,
-            run_state=run_state,
-            launch=launch,
-            qemu=facts,
-            qemu_path=launch.argv[0],
-            qemu_sha256=digest,
-            memory=launch.memory,
-            witness=self._ports.memory.new_witness(self._settings.witness.kind),
-            vmstate=Vmstate(path="", size_bytes=0, sha256=""),
-            boot_id=host.boot_id(),
-            kernel=host.kernel(),
-            times=SaveTimes(requested_at=requested_at, stopped_at=0.0, written_at=0.0, durable_at=0.0),
-            upgrade=upgrade,
-            wakes=run_state == "suspended" and self._put_to_sleep(),
-        )
+        located = await self._relocated(draft.memory)
         try:
             pending = store.reopen(self.name, str(begun["path"])) if begun else store.begin(self.name, filename)
         except OSError as error:
             raise SaveFailed(f"the state file cannot be opened: {error}", vm=self.name, left="nothing changed") from error
         try:
-            stopped_at = requested_at
+            stopped_at = draft.times.requested_at
             if begun is None:
                 self._ports.journal.append(
-                    "save-begin", vm=self.name, checkpoint=draft.id, run_state=run_state, path=pending.path
+                    "save-begin", vm=self.name, checkpoint=draft.id, run_state=draft.run_state, path=pending.path
                 )
                 self._set(VmState.SAVING)
                 stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
@@ -374,16 +407,16 @@ class Vm(VmBase):
                 asyncio.to_thread(pending.seal),
                 self._ports.memory.witness(located, draft.witness),
                 identify_disks(self._ports, await qemu.disks()),
-                digest_firmware(self._ports, facts.firmware),
+                digest_firmware(self._ports, draft.qemu.firmware),
             )
-            refuse_foreign_state(vmstate, facts)
+            refuse_foreign_state(vmstate, draft.qemu)
             manifest = replace(
                 draft,
-                qemu=replace(facts, disks=tuple(disks), firmware=firmware),
+                qemu=replace(draft.qemu, disks=tuple(disks), firmware=firmware),
                 witness=witness,
                 vmstate=vmstate,
-                times=SaveTimes(
-                    requested_at=requested_at,
+                times=replace(
+                    draft.times,
                     stopped_at=stopped_at,
                     written_at=written_at,
                     durable_at=host.now(),
@@ -486,7 +519,12 @@ class Vm(VmBase):
             self._ports.journal.append("resumed", vm=self.name, checkpoint=last["checkpoint"])
         elif last["event"] == "save-begin" and (launch := self.launched()):
             log.warning("VM %s: a save was interrupted; storing the state of the %s guest", self.name, run_state)
-            await self._save(self._qemu, launch, run_state, "", "reboot", "", begun[-1])
+            await self._save(
+                self._qemu,
+                await self._draft(self._qemu, launch, run_state, "reboot", "", str(begun[-1]["checkpoint"])),
+                "",
+                begun[-1],
+            )
         else:
             self.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
 
@@ -516,8 +554,8 @@ class Vm(VmBase):
             ) from error
         self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id)
 
-    async def _load(self, manifest: Manifest, filename: str, *, beside: bool = False) -> None:
-        """``beside``: the QEMU that it was saved in stays until the guest runs in the new one."""
+    async def _load(self, manifest: Manifest, filename: str, *, into: Qemu | None = None) -> None:
+        """``into`` a QEMU that waits for it beside the one that it was saved in, which stays until the guest runs."""
         store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
         load_at = host.now()
         refuse_spent(self._ports, manifest)
@@ -527,25 +565,25 @@ class Vm(VmBase):
             located = await self._ports.memory.relocate(manifest.memory, self._settings.agent.device_timeout)
             memory_at = host.now()
             refuse_overlap(self.name, located.identity, await self._claims(self.name, False))
+            beside = await self._ports.runner.active(self.name, beside=True) if into else self.pid
             await asyncio.gather(
                 refuse_changed_disks(self._ports, manifest),
                 refuse_changed_firmware(self._ports, manifest),
-                refuse_other_users(self._ports, self.name, located, self.pid),
+                refuse_other_users(self._ports, self.name, located, self.pid, beside),
                 refuse_changed_ram(self._ports, manifest, located),
             )
             self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id)
-            launch = self._stamped(self._ports.definitions.plan_load(manifest, located))
-            if not beside:
+            if into is None:
                 await self._end_qemu()
             try:
-                qemu = await (self._launch_beside(launch) if beside else self._launch(launch))
+                qemu = into or await self._launch(self._stamped(self._ports.definitions.plan_load(manifest, located)))
                 await refuse_lesser_machine(qemu, manifest)
                 await qemu.load(fd, self._settings.agent.load_timeout)
             except BaseException as error:
                 # Shielded: a cancelled load must not leave a QEMU that has not run its guest either.
                 said = self._ports.runner.log_tail(self.name)
-                end = self._ports.runner.kill(self.name, beside=True) if beside else self._end_qemu()
-                await asyncio.shield(asyncio.ensure_future(end))
+                if into is None:
+                    await asyncio.shield(asyncio.ensure_future(self._end_qemu()))
                 if not isinstance(error, (CprError, TimeoutError)):
                     raise
                 self._ports.journal.append("load-failed", vm=self.name, checkpoint=manifest.id)
@@ -554,8 +592,8 @@ class Vm(VmBase):
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
                 raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
-            resumed_at = await self._go_on(qemu, manifest, adopt=beside) or host.now()
-            if beside:
+            resumed_at = await self._go_on(qemu, manifest, adopt=into is not None) or host.now()
+            if into:
                 # Not by `quit`: it would unlink the paths of sockets, which are the new one's now.
                 await self._ports.runner.kill(self.name, beside=True)
             self._spawn(self._record(manifest, load_at, memory_at, resumed_at))  # nobody's guest need wait for it
