@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("key", help="print the image's cache key").set_defaults(act=_key)
     wrapper = commands.add_parser("qemu-wrapper", help="print the path of a QEMU 10 that runs on this machine")
     wrapper.set_defaults(act=_qemu_wrapper)
+    wrapper.add_argument("--newer", action="store_true", help="of the newer QEMU that Debian has for it")
 
     run = commands.add_parser("run", help="run a scenario; its verdict is the exit code")
     run.set_defaults(act=_run)
@@ -76,8 +77,8 @@ def _key(_: argparse.Namespace) -> int:
     return 0
 
 
-def _qemu_wrapper(_: argparse.Namespace) -> int:
-    print(qemu_wrapper(find_image().entry))
+def _qemu_wrapper(arguments: argparse.Namespace) -> int:
+    print(qemu_wrapper(find_image().entry, newer=arguments.newer))
     return 0
 
 

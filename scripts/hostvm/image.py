@@ -1,8 +1,9 @@
 """The host VM's root directory and disk image, built once and cached by what goes into them.
 
-A cache entry is `host-KEY/` with `root/` (which QEMU, kernels and modules for guests come from too) and `base.img`. It is
-built as `host-KEY.partial/` and renamed at the end: an entry without that suffix is complete. Everything happens
-under a lock; an entry that a running host VM uses is locked too and outlives its replacement.
+A cache entry is `host-KEY/` with `root/` (which QEMU, kernels and modules for guests come from too), `base.img`, and
+`newer/`, the newer QEMU for this machine. It is built as `host-KEY.partial/` and renamed at the end: an entry without
+that suffix is complete. Everything happens under a lock; an entry that a running host VM uses is locked too and outlives
+its replacement.
 """
 
 import fcntl
@@ -17,6 +18,8 @@ from pathlib import Path
 
 RECIPE = Path(__file__).parent / "image"
 SUITE = "trixie"
+BACKPORTS = f"{SUITE}-backports"
+"""Where a newer QEMU comes from: its packages are in the image, not installed, and unpacked beside the root."""
 IMAGE_SIZE = "8G"  # sparse; about 2 GB are in use
 NEEDED_TOOLS = {
     "mmdebstrap": "mmdebstrap",
@@ -123,6 +126,8 @@ def _build(cache: Path, entry: Path) -> None:
     partial.mkdir()
     with _step(f"Debian {SUITE} root directory (mmdebstrap)", partial / "mmdebstrap.log") as log:
         _run_logged(_mmdebstrap_command(partial / "root"), log)
+    for package in sorted((partial / "root/var/cache/qemu-backports").glob("*.deb")):
+        subprocess.run(["dpkg-deb", "--extract", package, partial / "newer"], check=True)
     with _step(f"disk image of {IMAGE_SIZE}, sparse (mke2fs)", partial / "mke2fs.log") as log:
         _run_logged(_mke2fs_command(partial / "root", partial / "base.img"), log)
     partial.rename(entry)
@@ -138,6 +143,7 @@ def _mmdebstrap_command(root: Path) -> list[str]:
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
         *(f"--aptopt={option}" for option in _apt_options()),
         "--skip=cleanup/reproducible",  # it would empty /etc/machine-id: every boot a journal of its own
+        f'--customize-hook="{RECIPE}/newer-qemu" "$1" {BACKPORTS}',
         f'--customize-hook="{RECIPE}/customize" "$1"',
         SUITE,
         str(root),
@@ -161,7 +167,7 @@ def _sources() -> list[str]:
     mirrors = _mirrors()
     if "Debian" not in mirrors:
         raise HostVmError("apt on this machine has no source for Debian packages; the host VM's come from the same place")
-    sources = [f"deb {mirrors['Debian']} {suite} main" for suite in (SUITE, f"{SUITE}-updates")]
+    sources = [f"deb {mirrors['Debian']} {suite} main" for suite in (SUITE, f"{SUITE}-updates", BACKPORTS)]
     if "Debian-Security" in mirrors:
         sources.append(f"deb {mirrors['Debian-Security']} {SUITE}-security main")
     return sources

@@ -17,10 +17,14 @@ DIALECTS = {"ignore-shared": "7.2", "cpr-reboot": "10.0"}
 
 
 def _qemus() -> dict[str, str]:
-    """Name to path: this machine's own QEMU, and that of the host VM's Debian 13."""
+    """Name to path: this machine's own QEMU, that of the host VM's Debian 13, and the newer one of its backports."""
     found = {}
-    wrapper = subprocess.run(["scripts/host-vm", "qemu-wrapper"], cwd=ROOT, capture_output=True, text=True, check=False)
-    for path in (shutil.which("qemu-system-x86_64"), wrapper.stdout.strip()):
+
+    def wrapper(*options: str) -> str:
+        command = ["scripts/host-vm", "qemu-wrapper", *options]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    for path in (shutil.which("qemu-system-x86_64"), wrapper(), wrapper("--newer")):
         if path:
             said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
             found[".".join(said.split()[3].split(".")[:2])] = path
