@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds (default: %(default)s)")
     run.add_argument("--memory", default="4G", help="default: %(default)s")
     run.add_argument("--nvdimm", default="1G", help="size of the persistent memory (default: %(default)s)")
+    more = "another disk for the host VM, raw and read-only, there as /dev/disk/by-id/virtio-NAME"
+    run.add_argument("--disk", type=_disk, action="append", default=[], metavar="NAME=FILE", help=more)
     run.add_argument("--smp", type=int, default=2, help="default: %(default)s")
     run.add_argument("--kernel", choices=("cloud", "generic"), default="cloud", help="default: %(default)s")
     run.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
@@ -83,7 +85,7 @@ def _qemu_wrapper(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for path in [arguments.scenario, *arguments.payload, *arguments.deb]:
+    for path in [arguments.scenario, *arguments.payload, *arguments.deb, *dict(arguments.disk).values()]:
         if not path.exists():
             raise HostVmError(f"no such file: {path}")
     out = (arguments.out or Path(tempfile.mkdtemp(prefix="host-vm-"))).absolute()
@@ -96,6 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
         memory=arguments.memory,
         nvdimm=arguments.nvdimm,
+        disks={name: path.absolute() for name, path in arguments.disk},
         smp=arguments.smp,
         kernel=arguments.kernel,
         append=arguments.append,
@@ -108,6 +111,13 @@ def _run(arguments: argparse.Namespace) -> int:
         result = run_host_vm(image, request, Path(scratch))
     _report(request, result)
     return EXIT_CODES[result.outcome]
+
+
+def _disk(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name.isalnum() and equals and path):
+        raise argparse.ArgumentTypeError(f"not NAME=FILE: {text}")
+    return name, Path(path)
 
 
 def _cut_seed(arguments: argparse.Namespace) -> int | None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -56,6 +56,8 @@ class RunRequest:
     timeout_s: float = 900
     memory: str = "4G"
     nvdimm: str = "1G"
+    disks: dict[str, Path] = field(default_factory=dict)
+    """More disks: serial number to a raw file, which the host VM can only read."""
     smp: int = 2
     kernel: str = "cloud"
     append: str = ""
@@ -123,7 +125,7 @@ def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
     """Boots the host VM and waits for its verdict; `scratch` holds its disks."""
     request.out.mkdir(parents=True, exist_ok=True)
     payload, artefacts, overlay = scratch / "payload.tar", scratch / "artefacts.tar", scratch / "overlay.qcow2"
-    _pack_payload(request, payload)
+    pack_payload(payload, request.scenario, request.payload, request.debs)
     for path, size in ((artefacts, "4G"), (scratch / "nvdimm", request.nvdimm)):
         with path.open("wb") as file:
             file.truncate(parse_size(size))
@@ -170,9 +172,9 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
 
     console = f"file,id=console,path={_quote(request.out / 'console.log')},append=on"
 
-    def disk(name: str, path: Path, file_format: str) -> list[str]:
+    def disk(name: str, path: Path, file_format: str, *more: str) -> list[str]:
         drive = f"if=none,id={name},format={file_format},cache={cache},discard=unmap,file={_quote(path)}"
-        return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+        return ["-drive", ",".join([drive, *more]), "-device", f"virtio-blk-pci,drive={name},serial={name}"]
 
     return [
         str(qemu_wrapper(image.entry)),
@@ -187,6 +189,7 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
         *disk("root", scratch / "overlay.qcow2", "qcow2"),
         *disk("payload", scratch / "payload.tar", "raw"),
         *disk("artefacts", scratch / "artefacts.tar", "raw"),
+        *(word for name, path in request.disks.items() for word in disk(name, path, "raw", "readonly=on")),
         *("-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
         *("-chardev", console, "-serial", "chardev:console"),
         *("-chardev", "stdio,id=scenario,signal=off", "-serial", "chardev:scenario"),
@@ -199,7 +202,9 @@ def _quote(path: Path) -> str:
     return str(path).replace(",", ",,")  # a comma in a QEMU option
 
 
-def _pack_payload(request: RunRequest, target: Path) -> None:
+def pack_payload(target: Path, scenario: Path, payload: Iterable[Path] = (), debs: Iterable[Path] = ()) -> None:
+    """Write the tar that a first boot of the image unpacks from the disk whose serial number is `payload`."""
+
     def add(tar: tarfile.TarFile, source: Path, name: str, mode: int | None = None) -> None:
         def owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
             member.uid = member.gid = 0
@@ -213,10 +218,10 @@ def _pack_payload(request: RunRequest, target: Path) -> None:
         directory = tarfile.TarInfo("payload")
         directory.type, directory.mode = tarfile.DIRTYPE, 0o755
         tar.addfile(directory)
-        add(tar, request.scenario.resolve(), "scenario", 0o755)
-        for source in request.payload:
+        add(tar, scenario.resolve(), "scenario", 0o755)
+        for source in payload:
             add(tar, source.resolve(), f"payload/{source.resolve().name}")
-        for deb in request.debs:
+        for deb in debs:
             add(tar, deb.resolve(), f"deb/{deb.name}")
 
 
