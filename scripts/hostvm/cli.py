@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
     run.add_argument("--follow", action="store_true", help="show the scenario's output")
     run.add_argument("--allow-reboot", action="store_true", help="a reset boots again; without it, it ends the run")
+    run.add_argument("--ssh-port", type=int, metavar="PORT", help="a network card; PORT of 127.0.0.1 leads to its port 22")
     run.add_argument("--power-cuts", action="store_true", help="the scenario may ask for them; disks keep what is flushed")
     run.add_argument("--seed", type=int, help="of the cuts' random instants (default: random)")
     return parser
@@ -104,6 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
         append=arguments.append,
         follow=arguments.follow,
         allow_reboot=arguments.allow_reboot,
+        ssh_port=arguments.ssh_port,
         cut_seed=_cut_seed(arguments),
     )
     image = find_image()

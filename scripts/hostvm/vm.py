@@ -63,6 +63,8 @@ class RunRequest:
     append: str = ""
     follow: bool = False
     allow_reboot: bool = False
+    ssh_port: int | None = None
+    """Of this machine's loopback; leads to port 22 of eth0, which reaches nothing else."""
     cut_seed: int | None = None
     """Of the power cuts' random instants; None: there are none, and the disks forget nothing but cost no flushes."""
 
@@ -190,12 +192,20 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
         *disk("payload", scratch / "payload.tar", "raw"),
         *disk("artefacts", scratch / "artefacts.tar", "raw"),
         *(word for name, path in request.disks.items() for word in disk(name, path, "raw", "readonly=on")),
+        *_network(request.ssh_port),
         *("-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
         *("-chardev", console, "-serial", "chardev:console"),
         *("-chardev", "stdio,id=scenario,signal=off", "-serial", "chardev:scenario"),
         *("-kernel", str(kernel), "-initrd", str(initrd), "-append", " ".join(words).strip()),
         *(() if request.allow_reboot else ("-no-reboot",)),
     ]
+
+
+def _network(ssh_port: int | None) -> list[str]:
+    if ssh_port is None:
+        return []
+    forward = f"hostfwd=tcp:127.0.0.1:{ssh_port}-:22"
+    return ["-netdev", f"user,id=network,restrict=on,{forward}", "-device", "virtio-net-pci,netdev=network,romfile="]
 
 
 def _quote(path: Path) -> str:
