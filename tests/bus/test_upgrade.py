@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 
@@ -36,8 +37,12 @@ def test_five_guests_go_through(five: KexecLab) -> None:
     assert last_upgrade(five)["phase"] == "booted"
     assert five.lab.job("LoadAll") == "done"
     assert_nobody_noticed(five)
+    history = json.loads(five.lab.cprctl("history", "--json").stdout)
+    assert {load["upgrade"] for load in history} == {last_upgrade(five)["id"]}
     assert (last_upgrade(five)["phase"], last_upgrade(five)["failures"]) == ("done", [])
-    assert "last upgrade" in five.lab.cprctl("status").stdout
+    status = five.lab.cprctl("status").stdout
+    assert "last upgrade" in status
+    assert f"kernel {os.uname().release}, newest installed: 6.12.2" in status
 
 
 def the_others_run_on(lab: KexecLab, lost: str, result: list[str]) -> None:

@@ -90,6 +90,12 @@ class ManagerObject(BusObject):
     def get_Version(self) -> str:
         return __version__
 
+    def get_Kernel(self) -> str:
+        return self._manager.ports.host.kernel()
+
+    def get_Kernels(self) -> list[str]:
+        return [kernel.version for kernel in self._manager.ports.kernels.installed()]
+
     def get_Upgrade(self) -> dict[str, Variant]:
         current = self._manager.ledger.current
         if current is None:
@@ -325,6 +331,7 @@ def _timeline(timeline: GuestTimeline) -> dict[str, Variant]:
     return vardict(
         id=timeline.id,
         vm=timeline.vm,
+        upgrade=timeline.upgrade,
         kernel_before=timeline.kernel_before,
         kernel_after=timeline.kernel_after,
         stopped_at=timeline.stopped_at,

@@ -72,7 +72,9 @@ def vms(data: list[dict[str, Any]]) -> None:
 
 
 def agent(data: dict[str, Any]) -> None:
-    _print(f"cpr-agent {data['Version']}, {len(data['VMs'])} VMs, {len(data['Jobs'])} jobs under way")
+    newer = [f"newest installed: {version}" for version in data["Kernels"][:1] if version != data["Kernel"]]
+    kernel = ", ".join([f"kernel {data['Kernel']}", *newer])
+    _print(f"cpr-agent {data['Version']}, {len(data['VMs'])} VMs, {len(data['Jobs'])} jobs under way; {kernel}")
     vms(data["VMs"])
     if data["Upgrade"]:
         _print(_upgrade(data["Upgrade"]))
