@@ -8,7 +8,9 @@ VENV = $(shell scripts/bootstrap --venv-path)
 PYTHON = $(VENV)/bin/python
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/cpr_agent/__init__.py)
 DEB := build/cpr-agent_$(VERSION)_all.deb
-SOURCES = $(shell git ls-files --cached --others --exclude-standard agent units policies packaging Makefile)
+RPM := build/cpr-agent-$(VERSION)-1.noarch.rpm
+SOURCES = $(shell git ls-files --cached --others --exclude-standard agent units policies packaging docs Makefile NEWS.md 2>/dev/null)
+MAN_PAGES := $(patsubst packaging/man/%.scd,build/man/%,$(wildcard packaging/man/*.scd)) build/man/org.cpragent1.5
 
 .PHONY: help
 help: ## List the targets
@@ -36,8 +38,8 @@ test-host: bootstrap host-root $(DEB) ## One real kexec in the host VM, with the
 
 .PHONY: test
 test: check ## Everything: lint, unit, bus, one real kexec
-	$(MAKE) host-root $(DEB)
-	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/unit tests/bus
+	$(MAKE) host-root $(DEB) $(RPM)
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/unit tests/packages/test_packages.py tests/bus
 	$(PYTHON) -m pytest -s tests/host
 
 .PHONY: test-faults
@@ -52,6 +54,11 @@ test-corruption: bootstrap host-root $(DEB) ## Everything that can happen to a s
 	rm -f build/corruptions
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/corruption
 	@$(PYTHON) -m tests.corruption.tally
+
+.PHONY: test-packages
+test-packages: bootstrap host-root $(DEB) $(RPM) ## Packages: lint, files, same bytes twice; upgrade and removal under guests
+	$(PYTHON) -m pytest -s tests/packages
+	$(MAKE) --no-print-directory reproducible
 
 .PHONY: test-guests
 test-guests: bootstrap host-root $(DEB) ## Other guests, other memory, other QEMUs, each through what it has to survive
@@ -75,19 +82,42 @@ demo-quick: bootstrap ## Save, a new QEMU, load: on this machine, in under a min
 .PHONY: deb
 deb: $(DEB) ## Build the Debian package
 
-$(DEB): $(SOURCES)
+.PHONY: rpm
+rpm: $(RPM) ## Build the RPM package
+
+$(DEB) $(RPM): $(SOURCES) scripts/build-package
 	@scripts/bootstrap
-	scripts/build-deb $(VENV) $@
+	scripts/build-package $(VENV) $@
+
+.PHONY: lint-deb
+lint-deb: $(DEB) ## Build the Debian package; any error or warning of lintian fails
+	lintian --allow-root --pedantic --fail-on error,warning $(DEB)
+
+.PHONY: reproducible
+reproducible: bootstrap ## Build both packages twice, under other circumstances; the same bytes
+	scripts/reproducible $(VENV) $(DEB) $(RPM)
+
+.PHONY: man
+man: $(MAN_PAGES) ## Make the man pages, in build/man (try: man -l build/man/cprctl.1)
+
+build/man/%: packaging/man/%.scd
+	@mkdir -p build/man
+	scdoc <$< >$@
+
+build/man/org.cpragent1.5: packaging/man/interface agent/cpr_agent/bus/org.cpragent1.xml docs/operations.md
+	@mkdir -p build/man
+	python3 $^ | scdoc >$@
 
 .PHONY: install
-install: ## Install into DESTDIR (for packages; needs build/vendor)
+install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -d $(DESTDIR)/usr/lib/cpr-agent $(DESTDIR)/usr/libexec/cpr-agent $(DESTDIR)/etc/cpr-agent/vms
 	cp -r agent/cpr_agent build/vendor/qemu $(DESTDIR)/usr/lib/cpr-agent/
 	find $(DESTDIR)/usr/lib/cpr-agent -name __pycache__ -prune -exec rm -r {} +
 	install -D packaging/bin/cprctl $(DESTDIR)/usr/bin/cprctl
 	install -D packaging/bin/cpr-agentd $(DESTDIR)/usr/sbin/cpr-agentd
-	install units/save-before-kexec units/gate $(DESTDIR)/usr/libexec/cpr-agent/
+	install units/save-before-kexec units/gate units/before-removal $(DESTDIR)/usr/libexec/cpr-agent/
 	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system units/cpr-*.service
+	install -D -m 644 units/80-cpr-agent.preset -t $(DESTDIR)/usr/lib/systemd/system-preset
 	install -D -m 644 units/org.cpragent1.service -t $(DESTDIR)/usr/share/dbus-1/system-services
 	install -D -m 644 units/cpr-agent.catalog -t $(DESTDIR)/usr/lib/systemd/catalog
 	install -D -m 644 units/cpr-agent.sysusers $(DESTDIR)/usr/lib/sysusers.d/cpr-agent.conf
@@ -99,6 +129,10 @@ install: ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 agent/cpr_agent/bus/org.cpragent1.xml -t $(DESTDIR)/usr/share/dbus-1/interfaces
 	install -D -m 644 packaging/agent.toml $(DESTDIR)/etc/cpr-agent/agent.toml
 	install -D -m 644 packaging/example-vm.toml $(DESTDIR)/usr/share/doc/cpr-agent/examples/web1.toml
+	install -D -m 644 docs/*.md -t $(DESTDIR)/usr/share/doc/cpr-agent
+	for page in $(MAN_PAGES); do \
+	    install -D -m 644 $$page -t $(DESTDIR)/usr/share/man/man$${page##*.}; \
+	done
 
 .PHONY: clean
 clean: ## Remove build/

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpr_agent import __version__
-from cpr_agent.bus.service import Bus, Service
+from cpr_agent.bus.service import Service
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
@@ -85,12 +85,13 @@ async def serve(paths: Paths, address: str | None, runner: str) -> int:
     bus = await Service.connect(address)
     make_private_directory(paths.state)
     with locked(paths.state / "lock"):  # on another bus, an agent with the same guests could be
+        manager = build(paths, settings, systemd)
+        service = Service(bus, manager, paths.run)  # before the name: with its reply comes the call that started the agent
         await Service.own_name(bus)  # before anything is touched: there must be no second agent
-        return await _serve(paths, build(paths, settings, systemd), bus, systemd is not None)
+        return await _serve(service, manager, units=systemd is not None)
 
 
-async def _serve(paths: Paths, manager: Manager, bus: Bus, units: bool) -> int:
-    service = Service(bus, manager, paths.run)
+async def _serve(service: Service, manager: Manager, *, units: bool) -> int:
     await manager.reload()
     await manager.recover()
     service.open()

@@ -17,6 +17,7 @@ from pathlib import Path
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
 from cpr_agent.host.runner import BaseRunner, readable
+from cpr_agent.vm import launch as launcher
 
 START_TIMEOUT_S = 60.0
 
@@ -42,7 +43,7 @@ class ProcessRunner(BaseRunner):
             ready.bind(str(ready_path))
             with Path(launch.log).open("ab") as log:
                 child = subprocess.Popen(  # noqa: ASYNC220 - fork and exec take milliseconds, and it must outlive us
-                    [sys.executable, "-m", "cpr_agent.vm.launch", str(directory)],
+                    [sys.executable, "-I", launcher.__file__, str(directory)],  # by its file, as the units do
                     env={**os.environ, "NOTIFY_SOCKET": str(ready_path)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,

@@ -1,0 +1,102 @@
+"""What is in the built packages: clean, complete, and the same in both."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+
+from cpr_agent import __version__
+from tests.packages.artifacts import ROOT, built
+
+ONLY_DEB = {
+    "/usr/share/doc/cpr-agent/changelog.Debian.gz": "an RPM has its changelog in its header",
+    "/usr/share/doc/cpr-agent/changelog.gz": "Debian's name for NEWS.md",
+    "/usr/share/doc/cpr-agent/copyright": "Debian's place for it",
+    "/usr/share/lintian/overrides/cpr-agent": "Debian's lint",
+    "/usr/share/python3/runtime.d/cpr-agent.rtupdate": "compiles again for another python3 of Debian",
+}
+ONLY_RPM = {
+    "/usr/share/doc/cpr-agent/NEWS.md": "changelog.gz of the .deb",
+    "/usr/share/licenses/cpr-agent": "where RPMs have it",
+    "/usr/share/licenses/cpr-agent/copyright": "copyright of the .deb",
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    mode: str
+    kept: bool
+    """A configuration file that an admin's changes are kept in."""
+
+
+def _said(*command: object) -> str:
+    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+
+
+def in_deb() -> dict[str, Packed]:
+    deb = built("cpr-agent_*_all.deb")
+    kept = _said("dpkg-deb", "--info", deb, "conffiles").split()
+    rows = (line.split(maxsplit=5) for line in _said("dpkg-deb", "--contents", deb).splitlines())
+    entries = {row[5].removeprefix(".").rstrip("/"): (row[0], row[1]) for row in rows}
+    assert {owner for _, owner in entries.values()} == {"root/root"}
+    return {path: Packed(mode, path in kept) for path, (mode, _) in entries.items()}
+
+
+def in_rpm() -> dict[str, Packed]:
+    query = "[%{FILEMODES:perms} %{FILEUSERNAME}/%{FILEGROUPNAME} %{FILENAMES} |%{FILEFLAGS:fflags}\\n]"
+    rows = [line.split() for line in _said("rpm", "-qp", "--queryformat", query, built("cpr-agent-*.rpm")).splitlines()]
+    assert {owner for _, owner, *_ in rows} == {"root/root"}
+    return {path: Packed(mode, flags == "|cn") for mode, _, path, flags in rows}
+
+
+def test_both_packages_have_the_same_files() -> None:
+    def plain(path: str) -> str:
+        return path.removesuffix(".gz") if path.startswith("/usr/share/man/") else path
+
+    deb = {plain(path): packed for path, packed in in_deb().items() if path not in ONLY_DEB}
+    rpm = {plain(path): packed for path, packed in in_rpm().items() if path not in ONLY_RPM}
+    assert set(ONLY_DEB) <= set(in_deb())
+    assert set(ONLY_RPM) <= set(in_rpm())
+    ours = {path: packed for path, packed in deb.items() if not packed.mode.startswith("d") or "/cpr-agent" in path}
+    assert ours == rpm
+
+
+def test_agent_toml_is_kept() -> None:
+    assert [path for path, packed in in_deb().items() if packed.kept] == ["/etc/cpr-agent/agent.toml"]
+
+
+def test_lintian_finds_no_error_and_no_warning() -> None:
+    command = ["lintian", "--allow-root", "--fail-on", "error,warning", built("cpr-agent_*_all.deb")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_versions_agree() -> None:
+    changelog = (ROOT / "packaging/debian/changelog").read_text()
+    spec = (ROOT / "packaging/rpm/cpr-agent.spec").read_text()
+    assert changelog.startswith(f"cpr-agent ({__version__}) ")
+    assert f"\nVersion: {__version__}\n" in spec
+    assert f" - {__version__}-1\n" in spec.partition("%changelog\n* ")[2]
+    assert built("cpr-agent_*_all.deb").name == f"cpr-agent_{__version__}_all.deb"
+
+
+def test_both_packages_require_the_same() -> None:
+    """Python modules have the same names in Debian and Fedora."""
+    depends = _said("dpkg-deb", "--field", built("cpr-agent_*_all.deb"), "Depends")
+    requires = _said("rpm", "-qp", "--requires", built("cpr-agent-*.rpm"))
+
+    def modules(text: str) -> list[str]:
+        return sorted(set(re.findall(r"\bpython3-[\w-]+|\bkexec-tools", text)))
+
+    assert modules(depends) == modules(requires)
+
+
+def test_scripts_of_the_packages_are_clean() -> None:
+    """shellcheck; those of the .deb with what debhelper put in, and those of the RPM as rpm runs them."""
+    rpm = built("cpr-agent-*.rpm")
+    for name in ("PREIN", "POSTIN", "PREUN", "POSTUN"):
+        script = _said("rpm", "-qp", "--queryformat", f"%{{{name}}}", rpm)
+        assert script.strip() not in ("", "(none)"), name
+        done = subprocess.run(["shellcheck", "--shell=sh", "-"], input=script, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stdout}"
