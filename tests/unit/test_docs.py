@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from cpr_agent.core.ledger import Phase
@@ -52,3 +54,11 @@ def test_links_between_documents_lead_somewhere() -> None:
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_each_member_of_the_contract_is_described() -> None:
+    """By a comment inside of it; org.cpragent1(5) is made of these."""
+    contract, operations = ROOT / "agent/cpr_agent/bus/org.cpragent1.xml", ROOT / "docs/operations.md"
+    command = [sys.executable, ROOT / "packaging/man/interface", contract, operations]
+    made = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
