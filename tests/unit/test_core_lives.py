@@ -124,7 +124,7 @@ def a_guest(witness: Literal["sampled", "off"]) -> Iterator[Bench]:
         yield bench
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(lives, min_size=1, max_size=4))
 def test_a_guest_survives_any_lives_of_agents(history: list[Life]) -> None:
     with a_guest(witness="sampled") as bench:

@@ -239,5 +239,5 @@ class AnyHistory(RuleBasedStateMachine):
 
 EXAMPLES = int(os.environ.get("CPR_TEST_EXAMPLES", "40"))
 """`make test-faults` asks for many more."""
-AnyHistory.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=20, deadline=None)
+AnyHistory.TestCase.settings = settings(max_examples=EXAMPLES, stateful_step_count=20)
 TestAnyHistory = AnyHistory.TestCase

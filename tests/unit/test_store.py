@@ -172,7 +172,7 @@ def test_the_journal_is_read_back(tmp_path: Path) -> None:
     assert again.records()[0]["run_state"] == "running"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(cut=st.integers(0, 700))
 def test_a_journal_cut_anywhere_yields_a_prefix_and_goes_on(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "journal"
