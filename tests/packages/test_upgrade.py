@@ -14,6 +14,6 @@ def test_guests_do_not_notice_what_happens_to_the_package(tmp_path: Path) -> Non
     newer = tmp_path / "newer"
     newer.mkdir()
     build(newer / "cpr-agent_99.0_all.deb")
-    scenario = ROOT / "tests/packages/upgrade-scenario"
-    out, verdict = run_scenario(scenario, "test-packages", [build_guests(tmp_path / "guests"), newer], TIMEOUT_S)
+    payload = [build_guests(tmp_path / "guests"), newer, ROOT / "packaging/debian/tests"]
+    out, verdict = run_scenario(ROOT / "tests/packages/upgrade-scenario", "test-packages", payload, TIMEOUT_S)
     assert verdict == 0, f"see {out}"
