@@ -13,7 +13,6 @@ ONLY_DEB = {
     "/usr/share/doc/cpr-agent/changelog.Debian.gz": "an RPM has its changelog in its header",
     "/usr/share/doc/cpr-agent/changelog.gz": "Debian's name for NEWS.md",
     "/usr/share/doc/cpr-agent/copyright": "Debian's place for it",
-    "/usr/share/lintian/overrides/cpr-agent": "Debian's lint",
     "/usr/share/python3/runtime.d/cpr-agent.rtupdate": "compiles again for another python3 of Debian",
 }
 ONLY_RPM = {
