@@ -127,14 +127,18 @@ async def _feed_watchdog() -> None:
         await asyncio.sleep(interval_s)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cpr-agentd", description="Keeps QEMU guests over a kexec of their host.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--root", type=Path, default=Path("/"), help="prefix of all paths (default: /)")
     parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")
     parser.add_argument("--runner", choices=("auto", "systemd", "process"), default="auto", help="what runs the VMs")
     parser.add_argument("--debug", action="store_true", help="log more")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
     logging.basicConfig(
         level=logging.DEBUG if options.debug else logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
