@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.host_vm import ROOT, run_scenario
 
-TIMEOUT_S = 1500
+TIMEOUT_S = 2400
 BLOCK = re.compile(
     r"^```(sh run(?P<kexec> kexec)?|toml definition file=(?P<file>\S+))\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.host_vm import ROOT, build_guests, run_scenario
 from tests.packages.artifacts import build
 
-TIMEOUT_S = 900
+TIMEOUT_S = 2400
 
 
 def test_guests_do_not_notice_what_happens_to_the_package(tmp_path: Path) -> None:
