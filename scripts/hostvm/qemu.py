@@ -22,7 +22,7 @@ def qemu_wrapper(entry: Path, *, newer: bool = False) -> Path:
     """A script that is the root's qemu-system-x86_64, or the newer; written when missing or when the cache has moved."""
     root, over = entry / "root", entry / "newer" if newer else None
     tree = over or root
-    firmware = [f"{tree}/usr/share/qemu", f"{root}/usr/share/seabios", f"{root}/usr/lib/ipxe/qemu"]
+    firmware = [f"{place}/usr/share/{name}" for place in dict.fromkeys((tree, root)) for name in ("qemu", "seabios")]
     command = [*loader_command(root, "usr/bin/qemu-system-x86_64", over), *(x for d in firmware for x in ("-L", d))]
     # QEMU looks for its modules beside its executable, which is the loader here.
     modules = shlex.quote(f"{tree}/{LIBRARIES}/qemu")
