@@ -17,6 +17,8 @@ NOW = 1_700_000_000.5
 
 
 def talk(path: Path, peer: Peer, timeout_s: float = 20.0) -> float:
+    SET.clear()
+
     async def both() -> float:
         server = await asyncio.start_unix_server(peer, path)
         async with server:
@@ -49,7 +51,7 @@ def good(request: dict[str, object]) -> bytes:
         case "guest-sync-delimited":
             return b"\xff" + json.dumps({"return": arguments["id"]}).encode() + b"\n"
         case "guest-get-time":
-            return json.dumps({"return": int((NOW - 60) * 1e9)}).encode() + b"\n"
+            return json.dumps({"return": SET[-1] if SET else int((NOW - 60) * 1e9)}).encode() + b"\n"
         case "guest-set-time":
             SET.append(arguments["time"])
             return b'{"return": {}}\n'
@@ -57,9 +59,29 @@ def good(request: dict[str, object]) -> bytes:
 
 
 def test_a_clock_is_set_and_the_jump_told(tmp_path: Path) -> None:
-    SET.clear()
     assert talk(tmp_path / "qga", scripted(good)) == pytest.approx(60)
     assert [int(NOW * 1e9)] == SET
+
+
+def test_a_clock_that_is_right_counts_whatever_is_said_of_it(tmp_path: Path) -> None:
+    """qemu-ga without hwclock in its guest: it sets the clock, and then reports an error."""
+
+    def sets_and_refuses(request: dict[str, object]) -> bytes:
+        done = good(request)
+        return b'{"error": {"desc": "no hwclock"}}\n' if request["execute"] == "guest-set-time" else done
+
+    assert talk(tmp_path / "qga", scripted(sets_and_refuses)) == pytest.approx(60)
+
+
+def test_a_clock_that_is_not_set_is_told_whatever_is_said_of_it(tmp_path: Path) -> None:
+    with pytest.raises(GuestAgentFailed, match="says that it has set the clock, which is -60 s off"):
+        talk(tmp_path / "qga", scripted(instead("guest-set-time", b'{"return": {}}\n')))
+
+
+def test_what_it_says_cannot_draw_on_a_terminal(tmp_path: Path) -> None:
+    drawn = json.dumps({"error": {"desc": "\x1b[2Jgone\r\nVM web2:  lost"}}).encode() + b"\n"
+    with pytest.raises(GuestAgentFailed, match=r"refused guest-set-time: \[2Jgone VM web2: lost\.$"):
+        talk(tmp_path / "qga", scripted(instead("guest-set-time", drawn)))
 
 
 def test_what_an_earlier_client_left_is_skipped(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def vm(data: dict[str, Any]) -> None:
     _print(f"[bold]{data['Name']}[/]")
     for name, value in rows.items():
         if value:
-            _print(f"  {name + ':':<13} {value}")
+            _print(f"  {name + ':':<13} {value if name == 'State' else escape(value)}")
     if data["Held"]:
         _held(data["Held"])
 
@@ -157,10 +157,10 @@ def findings(data: list[dict[str, Any]]) -> None:
         _print("Nothing stands in the way.")
         return
     for entry in data:
-        _print(f"[bold]{entry['vm'] or 'host'}[/] {_styled(entry['severity'])}: {entry['what']}")
+        _print(f"[bold]{entry['vm'] or 'host'}[/] {_styled(entry['severity'])}: {escape(entry['what'])}")
         for label, text in (("why", entry["why"]), ("remedy", entry["remedy"])):
             if text:
-                _print(f"    {label}: {text}")
+                _print(f"    {label}: {escape(text)}")
 
 
 def devices(data: list[dict[str, Any]]) -> None:
@@ -207,5 +207,5 @@ def history(data: list[dict[str, Any]]) -> None:
         if "clock-behind" in entry:
             _print(f"its clock was {entry['clock-behind']:.3f} s behind, and was set")
         if entry["clock-problem"]:
-            _print(f"[yellow]its clock was not set:[/] {entry['clock-problem']}")
+            _print(f"[yellow]its clock was not set:[/] {escape(entry['clock-problem'])}")
         _print(table)

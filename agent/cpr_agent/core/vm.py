@@ -278,7 +278,9 @@ class Vm(VmBase):
             await self._load(manifest, "")
         except CprError as error:
             left = "it stays saved, and the load can be repeated"
-            raise LoadFailed(f"could not get a new QEMU: {error.what}", vm=self.name, left=left) from error
+            raise LoadFailed(
+                f"could not get a new QEMU: {error.what}", vm=self.name, left=left, remedy=error.remedy
+            ) from error
 
     async def _replace_beside(self, qemu: Qemu, launch: Launch) -> None:
         """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
@@ -295,7 +297,9 @@ class Vm(VmBase):
                 raise
             goes_on = self.run_state == "running"
             left = "its guest goes on in the QEMU that it had" if goes_on else "see its state in `cprctl status`"
-            raise LoadFailed(f"could not get a new QEMU: {error.what}", vm=self.name, left=left) from error
+            raise LoadFailed(
+                f"could not get a new QEMU: {error.what}", vm=self.name, left=left, remedy=error.remedy
+            ) from error
 
     async def _keep_old_qemu(self) -> None:
         """After the one beside it has failed."""
@@ -591,7 +595,10 @@ class Vm(VmBase):
                     raise
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
-                raise LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep) from error
+                other = f"it was saved by QEMU {manifest.qemu.version}: if another is installed now, try that one again"
+                raise LoadFailed(
+                    f"could not be loaded: {what}{said}", vm=self.name, left=keep, remedy="" if into else other
+                ) from error
             resumed_at = await self._go_on(qemu, manifest, adopt=into is not None) or host.now()
             if into:
                 # Not by `quit`: it would unlink the paths of sockets, which are the new one's now.

@@ -49,6 +49,8 @@ MAX_LOADS = 3
 LATE_SLEEP_S = 300.0
 """How long after a guest was asked to sleep in vain it is expected to do so all the same, and woken."""
 SAVEABLE = ("running", "paused", "suspended")
+_TAKEN = ("Device or resource busy", "Address already in use", "Could not set up host forwarding rule")
+"""What QEMU says of what the one beside it has: a tap device without a free queue, a port of the host."""
 
 
 class VmBase:
@@ -382,7 +384,10 @@ class VmBase:
             await asyncio.shield(asyncio.ensure_future(runner.kill(self.name, beside=True)))
             if not isinstance(error, CprError):
                 raise
-            raise self._not_started(error, "the QEMU that it has is untouched") from error
+            failed = self._not_started(error, "the QEMU that it has is untouched")
+            if any(word in failed.what for word in _TAKEN):
+                failed.remedy = f"where two can't have that, `cprctl refresh --in-turn {self.name}` ends the old one first"
+            raise failed from error
 
     def _not_started(self, error: CprError, left: str) -> QemuFailed:
         said = self._ports.runner.log_tail(self.name)

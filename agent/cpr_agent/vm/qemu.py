@@ -272,7 +272,7 @@ class LiveQemu:
             if not await guest_agent.offers(self._qmp.vm, path, "guest-suspend-ram", _CHECK_S):
                 return "its guest agent does not let guest-suspend-ram be used"
         except GuestAgentFailed as error:
-            return error.what
+            return f"{error.what}; start, or restart, qemu-guest-agent in the guest"
         return ""
 
     async def suspend(self, timeout_s: float) -> float:
