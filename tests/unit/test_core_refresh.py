@@ -53,6 +53,23 @@ def test_the_guest_goes_on_in_another_qemu(bench: Bench) -> None:
     assert bench.runner.violations == []
 
 
+def test_what_two_must_not_open_is_refused_before_the_new_one_starts(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.define("web1")
+    path = bench.definitions / "web1.toml"
+    arguments = 'arguments = ["-netdev", "tap,id=net0,ifname=tap0"]'
+    path.write_text(path.read_text().replace("[vm]\n", f"[vm]\n{arguments}\n"))
+    bench.vm(lambda vm: vm.start())
+    old = bench.qemu()
+    bench.runner.faults["web1", "start"] = AssertionError("the new one was started")
+    with pytest.raises(LoadFailed, match="two at once can't have the tap device tap0.*cprctl refresh --in-turn web1"):
+        bench.vm(refresh)
+    assert bench.qemu() is old
+    assert old.status == "running"
+    bench.runner.faults.clear()
+    assert bench.vm(lambda vm: vm.replace_qemu(in_turn=True)) == "in-turn"
+
+
 @pytest.mark.parametrize("fault", ["start", "connect", "differences", "load", "after-load"])
 def test_what_fails_leaves_it_in_the_old_one(bench: Bench, fault: str) -> None:
     old = bench.qemu()

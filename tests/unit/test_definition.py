@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cpr_agent.core.model import Bytes, Definition, Seconds
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import InvalidDefinition
-from cpr_agent.vm.cmdline import collisions, cpu_model, firmware_files
+from cpr_agent.vm.cmdline import collisions, cpu_model, firmware_files, tap_devices
 from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, read_definition
 
 GOOD = """
@@ -149,6 +149,18 @@ def test_firmware_is_found_wherever_it_is_named() -> None:
         "/fw/code.fd",
         "/fw/vars.fd",
     ]
+
+
+def test_tap_devices_are_found_by_their_names() -> None:
+    argv = [
+        *("-netdev", "tap,id=net0,ifname=tap0,queues=2"),
+        *("--netdev", '{"type": "tap", "id": "net1", "ifname": "tap1"}'),
+        *("-nic", "tap,ifname=tap2"),
+        *("-netdev", "tap,id=net3"),  # QEMU makes one
+        *("-netdev", "bridge,id=net4,br=br0"),
+        *("-nic", "user,hostfwd=tcp::22-:22"),
+    ]
+    assert tap_devices(argv) == ["tap0", "tap1", "tap2"]
 
 
 @pytest.mark.parametrize(

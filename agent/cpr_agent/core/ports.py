@@ -125,6 +125,9 @@ class Definitions(Protocol):
 
     def plan_load(self, manifest: Manifest, located: Located) -> Launch: ...
 
+    def unshareable(self, launch: Launch) -> list[str]:
+        """What of the host a second QEMU with the same arguments must not even open while the first one has it."""
+
 
 class Memory(Protocol):
     async def locate(self, section: MemorySection, timeout_s: float) -> Located:

@@ -285,6 +285,7 @@ class Vm(VmBase):
     async def _replace_beside(self, qemu: Qemu, launch: Launch) -> None:
         """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
         RAM, and writes nothing to it before that (FACTS.md: only ``-incoming`` skips writing firmware into RAM)."""
+        self._refuse_sharing(launch)
         draft = await self._draft(qemu, launch, "running", "reboot", "")
         plan = self._ports.definitions.plan_load(draft, await self._relocated(launch.memory))
         try:
@@ -300,6 +301,16 @@ class Vm(VmBase):
             raise LoadFailed(
                 f"could not get a new QEMU: {error.what}", vm=self.name, left=left, remedy=error.remedy
             ) from error
+
+    def _refuse_sharing(self, launch: Launch) -> None:
+        """Raises LoadFailed."""
+        if both := self._ports.definitions.unshareable(launch):
+            raise LoadFailed(
+                f"could not get a new QEMU: two at once can't have {', '.join(both)}",
+                vm=self.name,
+                left="its guest goes on in the QEMU that it had",
+                remedy=f"`cprctl refresh --in-turn {self.name}` ends the old one first",
+            )
 
     async def _keep_old_qemu(self) -> None:
         """After the one beside it has failed."""

@@ -150,6 +150,13 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
+def tap_devices(argv: Sequence[str]) -> list[str]:
+    """Those that have a name. One with several queues a second QEMU can open, and by that sets back the size of the header
+    before each packet, for both: the guest in the first one has no network from then on (measured; net_tap_fd_init in QEMU,
+    TUNSETVNETHDRSZ in the kernel's tun.c)."""
+    return [net["ifname"] for net in map(keyed, option(argv, "-netdev", "-nic", "-net")) if net.get("ifname")]
+
+
 def firmware_files(argv: Sequence[str]) -> list[str]:
     """What holds the VM's firmware and its variables, where the admin named it by its whole path."""
     files = option(argv, "-bios", "-pflash")

@@ -13,7 +13,7 @@ import msgspec
 
 from cpr_agent.core.model import VM_NAME, Bytes, Definition, Launch, Located, Manifest, Seconds
 from cpr_agent.errors import CprError, InvalidDefinition
-from cpr_agent.vm.cmdline import collisions, plan_load, plan_start
+from cpr_agent.vm.cmdline import collisions, plan_load, plan_start, tap_devices
 
 T = TypeVar("T")
 
@@ -82,6 +82,9 @@ class DefinitionDirectory:
 
     def plan_load(self, manifest: Manifest, located: Located) -> Launch:
         return plan_load(manifest, located, self._log_dir)
+
+    def unshareable(self, launch: Launch) -> list[str]:
+        return [f"the tap device {name}" for name in tap_devices(launch.argv)]
 
 
 def read_definition(path: Path) -> Definition:
