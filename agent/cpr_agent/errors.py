@@ -6,6 +6,7 @@
     ├── NoSuchVM              a name without a definition
     ├── NoSuchReport          an id without a history record
     ├── AccessDenied          polkit said no, or could not be asked
+    ├── LimitsExceeded        too many calls
     ├── Busy                  the VM or the host is in the middle of something
     ├── WrongState            the VM's state does not allow the request
     │   ├── AlreadyRunning
@@ -86,6 +87,10 @@ class NoSuchReport(CprError):
 
 class AccessDenied(CprError):
     kind = "AccessDenied"
+
+
+class LimitsExceeded(CprError):
+    kind = "LimitsExceeded"
 
 
 class Busy(CprError):

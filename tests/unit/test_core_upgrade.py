@@ -276,6 +276,24 @@ def test_between_commit_and_kexec_no_guest_is_let_run(bench: Bench, act: str) ->
     assert bench.kexec.promised
 
 
+def test_two_upgrades_at_once(bench: Bench) -> None:
+    """The second is refused, whichever act it is, and the first goes on as if there were none."""
+
+    async def both(manager: Manager) -> None:
+        manager.upgrade(Wish())
+        for other in (manager.upgrade(Wish()), manager.save_all(Survives.KEXEC), manager.upgrade(Wish())):
+            await other.parked.wait()
+            assert isinstance(other.error, Busy), other
+        await bench.kexec.started.wait()
+
+    bench.run(both)
+    assert bench.kexec.promised
+    assert phases(bench)[-1] == "committing"
+    bench.reboot()
+    bench.run(load_all)
+    assert_all_run(bench)
+
+
 def test_a_guest_that_somebody_lets_run_after_the_commit_stops_the_kexec(bench: Bench) -> None:
     async def by_hand(manager: Manager) -> None:
         await until_kexec(bench)(manager)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import BusType, ErrorType, MessageType, NameFlag, RequestNameReply
+from dbus_next.constants import ErrorType, MessageFlag, MessageType, NameFlag, RequestNameReply
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from cpr_agent.bus.authority import Authority
+from cpr_agent.bus.authority import Authority, trusted
 from cpr_agent.bus.contract import (
     BUS_NAME,
     INSPECT,
@@ -28,11 +28,13 @@ from cpr_agent.bus.contract import (
     read_contract,
     standard_interfaces,
 )
+from cpr_agent.bus.limits import Limits, refuse_excess
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, vm_path
+from cpr_agent.bus.wire import AgentBus
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import Busy, CprError, InvalidArgument
+from cpr_agent.errors import Busy, CprError, InvalidArgument, LimitsExceeded
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Service:
         self._manager = manager
         self._run_dir = run_dir
         self._authority = Authority(bus)
+        self._limits = Limits()
         self._contract = read_contract()
         self._standard = standard_interfaces()
         self._objects: dict[str, BusObject] = {}
@@ -75,8 +78,7 @@ class Service:
     async def connect(cls, address: str | None) -> MessageBus:
         """A connection to ``address``, or to the system bus. Raises TimeoutError, OSError, dbus_next errors."""
         async with asyncio.timeout(CONNECT_TIMEOUT_S):  # EOF during authentication spins otherwise (FACTS.md)
-            bus = MessageBus(address, BusType.SYSTEM) if address else MessageBus(bus_type=BusType.SYSTEM)
-            return await bus.connect()
+            return await AgentBus(address).connect()
 
     @staticmethod
     async def own_name(bus: MessageBus) -> None:
@@ -98,15 +100,23 @@ class Service:
     def _on_message(self, message: Message) -> bool:
         if message.message_type is not MessageType.METHOD_CALL or not str(message.path).startswith(ROOT):
             return False
+        try:
+            self._limits.begin(str(message.sender))
+        except LimitsExceeded as error:  # at once, and not in one more task
+            self._reply(message, Message.new_error(message, error.dbus_name, error.text))
+            return True
         task = asyncio.get_running_loop().create_task(self._answer(message))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
+        task.add_done_callback(lambda _: self._limits.end(str(message.sender)))
         return True
 
     async def _answer(self, call: Message) -> None:
         """The guard around every call: authorized, checked, and answered whatever happens."""
         try:
             await self._ready.wait()
+            if not trusted(uid := await self._authority.uid(call)):
+                self._limits.spend(uid)
             signature, body = await self._dispatch(call)
             reply = Message.new_method_return(call, signature, body)
         except CprError as error:
@@ -114,14 +124,18 @@ class Service:
         except _Unknown as error:
             reply = Message.new_error(call, error.kind.value, str(error))
         except asyncio.CancelledError:
-            self._bus.send(Message.new_error(call, ErrorType.NO_REPLY.value, "the agent is going away"))
+            self._reply(call, Message.new_error(call, ErrorType.NO_REPLY.value, "the agent is going away"))
             raise
         except Exception:
             log.exception("%s.%s on %s", call.interface, call.member, call.path)
             reply = Message.new_error(
                 call, f"{BUS_NAME}.Error.Internal", "internal error; see: journalctl -u cpr-agent.service"
             )
-        self._bus.send(reply)
+        self._reply(call, reply)
+
+    def _reply(self, call: Message, reply: Message) -> None:
+        if not call.flags & MessageFlag.NO_REPLY_EXPECTED:
+            self._bus.send(reply)
 
     async def _dispatch(self, call: Message) -> tuple[str, list[Any]]:
         interface, target = self._target(call)
@@ -135,6 +149,7 @@ class Service:
                 f"{interface.name}.{method.name} takes arguments of signature {method.in_signature!r}, "
                 f"not {call.signature!r}"
             )
+        refuse_excess(call)
         if interface.name in self._contract:
             assert target
             return method.out_signature, await target.method(method.name)(*call.body)

@@ -11,6 +11,7 @@ from pathlib import Path
 from cpr_agent.core.command_line import blacklisted, lost_and_added
 from cpr_agent.core.ledger import Kind, Upgrade
 from cpr_agent.core.model import Finding, Kernel, Policy
+from cpr_agent.core.paths import doubt
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.vm import Vm
@@ -113,6 +114,16 @@ def _justified(name: str, settings: Settings) -> str:
             f"{name} is not below a directory that kernels may be in",
             left="nothing was read",
             remedy=f"use a file below {', '.join(allowed)}, or extend [files] kernel-directories in agent.toml",
+        )
+    try:
+        problem = doubt(resolved)
+    except OSError as error:
+        problem = f"it can't be looked at: {error.strerror}"
+    if problem:
+        raise InvalidArgument(
+            f"{name} can't be used: {problem}",
+            left="nothing was read",
+            remedy="the file and all directories above it must be root's, and nobody else may write to them",
         )
     return str(resolved)
 

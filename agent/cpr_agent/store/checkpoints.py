@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from cpr_agent.core.model import MANIFEST_SCHEMA, Difference, Held, Manifest, Vmstate
+from cpr_agent.core.paths import doubt
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
 from cpr_agent.store import vmstate
 from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory, write_atomically
@@ -65,7 +66,7 @@ class CheckpointStore:
         directory = self.root / vm
         make_private_directory(directory)
         target = self._justified(filename, vm) if filename else directory / "vmstate"
-        if filename and target.exists():
+        if filename and os.path.lexists(target):
             raise InvalidArgument(
                 f"{target} exists", vm=vm, left="nothing was saved", remedy="name a file that does not exist yet"
             )
@@ -171,16 +172,24 @@ class CheckpointStore:
         allowed = ", ".join(map(str, self.file_directories))
         if not path.is_absolute() or ".." in path.parts:
             raise InvalidArgument(f"{filename!r} is not an absolute path", vm=vm, remedy=f"use a file below {allowed}")
-        resolved = path.parent.resolve()
-        if resolved != path.parent or not any(resolved.is_relative_to(d) for d in self.file_directories):
+        if not any(path.parent.is_relative_to(d) for d in self.file_directories):
             raise InvalidArgument(
                 f"{path} is not below a directory that state files may be in",
                 vm=vm,
                 left="nothing was read or written",
                 remedy=f"use a file below {allowed}, or extend [files] directories in agent.toml",
             )
-        if not resolved.is_dir():
-            raise InvalidArgument(f"the directory {resolved} does not exist", vm=vm, left="nothing was written")
+        try:
+            problem = doubt(path.parent) or ("" if path.parent.is_dir() else f"{path.parent} is not a directory")
+        except OSError as error:
+            problem = f"the directory {path.parent} can't be used: {error.strerror}"
+        if problem:
+            raise InvalidArgument(
+                f"{path} can't be a state file: {problem}",
+                vm=vm,
+                left="nothing was read or written",
+                remedy="all directories above it must be root's, and nobody else may write to them",
+            )
         return path
 
 

@@ -1,0 +1,122 @@
+"""The agent's connection to the bus: nothing that somebody sends may end it, or keep it busy.
+
+dbus_next parses a message whole before it is looked at, in Python: one of the 32 MiB that dbus-daemon lets through would
+stop the agent for a minute. What it can't parse it takes as the end of the connection, and a full socket, too: many
+messages at once to a bus that is busy would end the agent.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import socket
+import struct
+from typing import Protocol
+
+from dbus_next._private.unmarshaller import Unmarshaller
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import BusType
+from dbus_next.message import Message
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 10
+"""Of arguments. Nothing in the contract comes near; a path has at most 4 KiB, a kernel's command line 2."""
+MESSAGES_PER_TURN = 32
+"""After so many the event loop gets its turn, however many more are waiting."""
+_FIXED_BYTES = 16
+_BIG_ENDIAN = ord("B")
+
+
+class AgentBus(MessageBus):
+    """As its parent, but for how messages are read, and that a full socket is waited for."""
+
+    def __init__(self, address: str | None) -> None:
+        super().__init__(address, BusType.SYSTEM)  # type: ignore[arg-type]  # None is its default
+        self._writer.sock = _PatientSocket(self._sock)
+
+    def _create_unmarshaller(self) -> FrameReader:
+        return FrameReader(self._stream)
+
+    def _message_reader(self) -> None:
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                message = self._unmarshaller.unmarshall()
+                if message is None:
+                    return
+                self._on_message(message)  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+        except Exception as error:  # as the parent does: the connection is over
+            self._finalize(error)  # type: ignore[no-untyped-call]
+            return
+        if not self._disconnected:
+            self._loop.call_soon(self._message_reader)  # what is in the stream's buffer wakes nobody
+
+
+class _PatientSocket:
+    """For dbus_next's writer, which waits for room after a part of a message was sent, but not if it was no part at all."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def send(self, data: memoryview) -> int:
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+
+
+class _Stream(Protocol):
+    def read(self, size: int, /) -> bytes | None: ...
+
+
+class FrameReader:
+    """Stands in for dbus_next's Unmarshaller, and uses it on whole messages only. ``stream`` does not block."""
+
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+        self._frame = bytearray()
+
+    def unmarshall(self) -> Message | None:
+        """The next message; None if it is not all there yet. Raises EOFError, OSError."""
+        while self._fill(_FIXED_BYTES) and self._fill(sum(_lengths(self._frame))):
+            frame, self._frame = self._frame, bytearray()
+            if message := parse(frame):
+                return message
+        return None
+
+    def _fill(self, length: int) -> bool:
+        while (missing := length - len(self._frame)) > 0:
+            data = self._stream.read(missing)
+            if data is None:
+                return False
+            if not data:
+                raise EOFError
+            self._frame += data
+        return True
+
+
+def parse(frame: bytearray) -> Message | None:
+    """``frame`` as a message: without its body, if that is too large or makes no sense; None if the rest makes none."""
+    header_bytes, body_bytes = _lengths(frame)
+    headless = frame[:header_bytes]
+    headless[4:8] = bytes(4)  # the length of the body (D-Bus specification, "Message Format")
+    for attempt in (frame, headless) if body_bytes <= MAX_BODY_BYTES else (headless,):
+        try:
+            message: Message | None = Unmarshaller(io.BytesIO(attempt)).unmarshall()  # type: ignore[no-untyped-call]
+        except Exception as error:  # it raises what it likes
+            log.warning("a message on the bus can't be read: %r", error)
+        else:
+            return message
+    return None
+
+
+def lacks_arguments(message: Message) -> bool:
+    """Were they left out by ``parse``?"""
+    return bool(message.signature) and not message.body
+
+
+def _lengths(frame: bytearray) -> tuple[int, int]:
+    """Of the header with its padding, and of the body."""
+    order = ">" if frame[0] == _BIG_ENDIAN else "<"
+    body_bytes, _, fields_bytes = struct.unpack_from(f"{order}III", frame, 4)
+    return _FIXED_BYTES + fields_bytes + -fields_bytes % 8, body_bytes
