@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from cpr_agent import errors
 from cpr_agent.bus.contract import escape, introspection, read_contract
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
 from cpr_agent.core.model import Definition, Located, MemorySection, VmSection
-from cpr_agent.vm.cmdline import plan_load, plan_start
+from cpr_agent.vm.cmdline import SANDBOX, plan_load, plan_start
 from cpr_agent.vm.dialects import choose
 from tests.samples import DEVDAX, manifest
 
@@ -102,6 +103,25 @@ def test_a_start_has_the_memory_by_descriptor_and_three_sockets() -> None:
     assert sorted(launch.sockets.values()) == [11, 12, 13]
     assert "-incoming" not in launch.argv
     assert "-display none" in argv
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ((), ("-sandbox", SANDBOX)),
+        (("-sandbox", "on,spawn=allow"), ("-sandbox", "on,spawn=allow")),
+        (("--sandbox", "on"), ("--sandbox", "on")),
+        (("-sandbox", "off"), ()),
+    ],
+)
+def test_qemu_is_sandboxed_unless_the_admin_says_something_of_it(own: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    vm = replace(DEFINITION.vm, arguments=("-nodefaults", *own, "-machine", "q35"))
+    located = Located(identity=DEVDAX, node="/dev/dax3.0")
+    argv = plan_start(replace(DEFINITION, vm=vm), located, Path("/run/x"), Path("/log")).argv
+    at = [index for index, word in enumerate(argv) if word.endswith("-sandbox")]
+    assert [argv[index : index + 2] for index in at] == ([expected] if expected else [])
+    assert "-nodefaults" in argv
+    assert "q35" in argv
 
 
 def test_a_load_has_the_recorded_arguments_the_pinned_machine_and_waits() -> None:

@@ -20,6 +20,10 @@ MEMORY_FD = 10
 SOCKET_FDS = {"agent.sock": 11, "unit.sock": 12, "admin.sock": 13}
 """The agent's own QMP socket, the one by which the VM's unit stops it, and the one left to the admin."""
 
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""What QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. No way to a new QEMU that
+the agent uses needs a program to be started by the old one; cpr-exec would (FACTS.md)."""
+
 _OWN = {
     "-m": "the memory size",
     "-name": "the name",
@@ -110,7 +114,7 @@ def _base_argv(definition: Definition, located: Located) -> list[str]:
     argv = [
         definition.vm.qemu,
         *("-name", f"guest={definition.name}"),
-        *definition.vm.arguments,
+        *_sandboxed(definition.vm.arguments),
         *("-m", f"{identity.size_bytes}B"),
         *("-object", ",".join(value if key == "qom-type" else f"{key}={value}" for key, value in backend.items())),
         *("-machine", f"memory-backend={RAM_ID}"),
@@ -127,6 +131,19 @@ def _base_argv(definition: Definition, located: Located) -> list[str]:
             f"chardev={chardev},mode=control",
         ]
     return argv
+
+
+def _sandboxed(arguments: tuple[str, ...]) -> list[str]:
+    """With QEMU's sandbox, unless the admin says something of it. ``-sandbox off`` is left out: it is what QEMU does
+    without a word, and one that was built without seccomp does not know the option."""
+    if not option(arguments, "-sandbox"):
+        return ["-sandbox", SANDBOX, *arguments]
+    out: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        value = next(words, "") if _single_dash(word) == "-sandbox" else None
+        out += [word] if value is None else [word, value] if value != "off" else []
+    return out
 
 
 def option(argv: Sequence[str], *names: str) -> list[str]:
