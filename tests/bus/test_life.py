@@ -12,65 +12,6 @@ from cpr_agent.bus.client import CallError
 from tests.lab import Lab, until
 
 
-def test_a_guest_goes_on_in_a_new_qemu(each_lab: Lab) -> None:
-    guest = each_lab.running()
-    old = guest.pid
-    guest.save()
-    assert guest.state == "saved"
-    assert guest.properties["Checkpoint"]["survives"] == "qemu-restart"
-    guest.load()
-    assert guest.state == "running"
-    assert guest.pid != old
-    guest.assert_unbroken()
-    assert guest.checkpoint_files() == ["manifest.json.loaded", "vmstate.loaded"]
-
-
-def test_a_guest_is_saved_and_loaded_many_times(each_lab: Lab) -> None:
-    guest = each_lab.running()
-    for _ in range(3):
-        guest.save()
-        guest.load()
-        guest.until_counts()
-    guest.assert_unbroken()
-
-
-def test_a_save_is_taken_back_in_place(each_lab: Lab) -> None:
-    guest = each_lab.running()
-    old = guest.pid
-    guest.save()
-    guest.call("Resume")
-    assert guest.pid == old
-    guest.assert_unbroken()
-    guest.save()
-    guest.load()
-    guest.assert_unbroken()
-
-
-def test_a_paused_guest_stays_paused(each_lab: Lab) -> None:
-    guest = each_lab.running()
-    guest.admin("stop")
-    guest.until_state("paused")
-    last = guest.report.last
-    guest.save()
-    assert guest.properties["Checkpoint"]["run-state"] == "paused"
-    guest.load()
-    assert guest.state == "paused"
-    assert guest.report.last == last
-    guest.call("Resume")
-    guest.assert_unbroken()
-
-
-def test_taking_back_the_save_of_a_paused_guest_leaves_it_paused(each_lab: Lab) -> None:
-    guest = each_lab.running()
-    guest.admin("stop")
-    guest.until_state("paused")
-    guest.save()
-    guest.call("Resume")
-    assert guest.state == "paused"
-    guest.admin("cont")
-    guest.assert_unbroken()
-
-
 def test_a_saved_guest_can_be_loaded_after_its_qemu_was_stopped(lab: Lab) -> None:
     guest = lab.running()
     guest.save()

@@ -1,24 +1,28 @@
 """How each generation of QEMU is told to save and load with RAM left in place. One class each, one interface.
 
-Chosen by what QMP says it can do (``query-qmp-schema``), not by version. What was measured is in FACTS.md, "CPR on QEMU".
+Chosen by what QMP says it can do (``query-qmp-schema``), not by version. What was run for real is in docs/dialects.md.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from cpr_agent.errors import QemuFailed
-from cpr_agent.vm.qmp import Qmp
+from cpr_agent.errors import QemuFailed, SaveFailed
+from cpr_agent.vm.qmp import Qmp, QmpRefused
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
 CONFLICTING = ("postcopy-ram", "background-snapshot", "x-colo", "multifd", "mapped-ram")
 
 
 class Dialect(ABC):
-    """``prepare`` before either act; both acts only start it: completion is the MIGRATION event's to tell."""
+    """``prepare`` before either act. Both acts only start it, and completion is the MIGRATION event's to tell; unless they
+    are ``synchronous``."""
 
     name: ClassVar[str]
+    synchronous: ClassVar[bool] = False
     keeps_suspended: ClassVar[bool]
     """False where a save wakes a suspended guest (QEMU up to 8.2)."""
 
@@ -43,15 +47,10 @@ class CprReboot(Dialect):
         await qmp.execute("migrate-set-parameters", {"mode": "cpr-reboot"})
 
     async def save(self, qmp: Qmp, fd: int) -> None:
-        await qmp.execute("migrate", {"uri": await self._uri(qmp, fd)})
+        await qmp.execute("migrate", {"uri": f"file:{await fdset(qmp, fd)}"})
 
     async def load(self, qmp: Qmp, fd: int) -> None:
-        await qmp.execute("migrate-incoming", {"uri": await self._uri(qmp, fd)})
-
-    @staticmethod
-    async def _uri(qmp: Qmp, fd: int) -> str:
-        added = await qmp.execute("add-fd", fd=fd)
-        return f"file:/dev/fdset/{added['fdset-id']}"
+        await qmp.execute("migrate-incoming", {"uri": f"file:{await fdset(qmp, fd)}"})
 
 
 class IgnoreShared(Dialect):
@@ -69,11 +68,51 @@ class IgnoreShared(Dialect):
         await qmp.execute("migrate-incoming", {"uri": "fd:cpr-state"})
 
 
+class CprSave(Dialect):
+    """The original proposal (S. Sistare, "Live Update", 2020 to 2022), never merged: ``cpr-save`` and ``cpr-load``.
+
+    Its ``cpr-load`` lets a guest run that ran when it was saved, before anybody can say that the checkpoint is spent
+    (invariant 2). So the guest is stopped before: then it waits for ``cont``, as with the others. The proposal's new QEMU
+    has no ``-incoming``; ours has, because only that keeps QEMU from writing firmware into the RAM (FACTS.md), and
+    ``cpr-load`` asks for no more than that the guest does not run (migration/cpr.c of its last version).
+    """
+
+    name = "cpr-save"
+    keeps_suspended = True
+    synchronous = True
+    saved_as: ClassVar[str] = "save-vm"
+    """The run state after a save, where all others say postmigrate."""
+
+    async def prepare(self, qmp: Qmp) -> None:
+        """RAM is never part of what it saves."""
+
+    async def save(self, qmp: Qmp, fd: int) -> None:
+        filename = await fdset(qmp, fd)
+        await qmp.execute("stop")
+        try:
+            await qmp.execute("cpr-save", {"filename": filename, "mode": "reboot"})
+        except QmpRefused as error:
+            number = re.search(r"Error -(\d+) while saving", error.what)
+            why = os.strerror(int(number[1])) if number else error.what
+            raise SaveFailed(f"QEMU could not write its state: {why}", vm=qmp.vm) from error
+
+    async def load(self, qmp: Qmp, fd: int) -> None:
+        await qmp.execute("cpr-load", {"filename": await fdset(qmp, fd)})
+
+
+async def fdset(qmp: Qmp, fd: int) -> str:
+    """A path by which QEMU opens ``fd``, whatever it may open itself."""
+    added = await qmp.execute("add-fd", fd=fd)
+    return f"/dev/fdset/{added['fdset-id']}"
+
+
 def choose(schema: list[dict[str, Any]], vm: str) -> Dialect:
     """The dialect for a QEMU with this ``query-qmp-schema``. Raises QemuFailed if it has none."""
     words = {member["name"] for entity in schema for member in entity.get("members", ()) if "name" in member}
     words |= {value for entity in schema for value in entity.get("values", ())}
     words |= {entity["name"] for entity in schema if entity.get("meta-type") == "command"}
+    if {"cpr-save", "cpr-load"} <= words:
+        return CprSave()
     if "x-ignore-shared" not in words:
         raise QemuFailed("this QEMU cannot leave RAM in place (no x-ignore-shared)", vm=vm, remedy="use QEMU 5.0 or newer")
     if "cpr-reboot" in words:

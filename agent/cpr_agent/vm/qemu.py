@@ -13,7 +13,7 @@ from cpr_agent.core.model import RAM_ID, CpuFacts, Difference, DiskIdentity, Fil
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.vm import guest_agent
 from cpr_agent.vm.cmdline import cpu_model, firmware_files
-from cpr_agent.vm.dialects import CONFLICTING, Dialect, choose
+from cpr_agent.vm.dialects import CONFLICTING, CprSave, Dialect, choose
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused, event_time
 from cpr_agent.vm.retry import until
 
@@ -40,7 +40,10 @@ class LiveQemu:
         self._qmp.on_event(callback)
 
     async def run_state(self) -> str:
-        return str((await self._qmp.execute("query-status"))["status"])
+        status = str((await self._qmp.execute("query-status"))["status"])
+        if status == CprSave.saved_as and isinstance(await self.dialect(), CprSave):
+            return "postmigrate"
+        return status
 
     async def dialect(self) -> Dialect:
         if self._dialect is None:
@@ -193,7 +196,7 @@ class LiveQemu:
         if ended != "completed":
             raise LoadFailed(f"QEMU could not read the state: {await self._why(ended)}", vm=self._qmp.vm)
         state = await until(self.run_state, lambda now: now != "inmigrate", _SETTLE_S)
-        if state != "paused":
+        if state not in ("paused", "suspended"):
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
 
     async def _migrate(self, act: Callable[[Qmp, int], Any], fd: int, timeout_s: float) -> str:
@@ -205,6 +208,8 @@ class LiveQemu:
         with self._qmp.expecting(ended) as end:
             try:
                 await act(self._qmp, fd)
+                if (await self.dialect()).synchronous:
+                    return "completed"
                 async with asyncio.timeout(timeout_s):
                     return str((await asyncio.shield(end))["data"]["status"])
             except TimeoutError:

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-QUIT_AT_ONCE = ("postmigrate", "inmigrate", "prelaunch", "shutdown", "paused", "guest-panicked", "internal-error")
+SAVED = ("postmigrate", "save-vm")
+QUIT_AT_ONCE = (*SAVED, "inmigrate", "prelaunch", "shutdown", "paused", "guest-panicked", "internal-error")
 
 
 def main(arguments: list[str]) -> int:

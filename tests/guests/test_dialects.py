@@ -1,0 +1,70 @@
+"""The conformance suite of tests/bus/test_dialects.py, with every QEMU that there is, and a peer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bus.conftest import _qemu
+from tests.bus.test_dialects import *  # noqa: F403 - the suite
+from tests.guests.tally import note
+from tests.lab import ROOT, Lab, refused, script
+
+ORIGINAL = "the original proposal"
+REAL = ["7.2", "10.0", "11.1"]
+pytestmark = pytest.mark.counted
+
+
+@pytest.fixture(params=[*REAL, ORIGINAL])
+def each_qemu(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == ORIGINAL:
+        return scripted(tmp_path, "tests.original_qemu")
+    note("dialect", request.param)
+    return _qemu(request.param)
+
+
+def scripted(directory: Path, module: str) -> str:
+    command = f'PYTHONPATH={ROOT}:{directory} exec {sys.executable} -m {module} "$@"'
+    return script(directory / "peer", f"#!/bin/sh\n{command}\n")
+
+
+@pytest.mark.parametrize(("old", "new"), [("7.2", "10.0"), ("7.2", "11.1"), ("10.0", "11.1")])
+def test_saved_by_an_old_one_and_loaded_by_a_new_one(lab: Lab, old: str, new: str) -> None:
+    """Its machine type is q35, which is another one in each of them: it is pinned. The way back is refused."""
+    path = lab.root / "qemu"
+
+    def installed(version: str) -> None:
+        path.unlink(missing_ok=True)
+        path.symlink_to(_qemu(version))
+
+    installed(old)
+    guest = lab.guest(qemu=str(path))
+    guest.start()
+    guest.until_counts()
+    guest.save()
+    installed(new)
+    guest.load()
+    guest.assert_unbroken()
+    assert guest.admin("query-version")["qemu"]["major"] == int(new.partition(".")[0])
+    guest.save()
+    installed(old)
+    refused(guest, "MachineChanged", f"version of QEMU was {new}", f"is {old}")
+    installed(new)
+    guest.load()
+    guest.assert_unbroken()
+
+
+def test_a_qemu_without_what_it_needs(lab: Lab, tmp_path: Path) -> None:
+    """The peer, with a schema as of a QEMU before 5.0."""
+    (tmp_path / "lesser.py").write_text(
+        "import sys\nfrom tests import original_qemu as peer\n"
+        'peer.ANSWERS["query-qmp-schema"] = [{"name": "1", "meta-type": "enum", "values": ["events"]}]\n'
+        "peer.main(sys.argv[1:])\n"
+    )
+    guest = lab.guest(qemu=scripted(tmp_path, "lesser"))
+    guest.start()
+    guest.until_counts()
+    refused(guest, "QemuFailed", "cannot leave RAM in place", "Use QEMU 5.0 or newer", member="CprSave")
+    guest.assert_unbroken()
