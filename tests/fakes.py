@@ -44,6 +44,8 @@ class FakeHost(ThisHost):
         self.release = "6.12.1"
         self.stepped_s = 0.0
         self.by_kexec = False
+        self.installed = "running"
+        """Identity of the QEMU at the path that definitions name."""
         self.told: list[tuple[str, str]] = []
 
     def tell(self, event: str, text: str, **fields: str) -> None:  # noqa: ARG002 - the machine's journal is not the test's
@@ -57,6 +59,9 @@ class FakeHost(ThisHost):
 
     def kernel(self) -> str:
         return self.release
+
+    def program_identity(self, path: str) -> str:
+        return "running" if path.startswith("/proc/") else self.installed
 
     def now(self) -> float:
         return super().now() + self.stepped_s
@@ -259,6 +264,10 @@ class FakeQemu:
         await self._step("differences")
         return self._runner.lacking
 
+    async def lacks(self, was: QemuFacts) -> list[Difference]:  # noqa: ARG002
+        assert self.launch.argv[1:3] == ("-machine", "none"), "it was to have no machine"
+        return self._runner.lacking
+
     async def disks(self) -> list[DiskIdentity]:
         return []
 
@@ -428,7 +437,7 @@ class FakeRunner:
     def launched_all(self) -> list[str]:
         return sorted(self._launches)
 
-    def log_tail(self, name: str) -> str:  # noqa: ARG002
+    def log_tail(self, name: str, *, beside: bool = False) -> str:  # noqa: ARG002
         return ""
 
     def unit(self, name: str) -> str:  # noqa: ARG002

@@ -109,7 +109,9 @@ def test_a_state_that_may_not_be_written_whole_leaves_the_guest_running(each_lab
 
 def test_a_guest_that_is_set_up_for_colo_is_refused(each_lab: Lab) -> None:
     guest = each_lab.running()
-    wanted = [{"capability": name, "state": True} for name in ("return-path", "x-colo")]  # 11.1 has the one only with the other
+    wanted = [
+        {"capability": name, "state": True} for name in ("return-path", "x-colo")
+    ]  # 11.1 has the one only with the other
     guest.admin("migrate-set-capabilities", capabilities=wanted)
     refused(guest, "Blocked", "x-colo", member="CprSave")
     guest.assert_unbroken()

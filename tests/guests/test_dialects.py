@@ -9,6 +9,7 @@ import pytest
 
 from tests.bus.conftest import _qemu
 from tests.bus.test_dialects import *  # noqa: F403 - the suite
+from tests.guests.scenarios import in_host_vm
 from tests.guests.tally import note
 from tests.lab import ROOT, Lab, refused, script
 
@@ -54,6 +55,11 @@ def test_saved_by_an_old_one_and_loaded_by_a_new_one(lab: Lab, old: str, new: st
     installed(new)
     guest.load()
     guest.assert_unbroken()
+
+
+def test_qemu_is_upgraded_with_the_host(tmp_path: Path) -> None:
+    """In the host VM, with a real kexec between the two."""
+    in_host_vm("upgrade", tmp_path)
 
 
 def test_a_qemu_without_what_it_needs(lab: Lab, tmp_path: Path) -> None:

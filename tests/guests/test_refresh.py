@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.bus.conftest import _qemu
-from tests.guests.tally import case, take_tally
-from tests.host_vm import build_guests, run_scenario
+from tests.guests.scenarios import in_host_vm
+from tests.guests.tally import case
 from tests.lab import Guest, Lab, refused, script
 
 NEW_DISK = ("-drive", "if=none,id=disk0,format=raw,file={}", "-device", "virtio-blk-pci,drive=disk0")
@@ -151,7 +151,4 @@ def test_a_second_agent_finds_it_in_its_second_place(lab: Lab) -> None:
 
 def test_under_systemd(tmp_path: Path) -> None:
     """In the host VM."""
-    scenario = Path(__file__).parent / "refresh-scenario"
-    out, verdict = run_scenario(scenario, "test-refresh", [build_guests(tmp_path / "guests")], 600)
-    take_tally(out)
-    assert verdict == 0, f"see {out}"
+    in_host_vm("refresh", tmp_path)

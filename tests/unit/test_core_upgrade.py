@@ -13,7 +13,7 @@ import pytest
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.ledger import Phase
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Finding, Kernel, Survives, VmState
+from cpr_agent.core.model import Difference, Finding, Kernel, Survives, VmState
 from cpr_agent.core.preflight import Wish, predict
 from cpr_agent.errors import Busy, InvalidArgument, KernelRefused, QemuFailed, SaveFailed, WrongState
 from cpr_agent.report.timeline import GuestTimeline
@@ -797,3 +797,37 @@ def test_phases_follow_a_table() -> None:
     reachable = {Phase.CHECKING} | set().union(*NEXT.values())
     assert reachable == set(Phase) - {Phase.BOOTED}, "only a new boot makes a phase BOOTED"
     assert all(NEXT[phase] for phase in IN_FLIGHT), "an upgrade in flight has a way on"
+
+
+@pytest.mark.parametrize(
+    ("installed", "why"),
+    [
+        ("", "is not there any more"),
+        ("another", "lacks what it needs: version of QEMU"),
+        ("broken", "does not work: no such option"),
+    ],
+)
+def test_a_qemu_that_could_not_load_the_guests_is_refused_before_any_stops(bench: Bench, installed: str, why: str) -> None:
+    """It was replaced by an older one, say, since the guests were started."""
+    bench.host.installed = installed
+    bench.runner.lacking = [Difference("version of QEMU", "11.1", "10.0")]
+    if installed == "broken":
+        bench.runner.faults[("web2", "start")] = QemuFailed("no such option", vm="web2")
+        bench.runner.lacking = []
+    job = bench.run(refused_upgrade())
+    assert job.state is JobState.FAILED
+    assert why in str(job.error)
+    assert bench.runner.beside == {}
+    assert_all_run(bench, booted=())
+
+
+def test_a_newer_qemu_is_asked_once(bench: Bench) -> None:
+    bench.host.installed = "newer"
+
+    async def check(manager: Manager) -> list[list[str]]:
+        return [await manager.vm("web1").successor_reasons() for _ in range(3)]
+
+    assert bench.run(check) == [[], [], []]
+    assert bench.runner.started == [("web1", "load")]
+    assert bench.runner.beside == {}
+    assert statuses(bench) == {"running"}

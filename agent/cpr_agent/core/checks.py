@@ -31,6 +31,17 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
             Finding(severity="error", code="blocked", what=reason, why=why, vm=vm.name)
             for reason in await vm.blocked_reasons()
         ]
+        found += [
+            Finding(
+                severity="error",
+                code="successor",
+                what=reason,
+                why="after a kexec its guest would be held, and not run until a QEMU is installed that can load it",
+                remedy=f"install the QEMU that it runs in, or a newer one, as {launch.argv[0]}",
+                vm=vm.name,
+            )
+            for reason in await vm.successor_reasons()
+        ]
         found += await _witness_findings(vm, ports, launch)
     return found
 

@@ -47,6 +47,9 @@ class Qemu(Protocol):
     async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
         """What a guest that was saved in ``was`` would miss here; empty if it can go on. Before a load."""
 
+    async def lacks(self, was: QemuFacts) -> list[Difference]:
+        """The same of a QEMU that was started by ``Definitions.plan_probe``, which knows no more than its program."""
+
     async def disks(self) -> list[DiskIdentity]:
         """Its block backends by name; what those of this host are is the host's to say."""
 
@@ -110,8 +113,8 @@ class Runner(Protocol):
     def launched_all(self) -> list[str]:
         """Names of all VMs started since the host booted."""
 
-    def log_tail(self, name: str) -> str:
-        """The last thing that QEMU said on stderr."""
+    def log_tail(self, name: str, *, beside: bool = False) -> str:
+        """The last thing that QEMU, or the one beside it, said on stderr."""
 
     def unit(self, name: str) -> str:
         """The systemd unit, or "" where systemd does not run it."""
@@ -127,6 +130,9 @@ class Definitions(Protocol):
 
     def unshareable(self, launch: Launch) -> list[str]:
         """What of the host a second QEMU with the same arguments must not even open while the first one has it."""
+
+    def plan_probe(self, launch: Launch) -> Launch:
+        """A QEMU of the program that is installed now, without a machine, to be asked what it has."""
 
 
 class Memory(Protocol):
@@ -233,6 +239,9 @@ class Host(Protocol):
 
     def program_digest(self, pid: int) -> str:
         """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""
+
+    def program_identity(self, path: str) -> str:
+        """What tells a program from another that is installed in its place; "" if there is none. Follows links."""
 
     def digest_file(self, path: str) -> str:
         """SHA-256; "" if there is no such file, or it can't be read. Blocking."""

@@ -236,6 +236,8 @@ class Vm(VmBase):
         if wait and launch and self.definition and self.waits:
             await self._qemu.until_saveable(launch, self.definition.save.blocked_wait)
         await self._require_saveable(need)
+        if need is Survives.KEXEC and (reasons := await self.successor_reasons()):
+            raise Blocked(reasons, vm=self.name)
 
     async def shut_down(self, *, forced: bool) -> None:
         """For a guest that can't be saved: its power button; if ``forced`` also an end for a QEMU that doesn't answer."""
@@ -596,7 +598,7 @@ class Vm(VmBase):
                 await qemu.load(fd, self._settings.agent.load_timeout)
             except BaseException as error:
                 # Shielded: a cancelled load must not leave a QEMU that has not run its guest either.
-                said = self._ports.runner.log_tail(self.name)
+                said = self._ports.runner.log_tail(self.name, beside=into is not None)
                 if into is None:
                     await asyncio.shield(asyncio.ensure_future(self._end_qemu()))
                 if not isinstance(error, (CprError, TimeoutError)):

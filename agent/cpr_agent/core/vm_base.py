@@ -18,6 +18,7 @@ from cpr_agent.core.model import (
     Manifest,
     MemoryIdentity,
     Policy,
+    QemuFacts,
     Survives,
     VmState,
 )
@@ -84,6 +85,7 @@ class VmBase:
         self._act = ""
         self._woke = False
         self._may_sleep_late_until = 0.0
+        self._asked_successor: tuple[tuple[str, ...], list[str]] = ((), [])
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what it is -----------------------------------------------------------------------------------------------------
@@ -213,6 +215,39 @@ class VmBase:
         if self._qemu is None or launch is None or self.run_state not in SAVEABLE:
             return []
         return await self._qemu.blocked_reasons(launch) + await self._sleep_reasons(self._qemu)
+
+    async def successor_reasons(self) -> list[str]:
+        """Why the QEMU that is installed now, which would load its guest after a kexec, could not; empty too where it is
+        the one that runs. It is asked in the VM's other place, and has no machine there."""
+        launch = self.launched()
+        if self._qemu is None or launch is None:
+            return []
+        host, path = self._ports.host, launch.base_argv[0]
+        running, installed = host.program_identity(f"/proc/{self.pid}/exe"), host.program_identity(path)
+        if running == installed:
+            return []
+        if not installed:
+            return [f"the QEMU that would load it, {path}, is not there any more"]
+        async with self._lock:
+            if self._qemu is None:
+                return []
+            facts = await self._qemu.facts(launch)
+            asked = (installed, facts.version, facts.machine_type)
+            if self._asked_successor[0] != asked:
+                self._asked_successor = (asked, await self._ask_successor(launch, facts))
+            return self._asked_successor[1]
+
+    async def _ask_successor(self, launch: Launch, facts: QemuFacts) -> list[str]:
+        try:
+            qemu = await self._launch_beside(self._stamped(self._ports.definitions.plan_probe(launch)))
+            try:
+                lacking = await qemu.lacks(facts)
+            finally:
+                await qemu.close()
+                await asyncio.shield(asyncio.ensure_future(self._ports.runner.kill(self.name, beside=True)))
+        except QemuFailed as error:
+            return [f"the QEMU that would load it does not work: {error.what}"]
+        return [f"the QEMU that would load it lacks what it needs: {'; '.join(map(str, lacking))}"] if lacking else []
 
     # -- its sleep ------------------------------------------------------------------------------------------------------
 
@@ -372,7 +407,7 @@ class VmBase:
             self.pid = 0
             if not isinstance(error, CprError):
                 raise
-            raise self._not_started(error, "nothing runs") from error
+            raise self._not_started(error, "nothing runs", self._ports.runner.log_tail(self.name)) from error
 
     async def _launch_beside(self, launch: Launch) -> Qemu:
         """The same beside the VM's own QEMU, which is left as it is."""
@@ -384,13 +419,16 @@ class VmBase:
             await asyncio.shield(asyncio.ensure_future(runner.kill(self.name, beside=True)))
             if not isinstance(error, CprError):
                 raise
-            failed = self._not_started(error, "the QEMU that it has is untouched")
-            if any(word in failed.what for word in _TAKEN):
-                failed.remedy = f"where two can't have that, `cprctl refresh --in-turn {self.name}` ends the old one first"
-            raise failed from error
+            raise self._failed_beside(error) from error
 
-    def _not_started(self, error: CprError, left: str) -> QemuFailed:
-        said = self._ports.runner.log_tail(self.name)
+    def _failed_beside(self, error: CprError) -> QemuFailed:
+        said = self._ports.runner.log_tail(self.name, beside=True)
+        failed = self._not_started(error, "the QEMU that it has is untouched", said)
+        if any(word in failed.what for word in _TAKEN):
+            failed.remedy = f"where two can't have that, `cprctl refresh --in-turn {self.name}` ends the old one first"
+        return failed
+
+    def _not_started(self, error: CprError, left: str, said: str) -> QemuFailed:
         detail = f": {said}" if said and said not in error.what else ""
         return QemuFailed(f"{error.what}{detail}", vm=self.name, left=left, remedy=error.remedy)
 

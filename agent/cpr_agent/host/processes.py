@@ -60,7 +60,7 @@ class ProcessRunner(BaseRunner):
         self._reap_when_done(child)
         if not started:
             await self.kill(launch.vm, beside=beside)
-            raise QemuFailed(f"QEMU could not be started: {self.log_tail(launch.vm)}", vm=launch.vm)
+            raise QemuFailed(f"QEMU could not be started: {self.log_tail(launch.vm, beside=beside)}", vm=launch.vm)
 
     async def kill(self, name: str, *, beside: bool = False) -> None:
         place = self._place(name, beside=beside)

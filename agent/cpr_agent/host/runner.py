@@ -55,18 +55,19 @@ class BaseRunner(ABC):
             marker.touch()
         self._point_admin(name)
 
-    def launched(self, name: str) -> Launch | None:
+    def launched(self, name: str, *, beside: bool = False) -> Launch | None:
         try:
-            return msgspec.json.decode(self._record(self._place(name)).read_bytes(), type=Launch)
+            return msgspec.json.decode(self._record(self._place(name, beside=beside)).read_bytes(), type=Launch)
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
     def launched_all(self) -> list[str]:
         return sorted({path.stem.removesuffix(SECOND) for path in self._record("").parent.glob("*.json")})
 
-    def log_tail(self, name: str) -> str:
+    def log_tail(self, name: str, *, beside: bool = False) -> str:
+        launch = self.launched(name, beside=beside)
         try:
-            with (self._log_dir / f"{name}.log").open("rb") as log:
+            with Path(launch.log if launch else self._log_dir / f"{name}.log").open("rb") as log:
                 log.seek(0, os.SEEK_END)
                 log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
                 lines = log.read().decode(errors="replace").strip().splitlines()

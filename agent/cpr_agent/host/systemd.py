@@ -176,7 +176,7 @@ class SystemdRunner(BaseRunner):
             result = str(error)
         if result != "done":
             raise QemuFailed(
-                f"its unit {unit} could not be started ({result}): {self.log_tail(launch.vm)}",
+                f"its unit {unit} could not be started ({result}): {self.log_tail(launch.vm, beside=beside)}",
                 vm=launch.vm,
                 remedy=f"see: journalctl -u {unit}",
             )

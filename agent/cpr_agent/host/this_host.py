@@ -58,6 +58,13 @@ class ThisHost:
                 self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._digests[key]
 
+    def program_identity(self, path: str) -> str:
+        try:
+            info = Path(path).stat()
+        except OSError:
+            return ""
+        return f"{info.st_dev}:{info.st_ino}:{info.st_mtime_ns}:{info.st_size}"
+
     def digest_file(self, path: str) -> str:
         try:
             with Path(path).open("rb") as file:

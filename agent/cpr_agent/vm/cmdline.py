@@ -98,6 +98,13 @@ def plan_load(manifest: Manifest, located: Located, log_dir: Path) -> Launch:
     )
 
 
+def plan_probe(launch: Launch) -> Launch:
+    """How to ask the program that is installed now what it is, without a machine: it touches neither RAM nor disks."""
+    argv = (launch.base_argv[0], *("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none"), *_monitors())
+    log = Path(launch.log)
+    return replace(launch, kind="load", argv=argv, log=str(log.with_name(f"{launch.vm}:probe{log.suffix}")))
+
+
 def _base_argv(definition: Definition, located: Located) -> list[str]:
     identity = located.identity
     backend = {
@@ -122,14 +129,14 @@ def _base_argv(definition: Definition, located: Located) -> list[str]:
     options = {_single_dash(argument) for argument in definition.vm.arguments}
     if not options & {"-display", "-nographic", "-curses", "-vnc", "-spice"}:
         argv += ["-display", "none"]
+    return [*argv, *_monitors()]
+
+
+def _monitors() -> list[str]:
+    argv = []
     for name, fd in SOCKET_FDS.items():
         chardev = f"cpr-{name.removesuffix('.sock')}"
-        argv += [
-            "-chardev",
-            f"socket,id={chardev},fd={fd},server=on,wait=off",
-            "-mon",
-            f"chardev={chardev},mode=control",
-        ]
+        argv += ["-chardev", f"socket,id={chardev},fd={fd},server=on,wait=off", "-mon", f"chardev={chardev},mode=control"]
     return argv
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from cpr_agent.core.model import VM_NAME, Bytes, Definition, Launch, Located, Manifest, Seconds
 from cpr_agent.errors import CprError, InvalidDefinition
-from cpr_agent.vm.cmdline import collisions, plan_load, plan_start, tap_devices
+from cpr_agent.vm.cmdline import collisions, plan_load, plan_probe, plan_start, tap_devices
 
 T = TypeVar("T")
 
@@ -85,6 +85,9 @@ class DefinitionDirectory:
 
     def unshareable(self, launch: Launch) -> list[str]:
         return [f"the tap device {name}" for name in tap_devices(launch.argv)]
+
+    def plan_probe(self, launch: Launch) -> Launch:
+        return plan_probe(launch)
 
 
 def read_definition(path: Path) -> Definition:

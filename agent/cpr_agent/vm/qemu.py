@@ -64,9 +64,7 @@ class LiveQemu:
     async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
         # A guest waits for this: all at once.
         version, machine, tpm, cpu = await asyncio.gather(self._version(), self._machine_type(), self._tpm(), self._cpu())
-        out = []
-        if _numbers(version) < _numbers(was.version):
-            out.append(Difference("version of QEMU", f"{was.version} (the same or newer is good)", version))
+        out = _older(was.version, version)
         if machine != was.machine_type:
             out.append(Difference("machine type", was.machine_type, machine))
         if tpm != was.tpm:
@@ -83,6 +81,13 @@ class LiveQemu:
                 for disk in remote
                 if (size := now.get((disk.driver, disk.filename), "missing")) != str(disk.size_bytes)
             ]
+        return out
+
+    async def lacks(self, was: QemuFacts) -> list[Difference]:
+        out = _older(was.version, await self._version())
+        machines = {machine["name"] for machine in await self._qmp.execute("query-machines")}
+        if was.machine_type not in machines:
+            out.append(Difference("machine type", was.machine_type, "not among its types"))
         return out
 
     async def _version(self) -> str:
@@ -371,6 +376,12 @@ def _pci(devices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for device in devices:
         yield device
         yield from _pci(device.get("pci_bridge", {}).get("devices", []))
+
+
+def _older(was: str, now: str) -> list[Difference]:
+    if _numbers(now) >= _numbers(was):
+        return []
+    return [Difference("version of QEMU", f"{was} (the same or newer is good)", now)]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
