@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -196,6 +196,7 @@ class FakeQemu:
         self.launch = launch
         self.status = "inmigrate"
         self.loaded = False
+        self.offered = False
         self._slept = False
         self._runner = runner
         self._callbacks: list[Callable[[str], None]] = []
@@ -295,6 +296,42 @@ class FakeQemu:
         self.status, self.loaded = "paused", True
         await self._step("after-load")
 
+    async def transfer_problem(self) -> str:
+        return "" if self._runner.transfers else "aux-ram-share=on is required"
+
+    @contextlib.asynccontextmanager
+    async def handing_over(
+        self,
+        directory: str,
+        taker_lives: Callable[[], Awaitable[bool]],
+        timeout_s: float,  # noqa: ARG002
+    ) -> AsyncIterator[Callable[[], Awaitable[float]]]:
+        await self._step("handing_over")
+        assert await taker_lives()
+        assert any(directory in word for word in self._runner.beside[self.launch.vm].launch.argv)
+        self.offered = True
+
+        async def handed_over() -> float:
+            await self._step("handed_over")
+            if self.status != "postmigrate":
+                raise SaveFailed("it was not handed over", vm=self.launch.vm)
+            return time.time()
+
+        try:
+            yield handed_over
+        finally:
+            self.offered = False
+
+    async def take_over(self, directory: str, timeout_s: float) -> None:  # noqa: ARG002
+        await self._step("take_over")
+        old = self._runner.qemus[self.launch.vm]
+        if self.status != "inmigrate" or not old.offered:
+            raise LoadFailed("nothing is offered", vm=self.launch.vm)
+        old.status = "postmigrate"
+        await self._step("half-taken")
+        self.status, self.loaded = "paused", True
+        await self._step("after-take_over")
+
     async def cont(self) -> float:
         await self._step("cont")
         if self.status not in ("postmigrate", "paused"):
@@ -362,6 +399,7 @@ class FakeRunner:
         self.blocked: dict[str, list[str]] = {}
         self.vfio: dict[str, list[str]] = {}
         self.lacking: list[Difference] = []
+        self.transfers = False
         self.counts: dict[str, int] = {}
         self.violations: list[str] = []
         self.started: list[tuple[str, str]] = []
@@ -404,6 +442,9 @@ class FakeRunner:
             for place, taken in ((one, other.pop(name, None)), (other, one.pop(name, None))):
                 if taken:
                     place[name] = taken  # type: ignore[assignment]  # QEMUs, then launches
+
+    def directory(self, name: str, *, beside: bool = False) -> str:
+        return f"/run/cpr-agent/vm/{name}{':b' if beside else ''}"
 
     async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu:  # noqa: ARG002
         self.point()

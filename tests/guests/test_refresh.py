@@ -109,6 +109,65 @@ def test_an_older_one_is_refused(lab: Lab, guest: Guest) -> None:
         guest.assert_unbroken()
 
 
+SHARED = ("-machine", "aux-ram-share=on")
+
+
+def test_one_qemu_hands_the_guest_to_the_other(lab: Lab) -> None:
+    """By cpr-transfer, which 10.0 and newer have, and want all RAM shared for that."""
+    installed(lab, "10.0")
+    guest = lab.guest("web1", *SHARED, qemu=str(lab.root / "qemu"))
+    guest.start()
+    guest.until_counts()
+    for expected in ("10.0", "10.0", "11.1", "11.1"):
+        installed(lab, expected)
+        before = guest.pid
+        with case(f"handed over to {expected}"):
+            assert guest.call("Refresh", "a{sv}", {}) == "transfer"
+            assert guest.pid != before
+            assert version(guest) == expected
+            assert guest.state == "running"
+            guest.assert_unbroken()
+        assert guest.checkpoint_files() == []
+    pauses = [told["pause"] for told in lab.client(lambda client: client.manager("ListHistory"))]
+    print(f"pauses: {', '.join(f'{pause * 1000:.1f} ms' for pause in pauses)}")
+    guest.save()
+    guest.load()
+    guest.assert_unbroken()
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("#!/bin/sh\necho 'it is broken' >&2\nexit 1\n", "it is broken"),
+        ("#!/bin/sh\nexec sleep 1000\n", "within 5 s"),
+        ('#!/bin/sh\nexec {qemu} "$@" -device no-such-device\n', "no-such-device"),
+        ('#!/bin/bash\nexec {qemu} "${{@/virtio-balloon/virtio-rng-pci}}"\n', "could not read the state"),
+        ("older", 'unsupported machine type: "pc-q35-11.1"'),
+    ],
+)
+def test_what_cannot_take_the_guest_leaves_it(lab: Lab, program: str, why: str) -> None:
+    lab.settings(files={"directories": [str(lab.exports)]}, agent={"qemu-start-timeout": "5s"})
+    lab.end_agent()
+    lab.start_agent()
+    installed(lab, "11.1")
+    guest = lab.guest("web1", *SHARED, "-device", "virtio-balloon", qemu=str(lab.root / "qemu"))
+    guest.start()
+    guest.until_counts()
+    before = guest.pid
+    (lab.root / "qemu").unlink()
+    if program == "older":
+        installed(lab, "10.0")
+    else:
+        script(lab.root / "qemu", program.format(qemu=_qemu("11.1")))
+    with case(f"a new QEMU that can't take it: {why}"):
+        refused(guest, "LoadFailed", "could not get a new QEMU", why, "goes on in the QEMU that it had", member="Refresh")
+        assert guest.pid == before
+        guest.assert_unbroken()
+    installed(lab, "11.1")
+    assert guest.call("Refresh", "a{sv}", {}) == "transfer"
+    guest.assert_unbroken()
+
+
 def test_what_both_cannot_have_at_once(lab: Lab) -> None:
     """A port of the host here; a tap device is the same."""
     with socket.socket() as probe:

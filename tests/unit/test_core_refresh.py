@@ -92,6 +92,42 @@ def test_what_fails_leaves_it_in_the_old_one(bench: Bench, fault: str) -> None:
     assert bench.vm(refresh) == "beside"
 
 
+def test_one_qemu_hands_it_to_the_other_where_both_can(bench: Bench) -> None:
+    bench.runner.transfers = True
+    for _ in range(3):
+        old = bench.qemu()
+        assert bench.vm(refresh) == "transfer"
+        assert bench.qemu() is not old
+        assert bench.qemu().status == "running"
+        assert bench.runner.beside == {}
+        assert bench.files() == []
+    assert "save-begin" not in bench.records()
+    assert bench.runner.violations == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["start", "handing_over", "connect", "differences", "take_over", "half-taken", "after-take_over", "handed_over"],
+)
+def test_what_is_not_handed_over_stays_in_the_old_one(bench: Bench, fault: str) -> None:
+    bench.runner.transfers = True
+    old = bench.qemu()
+
+    async def fail(vm: Vm) -> None:
+        bench.runner.faults["web1", fault] = QemuFailed("the new one is broken", vm="web1")
+        with pytest.raises(LoadFailed, match="could not get a new QEMU: .*broken.* goes on in the QEMU that it had"):
+            await refresh(vm)
+
+    bench.vm(fail)
+    assert (bench.qemu(), old.status) == (old, "running")
+    assert bench.runner.beside == {}
+    assert bench.runner.violations == []
+    stopped = fault in ("half-taken", "after-take_over", "handed_over")
+    assert ("transfer-undone" in bench.records()) == stopped
+    bench.runner.faults.clear()
+    assert bench.vm(refresh) == "transfer"
+
+
 def test_an_older_qemu_is_refused(bench: Bench) -> None:
     old = bench.qemu()
     bench.runner.lacking = [Difference("version of QEMU", "10.0 (the same or newer is good)", "7.2")]
@@ -128,17 +164,18 @@ def test_what_is_saved_or_stopped_is_refused(bench: Bench) -> None:
         bench.vm(refresh)
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
-def test_killed_anywhere_the_guest_goes_on(tmp_path: Path, in_turn: bool) -> None:
+@pytest.mark.parametrize("how", ["transfer", "beside", "in-turn"])
+def test_killed_anywhere_the_guest_goes_on(tmp_path: Path, how: str) -> None:
     """At each touch of the world; the next agent has it running by itself, in one QEMU."""
 
     async def act(vm: Vm) -> None:
-        await vm.replace_qemu(in_turn=in_turn)
+        assert await vm.replace_qemu(in_turn=how == "in-turn") == how
 
     points, ended = 0, False
     while not ended:
         points += 1
         bench = fresh(tmp_path / str(points))
+        bench.runner.transfers = how == "transfer"
         started = bench.qemu()
         bench.runner.life_left = points
         with contextlib.suppress(AgentKilled):
@@ -148,8 +185,17 @@ def test_killed_anywhere_the_guest_goes_on(tmp_path: Path, in_turn: bool) -> Non
         assert state(bench) is VmState.RUNNING, points
         assert bench.runner.beside == {}, points
         assert bench.runner.violations == [], points
-        assert (bench.qemu() is started) == ("resume" not in bench.records() or "rollback" in bench.records()), points
+        taken_back = {"rollback", "transfer-undone"} & {*bench.records()}
+        assert (bench.qemu() is started) == ("resume" not in bench.records() or bool(taken_back)), points
+        if not ended:
+            save_of_an_admin_is_left_alone(bench)
     assert points > 20
+
+
+def save_of_an_admin_is_left_alone(bench: Bench) -> None:
+    """A refresh that was killed is over once the guest goes on."""
+    bench.vm(lambda vm: vm.save("", "reboot"))
+    assert state(bench) is VmState.SAVED
 
 
 def test_all_get_one_and_the_first_that_fails_ends_it(tmp_path: Path) -> None:

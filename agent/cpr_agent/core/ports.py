@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,6 +59,19 @@ class Qemu(Protocol):
     async def load(self, vmstate_fd: int, timeout_s: float) -> None:
         """Read device state; needs a QEMU started with ``-incoming defer -S``. The guest does not run after."""
 
+    async def transfer_problem(self) -> str:
+        """Why it can't hand its guest over to another QEMU, "" if it can. Touches nothing that the guest sees."""
+
+    def handing_over(
+        self, directory: str, taker_lives: Callable[[], Awaitable[bool]], timeout_s: float
+    ) -> AbstractAsyncContextManager[Callable[[], Awaitable[float]]]:
+        """Offer the guest to the QEMU that waits in ``directory`` (``Definitions.plan_transfer``), which has a monitor from
+        then on. The value waits until the guest has stopped and all is handed over, and returns when it stopped (epoch s).
+        Raises SaveFailed; an offer that was not taken is withdrawn, but the guest may stand: ask ``run_state``."""
+
+    async def take_over(self, directory: str, timeout_s: float) -> None:
+        """Take the guest that is offered; it does not run after. Raises LoadFailed, QemuFailed."""
+
     async def cont(self) -> float:
         """Let the guest run; returns when it did (epoch s)."""
 
@@ -98,6 +111,9 @@ class Runner(Protocol):
         """From now on the QEMU beside the VM's own is the VM's own, and the one that was is beside it. Atomic, until the
         host starts anew."""
 
+    def directory(self, name: str, *, beside: bool = False) -> str:
+        """Where the VM's QEMU, or the one beside it, may make sockets."""
+
     async def active(self, name: str, *, beside: bool = False) -> int:
         """PID of the VM's QEMU, or of the one beside it; 0 if there is none."""
 
@@ -130,6 +146,8 @@ class Definitions(Protocol):
 
     def unshareable(self, launch: Launch) -> list[str]:
         """What of the host a second QEMU with the same arguments must not even open while the first one has it."""
+
+    def plan_transfer(self, draft: Manifest, located: Located, directory: str) -> Launch: ...
 
     def plan_probe(self, launch: Launch) -> Launch:
         """A QEMU of the program that is installed now, without a machine, to be asked what it has."""

@@ -339,6 +339,8 @@ class Transaction:
         async with self._lock:
             self.refuse_when_committed()
             failures, _, total = await self._load_each(job, vms, autostart=False)
+            for vm in vms:
+                vm.end_refresh()
             if failures:
                 raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import uuid
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -81,11 +82,15 @@ class Vm(VmBase):
                 await self._take_back(manifest)
             elif self._ports.store.checkpointed(self.name):
                 return  # saved, also if nobody can read by what
+            elif self.run_state == "postmigrate" and self._in_transfer():
+                log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", self.name)
+                await self._undo_transfer()
             elif self.run_state == "postmigrate":
                 await self._finish_interrupted_save()
             elif self.run_state == "paused" and launch and launch.kind == "load":
                 await self._finish_interrupted_resume(launch.checkpoint)
             await self._end_sleep()
+            self.end_refresh()
 
     async def start(self) -> None:
         """Start the guest afresh. Refused while a live checkpoint holds it. Raises CprError."""
@@ -178,8 +183,9 @@ class Vm(VmBase):
 
     async def replace_qemu(self, *, in_turn: bool = False) -> str:
         """Give the guest a new QEMU, of the program that is installed now, on the same RAM. A guest that runs gets it
-        beside the old one, which goes on with it if anything fails; any other guest, or ``in_turn``, after the old one has
-        ended: what fails then leaves it saved. Returns "beside" or "in-turn". Raises CprError."""
+        beside the old one, which goes on with it if anything fails: by QEMU's own cpr-transfer where both offer it
+        ("transfer"), else by a save and a load ("beside"). Any other guest, or ``in_turn``, gets it after the old one has
+        ended: what fails then leaves it saved ("in-turn"). Returns which. Raises CprError."""
         async with self._exclusive("refresh"):
             self._admit()
             await self._derive()
@@ -189,8 +195,10 @@ class Vm(VmBase):
                 if in_turn or self.run_state != "running" or await self._must_sleep(qemu):
                     await self._replace_in_turn(qemu, launch)
                     return "in-turn"
-                await self._replace_beside(qemu, launch)
-                return "beside"
+                how = "beside" if await qemu.transfer_problem() else "transfer"
+                async with self._keeping_old_qemu():
+                    await (self._replace_beside if how == "beside" else self._transfer)(qemu, launch)
+                return how
             finally:
                 self._ports.journal.append("refreshed", vm=self.name)
 
@@ -290,10 +298,53 @@ class Vm(VmBase):
         self._refuse_sharing(launch)
         draft = await self._draft(qemu, launch, "running", "reboot", "")
         plan = self._ports.definitions.plan_load(draft, await self._relocated(launch.memory))
+        new = await self._launch_beside(self._stamped(plan))
+        await refuse_lesser_machine(new, draft)
+        await self._load(await self._save(qemu, draft, ""), "", into=new)
+
+    async def _transfer(self, qemu: Qemu, launch: Launch) -> None:
+        """One QEMU hands its guest to the other, and neither lets go of the RAM on the way: no checkpoint, no witness (ADR
+        8). Until the new one is adopted no guest has run in it; the old one, once stopped, goes on only if it is not."""
+        runner, host, agent = self._ports.runner, self._ports.host, self._settings.agent
+        draft = await self._draft(qemu, launch, "running", "transfer", "")
+        directory = runner.directory(self.name, beside=True)
+        plan = self._ports.definitions.plan_transfer(draft, await self._relocated(launch.memory), directory)
+        self._ports.journal.append("transfer", vm=self.name, checkpoint=draft.id)
+
+        async def lives() -> bool:
+            return bool(await runner.active(self.name, beside=True))
+
         try:
-            new = await self._launch_beside(self._stamped(plan))
-            await refuse_lesser_machine(new, draft)
-            await self._load(await self._save(qemu, draft, ""), "", into=new)
+            await runner.start(self._stamped(plan), beside=True)
+            async with qemu.handing_over(directory, lives, agent.qemu_start_timeout) as handed_over:
+                new = await runner.connect(self.name, agent.qemu_start_timeout, beside=True)
+                await refuse_lesser_machine(new, draft)
+                await new.take_over(directory, agent.load_timeout)
+                stopped_at = await handed_over()
+        except (QemuFailed, LoadFailed) as error:
+            raise self._not_started(error, error.left, runner.log_tail(self.name, beside=True)) from error
+        handed_at = host.now()
+        uptime_s = host.uptime_s() - (handed_at - stopped_at)
+        times = replace(
+            draft.times, stopped_at=stopped_at, written_at=handed_at, durable_at=handed_at, stopped_uptime_s=uptime_s
+        )
+        resumed_at = await self._go_on(new, draft, adopt=True) or host.now()
+        await runner.kill(self.name, beside=True)
+        self._spawn(self._record(replace(draft, times=times), handed_at, handed_at, resumed_at))
+
+    async def _undo_transfer(self) -> None:
+        """The guest stands in the QEMU that it had, and no other has it any more."""
+        assert self._qemu
+        checkpoint = self._last_record("transfer")["checkpoint"]
+        self._ports.journal.append("transfer-undone", vm=self.name, checkpoint=checkpoint)
+        await self._qemu.cont()
+        self._ports.journal.append("resumed", vm=self.name, checkpoint=checkpoint)
+
+    @contextlib.asynccontextmanager
+    async def _keeping_old_qemu(self) -> AsyncIterator[None]:
+        """Whatever fails, its guest goes on in it, unless it was adopted by the new one. Raises LoadFailed."""
+        try:
+            yield
         except BaseException as error:
             await asyncio.shield(asyncio.ensure_future(self._keep_old_qemu()))
             if not isinstance(error, CprError):
@@ -319,8 +370,8 @@ class Vm(VmBase):
         await self._ports.runner.kill(self.name, beside=True)
         await self._derive()
         manifest = self.live_checkpoint()
-        if manifest and self.run_state == "postmigrate":
-            await self._take_back(manifest)
+        if self.run_state == "postmigrate" and (manifest or self._in_transfer()):
+            await (self._take_back(manifest) if manifest else self._undo_transfer())
             await self._derive()
 
     async def _start(self, definition: Definition) -> None:

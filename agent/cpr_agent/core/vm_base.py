@@ -194,12 +194,23 @@ class VmBase:
         """Whether an agent was in the middle of giving the guest a new QEMU."""
         return self._last_of("refresh", "refreshed", "start") == "refresh"
 
+    def _in_transfer(self) -> bool:
+        """The same by cpr-transfer, since when its guest has run in no other QEMU than its own."""
+        return self._last_of("transfer", "transfer-undone", "refreshed", "start") == "transfer"
+
+    def end_refresh(self) -> None:
+        """Whatever became of one that was under way: unless its guest is still to be loaded, it is over."""
+        if self._in_refresh() and not self.checkpointed:
+            self._ports.journal.append("refreshed", vm=self.name)
+
     def _last_of(self, *events: str) -> str:
         """Which of these the journal told last of this VM; "" for none."""
-        found = [
-            str(r["event"]) for r in self._ports.journal.records() if r.get("vm") == self.name and r["event"] in events
-        ]
-        return found[-1] if found else ""
+        return str(self._last_record(*events).get("event", ""))
+
+    def _last_record(self, *events: str) -> dict[str, object]:
+        """The last that the journal has of this VM and these; empty for none."""
+        found = (r for r in reversed(self._ports.journal.records()) if r.get("vm") == self.name and r["event"] in events)
+        return next(found, {})
 
     def held(self) -> Held | None:
         """Why it is kept untouched, if it is."""

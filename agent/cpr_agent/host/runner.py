@@ -55,6 +55,9 @@ class BaseRunner(ABC):
             marker.touch()
         self._point_admin(name)
 
+    def directory(self, name: str, *, beside: bool = False) -> str:
+        return str(self._directory(self._place(name, beside=beside)))
+
     def launched(self, name: str, *, beside: bool = False) -> Launch | None:
         try:
             return msgspec.json.decode(self._record(self._place(name, beside=beside)).read_bytes(), type=Launch)

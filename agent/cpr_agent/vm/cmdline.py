@@ -19,6 +19,8 @@ from cpr_agent.core.model import RAM_ID, Definition, Launch, Located, Manifest
 MEMORY_FD = 10
 SOCKET_FDS = {"agent.sock": 11, "unit.sock": 12, "admin.sock": 13}
 """The agent's own QMP socket, the one by which the VM's unit stops it, and the one left to the admin."""
+CPR_SOCKET, MAIN_SOCKET = "cpr.sock", "main.sock"
+"""By which one QEMU hands descriptors over to another one, and device state."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """What QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. No way to a new QEMU that
@@ -96,6 +98,19 @@ def plan_load(manifest: Manifest, located: Located, log_dir: Path) -> Launch:
         log=str(log_dir / f"{manifest.vm}.log"),
         checkpoint=manifest.id,
     )
+
+
+def plan_transfer(draft: Manifest, located: Located, log_dir: Path, directory: Path) -> Launch:
+    """How to start the VM so that it can take its guest over from another QEMU by cpr-transfer (QEMU,
+    docs/devel/migration/CPR.rst): it waits in ``directory``, before it has a monitor, for what the other one hands over."""
+    load = plan_load(draft, located, log_dir)
+    channel = {"channel-type": "cpr", "addr": transfer_address(directory / CPR_SOCKET)}
+    return replace(load, argv=(*load.argv, "-incoming", json.dumps(channel)))
+
+
+def transfer_address(path: Path) -> dict[str, str]:
+    """A MigrationAddress of QAPI."""
+    return {"transport": "socket", "type": "unix", "path": str(path)}
 
 
 def plan_probe(launch: Launch) -> Launch:

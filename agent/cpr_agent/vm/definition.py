@@ -13,7 +13,7 @@ import msgspec
 
 from cpr_agent.core.model import VM_NAME, Bytes, Definition, Launch, Located, Manifest, Seconds
 from cpr_agent.errors import CprError, InvalidDefinition
-from cpr_agent.vm.cmdline import collisions, plan_load, plan_probe, plan_start, tap_devices
+from cpr_agent.vm.cmdline import collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
 
 T = TypeVar("T")
 
@@ -85,6 +85,9 @@ class DefinitionDirectory:
 
     def unshareable(self, launch: Launch) -> list[str]:
         return [f"the tap device {name}" for name in tap_devices(launch.argv)]
+
+    def plan_transfer(self, draft: Manifest, located: Located, directory: str) -> Launch:
+        return plan_transfer(draft, located, self._log_dir, Path(directory))
 
     def plan_probe(self, launch: Launch) -> Launch:
         return plan_probe(launch)

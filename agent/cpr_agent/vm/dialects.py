@@ -23,6 +23,8 @@ class Dialect(ABC):
 
     name: ClassVar[str]
     synchronous: ClassVar[bool] = False
+    transfers: bool = False
+    """Whether it can hand its guest over to another QEMU beside it (cpr-transfer)."""
     keeps_suspended: ClassVar[bool]
     """False where a save wakes a suspended guest (QEMU up to 8.2)."""
 
@@ -42,9 +44,17 @@ class CprReboot(Dialect):
     name = "cpr-reboot"
     keeps_suspended = True
 
+    def __init__(self, *, transfers: bool) -> None:
+        self.transfers = transfers
+
     async def prepare(self, qmp: Qmp) -> None:
         await super().prepare(qmp)
         await qmp.execute("migrate-set-parameters", {"mode": "cpr-reboot"})
+
+    async def prepare_transfer(self, qmp: Qmp) -> None:
+        """For handing a guest over, and for taking one: only where it ``transfers``. ``prepare`` takes it back."""
+        await super().prepare(qmp)
+        await qmp.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
 
     async def save(self, qmp: Qmp, fd: int) -> None:
         await qmp.execute("migrate", {"uri": f"file:{await fdset(qmp, fd)}"})
@@ -116,5 +126,5 @@ def choose(schema: list[dict[str, Any]], vm: str) -> Dialect:
     if "x-ignore-shared" not in words:
         raise QemuFailed("this QEMU cannot leave RAM in place (no x-ignore-shared)", vm=vm, remedy="use QEMU 5.0 or newer")
     if "cpr-reboot" in words:
-        return CprReboot()
+        return CprReboot(transfers="cpr-transfer" in words)
     return IgnoreShared()

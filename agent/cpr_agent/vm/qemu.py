@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 from cpr_agent.core.model import RAM_ID, CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.vm import guest_agent
-from cpr_agent.vm.cmdline import cpu_model, firmware_files
-from cpr_agent.vm.dialects import CONFLICTING, CprSave, Dialect, choose
+from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, cpu_model, firmware_files, transfer_address
+from cpr_agent.vm.dialects import CONFLICTING, CprReboot, CprSave, Dialect, choose
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused, event_time
 from cpr_agent.vm.retry import until
 
@@ -197,12 +198,71 @@ class LiveQemu:
         """See the port. Raises LoadFailed, QemuFailed; this QEMU is of no use afterwards."""
         dialect = await self.dialect()
         await dialect.prepare(self._qmp)
-        ended = await self._migrate(dialect.load, vmstate_fd, timeout_s)
+        await self._loaded(dialect.load, vmstate_fd, timeout_s)
+
+    async def _loaded(self, act: Callable[[Qmp, int], Any], fd: int, timeout_s: float) -> None:
+        ended = await self._migrate(act, fd, timeout_s)
         if ended != "completed":
             raise LoadFailed(f"QEMU could not read the state: {await self._why(ended)}", vm=self._qmp.vm)
         state = await until(self.run_state, lambda now: now != "inmigrate", _SETTLE_S)
         if state not in ("paused", "suspended"):
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
+
+    async def transfer_problem(self) -> str:
+        dialect = await self.dialect()
+        if not isinstance(dialect, CprReboot) or not dialect.transfers:
+            return "this QEMU has no cpr-transfer (10.0 and newer have)"
+        await dialect.prepare_transfer(self._qmp)
+        reasons = (await self._qmp.execute("query-migrate")).get("blocked-reasons", ())
+        if reasons:
+            await dialect.prepare(self._qmp)
+        return "; ".join(map(str, reasons))
+
+    @contextlib.asynccontextmanager
+    async def handing_over(
+        self, directory: str, taker_lives: Callable[[], Awaitable[bool]], timeout_s: float
+    ) -> AsyncIterator[Callable[[], Awaitable[float]]]:
+        await self._prepare_transfer()
+        channels = [_channel("main", MAIN_SOCKET, directory), _channel("cpr", CPR_SOCKET, directory)]
+
+        async def offer() -> str:
+            """Again while nobody listens yet, for which there is no event."""
+            try:
+                await self._qmp.execute("migrate", {"channels": channels})
+            except QmpRefused as error:
+                if not await taker_lives():
+                    raise QemuFailed("the new QEMU has ended", vm=self._qmp.vm) from error
+                return error.what
+            return ""
+
+        with self._qmp.expecting(lambda event: event["event"] == "STOP") as stopped:
+
+            async def handed_over() -> float:
+                status = await until(self._migration_status, lambda now: now in _ENDED, timeout_s)
+                state = await self.run_state()
+                if (status, state) != ("completed", "postmigrate"):
+                    why = await self._why(status)
+                    raise SaveFailed(f"QEMU did not hand its guest over, and is {state}: {why}", vm=self._qmp.vm)
+                return event_time(await stopped)
+
+            if refused := await until(offer, lambda refusal: not refusal, timeout_s):
+                raise QemuFailed(f"the new QEMU was not there within {timeout_s:.0f} s: {refused}", vm=self._qmp.vm)
+            try:
+                yield handed_over
+            except BaseException:
+                await asyncio.shield(asyncio.ensure_future(self._cancel_migration()))
+                raise
+
+    async def take_over(self, directory: str, timeout_s: float) -> None:
+        await self._prepare_transfer()
+        where: dict[str, object] = {"channels": [_channel("main", MAIN_SOCKET, directory)]}
+        await self._loaded(lambda qmp, _: qmp.execute("migrate-incoming", where), -1, timeout_s)
+
+    async def _prepare_transfer(self) -> None:
+        dialect = await self.dialect()
+        if not isinstance(dialect, CprReboot) or not dialect.transfers:
+            raise QemuFailed("this QEMU has no cpr-transfer", vm=self._qmp.vm)
+        await dialect.prepare_transfer(self._qmp)
 
     async def _migrate(self, act: Callable[[Qmp, int], Any], fd: int, timeout_s: float) -> str:
         """Start ``act`` and wait for its end; statuses that are not known count as under way (FACTS.md)."""
@@ -376,6 +436,11 @@ def _pci(devices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for device in devices:
         yield device
         yield from _pci(device.get("pci_bridge", {}).get("devices", []))
+
+
+def _channel(kind: str, name: str, directory: str) -> dict[str, Any]:
+    """A MigrationChannel of QAPI."""
+    return {"channel-type": kind, "addr": transfer_address(Path(directory) / name)}
 
 
 def _older(was: str, now: str) -> list[Difference]:
