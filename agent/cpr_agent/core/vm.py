@@ -195,6 +195,7 @@ class Vm(VmBase):
                 if in_turn or self.run_state != "running" or await self._must_sleep(qemu):
                     await self._replace_in_turn(qemu, launch)
                     return "in-turn"
+                self._refuse_sharing(launch)
                 how = "beside" if await qemu.transfer_problem() else "transfer"
                 async with self._keeping_old_qemu():
                     await (self._replace_beside if how == "beside" else self._transfer)(qemu, launch)
@@ -295,7 +296,6 @@ class Vm(VmBase):
     async def _replace_beside(self, qemu: Qemu, launch: Launch) -> None:
         """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
         RAM, and writes nothing to it before that (FACTS.md: only ``-incoming`` skips writing firmware into RAM)."""
-        self._refuse_sharing(launch)
         draft = await self._draft(qemu, launch, "running", "reboot", "")
         plan = self._ports.definitions.plan_load(draft, await self._relocated(launch.memory))
         new = await self._launch_beside(self._stamped(plan))
@@ -322,7 +322,7 @@ class Vm(VmBase):
                 await new.take_over(directory, agent.load_timeout)
                 stopped_at = await handed_over()
         except (QemuFailed, LoadFailed) as error:
-            raise self._not_started(error, error.left, runner.log_tail(self.name, beside=True)) from error
+            raise self._failed_beside(error) from error
         handed_at = host.now()
         uptime_s = host.uptime_s() - (handed_at - stopped_at)
         times = replace(
