@@ -66,6 +66,11 @@ test-guests: bootstrap host-root $(DEB) ## Other guests, other memory, other QEM
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/guests
 	@$(PYTHON) -m tests.guests.tally
 
+.PHONY: test-fleet
+test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible role, three kexecs in all
+	$(PYTHON) -m pytest -s tests/fleet
+	@cat build/fleet/summary
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build
@@ -127,6 +132,9 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 policies/org.cpragent1.policy -t $(DESTDIR)/usr/share/polkit-1/actions
 	install -D -m 644 policies/50-cpr-operators.rules -t $(DESTDIR)/usr/share/doc/cpr-agent/examples
 	install -D -m 644 agent/cpr_agent/bus/org.cpragent1.xml -t $(DESTDIR)/usr/share/dbus-1/interfaces
+	install -d $(DESTDIR)/usr/share/cpr-agent/ansible
+	cp -r $(addprefix packaging/ansible/,inventory.example roles upgrade-hosts.yml) $(DESTDIR)/usr/share/cpr-agent/ansible/
+	install -D -m 644 packaging/ansible/README.md $(DESTDIR)/usr/share/doc/cpr-agent/README.ansible.md
 	install -D -m 644 packaging/agent.toml $(DESTDIR)/etc/cpr-agent/agent.toml
 	install -D -m 644 packaging/example-vm.toml $(DESTDIR)/usr/share/doc/cpr-agent/examples/web1.toml
 	install -D -m 644 docs/*.md -t $(DESTDIR)/usr/share/doc/cpr-agent

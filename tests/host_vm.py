@@ -18,15 +18,19 @@ def build_guests(directory: Path, builder: str = "build-tiny") -> Path:
 
 def run_scenario(scenario: Path, name: str, payload: Sequence[Path], timeout_s: float, *options: str) -> tuple[Path, int]:
     """Run it, with the guests' judge in the payload. Returns the directory of what it left, build/NAME, and its verdict."""
+    out, command = scenario_command(scenario, name, payload, timeout_s, *options)
+    return out, subprocess.run(command, check=False).returncode
+
+
+def scenario_command(
+    scenario: Path, name: str, payload: Sequence[Path], timeout_s: float, *options: str
+) -> tuple[Path, list[Path | str]]:
+    """What ``run_scenario`` runs, for who has something else to do meanwhile; what an earlier run left is gone."""
     out = ROOT / "build" / name
     subprocess.run(["rm", "-rf", out], check=True)
     (deb,) = ROOT.glob("build/cpr-agent_*_all.deb")
-    ended = subprocess.run(
-        [
-            *(ROOT / "scripts/host-vm", "run", "--follow", "--smp", "1", f"--timeout={timeout_s}", *options),
-            *("--out", out, "--scenario", scenario, "--deb", deb),
-            *("--payload", *payload, ROOT / "scripts/guest/console.py"),
-        ],
-        check=False,
-    )
-    return out, ended.returncode
+    return out, [
+        *(ROOT / "scripts/host-vm", "run", "--follow", "--smp", "1", f"--timeout={timeout_s}", *options),
+        *("--out", out, "--scenario", scenario, "--deb", deb),
+        *("--payload", *payload, ROOT / "scripts/guest/console.py"),
+    ]
