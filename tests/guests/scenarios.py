@@ -10,7 +10,7 @@ from tests.host_vm import build_guests, run_scenario
 HERE = Path(__file__).parent
 
 
-def in_host_vm(name: str, directory: Path, *options: str, timeout_s: float = 1500) -> Path:
+def in_host_vm(name: str, directory: Path, *options: str, timeout_s: float = 2400) -> Path:
     """Run NAME-scenario with the tiny guest, and count its cases. Returns the directory of what it left."""
     payload = [build_guests(directory / "guests"), HERE / "scenario-lib"]
     out, verdict = run_scenario(HERE / f"{name}-scenario", f"test-{name}", payload, timeout_s, *options)
