@@ -322,6 +322,10 @@ class FakeQemu:
         finally:
             self.offered = False
 
+    async def withdraw(self) -> None:
+        await self._step("withdraw")
+        self.offered = False
+
     async def take_over(self, directory: str, timeout_s: float) -> None:  # noqa: ARG002
         await self._step("take_over")
         old = self._runner.qemus[self.launch.vm]

@@ -69,6 +69,9 @@ class Qemu(Protocol):
         then on. The value waits until the guest has stopped and all is handed over, and returns when it stopped (epoch s).
         Raises SaveFailed; an offer that was not taken is withdrawn, but the guest may stand: ask ``run_state``."""
 
+    async def withdraw(self) -> None:
+        """Take an offer back that an earlier agent made; the guest runs or stands in postmigrate after."""
+
     async def take_over(self, directory: str, timeout_s: float) -> None:
         """Take the guest that is offered; it does not run after. Raises LoadFailed, QemuFailed."""
 

@@ -69,6 +69,9 @@ class Vm(VmBase):
             await self._derive()
             if self._qemu is None:
                 return
+            if self._in_transfer():
+                await self._qemu.withdraw()
+                await self._derive()
             if self.awaits_cold_start():
                 self._ports.journal.append("cold-started", vm=self.name)
             launch, manifest = self.launched(), self._live_or_none()

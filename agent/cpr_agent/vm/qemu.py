@@ -253,6 +253,10 @@ class LiveQemu:
                 await asyncio.shield(asyncio.ensure_future(self._cancel_migration()))
                 raise
 
+    async def withdraw(self) -> None:
+        if await self._migration_status() not in ("none", *_ENDED):
+            await self._cancel_migration()
+
     async def take_over(self, directory: str, timeout_s: float) -> None:
         await self._prepare_transfer()
         where: dict[str, object] = {"channels": [_channel("main", MAIN_SOCKET, directory)]}
