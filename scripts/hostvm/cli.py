@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds (default: %(default)s)")
     run.add_argument("--memory", default="4G", help="default: %(default)s")
     run.add_argument("--nvdimm", default="1G", help="size of the persistent memory (default: %(default)s)")
+    run.add_argument("--labelled-nvdimm", default="0", metavar="SIZE", help="a second NVDIMM, which has labels")
+    run.add_argument("--virtio-pmem", default="0", metavar="SIZE", help="persistent memory of virtio, too")
     more = "another disk for the host VM, raw and read-only, there as /dev/disk/by-id/virtio-NAME"
     run.add_argument("--disk", type=_disk, action="append", default=[], metavar="NAME=FILE", help=more)
     run.add_argument("--smp", type=int, default=2, help="default: %(default)s")
@@ -99,6 +101,8 @@ def _run(arguments: argparse.Namespace) -> int:
         timeout_s=arguments.timeout,
         memory=arguments.memory,
         nvdimm=arguments.nvdimm,
+        labelled_nvdimm=arguments.labelled_nvdimm,
+        virtio_pmem=arguments.virtio_pmem,
         disks={name: path.absolute() for name, path in arguments.disk},
         smp=arguments.smp,
         kernel=arguments.kernel,

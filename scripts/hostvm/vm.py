@@ -30,6 +30,8 @@ from .qemu import loader_command, qemu_wrapper
 PASS_CODE = 123
 FAIL_CODE = 125
 TERMINATION_GRACE_S = 10
+LABEL_BYTES = 128 << 10
+"""Of an NVDIMM's labels: the least that QEMU takes."""
 COMMAND_LINE = (
     "root=/dev/vda rw console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off fsck.mode=skip nowatchdog audit=0 "
     "lsm=capability,landlock,yama random.trust_cpu=on no_timer_check tsc=reliable rcupdate.rcu_cpu_stall_timeout=120"
@@ -56,6 +58,8 @@ class RunRequest:
     timeout_s: float = 900
     memory: str = "4G"
     nvdimm: str = "1G"
+    labelled_nvdimm: str = "0"
+    virtio_pmem: str = "0"
     disks: dict[str, Path] = field(default_factory=dict)
     """More disks: serial number to a raw file, which the host VM can only read."""
     smp: int = 2
@@ -128,9 +132,8 @@ def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
     request.out.mkdir(parents=True, exist_ok=True)
     payload, artefacts, overlay = scratch / "payload.tar", scratch / "artefacts.tar", scratch / "overlay.qcow2"
     pack_payload(payload, request.scenario, request.payload, request.debs)
-    for path, size in ((artefacts, "4G"), (scratch / "nvdimm", request.nvdimm)):
-        with path.open("wb") as file:
-            file.truncate(parse_size(size))
+    with artefacts.open("wb") as file:
+        file.truncate(parse_size("4G"))
     create = [*loader_command(image.root, "usr/bin/qemu-img"), "create", "-q", "-f", "qcow2"]
     subprocess.run([*create, "-b", str(image.base), "-F", "raw", str(overlay)], check=True)
 
@@ -167,7 +170,12 @@ def parse_size(text: str) -> int:
 
 def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
     kernel, initrd = image.kernel(request.kernel)
-    ceiling = parse_size(request.memory) + parse_size(request.nvdimm) + (1 << 30)
+    persistent = [
+        *_persistent(scratch / "nvdimm", request.nvdimm, "nvdimm"),
+        *_persistent(scratch / "labelled", request.labelled_nvdimm, f"nvdimm,label-size={LABEL_BYTES}", LABEL_BYTES),
+        *_persistent(scratch / "virtio-pmem", request.virtio_pmem, "virtio-pmem-pci"),
+    ]
+    ceiling = sum(map(parse_size, (request.memory, request.nvdimm, request.labelled_nvdimm, request.virtio_pmem, "1G")))
     # Nothing of a run has to survive a crash of this machine; of QEMU's, what the guest flushed.
     cache = "unsafe" if request.cut_seed is None else "writeback"
     words = [COMMAND_LINE, *([] if request.cut_seed is None else ["host_vm.power_cuts"]), request.append]
@@ -186,8 +194,7 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
         *("-accel", "tcg,thread=multi,tb-size=256"),
         *("-cpu", "max,-la57", "-smp", str(request.smp)),
         *("-m", f"{request.memory},slots=2,maxmem={ceiling}"),
-        *("-object", f"memory-backend-file,id=nvdimm,share=on,size={request.nvdimm},mem-path={scratch}/nvdimm"),
-        *("-device", "nvdimm,id=nvdimm0,memdev=nvdimm"),
+        *persistent,
         *disk("root", scratch / "overlay.qcow2", "qcow2"),
         *disk("payload", scratch / "payload.tar", "raw"),
         *disk("artefacts", scratch / "artefacts.tar", "raw"),
@@ -206,6 +213,14 @@ def _network(ssh_port: int | None) -> list[str]:
         return []
     forward = f"hostfwd=tcp:127.0.0.1:{ssh_port}-:22"
     return ["-netdev", f"user,id=network,restrict=on,{forward}", "-device", "virtio-net-pci,netdev=network,romfile="]
+
+
+def _persistent(path: Path, size: str, device: str, beside: int = 0) -> list[str]:
+    """A device of persistent memory of ``size``, with ``beside`` bytes for itself; none of no size. QEMU makes the file."""
+    if not parse_size(size):
+        return []
+    backend = f"memory-backend-file,id={path.name},share=on,size={parse_size(size) + beside}B,mem-path={_quote(path)}"
+    return ["-object", backend, "-device", f"{device},id={path.name}0,memdev={path.name}"]
 
 
 def _quote(path: Path) -> str:
