@@ -177,9 +177,13 @@ class FakeDevices:
 
     def __init__(self, *devices: DaxDevice) -> None:
         self._devices = list(devices)
+        self.volumes: dict[int, str] = {}
 
     def list(self) -> list[DaxDevice]:
         return self._devices
+
+    def volume(self, st_dev: int) -> str:
+        return self.volumes.get(st_dev, "")
 
     async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:  # noqa: ARG002
         return next(filter(good, self._devices), None)
@@ -207,8 +211,8 @@ class FakeQemu:
 
     @property
     def count(self) -> int:
-        with Path(self.launch.node).open("rb") as ram:
-            return int.from_bytes(os.pread(ram.fileno(), 8, self.launch.memory.offset_bytes), "big")
+        with Path(self.launch.nodes[0]).open("rb") as ram:
+            return int.from_bytes(os.pread(ram.fileno(), 8, self.launch.memory[0].offset_bytes), "big")
 
     def run(self, *, booting: bool = False) -> None:
         """The guest runs, and counts; a boot starts the count far from any other."""
@@ -217,8 +221,9 @@ class FakeQemu:
         if any(qemu.status == "running" for qemu in both if qemu and qemu is not self):
             self._runner.violations.append(f"VM {self.launch.vm}: runs twice")
         count = (self._runner.boots() if booting else self.count) + 1
-        with Path(self.launch.node).open("r+b") as ram:
-            os.pwrite(ram.fileno(), count.to_bytes(8, "big"), self.launch.memory.offset_bytes)
+        for node, memory in zip(self.launch.nodes, self.launch.memory, strict=True):
+            with Path(node).open("r+b") as ram:
+                os.pwrite(ram.fileno(), count.to_bytes(8, "big"), memory.offset_bytes)
         self._runner.counts[self.launch.vm] = count
 
     def by_hand(self, status: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cpr_agent.bus.service import Service
-from cpr_agent.core.model import Located, MemorySection, Survives
+from cpr_agent.core.model import Located, MemoryNode, Survives
 from cpr_agent.core.settings import Settings
 from cpr_agent.daemon import Paths, build
 from cpr_agent.host.this_host import ThisHost
@@ -56,8 +56,8 @@ class LabHost(ThisHost):
 class KeptMemory(HostMemory):
     """Implements core.ports.Memory by the real one, on /dev/shm as if a kexec kept it: in the lab none happens."""
 
-    async def locate(self, section: MemorySection, timeout_s: float) -> Located:
-        located = await super().locate(section, timeout_s)
+    async def _locate(self, object_id: str, wanted: MemoryNode, timeout_s: float) -> Located:
+        located = await super()._locate(object_id, wanted, timeout_s)
         return replace(located, identity=replace(located.identity, survives=Survives.KEXEC))
 
 

@@ -101,10 +101,10 @@ def test_sampling_notices_as_often_as_its_formula_says(kept: Guest, pages: int) 
     for seed in range(seeds):
         like = new_witness("sampled")
         like = type(like)(kind="sampled", seed=seed, pages=pages)
-        before = take_witness(located, like)
+        before = take_witness([located], like)
         hit = random.Random(-1 - seed).sample(range(SIZE // PAGE), int(SIZE // PAGE * fraction))
         damage(kept.ram, hit)
-        noticed += take_witness(located, like) != before
+        noticed += take_witness([located], like) != before
         damage(kept.ram, hit)
     expected = 1 - (1 - fraction) ** pages
     measured = noticed / seeds

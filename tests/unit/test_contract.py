@@ -94,7 +94,7 @@ DEFINITION = Definition(
 
 
 def test_a_start_has_the_memory_by_descriptor_and_three_sockets() -> None:
-    launch = plan_start(DEFINITION, Located(identity=DEVDAX, node="/dev/dax3.0"), Path("/run/x"), Path("/log"))
+    launch = plan_start(DEFINITION, [Located(identity=DEVDAX, node="/dev/dax3.0")], Path("/run/x"), Path("/log"))
     argv = " ".join(launch.argv)
     assert launch.argv[0] == "/usr/bin/qemu"
     assert "memory-backend-file,id=cpr-ram,size=67108864,mem-path=/proc/self/fd/10,share=on,align=2097152" in launch.argv
@@ -116,7 +116,7 @@ def test_a_start_has_the_memory_by_descriptor_and_three_sockets() -> None:
 )
 def test_qemu_is_sandboxed_unless_the_admin_says_something_of_it(own: tuple[str, ...], expected: tuple[str, ...]) -> None:
     vm = replace(DEFINITION.vm, arguments=("-nodefaults", *own, "-machine", "q35"))
-    located = Located(identity=DEVDAX, node="/dev/dax3.0")
+    located = [Located(identity=DEVDAX, node="/dev/dax3.0")]
     argv = plan_start(replace(DEFINITION, vm=vm), located, Path("/run/x"), Path("/log")).argv
     at = [index for index, word in enumerate(argv) if word.endswith("-sandbox")]
     assert [argv[index : index + 2] for index in at] == ([expected] if expected else [])
@@ -126,11 +126,11 @@ def test_qemu_is_sandboxed_unless_the_admin_says_something_of_it(own: tuple[str,
 
 def test_a_load_has_the_recorded_arguments_the_pinned_machine_and_waits() -> None:
     saved = manifest()
-    launch = plan_load(saved, Located(identity=DEVDAX, node="/dev/dax9.0"), Path("/log"))
+    launch = plan_load(saved, [Located(identity=DEVDAX, node="/dev/dax9.0")], Path("/log"))
     recorded = saved.launch.base_argv
     assert launch.argv == (*recorded, "-machine", "type=pc-q35-10.0", "-S", "-incoming", "defer")
     assert launch.base_argv == recorded
-    assert launch.node == "/dev/dax9.0"
+    assert launch.nodes == ("/dev/dax9.0",)
     assert launch.checkpoint == saved.id
 
 

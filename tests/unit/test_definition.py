@@ -56,7 +56,8 @@ def test_a_definition_is_read(tmp_path: Path) -> None:
         ('"4G"', '"4097"', "multiples of 4096"),
         ("uuid:", "dax:", "neither uuid:"),
         ('"front end"', '"front', "is not TOML"),
-        ('size = "4G"', "", "missing required field `size`"),
+        ('size = "4G"', "", "needs a size and a device"),
+        ('size = "4G"', 'size = "0"', "needs a size and a device"),
     ],
 )
 def test_a_mistake_is_named_with_its_file(tmp_path: Path, old: str, new: str, said: str) -> None:

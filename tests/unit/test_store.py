@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
+from cpr_agent.host.processes import ProcessRunner
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.store import vmstate
 from cpr_agent.store.atomic import write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.journal import FileJournal
-from tests.samples import manifest
+from tests.samples import launch, manifest
 
 STATE = b"QEVM\x00\x00\x00\x03" + b"device state" * 100
 
@@ -244,3 +245,29 @@ def test_why_a_vm_is_held_is_kept_with_the_evidence(tmp_path: Path) -> None:
     unreadable = store.held("web1")
     assert unreadable
     assert "cannot be read" in unreadable.reason
+
+
+# -- what an older agent wrote ----------------------------------------------------------------------------------------
+
+SCHEMA_1 = Path(__file__).parent / "schema-1"
+"""Written by the agent before a VM could have several ranges of memory."""
+
+
+def test_a_checkpoint_of_an_older_agent_is_the_same(store: CheckpointStore) -> None:
+    (store.root / "web1").mkdir(parents=True)
+    (store.root / "web1/manifest.json").write_bytes((SCHEMA_1 / "manifest.json").read_bytes())
+    assert store.live("web1") == manifest()
+
+
+def test_a_qemu_that_an_older_agent_started_is_known(tmp_path: Path) -> None:
+    (tmp_path / "launched").mkdir()
+    (tmp_path / "launched/web1.json").write_bytes((SCHEMA_1 / "launch.json").read_bytes())
+    assert ProcessRunner(tmp_path, tmp_path).launched("web1") == launch()
+
+
+def test_a_checkpoint_of_a_newer_agent_is_not_guessed_at(store: CheckpointStore) -> None:
+    pending = store.begin("web1", "")
+    os.write(pending.fd, STATE)
+    pending.commit(manifest(vmstate=pending.seal(), schema=3))
+    with pytest.raises(CheckpointUnreadable, match="its schema is 3, this agent reads up to 2"):
+        store.live("web1")

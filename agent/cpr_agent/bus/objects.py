@@ -13,7 +13,7 @@ from cpr_agent.bus.options import take_options, vardict
 from cpr_agent.core.allocation import Range, free, used
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import POLICIES, DaxDevice, Finding, Policy, Survives
+from cpr_agent.core.model import POLICIES, DaxDevice, Finding, Policy, Survives, survives
 from cpr_agent.core.preflight import Wish
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
@@ -169,17 +169,26 @@ class VmObject(BusObject):
         return self._vm.pid
 
     async def get_Memory(self) -> dict[str, Variant]:
-        memory = await self._vm.claimed_memory()
-        if memory is None:
-            section = self._vm.definition.memory if self._vm.definition else None
-            return vardict(device=section.device, size=int(section.size), offset=int(section.offset)) if section else {}
-        return vardict(
-            kind=memory.kind,
-            device=f"uuid:{memory.uuid}" if memory.uuid else memory.path,
-            size=memory.size_bytes,
-            offset=memory.offset_bytes,
-            survives=str(memory.survives),
-        )
+        ram = await self._vm.claimed_memory()
+        defined = self._vm.definition.memory.ranges if self._vm.definition else ()
+        if ram:
+            ranges = [
+                vardict(
+                    kind=one.kind,
+                    device=one.place,
+                    size=one.size_bytes,
+                    offset=one.offset_bytes,
+                    survives=str(one.survives),
+                )
+                for one in ram
+            ]
+        else:
+            ranges = [vardict(device=one.device, size=int(one.size), offset=int(one.offset)) for one in defined]
+        if len(ranges) == 1:
+            return ranges[0]
+        size = sum(one["size"].value for one in ranges)
+        known = vardict(survives=str(survives(ram))) if ram else {}
+        return {**vardict(size=size), **known, "nodes": Variant("aa{sv}", ranges)} if ranges else {}
 
     def get_Unit(self) -> str:
         return self._vm.unit

@@ -64,7 +64,7 @@ def vms(data: list[dict[str, Any]]) -> None:
             entry["Name"],
             _styled(entry["State"]),
             size(memory.get("size", 0)),
-            memory.get("device", ""),
+            ", ".join(one.get("device", "") for one in _ranges(memory)),
             memory.get("survives", "?"),
             entry["Description"],
         )
@@ -110,7 +110,7 @@ def vm(data: dict[str, Any]) -> None:
     rows = {
         "State": _styled(data["State"]) + (f" (run state {data['RunState']})" if data["RunState"] else ""),
         "Description": data["Description"],
-        "Memory": f"{size(memory.get('size', 0))} of {memory.get('device', '?')} from {size(memory.get('offset', 0))}"
+        "Memory": ", ".join(map(_range, _ranges(memory)))
         + (f", survives a {memory['survives']}" if "survives" in memory else ""),
         "QEMU": data["Qemu"] + (f", PID {data['MainPID']}" if data["MainPID"] else ""),
         "Unit": data["Unit"],
@@ -132,6 +132,15 @@ def vm(data: dict[str, Any]) -> None:
             _print(f"  {name + ':':<13} {value if name == 'State' else escape(value)}")
     if data["Held"]:
         _held(data["Held"])
+
+
+def _ranges(memory: dict[str, Any]) -> list[dict[str, Any]]:
+    """One, or that of each NUMA node."""
+    return list(memory.get("nodes", [memory]))
+
+
+def _range(memory: dict[str, Any]) -> str:
+    return f"{size(memory.get('size', 0))} of {memory.get('device', '?')} from {size(memory.get('offset', 0))}"
 
 
 def _held(data: dict[str, Any]) -> None:

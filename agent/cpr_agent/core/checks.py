@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Survives
+from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
+from cpr_agent.core.proof import DRAM_PROVIDER
 from cpr_agent.core.vm import Vm
 from cpr_agent.core.vm_base import SAVEABLE
 from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
+
+MEMORY_SURVIVES = "memory-survives"
 
 
 async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
@@ -66,30 +69,20 @@ def _live_checkpoint(vm: Vm, found: list[Finding]) -> Manifest | None:
         return None
 
 
-async def _defined_memory(vm: Vm, ports: Ports, found: list[Finding]) -> MemoryIdentity | None:
+async def _defined_memory(vm: Vm, ports: Ports, found: list[Finding]) -> Ram:
     if vm.definition is None or ports.memory.creatable(vm.definition.memory):
-        return None
+        return ()
     try:
-        return (await ports.memory.locate(vm.definition.memory, 0.5)).identity
+        return ram_of(await ports.memory.locate(vm.definition.memory, 0.5))
     except MemoryUnusable as error:
         why = "the VM cannot be started"
         found.append(Finding(severity="error", code=error.kind, what=error.what, why=why, remedy=error.remedy, vm=vm.name))
-        return None
+        return ()
 
 
-def _memory_findings(vm: Vm, memory: MemoryIdentity, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
-    found = []
-    if not memory.survives.covers(Survives.KEXEC):
-        found.append(
-            Finding(
-                severity="warning",
-                code="volatile-memory",
-                what=f"its RAM is in {memory.path} ({memory.filesystem or 'unknown file system'}), which a kexec erases",
-                why="it can be saved for a restart of QEMU, but an upgrade of the host will refuse it",
-                remedy="move it to a dax device: see `cprctl devices`",
-                vm=vm.name,
-            )
-        )
+def _memory_findings(vm: Vm, ram: Ram, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
+    found = [_survival(vm.name, one) for one in ram]
+    others = {other: None for other, claimed in claims for one in ram if one.overlaps(claimed)}
     found += [
         Finding(
             severity="error",
@@ -98,7 +91,36 @@ def _memory_findings(vm: Vm, memory: MemoryIdentity, claims: list[tuple[str, Mem
             why="each would corrupt the other",
             vm=vm.name,
         )
-        for other, claimed in claims
-        if memory.overlaps(claimed)
+        for other in others
     ]
+    if both := overlapping(ram):
+        what, why = f"its NUMA nodes {both[0]} and {both[1]} are on the same memory", "the guest would corrupt itself"
+        found.append(Finding(severity="error", code="overlap", what=what, why=why, vm=vm.name))
     return found
+
+
+def _survival(vm: str, memory: MemoryIdentity) -> Finding:
+    """Whether this memory outlives a kexec, and why."""
+    if memory.survives.covers(Survives.KEXEC):
+        what = f"its RAM in {memory.place} survives a kexec"
+        return Finding(severity="info", code=MEMORY_SURVIVES, what=what, why=_why_it_survives(memory), vm=vm)
+    return Finding(
+        severity="warning",
+        code="volatile-memory",
+        what=f"its RAM is in {memory.path} ({memory.filesystem or 'unknown file system'}), which a kexec erases",
+        why="it can be saved for a restart of QEMU, but an upgrade of the host will refuse it",
+        remedy="move it to a dax device: see `cprctl devices`",
+        vm=vm,
+    )
+
+
+def _why_it_survives(memory: MemoryIdentity) -> str:
+    if memory.kind == "file":
+        return (
+            "the memory file system is handed on to the next kernel (pkram=)"
+            if memory.filesystem == "tmpfs"
+            else f"a file on {memory.filesystem} with dax is in persistent memory itself, not in the page cache"
+        )
+    if memory.provider == DRAM_PROVIDER:
+        return "memmap= keeps it from the kernel, and from the next one if it has the same; a power cut erases it"
+    return f"it is persistent memory ({memory.provider or 'of an unknown provider'}), which no kernel uses as its own"

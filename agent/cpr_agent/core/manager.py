@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cpr_agent.core.allocation import Range, allocate
-from cpr_agent.core.checks import check_vm
+from cpr_agent.core.checks import MEMORY_SURVIVES, check_vm
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.ledger import Ledger, Phase
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, MemoryIdentity, Policy, Survives
@@ -96,8 +96,12 @@ class Manager:
         """Where the RAM of ``vm`` can go; nothing is reserved. ``size`` "" is that of its definition. Raises
         InvalidArgument, MemoryUnusable."""
         known = self.vms.get(vm)
+        defined = known.definition.memory.ranges if known and known.definition else ()
+        if not size and len(defined) > 1:
+            what = f"has {len(defined)} NUMA nodes, each with memory of its own"
+            raise InvalidArgument(what, vm=vm, left="nothing was allocated", remedy="name the size for one of them")
         try:
-            wanted = Bytes.parse(size) if size else known.definition.memory.size if known and known.definition else 0
+            wanted = Bytes.parse(size) if size else sum(one.size for one in defined)
         except ValueError as error:
             raise InvalidArgument(str(error), vm=vm, left="nothing was allocated") from error
         return allocate(vm, wanted, self.ports.memory.devices(), await self.claims(), device.removeprefix("uuid:"))
@@ -140,7 +144,7 @@ class Manager:
         for finding in await self.findings():
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
-            elif finding.code != "volatile-memory" or finding.vm not in decided:
+            elif finding.code != MEMORY_SURVIVES and (finding.code != "volatile-memory" or finding.vm not in decided):
                 out.append(finding)
         return out
 
@@ -195,7 +199,7 @@ class Manager:
     async def _claims(self, asking: str, defined: bool) -> list[tuple[str, MemoryIdentity]]:
         others = [vm for vm in self.vms.values() if vm.name != asking]
         claims = [(vm.name, await vm.claimed_memory() if defined else vm.occupied_memory()) for vm in others]
-        return [(name, memory) for name, memory in claims if memory]
+        return [(name, one) for name, ram in claims for one in ram]
 
     async def close(self) -> None:
         await self.jobs.drain(60.0)

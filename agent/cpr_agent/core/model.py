@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, Self, get_args
 
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
+"""1 had one range of memory: store/schema.py still reads it."""
 RAM_ID = "cpr-ram"
-"""Id of the memory backend, and by that the name of the RAM block in every vmstate. Never change it."""
+"""Id of the memory backend, and by that the name of the RAM block in every vmstate; with ``-0``, ``-1``, … those of a VM
+with NUMA nodes. Never change it."""
 
 Policy = Literal["all-or-nothing", "skip-unsaveable", "force"]
 """What an upgrade does with a guest that cannot be saved: refuse; shut it down in order; shut it down in any case."""
@@ -90,10 +93,32 @@ class VmSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemorySection:
+class MemoryNode:
+    """A range of memory; ``cpus`` are those of the guest that are near it, as ``0-3,8``."""
+
     size: Bytes
     device: str
     offset: Bytes = Bytes(0)
+    cpus: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySection:
+    """One range, or a ``node`` for each NUMA node of the guest."""
+
+    size: Bytes = Bytes(0)
+    device: str = ""
+    offset: Bytes = Bytes(0)
+    node: tuple[MemoryNode, ...] = ()
+
+    @property
+    def ranges(self) -> tuple[MemoryNode, ...]:
+        return self.node or (MemoryNode(size=self.size, device=self.device, offset=self.offset),)
+
+    @property
+    def object_ids(self) -> tuple[str, ...]:
+        """Of the memory backends, in the order of the ranges."""
+        return tuple(f"{RAM_ID}-{number}" for number in range(len(self.node))) or (RAM_ID,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +153,12 @@ class Definition:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryIdentity:
-    """Which memory a VM's RAM is, in terms that stay true across a kexec. Sizes in bytes.
+    """Which memory a VM's RAM is, or one NUMA node of it, in terms that stay true across a kexec. Sizes in bytes.
 
     A device is known by the uuid of its parent nd device, cross-checked with where and how big it is, in which region, and
     who provides that; its node's name changes from boot to boot (measured, FACTS.md) and plays no part. A file is known by
-    device, inode and size, one in hugetlbfs by the size of its pages too.
+    file system, inode and size, one in hugetlbfs by the size of its pages too. A file system that has a UUID is known by
+    that: the number of the device that it is on changes as names do.
     """
 
     kind: Literal["devdax", "file"]
@@ -154,6 +180,13 @@ class MemoryIdentity:
     inode: int = 0
     page_bytes: int = 0
     """Of hugetlbfs."""
+    volume: str = ""
+    """The UUID of the file system."""
+
+    @property
+    def place(self) -> str:
+        """As a definition names it."""
+        return f"uuid:{self.uuid}" if self.kind == "devdax" else self.path
 
     def differences(self, found: MemoryIdentity) -> list[Difference]:
         """Each field that is not what it was; empty if this is the same memory."""
@@ -162,26 +195,45 @@ class MemoryIdentity:
             was, now = getattr(self, name), getattr(found, name)
             if name in _MAY_BE_UNKNOWN and (not was or now is None):
                 continue
+            if name == "st_dev" and self.volume and found.volume:
+                continue
             if was != now:
                 out.append(Difference(name, _show(name, was), _show(name, now)))
         return out
 
     def overlaps(self, other: MemoryIdentity) -> bool:
         """True if the two share a byte of the same device or file."""
-        same = (
-            self.uuid == other.uuid if self.kind == "devdax" else (self.st_dev, self.inode) == (other.st_dev, other.inode)
-        )
         return (
             self.kind == other.kind
-            and same
+            and self._object(other) == other._object(self)
             and self.offset_bytes < other.offset_bytes + other.size_bytes
             and other.offset_bytes < self.offset_bytes + self.size_bytes
         )
 
+    def _object(self, other: MemoryIdentity) -> tuple[object, ...]:
+        """The device or file, by what both of them have."""
+        if self.kind == "devdax":
+            return (self.uuid,)
+        return (self.volume if self.volume and other.volume else self.st_dev, self.inode)
 
-_MAY_BE_UNKNOWN = ("resource", "region", "provider", "page_bytes")
+
+_MAY_BE_UNKNOWN = ("resource", "region", "provider", "page_bytes", "volume")
 """Only root may read where memory is; the others were not noted for guests that an older agent started. The uuid, or
 the inode, has always been compared."""
+
+Ram = tuple[MemoryIdentity, ...]
+"""All of a VM's memory: one range, or one for each NUMA node, in the order of these. Of a VM without any it is empty."""
+
+
+def survives(ram: Ram) -> Survives:
+    """What all of it outlives."""
+    return Survives.KEXEC if all(one.survives is Survives.KEXEC for one in ram) else Survives.QEMU_RESTART
+
+
+def overlapping(ram: Ram) -> tuple[int, int] | None:
+    """Two NUMA nodes of one VM that share a byte, if there are any."""
+    pairs = ((a, b) for b in range(len(ram)) for a in range(b) if ram[a].overlaps(ram[b]))
+    return next(pairs, None)
 
 
 def _show(name: str, value: object) -> str:
@@ -222,20 +274,25 @@ class Located:
     node: str
 
 
+def ram_of(located: Iterable[Located]) -> Ram:
+    return tuple(one.identity for one in located)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """What a QEMU was, or is to be, started with. The ticket that ``cpr-vm@.service`` consumes.
 
-    ``argv`` is complete; ``memory_fd`` and ``socket_fds`` are the descriptor numbers that it refers to.
+    ``argv`` is complete; ``memory_fds`` and those of ``sockets`` are the descriptor numbers that it refers to. Each range
+    of ``memory`` has its path in ``nodes`` and its descriptor in ``memory_fds``.
     """
 
     vm: str
     kind: Literal["start", "load"]
     argv: tuple[str, ...]
     base_argv: tuple[str, ...]
-    memory: MemoryIdentity
-    node: str
-    memory_fd: int
+    memory: Ram
+    nodes: tuple[str, ...]
+    memory_fds: tuple[int, ...]
     sockets: dict[str, int]
     log: str
     user: str
@@ -305,7 +362,8 @@ class QemuFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Witness:
-    """Digest over ``pages`` pages (4 KiB) of guest RAM that ``seed`` chooses; see memory/witness.py."""
+    """Digest over ``pages`` pages (4 KiB) of guest RAM that ``seed`` chooses, of all NUMA nodes together; see
+    memory/witness.py."""
 
     kind: Literal["sampled", "full", "off"] = "off"
     seed: int = 0
@@ -349,7 +407,7 @@ class Manifest:
     qemu: QemuFacts
     qemu_path: str
     qemu_sha256: str
-    memory: MemoryIdentity
+    memory: Ram
     witness: Witness
     vmstate: Vmstate
     boot_id: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,9 +18,9 @@ from cpr_agent.core.model import (
     Launch,
     Located,
     Manifest,
-    MemoryIdentity,
     MemorySection,
     QemuFacts,
+    Ram,
     Vmstate,
     Witness,
 )
@@ -143,28 +143,30 @@ class Definitions(Protocol):
     def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
         """All definitions by name, and what is wrong with those that can't be used."""
 
-    def plan_start(self, definition: Definition, located: Located) -> Launch: ...
+    def plan_start(self, definition: Definition, located: Sequence[Located]) -> Launch: ...
 
-    def plan_load(self, manifest: Manifest, located: Located) -> Launch: ...
+    def plan_load(self, manifest: Manifest, located: Sequence[Located]) -> Launch: ...
 
     def unshareable(self, launch: Launch) -> list[str]:
         """What of the host a second QEMU with the same arguments must not even open while the first one has it."""
 
-    def plan_transfer(self, draft: Manifest, located: Located, directory: str) -> Launch: ...
+    def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
 
     def plan_probe(self, launch: Launch) -> Launch:
         """A QEMU of the program that is installed now, without a machine, to be asked what it has."""
 
 
 class Memory(Protocol):
-    async def locate(self, section: MemorySection, timeout_s: float) -> Located:
-        """Find the memory a definition names, waiting for its device. Raises DeviceMissing, MemoryUnusable."""
+    """``located`` is all of one VM's memory, in the order of its NUMA nodes."""
 
-    async def relocate(self, identity: MemoryIdentity, timeout_s: float) -> Located:
+    async def locate(self, section: MemorySection, timeout_s: float) -> list[Located]:
+        """Find the memory a definition names, waiting for its devices. Raises DeviceMissing, MemoryUnusable."""
+
+    async def relocate(self, ram: Ram, timeout_s: float) -> list[Located]:
         """Find memory again that a checkpoint left behind. Raises DeviceMissing, MemoryChanged."""
 
     def creatable(self, section: MemorySection) -> bool:
-        """True if the memory is a file that is not there yet, and ``prepare`` would create it."""
+        """True if some of the memory is a file that is not there yet, and ``prepare`` would create it."""
 
     async def prepare(self, section: MemorySection, user: str) -> None:
         """For a fresh start: create a memory file that is not there yet. Devices are never created."""
@@ -172,13 +174,13 @@ class Memory(Protocol):
     def new_witness(self, kind: str) -> Witness:
         """What to hash, with a fresh seed; no digest yet."""
 
-    async def witness(self, located: Located, like: Witness) -> Witness:
+    async def witness(self, located: Sequence[Located], like: Witness) -> Witness:
         """Hash the pages that ``like`` chooses (kind, seed, pages)."""
 
-    async def witness_cost_s(self, located: Located, kind: str) -> tuple[str, float]:
+    async def witness_cost_s(self, located: Sequence[Located], kind: str) -> tuple[str, float]:
         """What it is, and how long it takes (s): measured, a long one by its first part."""
 
-    async def blank(self, located: Located) -> bool:
+    async def blank(self, located: Sequence[Located]) -> bool:
         """Whether each byte is zero, which the RAM of a guest that has run never is."""
 
     async def users(self, located: Located) -> list[tuple[str, int]]:

@@ -133,7 +133,7 @@ async def check_host(the_plan: Plan, ports: Ports, vms: Collection[Vm]) -> list[
     drivers = {
         driver
         for vm in vms
-        if (memory := vm.occupied_memory())
+        for memory in vm.occupied_memory()
         for device in ports.memory.devices()
         if device.uuid == memory.uuid
         for driver in device.drivers

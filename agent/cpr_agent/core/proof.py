@@ -15,8 +15,10 @@ from cpr_agent.core.model import (
     Manifest,
     MemoryIdentity,
     QemuFacts,
+    Ram,
     Survives,
     Vmstate,
+    overlapping,
 )
 from cpr_agent.core.ports import Ports, Qemu
 from cpr_agent.errors import (
@@ -49,32 +51,38 @@ def naming(vm: str) -> Iterator[None]:
         raise
 
 
-def refuse_overlap(vm: str, identity: MemoryIdentity, claims: list[tuple[str, MemoryIdentity]]) -> None:
-    """Two guests on one byte of RAM would corrupt each other. Raises MemoryOverlap."""
+def refuse_overlap(vm: str, ram: Ram, claims: list[tuple[str, MemoryIdentity]]) -> None:
+    """Two guests on one byte of RAM would corrupt each other, two NUMA nodes their guest. Raises MemoryOverlap."""
+    remedy = "give one of them another memory.offset or device"
+    if both := overlapping(ram):
+        what = f"its NUMA nodes {both[0]} and {both[1]} are on the same memory"
+        raise MemoryOverlap(what, vm=vm, left="nothing was started", remedy=remedy)
     for other, claimed in claims:
-        if identity.overlaps(claimed):
-            raise MemoryOverlap(
-                f"its memory overlaps that of VM {other}: offset {identity.offset_bytes} and size "
-                f"{identity.size_bytes}, that one has offset {claimed.offset_bytes} and size {claimed.size_bytes}",
-                vm=vm,
-                left="nothing was started",
-                remedy="give one of them another memory.offset or device",
-            )
+        for identity in ram:
+            if identity.overlaps(claimed):
+                raise MemoryOverlap(
+                    f"its memory overlaps that of VM {other}: offset {identity.offset_bytes} and size "
+                    f"{identity.size_bytes}, that one has offset {claimed.offset_bytes} and size {claimed.size_bytes}",
+                    vm=vm,
+                    left="nothing was started",
+                    remedy=remedy,
+                )
 
 
-async def refuse_other_users(ports: Ports, vm: str, located: Located, *own_pids: int) -> None:
+async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], *own_pids: int) -> None:
     """Nobody but other VMs of this agent (their ranges were compared) may have the memory. Raises MemoryInUse."""
     runner, names = ports.runner, ports.runner.launched_all()
     own = {*own_pids, *[await runner.active(name) for name in names]}
     own |= {await runner.active(name, beside=True) for name in names if name != vm}
-    users = [f"{name} ({pid})" for name, pid in await ports.memory.users(located) if pid not in own]
-    if users:
-        raise MemoryInUse(
-            f"its memory {located.node} is in use by {', '.join(users)}",
-            vm=vm,
-            left="nothing was started",
-            remedy="end that process, or find out why it is there",
-        )
+    found = await asyncio.gather(*(ports.memory.users(one) for one in located))
+    for one, all_users in zip(located, found, strict=True):
+        if users := [f"{name} ({pid})" for name, pid in all_users if pid not in own]:
+            raise MemoryInUse(
+                f"its memory {one.node} is in use by {', '.join(users)}",
+                vm=vm,
+                left="nothing was started",
+                remedy="end that process, or find out why it is there",
+            )
 
 
 def refuse_spent(ports: Ports, manifest: Manifest) -> None:
@@ -90,7 +98,7 @@ def refuse_spent(ports: Ports, manifest: Manifest) -> None:
             )
 
 
-async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Located) -> None:
+async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Sequence[Located]) -> None:
     """The witness; and where there is none, what must not be taken on trust. Raises MemoryChanged."""
     if manifest.witness.kind == "off" and _power_was_cut_from(manifest, ports):
         raise MemoryChanged(
@@ -164,26 +172,28 @@ def _refuse(
 def _power_was_cut_from(manifest: Manifest, ports: Ports) -> bool:
     """Whether it may have been off: RAM that memmap= made persistent outlives nothing but a kexec."""
     rebooted = manifest.boot_id != ports.host.boot_id()
-    return rebooted and manifest.memory.provider == DRAM_PROVIDER and not ports.host.booted_by_kexec()
+    of_dram = any(one.provider == DRAM_PROVIDER for one in manifest.memory)
+    return rebooted and of_dram and not ports.host.booted_by_kexec()
 
 
 async def provably_lost(ports: Ports, manifest: Manifest, error: CprError) -> str:
     """Why the RAM that was saved is no more, beyond any doubt; "" if it may still be somewhere. ``error`` is how the
     memory failed its proof; a device that is not there (yet), or another one, proves nothing."""
-    memory = manifest.memory
     rebooted = manifest.boot_id != ports.host.boot_id()
-    if rebooted and not memory.survives.covers(Survives.KEXEC) and memory.filesystem in IN_RAM:
-        return f"{memory.path} was a file in RAM ({memory.filesystem}), and the host was started anew"
+    for one in manifest.memory:
+        if rebooted and one.survives is not Survives.KEXEC and one.filesystem in IN_RAM:
+            return f"{one.path} was a file in RAM ({one.filesystem}), and the host was started anew"
     if not isinstance(error, MemoryChanged):
         return ""
     try:
-        located = await ports.memory.relocate(memory, 0.0)
+        located = await ports.memory.relocate(manifest.memory, 0.0)
     except (MemoryUnusable, MemoryChanged):
         return ""
+    nodes = " and ".join(one.node for one in located)
     if _power_was_cut_from(manifest, ports):
-        return f"{located.node} is ordinary RAM of the host (memmap=), which was started without a kexec"
+        return f"{nodes} is ordinary RAM of the host (memmap=), which was started without a kexec"
     if await ports.memory.blank(located):
-        return f"each byte of it in {located.node} is zero"
+        return f"each byte of it in {nodes} is zero"
     return ""
 
 

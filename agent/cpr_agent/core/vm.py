@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,13 @@ from cpr_agent.core.model import (
     Launch,
     Located,
     Manifest,
-    MemoryIdentity,
+    Ram,
     SaveTimes,
     Survives,
     VmState,
     Vmstate,
+    ram_of,
+    survives,
 )
 from cpr_agent.core.ports import PendingState, Qemu
 from cpr_agent.core.proof import (
@@ -381,7 +383,7 @@ class Vm(VmBase):
         with naming(self.name):
             await self._ports.memory.prepare(definition.memory, definition.vm.user)
             located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
-            refuse_overlap(self.name, located.identity, await self._claims(self.name, True))
+            refuse_overlap(self.name, ram_of(located), await self._claims(self.name, True))
             await refuse_other_users(self._ports, self.name, located, self.pid)
         launch = self._stamped(self._ports.definitions.plan_start(definition, located))
         self._ports.journal.append("start", vm=self.name)
@@ -413,9 +415,11 @@ class Vm(VmBase):
         if launch is None:
             raise Blocked(["the record of how its QEMU was started is gone"], vm=self.name)
         reasons = await self.blocked_reasons()
-        if not launch.memory.survives.covers(need):
-            where = launch.memory.path or launch.node
-            reasons.append(f"its RAM in {where} ({launch.memory.filesystem}) does not survive a {need}")
+        reasons += [
+            f"its RAM in {one.place} ({one.filesystem}) does not survive a {need}"
+            for one in launch.memory
+            if not one.survives.covers(need)
+        ]
         if reasons:
             raise Blocked(reasons, vm=self.name)
         return launch
@@ -429,7 +433,7 @@ class Vm(VmBase):
             id=checkpoint or uuid.uuid4().hex,
             vm=self.name,
             mode=mode,
-            survives=launch.memory.survives,
+            survives=survives(launch.memory),
             run_state=run_state,
             launch=launch,
             qemu=await qemu.facts(launch),
@@ -537,7 +541,7 @@ class Vm(VmBase):
         if self._woke:
             raise SaveFailed("its guest was put to sleep, and woke by itself before it was saved", vm=self.name)
 
-    async def _undo_save(self, qemu: Qemu, pending: PendingState, draft: Manifest, located: Located) -> str:
+    async def _undo_save(self, qemu: Qemu, pending: PendingState, draft: Manifest, located: Sequence[Located]) -> str:
         """Bring the guest back to what it was before a save that failed; returns a sentence for the error."""
         run_state = draft.run_state
         self._ports.journal.append("save-undone", vm=self.name, checkpoint=draft.id)
@@ -564,7 +568,7 @@ class Vm(VmBase):
             return f"the guest is {now}, as before; no checkpoint was left"
         return f"the guest was {run_state} and QEMU is now {now}, where only `cont` on the admin's QMP socket continues it"
 
-    async def _load_back(self, draft: Manifest, located: Located, state: int) -> None:
+    async def _load_back(self, draft: Manifest, located: Sequence[Located], state: int) -> None:
         """For a guest that did not run: ``cont`` in postmigrate would let a paused one run, and aborts QEMU for one that
         sleeps (FACTS.md, "Rollback"). What QEMU has written is read by a new one."""
         await self._end_qemu()
@@ -635,7 +639,7 @@ class Vm(VmBase):
             self._set(VmState.LOADING)
             located = await self._ports.memory.relocate(manifest.memory, self._settings.agent.device_timeout)
             memory_at = host.now()
-            refuse_overlap(self.name, located.identity, await self._claims(self.name, False))
+            refuse_overlap(self.name, ram_of(located), await self._claims(self.name, False))
             beside = await self._ports.runner.active(self.name, beside=True) if into else self.pid
             await asyncio.gather(
                 refuse_changed_disks(self._ports, manifest),
@@ -735,6 +739,6 @@ class Vm(VmBase):
         log.info("VM %s: its clock was %.3f s behind, and was set", self.name, behind_s)
         return {"clock_behind_s": behind_s}
 
-    async def _relocated(self, identity: MemoryIdentity) -> Located:
+    async def _relocated(self, ram: Ram) -> list[Located]:
         with naming(self.name):
-            return await self._ports.memory.relocate(identity, 5.0)
+            return await self._ports.memory.relocate(ram, 5.0)

@@ -15,12 +15,16 @@ from cpr_agent.core.model import (
     Definition,
     Held,
     Launch,
+    Located,
     Manifest,
     MemoryIdentity,
+    MemorySection,
     Policy,
     QemuFacts,
+    Ram,
     Survives,
     VmState,
+    ram_of,
 )
 from cpr_agent.core.ports import Ports, Qemu
 from cpr_agent.core.settings import Settings
@@ -101,15 +105,15 @@ class VmBase:
         """What the live QEMU was started with."""
         return self._ports.runner.launched(self.name) if self.pid else None
 
-    def occupied_memory(self) -> MemoryIdentity | None:
+    def occupied_memory(self) -> Ram:
         """The memory that this VM's guest is in now, by its QEMU or its checkpoint."""
         launch = self.launched()
         if launch:
             return launch.memory
         with contextlib.suppress(CheckpointUnreadable):
             manifest = self.live_checkpoint()
-            return manifest.memory if manifest else None
-        return None
+            return manifest.memory if manifest else ()
+        return ()
 
     @property
     def checkpointed(self) -> bool:
@@ -158,14 +162,15 @@ class VmBase:
         """The live QEMU, if there is one that answers."""
         return self._qemu
 
-    async def claimed_memory(self) -> MemoryIdentity | None:
-        """The memory that is this VM's own: what its guest occupies, else what its definition names on this host."""
+    async def claimed_memory(self) -> Ram:
+        """The memory that is this VM's own: what its guest occupies, else what of its definition is on this host."""
         if occupied := self.occupied_memory():
             return occupied
-        if self.definition:
+        found: list[Located] = []
+        for one in self.definition.memory.ranges if self.definition else ():
             with contextlib.suppress(MemoryUnusable):
-                return (await self._ports.memory.locate(self.definition.memory, 0)).identity
-        return None
+                found += await self._ports.memory.locate(MemorySection(node=(one,)), 0)
+        return ram_of(found)
 
     def usable_definition(self) -> Definition:
         """Raises InvalidDefinition."""

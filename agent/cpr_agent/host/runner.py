@@ -16,6 +16,7 @@ import msgspec
 from cpr_agent.core.model import Launch
 from cpr_agent.core.ports import Qemu
 from cpr_agent.store.atomic import make_private_directory, write_atomically
+from cpr_agent.store.schema import read_launch
 from cpr_agent.vm.launch import TICKET
 from cpr_agent.vm.qemu import LiveQemu
 
@@ -60,7 +61,7 @@ class BaseRunner(ABC):
 
     def launched(self, name: str, *, beside: bool = False) -> Launch | None:
         try:
-            return msgspec.json.decode(self._record(self._place(name, beside=beside)).read_bytes(), type=Launch)
+            return read_launch(self._record(self._place(name, beside=beside)).read_bytes())
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 

@@ -6,10 +6,21 @@ import asyncio
 import os
 import pwd
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
+from cpr_agent.core.model import (
+    Bytes,
+    DaxDevice,
+    Located,
+    MemoryIdentity,
+    MemoryNode,
+    MemorySection,
+    Ram,
+    Survives,
+    Witness,
+)
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory.devices import Devices
 from cpr_agent.memory.users import Census
@@ -30,25 +41,31 @@ class HostMemory:
     def devices(self) -> list[DaxDevice]:
         return self._devices.list()
 
-    async def locate(self, section: MemorySection, timeout_s: float) -> Located:
-        if section.device.startswith("uuid:"):
-            uuid = section.device.removeprefix("uuid:")
-            return _devdax(section, await self._device(lambda d: d.uuid == uuid, f"with uuid {uuid}", timeout_s))
-        if section.device.startswith("/dev/dax"):
-            _refuse_false_node(section.device)
-            device = await self._device(lambda d: d.node == section.device, section.device, timeout_s)
-            _refuse_false_node(section.device)
-            return _devdax(section, device)
-        return _file(Path(section.device), int(section.size), int(section.offset))
+    async def locate(self, section: MemorySection, timeout_s: float) -> list[Located]:
+        ranges = zip(section.object_ids, section.ranges, strict=True)
+        return [await self._locate(name, one, timeout_s) for name, one in ranges]
 
-    async def relocate(self, identity: MemoryIdentity, timeout_s: float) -> Located:
-        wanted = MemorySection(
-            size=Bytes(identity.size_bytes),
-            offset=Bytes(identity.offset_bytes),
-            device=f"uuid:{identity.uuid}" if identity.kind == "devdax" else identity.path,
-        )
+    async def relocate(self, ram: Ram, timeout_s: float) -> list[Located]:
+        return [await self._relocate(one, timeout_s) for one in ram]
+
+    async def _locate(self, object_id: str, wanted: MemoryNode, timeout_s: float) -> Located:
+        if wanted.device.startswith("uuid:"):
+            uuid = wanted.device.removeprefix("uuid:")
+            found = _devdax(wanted, await self._device(lambda d: d.uuid == uuid, f"with uuid {uuid}", timeout_s))
+        elif wanted.device.startswith("/dev/dax"):
+            _refuse_false_node(wanted.device)
+            device = await self._device(lambda d: d.node == wanted.device, wanted.device, timeout_s)
+            _refuse_false_node(wanted.device)
+            found = _devdax(wanted, device)
+        else:
+            found = self._file(Path(wanted.device), int(wanted.size), int(wanted.offset))
+        return replace(found, identity=replace(found.identity, object_id=object_id))
+
+    async def _relocate(self, identity: MemoryIdentity, timeout_s: float) -> Located:
+        size, offset = Bytes(identity.size_bytes), Bytes(identity.offset_bytes)
+        wanted = MemoryNode(size=size, offset=offset, device=identity.place)
         try:
-            located = await self.locate(wanted, timeout_s)
+            located = await self._locate(identity.object_id, wanted, timeout_s)
         except DeviceMissing:
             raise
         except MemoryUnusable as error:
@@ -63,47 +80,33 @@ class HostMemory:
         return located
 
     def creatable(self, section: MemorySection) -> bool:
-        path = Path(section.device)
-        return not _is_device(section) and path.parent.is_dir() and not os.path.lexists(path)
+        return any(map(_creatable, section.ranges))
 
     async def prepare(self, section: MemorySection, user: str) -> None:
         owner = _owner(user)
-        if _is_device(section):
-            return
-        path = Path(section.device)
-        if not self.creatable(section):
-            _refuse_foreign_file(path, user, {0, os.geteuid(), *(owner or ())[:1]})
-            return
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise MemoryUnusable(f"its memory file {path} cannot be made: {error.strerror}") from error
-        try:
-            if owner:
-                os.fchown(fd, *owner)
-            os.truncate(fd, int(section.offset) + int(section.size))
-        except OSError as error:
-            path.unlink()
-            raise MemoryUnusable(f"its memory file {path} cannot be made: {error.strerror}") from error
-        finally:
-            os.close(fd)
+        for one in section.ranges:
+            path = Path(one.device)
+            if _creatable(one):
+                _create(path, int(one.offset) + int(one.size), owner)
+            elif not _is_device(one):
+                _refuse_foreign_file(path, user, {0, os.geteuid(), *(owner or ())[:1]})
 
     def new_witness(self, kind: str) -> Witness:
         return new_witness(kind)
 
-    async def witness(self, located: Located, like: Witness) -> Witness:
+    async def witness(self, located: Sequence[Located], like: Witness) -> Witness:
         try:
             return await asyncio.to_thread(take_witness, located, like)
         except (OSError, ValueError) as error:
-            raise MemoryUnusable(f"its memory {located.node} cannot be read: {error}", left=KEPT) from error
+            raise MemoryUnusable(f"its memory {_nodes(located)} cannot be read: {error}", left=KEPT) from error
 
-    async def witness_cost_s(self, located: Located, kind: str) -> tuple[str, float]:
+    async def witness_cost_s(self, located: Sequence[Located], kind: str) -> tuple[str, float]:
         try:
             return await asyncio.to_thread(measure_witness, located, new_witness(kind))
         except (OSError, ValueError) as error:
-            raise MemoryUnusable(f"its memory {located.node} cannot be read: {error}") from error
+            raise MemoryUnusable(f"its memory {_nodes(located)} cannot be read: {error}") from error
 
-    async def blank(self, located: Located) -> bool:
+    async def blank(self, located: Sequence[Located]) -> bool:
         try:
             return await asyncio.to_thread(is_blank, located)
         except (OSError, ValueError):
@@ -123,6 +126,14 @@ class HostMemory:
             )
         return device
 
+    def _file(self, path: Path, size: int, offset: int) -> Located:
+        found = _file(path, size, offset)
+        return replace(found, identity=replace(found.identity, volume=self._devices.volume(found.identity.st_dev)))
+
+
+def _nodes(located: Sequence[Located]) -> str:
+    return ", ".join(one.node for one in located)
+
 
 def _refuse_false_node(node: str) -> None:
     """An ordinary file under the name of a device is what QEMU leaves when it comes before the driver (FACTS.md)."""
@@ -138,8 +149,32 @@ def _refuse_false_node(node: str) -> None:
         )
 
 
-def _is_device(section: MemorySection) -> bool:
-    return section.device.startswith(("uuid:", "/dev/dax"))
+def _is_device(wanted: MemoryNode) -> bool:
+    return wanted.device.startswith(("uuid:", "/dev/dax"))
+
+
+def _creatable(wanted: MemoryNode) -> bool:
+    path = Path(wanted.device)
+    return not _is_device(wanted) and path.parent.is_dir() and not os.path.lexists(path)
+
+
+def _create(path: Path, size: int, owner: tuple[int, int] | None) -> None:
+    """A file of ``size`` zeros, or nothing. Raises MemoryUnusable."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MemoryUnusable(f"its memory file {path} cannot be made: {error.strerror}") from error
+    try:
+        if owner:
+            os.fchown(fd, *owner)
+        os.truncate(fd, size)
+        if _survives(*filesystem_of(os.fstat(fd).st_dev)) is Survives.KEXEC:
+            os.posix_fallocate(fd, 0, size)  # a full file system would end QEMU (SIGBUS) once the guest touches a hole
+    except OSError as error:
+        path.unlink()
+        raise MemoryUnusable(f"its memory file {path} cannot be made: {error.strerror}") from error
+    finally:
+        os.close(fd)
 
 
 def _owner(user: str) -> tuple[int, int] | None:
@@ -168,8 +203,8 @@ def _refuse_foreign_file(path: Path, user: str, owners: set[int]) -> None:
         )
 
 
-def _devdax(section: MemorySection, device: DaxDevice) -> Located:
-    size, offset, align = int(section.size), int(section.offset), device.align_bytes or PAGE
+def _devdax(wanted: MemoryNode, device: DaxDevice) -> Located:
+    size, offset, align = int(wanted.size), int(wanted.offset), device.align_bytes or PAGE
     if not device.uuid:
         raise MemoryUnusable(
             f"{device.node} has no uuid, so that it could not be told from another after a kexec",

@@ -31,6 +31,9 @@ class Devices(Protocol):
     async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:
         """The first device that is ``good``, now or by the time it appears; None on timeout."""
 
+    def volume(self, st_dev: int) -> str:
+        """The UUID of the file system on the block device with this number; "" if that is none, or has none."""
+
 
 class UdevDevices:
     """Real devices."""
@@ -41,6 +44,13 @@ class UdevDevices:
     def list(self) -> list[DaxDevice]:
         found = (_read(device) for device in self._context.list_devices(subsystem="dax"))
         return sorted((device for device in found if device), key=lambda device: device.node)
+
+    def volume(self, st_dev: int) -> str:
+        try:
+            device = pyudev.Devices.from_device_number(self._context, "block", st_dev)
+        except pyudev.DeviceNotFoundError:
+            return ""
+        return str(device.properties.get("ID_FS_UUID", ""))
 
     async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:
         changed = asyncio.Event()

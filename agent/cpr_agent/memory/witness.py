@@ -1,6 +1,7 @@
 """The witness: a digest over pages of guest RAM, taken when the guest has stopped and again before it runs.
 
-``sampled`` hashes ``pages`` pages that a stored random seed chooses, and always the first and the last. If a fraction f
+A guest's NUMA nodes count as one RAM, in their order. ``sampled`` hashes ``pages`` pages of it that a stored random seed
+chooses, and always the first and the last of each node. If a fraction f
 of all pages was damaged, it notices with probability 1 - (1 - f)^pages: 4,096 pages find 1 % damage but for one in 10^17.
 ``full`` hashes everything, in 2 MiB pieces on all cores. xxh3-128 (xxhash releases the GIL for large buffers).
 """
@@ -12,10 +13,11 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import accumulate
 
 import xxhash
 
@@ -35,29 +37,41 @@ def new_witness(kind: str = "sampled") -> Witness:
     return Witness(kind="full") if kind == "full" else Witness(kind="off")
 
 
-def take_witness(located: Located, like: Witness) -> Witness:
+def take_witness(located: Sequence[Located], like: Witness) -> Witness:
     """Hash what ``like`` chooses. Blocking; raises OSError if the memory can't be opened or mapped."""
     if like.kind == "off":
         return like
-    with _mapped(located) as ram:
+    with _all_mapped(located) as ram:
         digest = _sampled(ram, like) if like.kind == "sampled" else _full(ram)
     return replace(like, digest=digest)
 
 
-def measure_witness(located: Located, like: Witness) -> tuple[str, float]:
+def measure_witness(located: Sequence[Located], like: Witness) -> tuple[str, float]:
     """How long taking it takes (s), and what was measured. Blocking; raises OSError."""
-    size, kind = located.identity.size_bytes, f"{like.kind}, {like.pages} pages" if like.pages else like.kind
-    part = min(size, MEASURED_BYTES) if like.kind == "full" else size
+    kind = f"{like.kind}, {like.pages} pages" if like.pages else like.kind
+    measured = [_beginning(one) for one in located] if like.kind == "full" else located
+    size, part = (sum(one.identity.size_bytes for one in ranges) for ranges in (located, measured))
     begun = time.monotonic()
-    take_witness(replace(located, identity=replace(located.identity, size_bytes=part)), like)
+    take_witness(measured, like)
     return kind, (time.monotonic() - begun) * size / part
 
 
-def is_blank(located: Located) -> bool:
+def _beginning(located: Located) -> Located:
+    size = min(located.identity.size_bytes, MEASURED_BYTES)
+    return replace(located, identity=replace(located.identity, size_bytes=size))
+
+
+def is_blank(located: Sequence[Located]) -> bool:
     """Blocking; raises OSError."""
     zeros = bytes(_CHUNK)
-    with _mapped(located) as ram:
-        return all(ram[at : at + _CHUNK] == zeros[: len(ram) - at] for at in range(0, len(ram), _CHUNK))
+    with _all_mapped(located) as ram:
+        return all(piece == zeros[: len(piece)] for piece in _pieces(ram))
+
+
+@contextmanager
+def _all_mapped(located: Sequence[Located]) -> Iterator[list[memoryview]]:
+    with ExitStack() as at_end:
+        yield [at_end.enter_context(_mapped(one)) for one in located]
 
 
 @contextmanager
@@ -73,29 +87,35 @@ def _mapped(located: Located) -> Iterator[memoryview]:
         yield ram
 
 
-def chosen_pages(size_bytes: int, seed: int, pages: int) -> list[int]:
-    """Page numbers in ascending order, the first and the last always among them."""
-    last = size_bytes // PAGE - 1
-    if last + 1 <= pages:
-        return list(range(last + 1))
-    chosen = set(random.Random(seed).sample(range(1, last), pages - 2))  # noqa: S311 - a sample, not a secret
-    return [0, *sorted(chosen), last]
+def chosen_pages(sizes: Sequence[int], seed: int, pages: int) -> list[int]:
+    """Page numbers in ascending order, counted on through all ranges of these ``sizes`` (bytes); the first and the last of
+    each range always among them."""
+    ends = list(accumulate(size // PAGE for size in sizes))
+    if ends[-1] <= pages:
+        return list(range(ends[-1]))
+    chosen = random.Random(seed).sample(range(1, ends[-1] - 1), pages - 2)  # noqa: S311 - a sample, not a secret
+    return sorted({0, *chosen, *(page for end in ends for page in (end - 1, end))} - {ends[-1]})
 
 
-def _sampled(ram: memoryview, like: Witness) -> str:
+def _sampled(ram: Sequence[memoryview], like: Witness) -> str:
     digest = xxhash.xxh3_128(seed=like.seed)
-    for page in chosen_pages(len(ram), like.seed, like.pages):
+    ranges, begin, end = iter(ram), 0, 0
+    for page in chosen_pages([len(one) for one in ram], like.seed, like.pages):
+        while page >= end:
+            one = next(ranges)
+            begin, end = end, end + len(one) // PAGE
         digest.update(page.to_bytes(8, "little"))
-        digest.update(ram[page * PAGE : (page + 1) * PAGE])
+        digest.update(one[(page - begin) * PAGE : (page - begin + 1) * PAGE])
     return digest.hexdigest()
 
 
-def _full(ram: memoryview) -> str:
-    def piece(start: int) -> bytes:
-        return xxhash.xxh3_128_digest(ram[start : start + _CHUNK])
-
+def _full(ram: Sequence[memoryview]) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         whole = xxhash.xxh3_128()
-        for part in pool.map(piece, range(0, len(ram), _CHUNK)):
+        for part in pool.map(xxhash.xxh3_128_digest, _pieces(ram)):
             whole.update(part)
     return whole.hexdigest()
+
+
+def _pieces(ram: Sequence[memoryview]) -> Iterator[memoryview]:
+    return (one[at : at + _CHUNK] for one in ram for at in range(0, len(one), _CHUNK))

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import msgspec
 
-from cpr_agent.core.model import MANIFEST_SCHEMA, Difference, Held, Manifest, Vmstate
+from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
 from cpr_agent.core.paths import doubt
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
 from cpr_agent.store import vmstate
 from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory, write_atomically
+from cpr_agent.store.schema import read_manifest
 
 
 class CheckpointStore:
@@ -39,9 +40,7 @@ class CheckpointStore:
             body = bytes(envelope["manifest"])
             if hashlib.sha256(body).hexdigest() != msgspec.json.decode(envelope["sha256"], type=str):
                 raise ValueError("its checksum does not match")
-            manifest = msgspec.json.decode(body, type=Manifest)
-            if manifest.schema != MANIFEST_SCHEMA:
-                raise ValueError(f"its schema is {manifest.schema}, this agent reads {MANIFEST_SCHEMA}")
+            manifest = read_manifest(body)
             if manifest.vm != vm:
                 raise ValueError(f"it belongs to VM {manifest.vm}")
         except (msgspec.MsgspecError, ValueError, KeyError) as error:

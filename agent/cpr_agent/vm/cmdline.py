@@ -8,19 +8,21 @@ into being between check and use.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cpr_agent.core.model import RAM_ID, Definition, Launch, Located, Manifest
+from cpr_agent.core.model import RAM_ID, Definition, Launch, Located, Manifest, MemoryIdentity, MemorySection, Ram, ram_of
 
 MEMORY_FD = 10
 SOCKET_FDS = {"agent.sock": 11, "unit.sock": 12, "admin.sock": 13}
 """The agent's own QMP socket, the one by which the VM's unit stops it, and the one left to the admin."""
 CPR_SOCKET, MAIN_SOCKET = "cpr.sock", "main.sock"
 """By which one QEMU hands descriptors over to another one, and device state."""
+MORE_MEMORY_FDS = 14
+"""And on: of the second NUMA node, and those after it."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """What QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. No way to a new QEMU that
@@ -60,22 +62,29 @@ def collisions(arguments: tuple[str, ...]) -> list[str]:
     return found
 
 
+def numa_collisions(arguments: tuple[str, ...]) -> list[str]:
+    """What in the admin's arguments the agent adds itself for ``[[memory.node]]``; distances and CPUs are the admin's."""
+    values = [(value, keyed(value)) for value in option(arguments, "-numa")]
+    return [f"-numa {value} (the NUMA nodes)" for value, keys in values if "node" in (*keys, keys.get("type"))]
+
+
 def _single_dash(argument: str) -> str:
     """QEMU takes ``--option`` for ``-option``."""
     return argument[1:] if argument.startswith("--") else argument
 
 
-def plan_start(definition: Definition, located: Located, run_dir: Path, log_dir: Path) -> Launch:
+def plan_start(definition: Definition, located: Sequence[Located], run_dir: Path, log_dir: Path) -> Launch:
     """How to start the VM afresh with the memory that was located."""
-    argv = (*_base_argv(definition, located),)
+    ram = ram_of(located)
+    argv = (*_base_argv(definition, ram),)
     return Launch(
         vm=definition.name,
         kind="start",
         argv=argv,
         base_argv=argv,
-        memory=located.identity,
-        node=located.node,
-        memory_fd=MEMORY_FD,
+        memory=ram,
+        nodes=tuple(one.node for one in located),
+        memory_fds=_memory_fds(ram),
         sockets={str(run_dir / "vm" / definition.name / name): fd for name, fd in SOCKET_FDS.items()},
         log=str(log_dir / f"{definition.name}.log"),
         user=definition.vm.user,
@@ -84,8 +93,9 @@ def plan_start(definition: Definition, located: Located, run_dir: Path, log_dir:
     )
 
 
-def plan_load(manifest: Manifest, located: Located, log_dir: Path) -> Launch:
-    """How to start the VM so that its checkpoint can be loaded: the recorded arguments, the machine type pinned.
+def plan_load(manifest: Manifest, located: Sequence[Located], log_dir: Path) -> Launch:
+    """How to start the VM so that its checkpoint can be loaded: the recorded arguments, the machine type pinned. The memory
+    is the one that was saved, as it is to be found in this boot.
 
     An alias such as ``q35`` names another machine in another QEMU (FACTS.md); a later ``-machine`` overrides an earlier.
     """
@@ -94,13 +104,14 @@ def plan_load(manifest: Manifest, located: Located, log_dir: Path) -> Launch:
         manifest.launch,
         kind="load",
         argv=(*base, "-machine", f"type={manifest.qemu.machine_type}", "-S", "-incoming", "defer"),
-        node=located.node,
+        memory=ram_of(located),
+        nodes=tuple(one.node for one in located),
         log=str(log_dir / f"{manifest.vm}.log"),
         checkpoint=manifest.id,
     )
 
 
-def plan_transfer(draft: Manifest, located: Located, log_dir: Path, directory: Path) -> Launch:
+def plan_transfer(draft: Manifest, located: Sequence[Located], log_dir: Path, directory: Path) -> Launch:
     """How to start the VM so that it can take its guest over from another QEMU by cpr-transfer (QEMU,
     docs/devel/migration/CPR.rst): it waits in ``directory``, before it has a monitor, for what the other one hands over."""
     load = plan_load(draft, located, log_dir)
@@ -120,26 +131,18 @@ def plan_probe(launch: Launch) -> Launch:
     return replace(launch, kind="load", argv=argv, log=str(log.with_name(f"{launch.vm}:probe{log.suffix}")))
 
 
-def _base_argv(definition: Definition, located: Located) -> list[str]:
-    identity = located.identity
-    backend = {
-        "qom-type": "memory-backend-file",
-        "id": RAM_ID,
-        "size": str(identity.size_bytes),
-        "mem-path": f"/proc/self/fd/{MEMORY_FD}",
-        "share": "on",
-    }
-    if identity.align_bytes:
-        backend["align"] = str(identity.align_bytes)  # device-dax maps at multiples of it only (QEMU docs/nvdimm.txt)
-    if identity.offset_bytes:
-        backend["offset"] = str(identity.offset_bytes)
+def _memory_fds(ram: Ram) -> tuple[int, ...]:
+    return (MEMORY_FD, *range(MORE_MEMORY_FDS, MORE_MEMORY_FDS + len(ram) - 1))
+
+
+def _base_argv(definition: Definition, ram: Ram) -> list[str]:
     argv = [
         definition.vm.qemu,
         *("-name", f"guest={definition.name}"),
         *_sandboxed(definition.vm.arguments),
-        *("-m", f"{identity.size_bytes}B"),
-        *("-object", ",".join(value if key == "qom-type" else f"{key}={value}" for key, value in backend.items())),
-        *("-machine", f"memory-backend={RAM_ID}"),
+        *("-m", f"{sum(one.size_bytes for one in ram)}B"),
+        *(word for one, fd in zip(ram, _memory_fds(ram), strict=True) for word in ("-object", _backend(one, fd))),
+        *(_numa(definition.memory) if definition.memory.node else ("-machine", f"memory-backend={RAM_ID}")),
     ]
     options = {_single_dash(argument) for argument in definition.vm.arguments}
     if not options & {"-display", "-nographic", "-curses", "-vnc", "-spice"}:
@@ -166,6 +169,27 @@ def _sandboxed(arguments: tuple[str, ...]) -> list[str]:
         value = next(words, "") if _single_dash(word) == "-sandbox" else None
         out += [word] if value is None else [word, value] if value != "off" else []
     return out
+
+
+def _backend(identity: MemoryIdentity, fd: int) -> str:
+    backend = {
+        "id": identity.object_id,
+        "size": str(identity.size_bytes),
+        "mem-path": f"/proc/self/fd/{fd}",
+        "share": "on",
+    }
+    if identity.align_bytes:
+        backend["align"] = str(identity.align_bytes)  # device-dax maps at multiples of it only (QEMU docs/nvdimm.txt)
+    if identity.offset_bytes:
+        backend["offset"] = str(identity.offset_bytes)
+    return ",".join(["memory-backend-file", *(f"{key}={value}" for key, value in backend.items())])
+
+
+def _numa(memory: MemorySection) -> Iterator[str]:
+    """``cpus`` of several ranges is to be repeated (QEMU's qemu-options.hx, -numa)."""
+    for number, (object_id, node) in enumerate(zip(memory.object_ids, memory.node, strict=True)):
+        cpus = "".join(f",cpus={some}" for some in node.cpus.split(",") if some)
+        yield from ("-numa", f"node,nodeid={number},memdev={object_id}{cpus}")
 
 
 def option(argv: Sequence[str], *names: str) -> list[str]:

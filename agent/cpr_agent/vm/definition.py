@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from cpr_agent.core.model import VM_NAME, Bytes, Definition, Launch, Located, Manifest, Seconds
+from cpr_agent.core.model import VM_NAME, Bytes, Definition, Launch, Located, Manifest, MemorySection, Seconds
 from cpr_agent.errors import CprError, InvalidDefinition
-from cpr_agent.vm.cmdline import collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
+from cpr_agent.vm.cmdline import collisions, numa_collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
 
 T = TypeVar("T")
+CPUS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
 
 
 def _decode(kind: type, value: Any) -> Any:
@@ -54,9 +57,16 @@ def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[st
             hint = f'did you mean "{near[0]}"?' if near else f"known are: {', '.join(sorted(keys))}"
             raise InvalidDefinition(f'{path}: unknown key "{prefix}{key}"', remedy=hint)
         kind = hints[keys[key]]
-        nested = dataclasses.is_dataclass(kind) and isinstance(value, dict)
-        out[keys[key]] = _known(value, kind, path, f"{key}.") if nested else value
+        if get_origin(kind) is tuple and isinstance(value, list):  # of tables, or of plain values
+            of = get_args(kind)[0]
+            out[keys[key]] = [_nested(one, of, path, f"{prefix}{key}.") for one in value]
+        else:
+            out[keys[key]] = _nested(value, kind, path, f"{prefix}{key}.")
     return out
+
+
+def _nested(value: Any, kind: Any, path: Path, prefix: str) -> Any:
+    return _known(value, kind, path, prefix) if dataclasses.is_dataclass(kind) and isinstance(value, dict) else value
 
 
 class DefinitionDirectory:
@@ -77,16 +87,16 @@ class DefinitionDirectory:
                 bad[path.stem] = error
         return good, bad
 
-    def plan_start(self, definition: Definition, located: Located) -> Launch:
+    def plan_start(self, definition: Definition, located: Sequence[Located]) -> Launch:
         return plan_start(definition, located, self._run_dir, self._log_dir)
 
-    def plan_load(self, manifest: Manifest, located: Located) -> Launch:
+    def plan_load(self, manifest: Manifest, located: Sequence[Located]) -> Launch:
         return plan_load(manifest, located, self._log_dir)
 
     def unshareable(self, launch: Launch) -> list[str]:
         return [f"the tap device {name}" for name in tap_devices(launch.argv)]
 
-    def plan_transfer(self, draft: Manifest, located: Located, directory: str) -> Launch:
+    def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch:
         return plan_transfer(draft, located, self._log_dir, Path(directory))
 
     def plan_probe(self, launch: Launch) -> Launch:
@@ -100,15 +110,28 @@ def read_definition(path: Path) -> Definition:
         raise InvalidDefinition(f"{path}: {name!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     definition = decode_toml(path, Definition, name=name, digest=digest)
-    memory = definition.memory
-    if memory.size == 0 or memory.size % 4096 or memory.offset % 4096:
-        raise InvalidDefinition(f"{path}: memory.size and memory.offset must be multiples of 4096 bytes", vm=name)
-    if not (memory.device.startswith("uuid:") or memory.device.startswith("/")):
-        raise InvalidDefinition(f"{path}: memory.device {memory.device!r} is neither uuid:… nor an absolute path", vm=name)
-    if found := collisions(definition.vm.arguments):
+    _refuse_bad_memory(path, name, definition.memory)
+    numa = numa_collisions(definition.vm.arguments) if definition.memory.node else []
+    if found := collisions(definition.vm.arguments) + numa:
         raise InvalidDefinition(
             f"{path}: vm.arguments contain what the agent adds itself: {'; '.join(found)}",
             vm=name,
             remedy="remove them; [memory] and the file's name say the same",
         )
     return definition
+
+
+def _refuse_bad_memory(path: Path, name: str, memory: MemorySection) -> None:
+    """Raises InvalidDefinition."""
+    for one in memory.ranges:
+        if (memory.node and (memory.size or memory.device or memory.offset)) or not one.size or not one.device:
+            what = "[memory] needs a size and a device; or has a [[memory.node]] for each NUMA node, and these need them"
+        elif one.size % 4096 or one.offset % 4096:
+            what = "memory.size and memory.offset must be multiples of 4096 bytes"
+        elif not one.device.startswith(("uuid:", "/")):
+            what = f"memory.device {one.device!r} is neither uuid:… nor an absolute path"
+        elif one.cpus and not CPUS.fullmatch(one.cpus):
+            what = f"memory.node.cpus {one.cpus!r} is not a list of CPUs such as 0-3,8"
+        else:
+            continue
+        raise InvalidDefinition(f"{path}: {what}", vm=name)

@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
         ticket = take_ticket(directory)
         _redirect_output(ticket["log"])
         _check_program(ticket["argv"][0])
-        memory = open_memory(ticket["node"], ticket["memory"])
-        descriptors = {ticket["memory_fd"]: memory}
+        ram = zip(ticket["memory_fds"], ticket["nodes"], ticket["memory"], strict=True)
+        descriptors = {fd: open_memory(node, wanted) for fd, node, wanted in ram}
         listeners = {fd: _listen(path) for path, fd in ticket["sockets"].items()}
         descriptors.update({fd: listener.fileno() for fd, listener in listeners.items()})
         _place(descriptors)
@@ -123,7 +123,8 @@ def _listen(path: str) -> socket.socket:
 
 def _place(descriptors: dict[int, int]) -> None:
     """Move each descriptor to the number that the command line uses, inheritable."""
-    high = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 64) for target, fd in descriptors.items()}
+    above = max(descriptors) + 1
+    high = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for target, fd in descriptors.items()}
     for target, fd in high.items():
         os.dup2(fd, target, inheritable=True)
 

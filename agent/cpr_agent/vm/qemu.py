@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cpr_agent.core.model import RAM_ID, CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
+from cpr_agent.core.model import CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.vm import guest_agent
 from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, cpu_model, firmware_files, transfer_address
@@ -160,10 +160,10 @@ class LiveQemu:
 
     async def _memory_reasons(self, launch: Launch) -> list[str]:
         """RAM that a save would lose or copy: private, unnamed, or freed by a clean exit."""
-        reasons = []
         backends = await self._qmp.execute("query-memdev")
-        if RAM_ID not in {backend.get("id") for backend in backends}:
-            reasons.append(f"its RAM is not in the memory backend {RAM_ID}")
+        sizes = {one.object_id: one.size_bytes for one in launch.memory}
+        there = {backend.get("id") for backend in backends}
+        reasons = [f"its RAM is not in the memory backend {name}" for name in sizes if name not in there]
         for backend in backends:
             name = backend.get("id", "?")
             if not backend.get("share"):
@@ -173,12 +173,12 @@ class LiveQemu:
             kind = await self._optional("qom-get", "", path=path, property="type")
             if kind != "memory-backend-file":
                 reasons.append(f"memory backend {name} has no name outside QEMU ({kind}): it would die with QEMU")
-            elif name != RAM_ID:
+            elif name not in sizes:
                 reasons.append(f"memory backend {name} is not one that the agent put there and can prove")
             elif await self._optional("qom-get", False, path=path, property="discard-data"):
                 reasons.append(f"memory backend {name} has discard-data=on: QEMU would free the RAM when it exits")
-            elif backend.get("size") != launch.memory.size_bytes:
-                reasons.append(f"memory backend {name} has {backend.get('size')} bytes, not {launch.memory.size_bytes}")
+            elif backend.get("size") != sizes[name]:
+                reasons.append(f"memory backend {name} has {backend.get('size')} bytes, not {sizes[name]}")
         return reasons
 
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:
