@@ -178,12 +178,16 @@ class FakeDevices:
     def __init__(self, *devices: DaxDevice) -> None:
         self._devices = list(devices)
         self.volumes: dict[int, str] = {}
+        self.below: dict[int, tuple[str, ...]] = {}
 
     def list(self) -> list[DaxDevice]:
         return self._devices
 
     def volume(self, st_dev: int) -> str:
         return self.volumes.get(st_dev, "")
+
+    def drivers_below(self, st_dev: int) -> tuple[str, ...]:
+        return self.below.get(st_dev, ())
 
     async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:  # noqa: ARG002
         return next(filter(good, self._devices), None)

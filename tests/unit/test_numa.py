@@ -20,6 +20,7 @@ from cpr_agent.core.checks import check_vm
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import (
     Bytes,
+    DaxDevice,
     Definition,
     Located,
     MemoryNode,
@@ -209,6 +210,24 @@ def test_a_file_is_known_by_its_file_system_where_that_has_a_uuid(tmp_path: Path
     with pytest.raises(MemoryChanged, match="st_dev was"):
         asyncio.run(memory.relocate((older,), 0))
     assert not older.overlaps(located.identity)
+
+
+def test_a_file_needs_the_drivers_of_what_it_is_on() -> None:
+    device = DaxDevice(
+        node="/dev/dax0.0",
+        uuid=DEVDAX.uuid,
+        size_bytes=1 << 30,
+        align_bytes=2 << 20,
+        resource=None,
+        numa_node=0,
+        drivers=("device_dax", "nfit"),
+    )
+    devices = FakeDevices(device)
+    devices.below = {FILE.st_dev: ("nd_pmem", "virtio_pmem"), 8: ("nvme",)}
+    on_dax = replace(FILE, survives=Survives.KEXEC, filesystem="ext4")
+    drivers = HostMemory(devices).drivers
+    assert drivers((DEVDAX, FILE, on_dax)) == {"device_dax", "nfit", "ext4", "nd_pmem", "virtio_pmem"}
+    assert drivers((FILE, replace(on_dax, st_dev=9), replace(DEVDAX, uuid="away"))) == set()
 
 
 # -- the witness ------------------------------------------------------------------------------------------------------

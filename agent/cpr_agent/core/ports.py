@@ -188,6 +188,9 @@ class Memory(Protocol):
 
     def devices(self) -> list[DaxDevice]: ...
 
+    def drivers(self, ram: Ram) -> set[str]:
+        """Kernel modules that memory needs to be there again after a kexec, as /sys/module names them."""
+
 
 class PendingState(Protocol):
     """A vmstate file being written: nothing of it is visible until ``commit``."""

@@ -130,14 +130,7 @@ def _justified(name: str, settings: Settings) -> str:
 
 async def check_host(the_plan: Plan, ports: Ports, vms: Collection[Vm]) -> list[Finding]:
     """What of the host and of the new kernel speaks against the plan, and how long guests would pause."""
-    drivers = {
-        driver
-        for vm in vms
-        for memory in vm.occupied_memory()
-        for device in ports.memory.devices()
-        if device.uuid == memory.uuid
-        for driver in device.drivers
-    }
+    drivers = ports.memory.drivers(tuple(memory for vm in vms for memory in vm.occupied_memory()))
     return [
         *ports.kexec.findings(),
         *await asyncio.to_thread(ports.kernels.findings, the_plan.kernel, drivers),

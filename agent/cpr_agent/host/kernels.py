@@ -48,8 +48,10 @@ SYMBOLS = {
     "cxl_pci": "CXL_PCI",
     "cxl_mem": "CXL_MEM",
     "cxl_pmem": "CXL_PMEM",
+    "ext4": "EXT4_FS",
+    "xfs": "XFS_FS",
 }
-"""What builds each module: the Makefiles in drivers/{nvdimm,acpi/nfit,dax,cxl} and arch/powerpc/platforms/pseries."""
+"""What builds each module: the Makefiles in drivers/{nvdimm,acpi/nfit,dax,cxl}, arch/powerpc/platforms/pseries and fs."""
 
 DAX_DRIVERS = frozenset({"dax", "device_dax", "dax_pmem", "dax_hmem", "dax_cxl"})
 """Those that a pmem block device does without."""

@@ -41,6 +41,14 @@ class HostMemory:
     def devices(self) -> list[DaxDevice]:
         return self._devices.list()
 
+    def drivers(self, ram: Ram) -> set[str]:
+        uuids = {one.uuid for one in ram if one.kind == "devdax"}
+        found = {driver for device in self._devices.list() if device.uuid in uuids for driver in device.drivers}
+        for one in ram:
+            if one.kind == "file" and one.survives is Survives.KEXEC and (below := self._devices.drivers_below(one.st_dev)):
+                found.update((one.filesystem, *below))
+        return found
+
     async def locate(self, section: MemorySection, timeout_s: float) -> list[Located]:
         ranges = zip(section.object_ids, section.ranges, strict=True)
         return [await self._locate(name, one, timeout_s) for name, one in ranges]
@@ -87,6 +95,8 @@ class HostMemory:
         for one in section.ranges:
             path = Path(one.device)
             if _creatable(one):
+                filesystem, _ = filesystem_of(path.parent.stat().st_dev)
+                _page_bytes(filesystem, path.parent, int(one.size), int(one.offset))
                 _create(path, int(one.offset) + int(one.size), owner)
             elif not _is_device(one):
                 _refuse_foreign_file(path, user, {0, os.geteuid(), *(owner or ())[:1]})
@@ -245,9 +255,7 @@ def _file(path: Path, size: int, offset: int) -> Located:
         kind = "a directory: QEMU would make a nameless file in it" if stat.S_ISDIR(info.st_mode) else "not a regular file"
         raise MemoryUnusable(f"its memory {path} is {kind}", remedy="name a file, or a dax device by its uuid")
     filesystem, options = filesystem_of(info.st_dev)
-    block = os.statvfs(path).f_bsize if filesystem == "hugetlbfs" else PAGE
-    if size % block or offset % block:
-        raise MemoryUnusable(f"memory.size and memory.offset must be multiples of {block} bytes on {filesystem}")
+    page_bytes = _page_bytes(filesystem, path, size, offset)
     if info.st_size < offset + size:
         raise MemoryUnusable(f"its memory {path} has {info.st_size} bytes, the VM needs {offset + size}")
     identity = MemoryIdentity(
@@ -260,9 +268,17 @@ def _file(path: Path, size: int, offset: int) -> Located:
         st_dev=info.st_dev,
         inode=info.st_ino,
         device_size_bytes=info.st_size,
-        page_bytes=block if filesystem == "hugetlbfs" else 0,
+        page_bytes=page_bytes if filesystem == "hugetlbfs" else 0,
     )
     return Located(identity=identity, node=str(path))
+
+
+def _page_bytes(filesystem: str, path: Path, size: int, offset: int) -> int:
+    """Raises MemoryUnusable if the memory is not whole pages."""
+    page_bytes = os.statvfs(path).f_bsize if filesystem == "hugetlbfs" else PAGE
+    if size % page_bytes or offset % page_bytes:
+        raise MemoryUnusable(f"memory.size and memory.offset must be multiples of {page_bytes} bytes on {filesystem}")
+    return page_bytes
 
 
 def filesystem_of(st_dev: int) -> tuple[str, set[str]]:

@@ -34,6 +34,9 @@ class Devices(Protocol):
     def volume(self, st_dev: int) -> str:
         """The UUID of the file system on the block device with this number; "" if that is none, or has none."""
 
+    def drivers_below(self, st_dev: int) -> tuple[str, ...]:
+        """Of the block device with this number: kernel modules, as those of a DaxDevice."""
+
 
 class UdevDevices:
     """Real devices."""
@@ -46,11 +49,20 @@ class UdevDevices:
         return sorted((device for device in found if device), key=lambda device: device.node)
 
     def volume(self, st_dev: int) -> str:
+        device = self._block_device(st_dev)
+        return str(device.properties.get("ID_FS_UUID", "")) if device else ""
+
+    def drivers_below(self, st_dev: int) -> tuple[str, ...]:
+        device = self._block_device(st_dev)
+        while device is not None and device.subsystem == "block":  # a partition, or the disk
+            device = device.parent
+        return _drivers(device)
+
+    def _block_device(self, st_dev: int) -> Any:
         try:
-            device = pyudev.Devices.from_device_number(self._context, "block", st_dev)
+            return pyudev.Devices.from_device_number(self._context, "block", st_dev)
         except pyudev.DeviceNotFoundError:
-            return ""
-        return str(device.properties.get("ID_FS_UUID", ""))
+            return None
 
     async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:
         changed = asyncio.Event()
