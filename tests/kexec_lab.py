@@ -89,9 +89,12 @@ class KexecLab:
         caller.join()
 
     def call_off(self, said: str = "canceled") -> None:
-        """What `systemctl cancel` does."""
+        """What `systemctl cancel` does; an agent that does not wait yet will see that it is over."""
         (self.lab.root / "kexec").unlink()
-        (self.lab.root / "kexec-said").write_text(f"{said}\n")
+        with contextlib.suppress(OSError):  # nobody reads
+            fifo = os.open(self.lab.root / "kexec-said", os.O_WRONLY | os.O_NONBLOCK)
+            with open(fifo, "w") as told:  # noqa: PTH123
+                print(said, file=told)
 
     def reboot(self) -> None:
         """The host goes down with all that runs, and comes back with disk and persistent memory; no agent runs yet."""

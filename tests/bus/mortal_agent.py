@@ -82,14 +82,15 @@ class LabKexec(FakeKexec):
         return await self.over()
 
     async def over(self) -> str:
-        if not self._under_way.exists():
-            return "it was over before"
-        fd = os.open(self._fifo, os.O_RDWR | os.O_NONBLOCK)
-        said = asyncio.Event()
-        asyncio.get_running_loop().add_reader(fd, said.set)
-        await said.wait()
-        asyncio.get_running_loop().remove_reader(fd)
-        return os.read(fd, 100).decode().strip()
+        # Before the look: who calls it off meanwhile finds a reader, or is seen.
+        with open(os.open(self._fifo, os.O_RDWR | os.O_NONBLOCK), "rb", buffering=0) as fifo:  # noqa: PTH123
+            if not self._under_way.exists():
+                return "it was over before"
+            said = asyncio.Event()
+            asyncio.get_running_loop().add_reader(fifo, said.set)
+            await said.wait()
+            asyncio.get_running_loop().remove_reader(fifo)
+            return fifo.read(100).decode().strip()
 
 
 async def serve(paths: Paths, address: str, point: str) -> None:
