@@ -16,7 +16,12 @@ def dies(lab: Lab, guest: Guest, point: str, member: str) -> None:
     lab.end_agent()
     lab.start_agent((sys.executable, "-m", "tests.bus.mortal_agent", point))
     with pytest.raises(CallError) as caught:
-        {"save": guest.save, "load": guest.load, "resume": lambda: guest.call("Resume")}[member]()
+        {
+            "save": guest.save,
+            "load": guest.load,
+            "resume": lambda: guest.call("Resume"),
+            "refresh": lambda: guest.call("Refresh", "a{sv}", {}),
+        }[member]()
     assert caught.value.kind == "org.freedesktop.DBus.Error.NoReply"
     assert lab.agent_ended() == -signal.SIGKILL
     lab.start_agent()

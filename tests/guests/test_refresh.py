@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bus.conftest import _qemu
+from tests.bus.test_crashes import dies
 from tests.guests.scenarios import in_host_vm
 from tests.guests.tally import case
 from tests.lab import Guest, Lab, refused, script
@@ -133,6 +134,23 @@ def test_one_qemu_hands_the_guest_to_the_other(lab: Lab) -> None:
     guest.save()
     guest.load()
     guest.assert_unbroken()
+
+
+@pytest.mark.parametrize("point", ["after transfer", "before resume", "after resume", "before resumed", "after resumed"])
+def test_an_agent_that_is_killed_while_a_guest_is_handed_over(lab: Lab, point: str) -> None:
+    """Before the new QEMU is the VM's own the guest goes on in the old one, after that in the new one; never in both."""
+    installed(lab, "10.0")
+    guest = lab.guest("web1", *SHARED, qemu=str(lab.root / "qemu"))
+    guest.start()
+    guest.until_counts()
+    before = guest.pid
+    with case(f"handed over, and the agent killed {point}"):
+        dies(lab, guest, point, "refresh")
+        guest.until_state("running")
+        assert (guest.pid == before) == (point not in ("before resumed", "after resumed"))
+        guest.assert_unbroken()
+        assert guest.call("Refresh", "a{sv}", {}) == "transfer"
+        guest.assert_unbroken()
 
 
 @pytest.mark.parametrize(
