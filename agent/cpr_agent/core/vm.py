@@ -309,7 +309,7 @@ class Vm(VmBase):
 
     async def _transfer(self, qemu: Qemu, launch: Launch) -> None:
         """One QEMU hands its guest to the other, and neither lets go of the RAM on the way: no checkpoint, no witness (ADR
-        8). Until the new one is adopted no guest has run in it; the old one, once stopped, goes on only if it is not."""
+        9). Until the new one is adopted no guest has run in it; the old one, once stopped, goes on only if it is not."""
         runner, host, agent = self._ports.runner, self._ports.host, self._settings.agent
         draft = await self._draft(qemu, launch, "running", "transfer", "")
         directory = runner.directory(self.name, beside=True)
