@@ -259,6 +259,9 @@ class FakeQemu:
         await self._step("run_state")
         return self.status
 
+    async def version(self) -> str:
+        return "10.0"
+
     async def blocked_reasons(self, launch: Launch) -> list[str]:  # noqa: ARG002
         await self._step("blocked_reasons")
         return self._runner.blocked.get(self.launch.vm, [])

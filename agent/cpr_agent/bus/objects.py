@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from cpr_agent.core.model import POLICIES, DaxDevice, Finding, Policy, Survives,
 from cpr_agent.core.preflight import Wish
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
+from cpr_agent.report.render import render
 from cpr_agent.report.timeline import GuestTimeline
 
 Result = Awaitable[list[Any]]
@@ -82,6 +84,10 @@ class ManagerObject(BusObject):
 
     async def call_ListHistory(self) -> list[Any]:
         return [[_timeline(timeline) for timeline in self._manager.ports.history.all()]]
+
+    async def call_Report(self, wanted: str, form: str) -> list[Any]:
+        story = self._manager.story(wanted)
+        return [await asyncio.to_thread(render, story, form)]
 
     async def call_Reload(self) -> list[Any]:
         await self._manager.reload()

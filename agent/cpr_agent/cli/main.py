@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from cpr_agent import __version__
-from cpr_agent.cli import definitions, memory, upgrades, vms
+from cpr_agent.cli import definitions, memory, report, upgrades, vms
 
 EPILOG = """Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no such VM, checkpoint or report, 4 refused by a check or a
 proof, 5 no agent to talk to, 77 not allowed."""
@@ -20,7 +20,7 @@ def cli(context: click.Context, bus_address: str | None) -> None:
     context.obj = bus_address
 
 
-for _command in (*vms.COMMANDS, *upgrades.COMMANDS, *memory.COMMANDS, *definitions.COMMANDS):
+for _command in (*vms.COMMANDS, *upgrades.COMMANDS, *report.COMMANDS, *memory.COMMANDS, *definitions.COMMANDS):
     cli.add_command(_command)
 
 

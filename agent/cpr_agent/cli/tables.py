@@ -212,7 +212,10 @@ def history(data: list[dict[str, Any]]) -> None:
         for name, length_s in entry["phases"]:
             table.add_row(name, f"{length_s:.3f}")
         table.add_row("[bold]total pause[/]", f"[bold]{entry['pause']:.3f}[/]")
-        _print(f"[bold]{entry['vm']}[/]: kernel {entry['kernel-before']} -> {entry['kernel-after']}")
+        _print(
+            f"[bold]{entry['vm']}[/]: kernel {entry['kernel-before']} -> {entry['kernel-after']}; "
+            f"report {(entry['upgrade'] or entry['id'])[:8]}"
+        )
         if "clock-behind" in entry:
             _print(f"its clock was {entry['clock-behind']:.3f} s behind, and was set")
         if entry["clock-problem"]:

@@ -17,6 +17,7 @@ from cpr_agent.core.settings import Settings
 from cpr_agent.core.transaction import Transaction
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, NoSuchVM
+from cpr_agent.report.story import Story, tell
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,12 @@ class Manager:
         except ValueError as error:
             raise InvalidArgument(str(error), vm=vm, left="nothing was allocated") from error
         return allocate(vm, wanted, self.ports.memory.devices(), await self.claims(), device.removeprefix("uuid:"))
+
+    # -- what happened ------------------------------------------------------------------------------------------------
+
+    def story(self, wanted: str) -> Story:
+        """Of the upgrade or load with this id; "" is the last one. Raises NoSuchReport."""
+        return tell(wanted, self.ports.journal.records(), self.ports.history.all(), self.ports.host.name())
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

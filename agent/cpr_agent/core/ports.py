@@ -35,6 +35,8 @@ class Qemu(Protocol):
 
     async def run_state(self) -> str: ...
 
+    async def version(self) -> str: ...
+
     async def blocked_reasons(self, launch: Launch) -> list[str]:
         """Why a save would be refused or unsafe now, each fit for an admin. Touches nothing that the guest sees."""
 
@@ -262,6 +264,8 @@ class Host(Protocol):
     def boot_id(self) -> str: ...
 
     def kernel(self) -> str: ...
+
+    def name(self) -> str: ...
 
     def program_digest(self, pid: int) -> str:
         """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""

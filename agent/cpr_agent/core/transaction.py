@@ -391,7 +391,9 @@ class Transaction:
             return None
         if self.ledger.rebooted:
             log.info("upgrade %s: booted %s after %s", current.id, self._ports.host.kernel(), current.phase)
-            self.ledger.enter(Phase.BOOTED, interrupted=_interruption(current, self._ports))
+            host = self._ports.host
+            about = {"kernel": host.kernel(), "userspace_at": host.userspace_at(), "by_kexec": host.booted_by_kexec()}
+            self.ledger.enter(Phase.BOOTED, interrupted=_interruption(current, self._ports), **about)
             return None  # cpr-load.service asks for the load, once memory and disks are there
         if current.phase in (Phase.BOOTED, Phase.LOADING):  # an earlier agent of this boot was at it
             return lambda job: self.load_all(job, self._vms(), autostart=False)

@@ -9,7 +9,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpr_agent.core.model import (
     Definition,
@@ -59,6 +59,15 @@ from cpr_agent.errors import (
 from cpr_agent.report.timeline import GuestTimeline
 
 log = logging.getLogger(__name__)
+
+
+class LoadTimes(NamedTuple):
+    """Epoch seconds: when a load began, had its memory, had its state, and when its guest ran."""
+
+    load_at: float
+    memory_at: float
+    loaded_at: float
+    resumed_at: float
 
 
 class Vm(VmBase):
@@ -335,7 +344,8 @@ class Vm(VmBase):
         )
         resumed_at = await self._go_on(new, draft, adopt=True) or host.now()
         await runner.kill(self.name, beside=True)
-        self._spawn(self._record(replace(draft, times=times), handed_at, handed_at, resumed_at))
+        loaded = LoadTimes(handed_at, handed_at, handed_at, resumed_at)
+        self._spawn(self._record(replace(draft, times=times), loaded))
 
     async def _undo_transfer(self) -> None:
         """The guest stands in the QEMU that it had, and no other has it any more."""
@@ -392,6 +402,13 @@ class Vm(VmBase):
     def _hold(self, manifest: Manifest, error: ProofFailed) -> None:
         """Keep everything as it is, with what was found, for an admin to decide."""
         held = Held(reason=error.text, error=error.kind, at=self._ports.host.now(), evidence=error.evidence)
+        self._ports.journal.append(
+            "held",
+            vm=self.name,
+            upgrade=manifest.upgrade,
+            reason=error.what,
+            evidence=[list(one) for one in error.evidence],
+        )
         self._ports.store.hold(self.name, held)
         found = "; ".join(f"{one.what}: expected {one.expected}, found {one.found}" for one in error.evidence)
         log.error("%s", error.text)
@@ -499,7 +516,7 @@ class Vm(VmBase):
                 ),
             )
             await asyncio.to_thread(pending.commit, manifest)
-            self._ports.journal.append("saved", vm=self.name, checkpoint=draft.id)
+            self._ports.journal.append("saved", vm=self.name, checkpoint=draft.id, stopped_at=stopped_at)
         except BaseException as error:
             # Shielded: whatever interrupts the save, also a cancelled job, the guest must not stay stopped.
             if asleep_at and self._woke:
@@ -670,11 +687,13 @@ class Vm(VmBase):
                 raise LoadFailed(
                     f"could not be loaded: {what}{said}", vm=self.name, left=keep, remedy="" if into else other
                 ) from error
+            loaded_at = host.now()
             resumed_at = await self._go_on(qemu, manifest, adopt=into is not None) or host.now()
             if into:
                 # Not by `quit`: it would unlink the paths of sockets, which are the new one's now.
                 await self._ports.runner.kill(self.name, beside=True)
-            self._spawn(self._record(manifest, load_at, memory_at, resumed_at))  # nobody's guest need wait for it
+            times = LoadTimes(load_at, memory_at, loaded_at, resumed_at)
+            self._spawn(self._record(manifest, times))  # nobody's guest need wait for it
 
     async def _go_on(self, qemu: Qemu, manifest: Manifest, *, adopt: bool = False) -> float:
         """Once its state is loaded: let the guest do what it did when it was saved. Returns when it ran (epoch s)."""
@@ -692,8 +711,8 @@ class Vm(VmBase):
         )
         return await self._wake() if manifest.wakes else resumed_at
 
-    async def _record(self, manifest: Manifest, load_at: float, memory_at: float, resumed_at: float) -> None:
-        host, times = self._ports.host, manifest.times
+    async def _record(self, manifest: Manifest, loaded: LoadTimes) -> None:
+        host, times, resumed_at = self._ports.host, manifest.times, loaded.resumed_at
         rebooted = host.boot_id() != manifest.boot_id
         stepped_s = 0.0
         if not rebooted and times.stopped_uptime_s:
@@ -709,10 +728,18 @@ class Vm(VmBase):
             saved_at=times.durable_at,
             shutdown_at=await asyncio.to_thread(host.boot_ended_at, manifest.boot_id) if rebooted else 0.0,
             userspace_at=host.userspace_at() if rebooted else 0.0,
-            load_at=load_at - stepped_s,
-            memory_at=memory_at - stepped_s,
+            load_at=loaded.load_at - stepped_s,
+            memory_at=loaded.memory_at - stepped_s,
             resumed_at=resumed_at - stepped_s,
             by_kexec=not rebooted or host.booted_by_kexec(),
+            loaded_at=loaded.loaded_at - stepped_s,
+            run_state=manifest.run_state,
+            qemu_before=manifest.qemu.version,
+            qemu_after=await self._qemu_version(),
+            witness=manifest.witness.kind,
+            state_bytes=manifest.vmstate.size_bytes,
+            memory=manifest.memory.uuid or manifest.memory.path,
+            memory_bytes=manifest.memory.size_bytes,
         )
         log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s)
         self._store_timeline(timeline)
@@ -724,6 +751,12 @@ class Vm(VmBase):
             self._ports.history.add(timeline)
         except OSError as error:  # the guest runs; a report is not worth failing for
             log.warning("VM %s: its timeline could not be stored: %s", self.name, error)
+
+    async def _qemu_version(self) -> str:
+        """For the record; "" if its QEMU is gone already."""
+        with contextlib.suppress(QemuFailed):
+            return await self._qemu.version() if self._qemu else ""
+        return ""
 
     async def _set_clock(self) -> dict[str, Any]:
         """A guest's clock stood still with it. Returns what its timeline has to tell of that."""

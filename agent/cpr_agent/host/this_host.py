@@ -49,6 +49,9 @@ class ThisHost:
     def kernel(self) -> str:
         return os.uname().release
 
+    def name(self) -> str:
+        return os.uname().nodename
+
     def program_digest(self, pid: int) -> str:
         program = Path(f"/proc/{pid}/exe")
         info = program.stat()

@@ -31,6 +31,16 @@ class GuestTimeline:
     clock_problem: str = ""
     by_kexec: bool = True
     """False if the host was reset, or lost its power, in between."""
+    loaded_at: float = 0.0
+    """When its state was loaded and its guest about to run; 0 on records of an older agent, as are all below."""
+    run_state: str = ""
+    """Of the guest, as QEMU names it, when it was saved."""
+    qemu_before: str = ""
+    qemu_after: str = ""
+    witness: str = ""
+    state_bytes: int = 0
+    memory: str = ""
+    memory_bytes: int = 0
 
     @property
     def pause_s(self) -> float:
@@ -50,7 +60,10 @@ class GuestTimeline:
             marks += [(name, self.userspace_at), ("userspace", self.load_at)]
         else:
             marks.append(("saved", self.load_at))
-        marks += [("devices", self.memory_at), ("load", self.resumed_at)]
+        marks.append(("devices", self.memory_at))
+        if self.loaded_at:
+            marks.append(("load", self.loaded_at))
+        marks.append(("resume" if self.loaded_at else "load", self.resumed_at))
         out, last = [], self.stopped_at
         for name, mark in marks:
             out.append((name, mark - last))

@@ -54,7 +54,7 @@ class LiveQemu:
     async def facts(self, launch: Launch) -> QemuFacts:
         cpu = await self._cpu()
         return QemuFacts(
-            version=await self._version(),
+            version=await self.version(),
             machine_type=await self._machine_type(),
             dialect=(await self.dialect()).name,
             cpu=replace(cpu, features=await self._features(launch)) if cpu.words else cpu,
@@ -64,7 +64,7 @@ class LiveQemu:
 
     async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
         # A guest waits for this: all at once.
-        version, machine, tpm, cpu = await asyncio.gather(self._version(), self._machine_type(), self._tpm(), self._cpu())
+        version, machine, tpm, cpu = await asyncio.gather(self.version(), self._machine_type(), self._tpm(), self._cpu())
         out = _older(was.version, version)
         if machine != was.machine_type:
             out.append(Difference("machine type", was.machine_type, machine))
@@ -85,13 +85,13 @@ class LiveQemu:
         return out
 
     async def lacks(self, was: QemuFacts) -> list[Difference]:
-        out = _older(was.version, await self._version())
+        out = _older(was.version, await self.version())
         machines = {machine["name"] for machine in await self._qmp.execute("query-machines")}
         if was.machine_type not in machines:
             out.append(Difference("machine type", was.machine_type, "not among its types"))
         return out
 
-    async def _version(self) -> str:
+    async def version(self) -> str:
         version = await self._qmp.execute("query-version")
         number = version["qemu"]
         return f"{number['major']}.{number['minor']}.{number['micro']}{version['package']}"
@@ -375,7 +375,7 @@ class LiveQemu:
 
     async def _keeps_suspended(self) -> bool:
         """No schema tells; measured up to 7.2 and from 10.0, and read in between (FACTS.md, "Run states")."""
-        return (await self.dialect()).keeps_suspended and _numbers(await self._version()) >= _numbers("9.0")
+        return (await self.dialect()).keeps_suspended and _numbers(await self.version()) >= _numbers("9.0")
 
     async def _s3_is_disabled(self) -> bool:
         """By a property of the chipset's power management, which is part of the south bridge on newer QEMUs' ``pc``;

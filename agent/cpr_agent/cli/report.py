@@ -1,0 +1,42 @@
+"""How an upgrade or a load went."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from cpr_agent.bus.client import Client
+from cpr_agent.cli.session import json_option, pass_context, run, show
+
+
+@click.command()
+@click.argument("wanted", metavar="[ID]", default="")
+@click.option("--svg", "form", flag_value="svg", help="Print the timeline as a picture.")
+@click.option("--html", "form", flag_value="html", help="Print a page that stands alone.")
+@json_option
+@pass_context
+def report(context: click.Context, wanted: str, form: str | None, as_json: bool) -> None:
+    """Show how an upgrade or a load went, as a timeline. ID is one of `history`, or how it begins; default: the last."""
+    if form and as_json:
+        raise click.UsageError("choose one of --json, --svg and --html")
+
+    async def work(client: Client) -> int:
+        said = await client.manager("Report", "ss", wanted, form or "json")
+        if form:
+            click.echo(said)
+        else:
+            show(as_json, json.loads(said), _draw)
+        return 0
+
+    run(context, work)
+
+
+def _draw(story: dict[str, Any]) -> None:
+    from cpr_agent.cli import timeline  # rich, which takes long to import: as in session.tables
+
+    timeline.show(story)
+
+
+COMMANDS = (report,)

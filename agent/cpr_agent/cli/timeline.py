@@ -1,0 +1,103 @@
+"""A report drawn on the terminal: the timeline, and what there is to say of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cpr_agent.report.words import length
+
+PIPE_WIDTH = 120
+MIN_BAR = 20
+PHASES = {
+    "check": ("c", "grey62"),
+    "save": ("s", "blue"),
+    "shutdown": ("d", "sky_blue1"),
+    "saved": ("-", "sky_blue1"),
+    "userspace": ("u", "plum2"),
+    "devices": ("v", "dark_orange3"),
+    "load": ("l", "gold1"),
+    "resume": ("r", "green4"),
+    "take back": ("b", "dark_orange3"),
+    "held": ("#", "red"),
+}
+KERNEL = ("k", "purple")
+TONES = {"good": "green", "fair": "yellow", "bad": "red"}
+
+
+def show(story: dict[str, Any]) -> None:
+    """Bars in colours, or in letters where there are none; a pipe gets lines of 120 columns."""
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    verdict = story["verdict"]
+    began = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(story["started_at"]))
+    console.print(f"[bold]{escape(story['headline'])}[/]  {escape(story['host'])}, {began}, id {escape(story['id'][:8])}")
+    console.print(f"[{TONES[verdict['tone']]}]{escape(verdict['word'])}[/] {escape(verdict['text'])}")
+    for said in [story["reason"], *story["failures"]]:
+        if said:
+            console.print(f"[yellow]{escape(said)}[/]", soft_wrap=True)
+    console.print()
+    _timeline(console, story)
+    for guest in story["guests"]:
+        if guest["why"]:
+            console.print(f"\n[bold]{escape(guest['vm'])}[/] {guest['outcome']}: {escape(guest['why'])}", soft_wrap=True)
+            for what, expected, found in guest["evidence"]:
+                console.print(f"    {escape(what)}: expected {escape(expected)}, found {escape(found)}", soft_wrap=True)
+
+
+def _timeline(console: Console, story: dict[str, Any]) -> None:
+    rows = [("host", story["phases"], "", "")]
+    rows += [
+        (guest["vm"], guest["spans"], length(guest["pause_s"]) if guest["pause_s"] is not None else "", guest["outcome"])
+        for guest in story["guests"]
+    ]
+    if not (spans := [span for _, some, _, _ in rows for span in some]):
+        return
+    # What comes after the end of the upgrade (a guest that was held for a week) is cut off, as in the picture.
+    begin = min(span["begin"] for span in spans)
+    end = max([span["end"] for span in story["phases"]] or [story["ended_at"]])
+    names = max(len(name) for name, *_ in rows)
+    width = max(MIN_BAR, console.width - names - 32)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for _ in range(4):
+        table.add_column(no_wrap=True)
+    table.columns[2].justify = "right"
+    for name, some, pause, outcome in rows:
+        style = "red" if outcome == "held" else ""
+        table.add_row(Text(name, "bold"), _bar(some, begin, end, width, console), Text(pause, "bold"), Text(outcome, style))
+    console.print(table)
+    console.print(_legend(story, console))
+
+
+def _bar(spans: list[dict[str, Any]], begin: float, end: float, width: int, console: Console) -> Text:
+    """Each cell shows the phase that has most of it; a phase too short for that gets one all the same, where it can."""
+    cell = (end - begin) / width or 1.0
+    cells = [""] * width
+    for span in spans:
+        first = min(width - 1, max(0, int((span["begin"] - begin) / cell)))
+        last = min(width, max(first + 1, round((span["end"] - begin) / cell)))
+        if span["begin"] < end and span["end"] > span["begin"]:
+            cells[first:last] = [span["name"]] * (last - first)
+    bar = Text()
+    for name in cells:
+        letter, colour = PHASES.get(name, KERNEL) if name else (" ", "")
+        bar.append("█" if name and _coloured(console) else letter, colour)
+    return bar
+
+
+def _legend(story: dict[str, Any], console: Console) -> Text:
+    text = Text("\n")
+    for span in story["phases"]:
+        letter, colour = PHASES.get(span["name"], KERNEL)
+        text.append("█" if _coloured(console) else letter, colour)
+        text.append(f" {span['name']} {length(span['end'] - span['begin'])}   ")
+    return text
+
+
+def _coloured(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color

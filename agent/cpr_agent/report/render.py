@@ -1,0 +1,167 @@
+"""A story as JSON, as a picture, as a page that stands alone. The only importer of jinja2.
+
+Everything that is written into a document is escaped, and rid of what no document may hold: names and messages come from
+definitions, kernels and QEMU.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from cpr_agent.errors import InvalidArgument
+from cpr_agent.report.picture import css_class, draw
+from cpr_agent.report.story import GuestStory, Story
+from cpr_agent.report.words import length, moment, printable, size
+
+FORMATS = ("json", "svg", "html")
+KINDS = {
+    "upgrade": "Upgrade",
+    "drill": "Drill",
+    "back": "Way back",
+    "kexec": "Kexec",
+    "save-all": "Save of all guests",
+    "load": "Load",
+}
+
+
+class Verdict(NamedTuple):
+    tone: str
+    word: str
+    text: str
+
+
+def render(story: Story, form: str) -> str:
+    """Raises InvalidArgument."""
+    if form == "json":
+        return json.dumps(document(story), indent=2)
+    if form not in FORMATS:
+        raise InvalidArgument(
+            f"there is no format {form!r}", left="nothing was reported", remedy=f"use {', '.join(FORMATS)}"
+        )
+    page = _environment()
+    about = {"headline": headline(story), "subtitle": _subtitle(story), "picture": draw(story)}
+    svg = str(page.get_template("timeline.svg").render(**about, alone=form == "svg"))
+    if form == "svg":
+        return svg
+    whole = page.get_template("report.html").render(
+        **about,
+        svg=svg,
+        story=story,
+        verdict=verdict(story),
+        surprises=_surprises(story),
+        columns=_columns(story),
+        details=[guest for guest in story.guests if guest.timeline and guest.timeline.memory],
+        facts=_facts(story),
+    )
+    return str(whole)
+
+
+def document(story: Story) -> dict[str, Any]:
+    """As docs/insight.md has its fields."""
+    out = asdict(story)
+    out["headline"], out["verdict"] = headline(story), verdict(story)._asdict()
+    for guest in out["guests"]:
+        timeline = guest.pop("timeline") or {}
+        guest["about"] = {key: value for key, value in timeline.items() if key in _ABOUT}
+    return out
+
+
+_ABOUT = (
+    "id",
+    "run_state",
+    "qemu_before",
+    "qemu_after",
+    "witness",
+    "state_bytes",
+    "memory",
+    "memory_bytes",
+    "clock_behind_s",
+    "clock_problem",
+    "by_kexec",
+)
+
+
+def headline(story: Story) -> str:
+    kind = KINDS.get(story.kind, story.kind)
+    if story.kind == "load" and story.guests:
+        kind = f"Load of {story.guests[0].vm}"
+    if story.kernel_before == story.kernel_after:
+        planned = f", planned was {story.kernel_planned}" if story.kernel_planned not in ("", story.kernel_after) else ""
+        return f"{kind} on kernel {story.kernel_after}{planned}"
+    return f"{kind}: {story.kernel_before} → {story.kernel_after}"
+
+
+def verdict(story: Story) -> Verdict:
+    """How it went, in a sentence."""
+    through = story.of("went on")
+    words = [f"{len(through)} of {len(story.guests)} guests went on" if story.guests else "No guest was stopped"]
+    if story.longest and story.longest.pause_s is not None:
+        words.append(f"the longest pause was {length(story.longest.pause_s)} ({story.longest.vm})")
+    words += [f"{len(some)} {outcome}" for outcome in _LESSER if (some := story.of(outcome))]
+    tone = "bad" if story.outcome == "held" or story.of("held") else "good" if story.outcome == "done" else "fair"
+    return Verdict(tone, story.outcome.replace("-", " ").capitalize() + ".", "; ".join(words) + ".")
+
+
+_LESSER = ("held", "saved", "not saved", "resumed", "shut down", "booted anew")
+
+
+def _subtitle(story: Story) -> str:
+    said = verdict(story)
+    return f"{story.host} · {moment(story.started_at)} · {said.word.rstrip('.').lower()} · {said.text.rstrip('.')}"
+
+
+def _surprises(story: Story) -> list[str]:
+    """What the section of no guest tells."""
+    told = tuple(f"VM {guest.vm}: " for guest in story.guests if guest.why)
+    failures = [failure for failure in story.failures if not failure.startswith(told)] if told else list(story.failures)
+    return [said for said in (story.reason, *failures) if said]
+
+
+def _columns(story: Story) -> list[str]:
+    """Each phase that any guest went through, in the order of the longest way."""
+    longest = max(story.guests, key=lambda guest: len(guest.spans), default=None)
+    names = [span.name for span in longest.spans] if longest else []
+    return list(dict.fromkeys([*names, *(span.name for guest in story.guests for span in guest.spans)]))
+
+
+def _facts(story: Story) -> list[tuple[str, str]]:
+    facts = [
+        ("Host", story.host),
+        ("Began", moment(story.started_at)),
+        ("Took", length(story.ended_at - story.started_at)),
+        ("Kernel before", story.kernel_before),
+        ("Kernel after", story.kernel_after),
+        ("Kernel planned", story.kernel_planned),
+        ("QEMU before", _several(g.timeline.qemu_before for g in story.guests if g.timeline)),
+        ("QEMU after", _several(g.timeline.qemu_after for g in story.guests if g.timeline)),
+        ("Witness of guests' memory", _several(g.timeline.witness for g in story.guests if g.timeline)),
+        ("Policy", story.policy),
+        *((f"Host: {span.name}", length(span.length_s)) for span in story.phases),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _several(values: Any) -> str:
+    return ", ".join(sorted({str(value) for value in values if value}))
+
+
+def _phase_of(guest: GuestStory, name: str) -> str:
+    found = [span for span in guest.spans if span.name == name]
+    return length(sum(span.length_s for span in found)) if found else ""
+
+
+def _environment() -> Any:
+    """Made anew for each report, and imported then: the agent's start, for which guests wait, must not wait for it."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cpr_agent.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    environment.filters.update(length_of=length, size_of=size, css=css_class, phase=_phase_of)
+    return environment

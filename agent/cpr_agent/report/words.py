@@ -1,0 +1,45 @@
+"""Numbers and times as people read them."""
+
+from __future__ import annotations
+
+import re
+import time
+
+_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""XML 1.0, "Characters": what no escape makes fit for a document."""
+
+
+def printable(text: str) -> str:
+    """``text`` without what a document can't hold: names and messages come from outside."""
+    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def length(seconds: float) -> str:
+    """Three digits or so: ``12 ms``, ``4.31 s``, ``42.1 s``, ``1 min 12 s``, ``2 h 03 min``, ``3 d 04 h``."""
+    if seconds < 0.9995:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    minutes = round(seconds / 60)
+    if minutes < 1440:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02} h"
+
+
+def size(count: int) -> str:
+    """``512 MiB``, ``1.5 GiB``, ``290 KiB``."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+
+
+def moment(at: float) -> str:
+    """In the host's own zone, and which that is."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(at))

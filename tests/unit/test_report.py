@@ -1,0 +1,286 @@
+"""What is told of an upgrade or a load: the story, the picture of it, and what is written down of that."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+from cpr_agent.errors import InvalidArgument, NoSuchReport
+from cpr_agent.report.picture import draw, ticks
+from cpr_agent.report.render import render, verdict
+from cpr_agent.report.story import Story, tell
+from cpr_agent.report.timeline import GuestTimeline
+from cpr_agent.report.words import length, size
+from cpr_agent.store.history import History
+from tests.stories import T0, UPGRADE, told, upgrade
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+LOADED = ("load_at", "memory_at", "loaded_at", "resumed_at")
+
+
+def names(story: Story) -> list[str]:
+    return [span.name for span in story.phases]
+
+
+def without_overlap(spans: Any) -> bool:
+    return all(a.end == b.begin and a.length_s >= 0 for a, b in pairwise(spans))
+
+
+def test_an_upgrade_is_told_with_the_phases_of_its_host_and_guests() -> None:
+    story = told(3)
+    assert (story.id, story.kind, story.outcome) == (UPGRADE, "upgrade", "done")
+    assert names(story) == [
+        *("check", "save", "shutdown", "kexec + kernel", "userspace", "devices", "load", "resume"),
+    ]
+    assert without_overlap(story.phases)
+    assert [guest.vm for guest in story.guests] == ["web1", "web2", "web3"]
+    for guest in story.guests:
+        assert without_overlap(guest.spans)
+        assert sum(span.length_s for span in guest.spans) == pytest.approx(guest.pause_s)
+    assert story.longest and story.longest.vm == "web1"
+    assert verdict(story).text == "3 of 3 guests went on; the longest pause was 25.3 s (web1)."
+
+
+def test_a_guest_that_is_held_is_told_with_why_and_what_was_found() -> None:
+    story = told(3, held=("web2",))
+    (held,) = story.of("held")
+    assert (held.vm, held.pause_s) == ("web2", None)
+    assert "contents of its memory" in held.why
+    assert held.evidence[0][0] == "witness of 4096 pages"
+    assert [span.name for span in held.spans][:4] == ["save", "shutdown", "kexec + kernel", "userspace"]
+    assert verdict(story).tone == "bad"
+    page = render(story, "html")
+    assert page.count("the contents of its memory are not what they were") == 1
+
+
+def test_all_guests_held_is_a_report_too() -> None:
+    story = told(2, held=("web1", "web2"))
+    assert len(story.of("held")) == 2
+    assert "shutdown + kexec + kernel" in names(story)
+    render(story, "html")
+
+
+def test_what_was_taken_back_is_told_by_the_journal_alone() -> None:
+    records = upgrade(2)[0]
+    records = [r for r in records if r["at"] < T0 + 1.9]
+    more: list[dict[str, Any]] = [
+        {"event": "upgrade-rolling-back", "upgrade": UPGRADE, "at": T0 + 2, "reason": "disk full"},
+        *({"event": "rollback", "vm": vm, "at": T0 + 2.1, "checkpoint": f"id-{vm}"} for vm in ("web1", "web2")),
+        *({"event": "resumed", "vm": vm, "at": T0 + 2.2, "checkpoint": f"id-{vm}"} for vm in ("web1", "web2")),
+        {"event": "upgrade-rolled-back", "upgrade": UPGRADE, "at": T0 + 2.3, "failures": []},
+    ]
+    story = tell("", [*records, *more], [], "host")
+    assert (story.outcome, story.reason, names(story)) == ("rolled-back", "disk full", ["check", "save", "take back"])
+    assert {guest.outcome for guest in story.guests} == {"resumed"}
+    assert story.longest and story.longest.pause_s == pytest.approx(2.18, abs=0.01)
+    assert "disk full" in render(story, "html")
+
+
+def test_a_refused_upgrade_has_no_guests() -> None:
+    records = [r for r in upgrade(2)[0] if r["event"] == "upgrade-checking"]
+    refused = {"event": "upgrade-refused", "upgrade": UPGRADE, "at": T0, "reason": "cpr-gate.service is disabled"}
+    story = tell("", [*records, refused], [], "host")
+    assert (story.outcome, story.guests, names(story)) == ("refused", (), ["check"])
+    assert "cpr-gate.service is disabled" in render(story, "html")
+    ElementTree.fromstring(render(story, "svg"))  # noqa: S314 - our own
+
+
+def test_a_load_by_itself_is_a_report() -> None:
+    single = replace(upgrade(1)[1][0], id="feedbeef00", upgrade="", userspace_at=0.0, shutdown_at=0.0)
+    story = tell("feed", [], [single], "host")
+    assert (story.kind, story.phases) == ("load", story.guests[0].spans)
+    assert names(story) == ["save", "saved", "devices", "load", "resume"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"), [("nope", "there is no report 'nope'"), ("a5c", "there is no report"), ("id-w", "begins")]
+)
+def test_an_unknown_id_is_told_with_those_that_are_known(wanted: str, said: str) -> None:
+    records, timelines = upgrade(2)
+    singles = [replace(t, upgrade="", id=f"{t.id}-again", stopped_at=t.stopped_at + 900) for t in timelines]
+    with pytest.raises(NoSuchReport, match=said.replace("begins", "2 reports have an id that begins")) as caught:
+        tell(wanted, records, [*timelines, *singles], "host")
+    assert "id-web1-again" in caught.value.remedy
+    assert tell("a5c1", records, timelines, "host").id == UPGRADE
+
+
+def test_nothing_on_record_is_told_as_that() -> None:
+    with pytest.raises(NoSuchReport, match="nothing was upgraded or loaded"):
+        tell("", [], [], "host")
+
+
+def test_records_of_an_older_agent_are_read(tmp_path: Path) -> None:
+    """As 0.1.0's first loads wrote them: without what was added since."""
+    (timeline,) = upgrade(1)[1]
+    added = ("loaded_at", "run_state", "qemu_before", "qemu_after", "witness", "state_bytes", "memory", "memory_bytes")
+    old = {key: value for key, value in msgspec.to_builtins(timeline).items() if key not in added}
+    (tmp_path / "old.json").write_bytes(msgspec.json.encode(old))
+    (read,) = History(tmp_path).all()
+    assert [name for name, _ in read.phases()][-2:] == ["devices", "load"]
+    story = tell("", [], [replace(read, upgrade="")], "host")
+    render(story, "html")
+
+
+def test_a_clock_that_went_back_across_the_kexec_turns_no_phase_around() -> None:
+    records, timelines = upgrade(2)
+    wrong = [replace(t, userspace_at=t.shutdown_at - 1.0) for t in timelines]
+    booted = [{**r, "userspace_at": T0 + 5.0} if r["event"] == "upgrade-booted" else r for r in records]
+    story = tell("", booted, wrong, "host")
+    assert without_overlap(story.phases)
+    assert all(without_overlap(guest.spans) for guest in story.guests)
+
+
+def test_a_guest_that_was_loaded_days_later_does_not_stretch_the_picture() -> None:
+    records, timelines = upgrade(3, held=("web2",))
+    late = replace(timelines[0], id="id-web2", vm="web2", **dict.fromkeys(LOADED, T0 + 2 * 86400))
+    story = tell("", records, [*timelines, late], "host")
+    picture = draw(story)
+    row = next(row for row in picture.rows if row.name == "web2")
+    assert row.open_x > 0
+    assert row.text == "2 d 00 h"
+    assert max(tick.x for tick in picture.ticks) <= picture.right
+    assert all(row.text_x < picture.width for row in picture.rows)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20, 64])
+def test_bars_stand_below_each_other_and_inside_the_picture(count: int) -> None:
+    picture = draw(told(count, names="a-guest-with-a-rather-long-name-{}"))
+    assert len(picture.rows) == count
+    tops = [row.y for row in picture.rows]
+    assert tops == sorted(tops)
+    assert tops[-1] + picture.rows[-1].height <= picture.bottom
+    for row in picture.rows:
+        assert all(picture.left - 0.01 <= box.x and box.x + box.width <= picture.right + 1.01 for box in row.boxes)
+        assert picture.font * 0.58 * len(row.name) <= picture.left
+    assert picture.height < 1500
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "labels"),
+    [
+        (-3.0, 26.0, ["0 s", "5 s", "10 s", "15 s", "20 s", "25 s"]),
+        (0.0, 0.9, ["0.0 s", "0.1 s", "0.2 s"]),
+        (-10, 190.0, ["0 s", "30 s", "1:00 min", "1:30 min"]),
+        (0, 7200, ["0 s", "15:00 min", "30:00 min"]),
+        (0, 86400 * 3, ["0 s", "12 h", "24 h"]),
+    ],
+)
+def test_the_axis_has_round_moments(begin: float, end: float, labels: list[str]) -> None:
+    shown = ticks(begin, end)
+    assert [label for at, label in shown if at >= 0][: len(labels)] == labels
+    assert 4 <= len(shown) <= 12
+
+
+EVIL = '<script>alert("1")</script>&\x1b[31m\x00"\'{{ 7 * 7 }}'
+
+
+def evil() -> Story:
+    story = told(2, held=("web2",))
+    guests = tuple(replace(guest, vm=EVIL, why=EVIL, evidence=((EVIL, EVIL, EVIL),)) for guest in story.guests)
+    return replace(story, host=EVIL, kernel_after=EVIL, reason=EVIL, failures=(EVIL,), guests=guests, policy=EVIL)
+
+
+def test_what_comes_from_outside_is_escaped() -> None:
+    svg = render(evil(), "svg")
+    assert "<script" not in svg
+    assert "\x00" not in svg and "\x1b" not in svg
+    root = ElementTree.fromstring(svg)  # noqa: S314 - our own
+    assert any("alert" in (text.text or "") for text in root.iter(f"{SVG}text"))
+    page = render(evil(), "html")
+    assert "<script" not in page.lower()
+    assert "\x00" not in page
+    assert "{{ 7 * 7 }}" in page
+
+
+class Tags(HTMLParser):
+    VOID = ("meta", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("story", [told(3), told(64, held=("web9",)), evil()], ids=["3", "64", "evil"])
+def test_the_page_is_well_formed_and_stands_alone(story: Story) -> None:
+    page = render(story, "html")
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    loads = [
+        (tag, name) for tag, attrs in tags.seen for name in attrs if name in ("src", "href", "srcset", "data", "action")
+    ]
+    assert loads == []
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/2000/svg)", page)
+    assert "default-src 'none'" in page
+
+
+def test_json_has_everything() -> None:
+    data = json.loads(render(told(2, held=("web2",)), "json"))
+    assert data["verdict"]["tone"] == "bad"
+    assert data["guests"][0]["about"]["qemu_after"] == "10.0.13"
+    assert data["guests"][1]["evidence"][0][0] == "witness of 4096 pages"
+    assert {"name", "begin", "end"} == set(data["phases"][0])
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="no format 'pdf'"):
+        render(told(1), "pdf")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (-0.1, "0 ms"),
+        (0.0123, "12 ms"),
+        (0.9999, "1.00 s"),
+        (9.994, "9.99 s"),
+        (9.996, "10.0 s"),
+        (59.97, "1 min 00 s"),
+        (72.4, "1 min 12 s"),
+        (3599.7, "1 h 00 min"),
+        (7380, "2 h 03 min"),
+        (86399, "1 d 00 h"),
+        (273600, "3 d 04 h"),
+    ],
+)
+def test_lengths_are_written_as_people_read_them(seconds: float, words: str) -> None:
+    assert length(seconds) == words
+
+
+def test_sizes_are_written_as_people_read_them() -> None:
+    assert [size(n) for n in (0, 290_000, 64 << 20, 3 << 29, 1020 << 10)] == [
+        "0 B",
+        "283 KiB",
+        "64 MiB",
+        "1.5 GiB",
+        "1020 KiB",
+    ]
+
+
+def test_the_timeline_of_a_guest_adds_up() -> None:
+    timeline = GuestTimeline(**{**msgspec.to_builtins(upgrade(1)[1][0]), "shutdown_at": 0.0})
+    assert sum(length_s for _, length_s in timeline.phases()) == pytest.approx(timeline.pause_s)
+    assert "shutdown + kexec + kernel" in dict(timeline.phases())
