@@ -80,6 +80,12 @@ demo: bootstrap ## A Linux guest and a tiny guest live through a real kexec of a
 	@$(MAKE) --no-print-directory host-root $(DEB)
 	@scripts/demo --deb $(DEB)
 
+.PHONY: report-sample
+report-sample: demo ## The same, and what `cprctl report` makes of it: build/report-sample.svg and .html
+	@for form in svg html; do \
+		cp build/demo/host/artefacts/report.$$form build/report-sample.$$form && echo build/report-sample.$$form; \
+	done
+
 .PHONY: demo-quick
 demo-quick: bootstrap ## Save, a new QEMU, load: on this machine, in under a minute
 	@$(PYTHON) scripts/demo-quick
@@ -137,6 +143,7 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 packaging/ansible/README.md $(DESTDIR)/usr/share/doc/cpr-agent/README.ansible.md
 	install -D -m 644 packaging/agent.toml $(DESTDIR)/etc/cpr-agent/agent.toml
 	install -D -m 644 packaging/example-vm.toml $(DESTDIR)/usr/share/doc/cpr-agent/examples/web1.toml
+	install -D -m 755 packaging/example-check-hook $(DESTDIR)/usr/share/doc/cpr-agent/examples/check-hook
 	install -D -m 644 docs/*.md -t $(DESTDIR)/usr/share/doc/cpr-agent
 	for page in $(MAN_PAGES); do \
 	    install -D -m 644 $$page -t $(DESTDIR)/usr/share/man/man$${page##*.}; \

@@ -17,11 +17,12 @@ from cpr_agent.core.ports import Host, Ports
 from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
 from cpr_agent.core.vm import Vm
 from cpr_agent.memory.backends import HostMemory
+from cpr_agent.report.timeline import GuestTimeline
 from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
 from cpr_agent.vm.definition import DefinitionDirectory
-from tests.fakes import AgentKilled, FakeDevices, FakeHost, FakeKernels, FakeKexec, FakeQemu, FakeRunner
+from tests.fakes import AgentKilled, FakeDevices, FakeHooks, FakeHost, FakeKernels, FakeKexec, FakeQemu, FakeRunner
 
 T = TypeVar("T")
 RAM_BYTES = 16384
@@ -104,6 +105,7 @@ class Bench:
         self.host = FakeHost()
         self.kernels = FakeKernels(self.runner)
         self.kexec = FakeKexec(self.runner)
+        self.hooks = FakeHooks(self.runner)
         self.definitions = root / "vms"
         self.definitions.mkdir()
 
@@ -151,6 +153,7 @@ class Bench:
                 host=self.host,
                 kernels=self.kernels,
                 kexec=self.kexec,
+                hooks=self.hooks,
             )
             manager = Manager(ports, self.settings)
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
@@ -197,6 +200,9 @@ class Bench:
         journal = FileJournal(self.root / "journal", self.host)
         journal.close()
         return journal.records()
+
+    def history(self) -> list[GuestTimeline]:
+        return History(self.root / "history").all()
 
     def records(self) -> list[str]:
         return [str(record["event"]) for record in self.journal()]

@@ -10,11 +10,21 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cpr_agent.core.model import DaxDevice, Difference, DiskIdentity, Finding, Kernel, Launch, QemuFacts
+from cpr_agent.core.model import (
+    DaxDevice,
+    Difference,
+    DiskIdentity,
+    Finding,
+    HookFailure,
+    HookPhase,
+    Kernel,
+    Launch,
+    QemuFacts,
+)
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import KernelRefused, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.host.this_host import ThisHost
@@ -46,10 +56,6 @@ class FakeHost(ThisHost):
         self.by_kexec = False
         self.installed = "running"
         """Identity of the QEMU at the path that definitions name."""
-        self.told: list[tuple[str, str]] = []
-
-    def tell(self, event: str, text: str, **fields: str) -> None:  # noqa: ARG002 - the machine's journal is not the test's
-        self.told.append((event, text))
 
     def booted_by_kexec(self) -> bool:
         return self.by_kexec
@@ -170,6 +176,30 @@ class FakeKexec:
         self.under_way, self._said = False, said
         self.started.clear()
         self._end.set()
+
+
+class FakeHooks:
+    """Implements core.ports.Hooks: unit tests run no programs. ``failing`` is by phase and VM, what its hook says; ``ran``
+    tells which ran, and what the guests' QEMUs were doing then. Real scripts are in tests/bus."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.failing: dict[tuple[str, str], str] = {}
+        self.ran: list[tuple[str, str, str]] = []
+        self.statuses: list[dict[str, str]] = []
+        self._runner = runner
+
+    async def run(
+        self,
+        phase: HookPhase,
+        vm: str,
+        upgrade: str,
+        facts: Mapping[str, object],  # noqa: ARG002
+    ) -> list[HookFailure]:
+        self._runner.point(f"hook {phase}")
+        self.ran.append((phase, vm, upgrade))
+        self.statuses.append({name: qemu.status for name, qemu in self._runner.qemus.items()})
+        why = self.failing.get((phase, vm))
+        return [HookFailure(f"/etc/cpr-agent/hooks.d/{phase}.d/10-test", why)] if why else []
 
 
 class FakeDevices:

@@ -15,8 +15,11 @@ from cpr_agent import __version__
 from cpr_agent.bus.service import Service
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
+from cpr_agent.core.publisher import Publisher, Write
 from cpr_agent.core.settings import Settings
-from cpr_agent.errors import CprError
+from cpr_agent.errors import CprError, InvalidDefinition
+from cpr_agent.host.hooks import HookDirectory
+from cpr_agent.host.journald import LogControl
 from cpr_agent.host.kernels import InstalledKernels
 from cpr_agent.host.kexec import NoKexec, SystemdKexec
 from cpr_agent.host.processes import ProcessRunner
@@ -24,7 +27,7 @@ from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watch
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
-from cpr_agent.store.atomic import locked, make_private_directory
+from cpr_agent.store.atomic import locked, make_private_directory, write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
@@ -46,6 +49,20 @@ class Paths:
     @property
     def definitions(self) -> Path:
         return self.root / "etc/cpr-agent/vms"
+
+    @property
+    def hooks(self) -> Path:
+        return self.root / "etc/cpr-agent/hooks.d"
+
+    @property
+    def metrics(self) -> Path:
+        """Where Debian's node_exporter looks (prometheus-node-exporter, --collector.textfile.directory)."""
+        return self.root / "var/lib/prometheus/node-exporter"
+
+    @property
+    def motd(self) -> Path:
+        """pam_motd(8) shows what is in here."""
+        return self.root / "run/motd.d"
 
     @property
     def state(self) -> Path:
@@ -71,6 +88,7 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
         store=CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories)),
         journal=FileJournal(paths.state / "journal", host),
         history=History(paths.state / "history"),
+        hooks=HookDirectory(paths.hooks, settings.hooks.timeout),
         host=host,
         kernels=InstalledKernels(),
         kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
@@ -78,7 +96,29 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
     return Manager(ports, settings)
 
 
-async def serve(paths: Paths, address: str | None, runner: str) -> int:
+def publisher(paths: Paths, settings: Settings, manager: Manager) -> Publisher:
+    """Raises InvalidDefinition."""
+    wanted = settings.report.metrics
+    if wanted not in ("auto", "off") and not Path(wanted).is_absolute():
+        what = f'{paths.config}: report.metrics is "{wanted}", which is neither "auto" nor "off" nor an absolute path'
+        raise InvalidDefinition(what)
+    directory = paths.metrics if wanted == "auto" else paths.root / wanted.lstrip("/")
+    metrics = None if wanted == "off" or (wanted == "auto" and not directory.is_dir()) else directory / "cpr-agent.prom"
+    motd = paths.motd / "50-cpr-agent" if settings.report.motd and paths.motd.is_dir() else None
+    return Publisher(manager, _written_to(metrics) if metrics else None, _written_to(motd) if motd else None)
+
+
+def _written_to(path: Path) -> Write:
+    def write(text: str) -> None:
+        if text:
+            write_atomically(path, text.encode(), mode=0o644, durable=False)
+        else:
+            path.unlink(missing_ok=True)
+
+    return write
+
+
+async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl) -> int:
     settings = decode_toml(paths.config, Settings) if paths.config.exists() else Settings()
     kind = settings.agent.runner if runner == "auto" else runner
     systemd = Systemd() if kind == "systemd" or (kind == "auto" and booted()) else None
@@ -86,12 +126,15 @@ async def serve(paths: Paths, address: str | None, runner: str) -> int:
     make_private_directory(paths.state)
     with locked(paths.state / "lock"):  # on another bus, an agent with the same guests could be
         manager = build(paths, settings, systemd)
-        service = Service(bus, manager, paths.run)  # before the name: with its reply comes the call that started the agent
+        published = publisher(paths, settings, manager)
+        # Before the name: with its reply comes the call that started the agent.
+        service = Service(bus, manager, paths.run, logs)
+        service.changed = published.wake
         await Service.own_name(bus)  # before anything is touched: there must be no second agent
-        return await _serve(service, manager, units=systemd is not None)
+        return await _serve(service, manager, published, units=systemd is not None)
 
 
-async def _serve(service: Service, manager: Manager, *, units: bool) -> int:
+async def _serve(service: Service, manager: Manager, published: Publisher, *, units: bool) -> int:
     await manager.reload()
     await manager.recover()
     service.open()
@@ -105,6 +148,8 @@ async def _serve(service: Service, manager: Manager, *, units: bool) -> int:
     notify(ready=1, status=f"{len(manager.vms)} VMs")
 
     watchdog = loop.create_task(_feed_watchdog())
+    publishing = loop.create_task(published.run())
+    published.wake()
     stopping = loop.create_task(stop.wait())
     lost = loop.create_task(service.disconnected())
     await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
@@ -115,6 +160,7 @@ async def _serve(service: Service, manager: Manager, *, units: bool) -> int:
         os._exit(1)
     notify(stopping=1)
     await manager.close()
+    publishing.cancel()
     watchdog.cancel()
     lost.cancel()
     return 0
@@ -139,11 +185,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = arguments().parse_args()
-    logging.basicConfig(
-        level=logging.DEBUG if options.debug else logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr
-    )
+    logs = LogControl(logging.getLogger(), "debug" if options.debug else "info")
     try:
-        status = asyncio.run(serve(Paths(options.root), options.bus_address, options.runner))
+        status = asyncio.run(serve(Paths(options.root), options.bus_address, options.runner, logs))
     except CprError as error:
         log.error("%s", error)
         status = 1

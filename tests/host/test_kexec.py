@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 from scripts.guest.console import read_console
 
@@ -21,4 +22,7 @@ def test_two_guests_live_through_a_kexec_of_their_host(tmp_path: Path) -> None:
     for name in ("tiny", "linux"):
         report = read_console(artefacts / f"{name}.log", min_lines=20)
         assert report.problems == (), str(report)
+    picture = "".join(ElementTree.parse(artefacts / "report.svg").getroot().itertext())  # noqa: S314 - the agent's own
+    assert all(name in picture for name in ("tiny", "linux", "kexec + kernel"))
+    assert (artefacts / "report.html").read_text().rstrip().endswith("</html>")
     assert ".SaveAll" in (artefacts / "introspect").read_text()

@@ -11,13 +11,14 @@ import pytest
 import cpr_agent
 from cpr_agent import errors
 from cpr_agent.bus.contract import escape, introspection, read_contract
+from cpr_agent.bus.logs import LogObject
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
 from cpr_agent.core.model import Definition, Located, MemorySection, VmSection
 from cpr_agent.vm.cmdline import SANDBOX, plan_load, plan_start
 from cpr_agent.vm.dialects import choose
 from tests.samples import DEVDAX, manifest
 
-OBJECTS: list[type[BusObject]] = [ManagerObject, VmObject, JobObject]
+OBJECTS: list[type[BusObject]] = [ManagerObject, VmObject, JobObject, LogObject]
 
 
 @pytest.mark.parametrize("kind", OBJECTS)
@@ -26,6 +27,8 @@ def test_each_object_has_what_its_interface_says_and_no_more(kind: type[BusObjec
     members = dict(inspect.getmembers(kind, inspect.isfunction))
     assert {n.removeprefix("call_") for n in members if n.startswith("call_")} == set(interface.methods)
     assert {n.removeprefix("get_") for n in members if n.startswith("get_")} == set(interface.properties)
+    assert {n.removeprefix("set_") for n in members if n.startswith("set_")} == interface.writable
+    assert bool(interface.writable) == bool(interface.settable)
 
 
 def test_every_method_names_its_polkit_action() -> None:

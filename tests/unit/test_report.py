@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from cpr_agent.errors import InvalidArgument, NoSuchReport
-from cpr_agent.report.picture import draw, ticks
+from cpr_agent.report import render as render_module
+from cpr_agent.report.picture import css_class, draw, ticks
 from cpr_agent.report.render import render, verdict
 from cpr_agent.report.story import Story, tell
 from cpr_agent.report.timeline import GuestTimeline
@@ -163,7 +164,7 @@ def test_bars_stand_below_each_other_and_inside_the_picture(count: int) -> None:
     for row in picture.rows:
         assert all(picture.left - 0.01 <= box.x and box.x + box.width <= picture.right + 1.01 for box in row.boxes)
         assert picture.font * 0.58 * len(row.name) <= picture.left
-    assert picture.height < 1500
+    assert picture.height < 1600
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,38 @@ def test_the_axis_has_round_moments(begin: float, end: float, labels: list[str])
     shown = ticks(begin, end)
     assert [label for at, label in shown if at >= 0][: len(labels)] == labels
     assert 4 <= len(shown) <= 12
+
+
+def lightness(colour: str) -> float:
+    """0 to 1, as a printer without colours has it (ITU-R BT.601)."""
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phases_that_follow_each_other_differ_without_colours(scheme: str) -> None:
+    style = (Path(render_module.__file__).parent / "templates/style.css").read_text()
+    light, _, dark = style.partition("@media")
+    rule = r"^\s*([^{}]*\.cpr-%s\b[^{}]*) \{ fill: (#\w{6}); \}"
+
+    def fill(css: str) -> float:
+        found = [
+            colour
+            for part in (light, dark if scheme == "dark" else "")
+            for _, colour in re.findall(rule % css, part, re.MULTILINE)
+        ]
+        return lightness(found[-1])
+
+    ways = [[css_class(name) for name in way] for way in WAYS]
+    for way in ways:
+        for one, other in pairwise(way):
+            assert abs(fill(one) - fill(other)) > 0.2, (one, other)
+
+
+WAYS = (
+    ("check", "save", "shutdown", "kexec + kernel", "userspace", "devices", "load", "resume"),
+    ("save", "saved", "devices", "load", "resume"),
+)
 
 
 EVIL = '<script>alert("1")</script>&\x1b[31m\x00"\'{{ 7 * 7 }}'

@@ -52,6 +52,9 @@ class Interface:
     """Name to signature."""
     silent: frozenset[str]
     """Properties whose changes are not signalled."""
+    writable: frozenset[str]
+    settable: str
+    """The action that setting any of them needs; "" if none can be set."""
     xml: ElementTree.Element
 
 
@@ -85,6 +88,8 @@ def _interface(element: ElementTree.Element) -> Interface:
         methods,
         {p.attrib["name"]: p.attrib["type"] for p in properties},
         frozenset(p.attrib["name"] for p in properties if any(a.attrib["value"] == "false" for a in p.iter("annotation"))),
+        frozenset(p.attrib["name"] for p in properties if p.attrib["access"] == "readwrite"),
+        next((a.attrib["value"] for p in properties for a in p.iter("annotation") if a.attrib["name"] == _ACTION), ""),
         element,
     )
 

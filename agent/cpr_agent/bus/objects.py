@@ -34,6 +34,10 @@ class BusObject:
         function: Callable[..., Result] = getattr(self, f"call_{name}")
         return function
 
+    def set(self, name: str, value: Any) -> None:
+        """A property that the contract has as writable; its setter is ``set_P``."""
+        getattr(self, f"set_{name}")(value)
+
     async def property(self, name: str) -> Any:
         value = getattr(self, f"get_{name}")()
         return await value if isinstance(value, Awaitable) else value

@@ -29,6 +29,7 @@ from cpr_agent.bus.contract import (
     standard_interfaces,
 )
 from cpr_agent.bus.limits import Limits, refuse_excess
+from cpr_agent.bus.logs import LogObject, LogSettings
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, vm_path
 from cpr_agent.bus.wire import AgentBus
 from cpr_agent.core.jobs import Job
@@ -48,9 +49,9 @@ Bus = MessageBus
 
 
 class Service:
-    """Publishes ``manager`` on a connected ``bus``."""
+    """Publishes ``manager`` on a connected ``bus``; ``changed`` is called after whatever callers may be told of."""
 
-    def __init__(self, bus: MessageBus, manager: Manager, run_dir: Path) -> None:
+    def __init__(self, bus: MessageBus, manager: Manager, run_dir: Path, logs: LogSettings | None = None) -> None:
         self._bus = bus
         self._manager = manager
         self._run_dir = run_dir
@@ -63,7 +64,10 @@ class Service:
         self._told: dict[str, dict[str, Any]] = {}
         self._changed: set[str] = set()
         self._ready = asyncio.Event()
+        self.changed: Callable[[], None] = lambda: None
         self._add(ManagerObject(manager))
+        if logs:
+            self._add(LogObject(logs))
         for vm in manager.vms.values():
             self._vm_added(vm)
         manager.vm_added = self._vm_added
@@ -98,7 +102,8 @@ class Service:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def _on_message(self, message: Message) -> bool:
-        if message.message_type is not MessageType.METHOD_CALL or not str(message.path).startswith(ROOT):
+        ours = str(message.path).startswith(ROOT) or message.path in self._objects
+        if message.message_type is not MessageType.METHOD_CALL or not ours:
             return False
         try:
             self._limits.begin(str(message.sender))
@@ -141,7 +146,8 @@ class Service:
         interface, target = self._target(call)
         method = interface.methods[str(call.member)]
         if interface.name in (PROPERTIES, OBJECT_MANAGER):
-            await self._authority.require(call, INSPECT)
+            settable = self._contract[target.interface].settable if target and method.name == "Set" else ""
+            await self._authority.require(call, settable or INSPECT)
         elif interface.name in self._contract:
             await self._authority.require(call, method.action)
         if (call.signature or "") != method.in_signature:
@@ -177,13 +183,14 @@ class Service:
             case "GetMachineId":
                 return [Path("/etc/machine-id").read_text().strip()]
             case "GetManagedObjects":
-                return [{p: {o.interface: await self._values(o)} for p, o in self._objects.items() if p != ROOT}]
+                return [{p: {o.interface: await self._values(o)} for p, o in self._objects.items() if _below_root(p)}]
             case "GetAll":
                 return [await self._values(self._objects[path]) if body[0] in ("", self._objects[path].interface) else {}]
             case "Get":
                 return [await self._value(self._objects[path], *body)]
             case _:
-                raise _Unknown(ErrorType.PROPERTY_READ_ONLY, f"property {body[1]} is read-only, as all are")
+                self._set(self._objects[path], *body)
+                return []
 
     def _introspect(self, path: str) -> str:
         target = self._objects.get(path)
@@ -201,6 +208,14 @@ class Service:
             raise _Unknown(ErrorType.UNKNOWN_PROPERTY, f"{target.path} has no property {interface}.{name}")
         return Variant(properties[name], await target.property(name))
 
+    def _set(self, target: BusObject, interface: str, name: str, value: Variant) -> None:
+        properties = self._contract[target.interface]
+        if interface != target.interface or name not in properties.writable:
+            raise _Unknown(ErrorType.PROPERTY_READ_ONLY, f"property {name} is read-only")
+        if value.signature != properties.properties[name]:
+            raise InvalidArgument(f"{name} has type {properties.properties[name]!r}, not {value.signature!r}")
+        target.set(name, value.value)
+
     async def _values(self, target: BusObject) -> dict[str, Variant]:
         return {name: await self._value(target, "", name) for name in self._contract[target.interface].properties}
 
@@ -217,12 +232,13 @@ class Service:
 
     def _job_removed(self, job: Job) -> None:
         path = f"{ROOT}/job/{job.id}"
+        self.changed()
         self._signal(ROOT, "org.cpragent1.Manager", "JobRemoved", "uos", [job.id, path, job.result])
         self._remove(path)
 
     def _add(self, target: BusObject) -> None:
         self._objects[target.path] = target
-        if target.path != ROOT:
+        if _below_root(target.path):
             self._later(lambda: self._announce(target))
 
     async def _announce(self, target: BusObject) -> None:
@@ -231,6 +247,7 @@ class Service:
             self._signal(ROOT, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
 
     def _remove(self, path: str) -> None:
+        self.changed()
         target = self._objects.pop(path, None)
         self._told.pop(path, None)
         if target:
@@ -238,6 +255,7 @@ class Service:
 
     def _properties_changed(self, path: str) -> None:
         """Many changes in one turn of the loop become one signal, with the values that differ from the last told."""
+        self.changed()
         if path not in self._changed:
             self._changed.add(path)
             self._later(lambda: self._tell(path))
@@ -263,6 +281,11 @@ class Service:
 
     def _signal(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
         self._bus.send(Message.new_signal(path, interface, member, signature, body))
+
+
+def _below_root(path: str) -> bool:
+    """What the ObjectManager at the root manages."""
+    return path.startswith(f"{ROOT}/")
 
 
 class _Unknown(Exception):

@@ -38,9 +38,8 @@ def show(story: dict[str, Any]) -> None:
     began = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(story["started_at"]))
     console.print(f"[bold]{escape(story['headline'])}[/]  {escape(story['host'])}, {began}, id {escape(story['id'][:8])}")
     console.print(f"[{TONES[verdict['tone']]}]{escape(verdict['word'])}[/] {escape(verdict['text'])}")
-    for said in [story["reason"], *story["failures"]]:
-        if said:
-            console.print(f"[yellow]{escape(said)}[/]", soft_wrap=True)
+    for said in story["remarks"]:
+        console.print(f"[yellow]{escape(said)}[/]", soft_wrap=True)
     console.print()
     _timeline(console, story)
     for guest in story["guests"]:
@@ -78,10 +77,11 @@ def _bar(spans: list[dict[str, Any]], begin: float, end: float, width: int, cons
     """Each cell shows the phase that has most of it; a phase too short for that gets one all the same, where it can."""
     cell = (end - begin) / width or 1.0
     cells = [""] * width
+    last = 0
     for span in spans:
-        first = min(width - 1, max(0, int((span["begin"] - begin) / cell)))
-        last = min(width, max(first + 1, round((span["end"] - begin) / cell)))
         if span["begin"] < end and span["end"] > span["begin"]:
+            first = min(width - 1, max(last, int((span["begin"] - begin) / cell)))
+            last = min(width, max(first + 1, round((span["end"] - begin) / cell)))
             cells[first:last] = [span["name"]] * (last - first)
     bar = Text()
     for name in cells:
@@ -95,7 +95,7 @@ def _legend(story: dict[str, Any], console: Console) -> Text:
     for span in story["phases"]:
         letter, colour = PHASES.get(span["name"], KERNEL)
         text.append("█" if _coloured(console) else letter, colour)
-        text.append(f" {span['name']} {length(span['end'] - span['begin'])}   ")
+        text.append(f" {span['name']} {length(span['end'] - span['begin'])}".replace(" ", "\N{NO-BREAK SPACE}") + "   ")
     return text
 
 

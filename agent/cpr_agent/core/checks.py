@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
@@ -12,8 +13,9 @@ from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
 MEMORY_SURVIVES = "memory-survives"
 
 
-async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
-    """Each finding with what is so, why it matters and how to mend it. ``claims``: the memory of the other VMs."""
+async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]], *, hooks: bool = True) -> list[Finding]:
+    """Each finding with what is so, why it matters and how to mend it. ``claims``: the memory of the other VMs. ``hooks``:
+    ask those of the admin."""
     found: list[Finding] = []
     if vm.definition is None:
         what, why = str(vm.problem or "its definition is gone"), "it could not be started again"
@@ -45,6 +47,12 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
             )
             for reason in await vm.successor_reasons()
         ]
+        if hooks:
+            why, remedy = "an upgrade or a save would be refused", "see docs/insight.md, hooks"
+            found += [
+                Finding(severity="error", code="hook", what=said, why=why, remedy=remedy, vm=vm.name)
+                for said in await vetoes(ports, vm)
+            ]
         found += await _witness_findings(vm, ports, launch)
     return found
 

@@ -8,13 +8,17 @@ Nothing of it is remembered but in the journal: after a crash at any instant the
 from __future__ import annotations
 
 import enum
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from cpr_agent.core.events import Event, about
 from cpr_agent.core.model import Policy
 from cpr_agent.core.ports import Host, Journal
+
+log = logging.getLogger(__name__)
 
 EVENT = "upgrade-"
 """What the journal's events of phases begin with: ``upgrade-saving``."""
@@ -63,6 +67,8 @@ class Upgrade:
     phase: Phase
     boot: str
     started_at: float
+    changed_at: float
+    """When its phase was entered."""
     kernel_from: str
     command_line_from: str = ""
     kernel_to: str = ""
@@ -134,7 +140,33 @@ class Ledger:
     def _append(self, upgrade: str, phase: Phase, **facts: object) -> None:
         self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts)
         self.current = _replayed(self.current, self._journal.records()[-1])
+        _tell(self.current)
         self.changed()
+
+
+_TOLD = {
+    Phase.CHECKING: (logging.INFO, Event.UPGRADE_BEGUN),
+    Phase.REFUSED: (logging.WARNING, Event.UPGRADE_REFUSED),
+    Phase.COMMITTING: (logging.INFO, Event.UPGRADE_COMMITTED),
+    Phase.ROLLED_BACK: (logging.WARNING, Event.UPGRADE_ROLLED_BACK),
+    Phase.DONE: (logging.INFO, Event.UPGRADE_DONE),
+    Phase.HELD: (logging.ERROR, Event.UPGRADE_HELD),
+}
+"""Phases that the system's journal has an event of its own for."""
+
+
+def _tell(upgrade: Upgrade) -> None:
+    level, event = _TOLD.get(upgrade.phase, (logging.INFO, None))
+    facts = {
+        "upgrade": upgrade.id,
+        "kind": upgrade.kind,
+        "phase": upgrade.phase,
+        "kernel_from": upgrade.kernel_from,
+        "kernel_to": upgrade.kernel_to,
+        "reason": "; ".join([*([upgrade.reason] if upgrade.reason else []), *upgrade.failures]),
+    }
+    why = f": {facts['reason']}" if facts["reason"] else ""
+    log.log(level, "%s %s: %s%s", upgrade.kind, upgrade.id[:8], upgrade.phase, why, extra=about(event, **facts))
 
 
 def _replayed(before: Upgrade | None, record: Mapping[str, Any]) -> Upgrade:
@@ -144,8 +176,15 @@ def _replayed(before: Upgrade | None, record: Mapping[str, Any]) -> Upgrade:
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in _FACTS
     }
     if before is None or before.id != record["upgrade"]:
-        return Upgrade(id=record["upgrade"], phase=phase, boot=record["boot"], started_at=record["at"], **facts)
-    return replace(before, phase=phase, boot=record["boot"], **facts)
+        return Upgrade(
+            id=record["upgrade"],
+            phase=phase,
+            boot=record["boot"],
+            started_at=record["at"],
+            changed_at=record["at"],
+            **facts,
+        )
+    return replace(before, phase=phase, boot=record["boot"], changed_at=record["at"], **facts)
 
 
 _FACTS = (

@@ -115,12 +115,12 @@ class Manager:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    async def findings(self) -> list[Finding]:
-        return [finding for name in self.vms for finding in await self.vm_findings(name)]
+    async def findings(self, *, hooks: bool = True) -> list[Finding]:
+        return [finding for name in self.vms for finding in await self.vm_findings(name, hooks=hooks)]
 
-    async def vm_findings(self, name: str) -> list[Finding]:
+    async def vm_findings(self, name: str, *, hooks: bool = True) -> list[Finding]:
         vm = self.vm(name)
-        return await check_vm(vm, self.ports, await self._claims(vm.name, True))
+        return await check_vm(vm, self.ports, await self._claims(vm.name, True), hooks=hooks)
 
     def plan(self, wish: Wish) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
@@ -148,7 +148,7 @@ class Manager:
             out.append(
                 Finding(severity="warning", code="will-be-shut-down", what=what, why="its guest boots anew", vm=vm.name)
             )
-        for finding in await self.findings():
+        for finding in await self.findings(hooks=False):  # what they say decides already
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
             elif finding.code != MEMORY_SURVIVES and (finding.code != "volatile-memory" or finding.vm not in decided):

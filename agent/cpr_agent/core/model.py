@@ -429,6 +429,14 @@ class Held:
     evidence: tuple[Difference, ...] = ()
 
 
+HookPhase = Literal["check", "pre-save", "post-load"]
+
+
+class HookFailure(NamedTuple):
+    hook: str
+    why: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One result of a check: what is so, why it matters, how to mend it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +14,8 @@ from cpr_agent.core.model import (
     DiskIdentity,
     Finding,
     Held,
+    HookFailure,
+    HookPhase,
     Kernel,
     Launch,
     Located,
@@ -276,9 +278,6 @@ class Host(Protocol):
     def digest_file(self, path: str) -> str:
         """SHA-256; "" if there is no such file, or it can't be read. Blocking."""
 
-    def tell(self, event: str, text: str, **fields: str) -> None:
-        """Put an entry with ``event``'s own MESSAGE_ID into the system's journal."""
-
     def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
         """``disk`` as it is now. True for a checkpoint only once the guest has stopped. Blocking."""
 
@@ -346,6 +345,14 @@ class Kexec(Protocol):
         """Start the host's services again that a shutdown which was called off has stopped; does not wait."""
 
 
+class Hooks(Protocol):
+    """Programs of the admin's own."""
+
+    async def run(self, phase: HookPhase, vm: str, upgrade: str, facts: Mapping[str, object]) -> list[HookFailure]:
+        """Run those of ``phase`` for a VM, in order; returns those that failed, were unsafe, or took too long. At once
+        where there are none."""
+
+
 class History(Protocol):
     def add(self, timeline: GuestTimeline) -> None: ...
 
@@ -362,6 +369,7 @@ class Ports:
     store: Store
     journal: Journal
     history: History
+    hooks: Hooks
     host: Host
     kernels: Kernels
     kexec: Kexec

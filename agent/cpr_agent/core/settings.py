@@ -33,8 +33,22 @@ class UpgradeSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HooksSection:
+    timeout: Seconds = Seconds(30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSection:
+    metrics: str = "auto"
+    """The directory of node_exporter's textfile collector; "auto": its usual place, if that is there; or "off"."""
+    motd: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     agent: AgentSection = field(default_factory=AgentSection)
     files: FilesSection = field(default_factory=FilesSection)
     witness: WitnessSection = field(default_factory=WitnessSection)
     upgrade: UpgradeSection = field(default_factory=UpgradeSection)
+    hooks: HooksSection = field(default_factory=HooksSection)
+    report: ReportSection = field(default_factory=ReportSection)

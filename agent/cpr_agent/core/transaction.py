@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from cpr_agent.core.hooks import before_save
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.ledger import Kind, Ledger, Phase, Upgrade
 from cpr_agent.core.model import Finding, Policy, Survives, VmState
@@ -122,6 +123,8 @@ class Transaction:
         """Up to SAVED; or everything is taken back and it raises."""
         try:
             sorted_out = await self.sort_out(need, policy, wait=True)
+            if not sorted_out.refused:
+                await self._prepare(sorted_out, policy)
             if sorted_out.refused:
                 raise SaveFailed(
                     "; ".join(_reason(vm, error) for vm, error in sorted_out.refused),
@@ -174,6 +177,18 @@ class Transaction:
             (out.unsaveable if vm.may_shut_down(policy) else out.refused).append((vm, error))
         out.saveable += [vm for vm in live if vm not in {bad for bad, _ in problems}]
         return out
+
+    async def _prepare(self, sorted_out: SortedOut, policy: Policy) -> None:
+        """The admin's pre-save hooks, of all guests before the first of them stops: none stands still for another's."""
+        assert self.ledger.current
+        upgrade, vms = self.ledger.current.id, list(sorted_out.saveable)
+        results = await asyncio.gather(*(before_save(self._ports, vm, upgrade) for vm in vms), return_exceptions=True)
+        for vm, error in zip(vms, results, strict=True):
+            if isinstance(error, CprError):
+                sorted_out.saveable.remove(vm)
+                (sorted_out.unsaveable if vm.may_shut_down(policy) else sorted_out.refused).append((vm, error))
+            elif error:
+                raise error
 
     def _verify(self, vm: Vm) -> None:
         if manifest := vm.live_checkpoint():

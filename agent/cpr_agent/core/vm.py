@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from cpr_agent.core.events import Event, about
+from cpr_agent.core.hooks import after_load, before_save, vetoes
 from cpr_agent.core.model import (
     Definition,
     Held,
@@ -193,6 +195,8 @@ class Vm(VmBase):
             )
         async with self._exclusive("save"):
             qemu, launch = await self._require_live(need)
+            if not upgrade:  # which has done that for all its guests, before the first of them stopped
+                await before_save(self._ports, self)
             return await self._save_asleep_or_not(qemu, launch, filename, mode, upgrade)
 
     async def replace_qemu(self, *, in_turn: bool = False) -> str:
@@ -204,6 +208,7 @@ class Vm(VmBase):
             self._admit()
             await self._derive()
             qemu, launch = await self._require_live(Survives.QEMU_RESTART)
+            await before_save(self._ports, self)
             self._ports.journal.append("refresh", vm=self.name)
             try:
                 if in_turn or self.run_state != "running" or await self._must_sleep(qemu):
@@ -411,17 +416,14 @@ class Vm(VmBase):
         )
         self._ports.store.hold(self.name, held)
         found = "; ".join(f"{one.what}: expected {one.expected}, found {one.found}" for one in error.evidence)
-        log.error("%s", error.text)
-        self._ports.host.tell(
-            "held", error.text, vm=self.name, upgrade=manifest.upgrade, checkpoint=manifest.id, evidence=found
-        )
+        facts = about(Event.HELD, **self._named(manifest, phase="load"), evidence=found)
+        log.error("%s", error.text, extra=facts)
 
     async def _start_afresh(self, definition: Definition, manifest: Manifest, lost: str) -> None:
         """Its RAM is no more: what was saved is moved aside, on the record, and the guest boots."""
         self._ports.journal.append("memory-lost", vm=self.name, checkpoint=manifest.id, reason=lost)
         text = f"VM {self.name}: its memory is lost: {lost}. It is started afresh, as its definition wants."
-        log.warning("%s", text)
-        self._ports.host.tell("memory-lost", text, vm=self.name, upgrade=manifest.upgrade, checkpoint=manifest.id)
+        log.warning("%s", text, extra=about(Event.MEMORY_LOST, **self._named(manifest, phase="load")))
         await asyncio.to_thread(self._ports.store.discard, self.name, "lost")
         await self._end_qemu()
         await self._start(definition)
@@ -431,7 +433,7 @@ class Vm(VmBase):
         launch = self.launched()
         if launch is None:
             raise Blocked(["the record of how its QEMU was started is gone"], vm=self.name)
-        reasons = await self.blocked_reasons()
+        reasons = await self.blocked_reasons() + await vetoes(self._ports, self)
         reasons += [
             f"its RAM in {one.place} ({one.filesystem}) does not survive a {need}"
             for one in launch.memory
@@ -524,9 +526,17 @@ class Vm(VmBase):
             left = await asyncio.shield(asyncio.ensure_future(self._undo_save(qemu, pending, draft, located)))
             if isinstance(error, (CprError, OSError)):
                 what = error.what if isinstance(error, CprError) else f"the state could not be stored: {error}"
-                raise SaveFailed(f"could not be saved: {what}", vm=self.name, left=left) from error
+                failure = SaveFailed(f"could not be saved: {what}", vm=self.name, left=left)
+                log.error("%s", failure.text, extra=about(Event.SAVE_FAILED, **self._named(draft, phase="save")))
+                raise failure from error
             raise
-        log.info("VM %s: saved in %.3f s, %d bytes of state", self.name, host.now() - stopped_at, vmstate.size_bytes)
+        log.info(
+            "VM %s: saved in %.3f s, %d bytes of state",
+            self.name,
+            host.now() - stopped_at,
+            vmstate.size_bytes,
+            extra=about(Event.SAVED, **self._named(manifest, phase="save")),
+        )
         return manifest
 
     async def _fall_asleep(self, qemu: Qemu) -> float:
@@ -684,9 +694,11 @@ class Vm(VmBase):
                 what = error.what if isinstance(error, CprError) else "QEMU did not get done"
                 said = f" (QEMU: {said})" if said and said not in what else ""
                 other = f"it was saved by QEMU {manifest.qemu.version}: if another is installed now, try that one again"
-                raise LoadFailed(
+                failure = LoadFailed(
                     f"could not be loaded: {what}{said}", vm=self.name, left=keep, remedy="" if into else other
-                ) from error
+                )
+                log.error("%s", failure.text, extra=about(Event.LOAD_FAILED, **self._named(manifest, phase="load")))
+                raise failure from error
             loaded_at = host.now()
             resumed_at = await self._go_on(qemu, manifest, adopt=into is not None) or host.now()
             if into:
@@ -738,17 +750,22 @@ class Vm(VmBase):
             qemu_after=await self._qemu_version(),
             witness=manifest.witness.kind,
             state_bytes=manifest.vmstate.size_bytes,
-            memory=manifest.memory.uuid or manifest.memory.path,
-            memory_bytes=manifest.memory.size_bytes,
+            memory=", ".join(one.place for one in manifest.memory),
+            memory_bytes=sum(one.size_bytes for one in manifest.memory),
         )
-        log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s)
+        facts = about(Event.LOADED, **self._named(manifest, phase="load"), pause=f"{timeline.pause_s:.3f}")
+        log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s, extra=facts)
         self._store_timeline(timeline)
-        if (manifest.run_state == "running" or manifest.wakes) and (clock := await self._set_clock()):
-            self._store_timeline(replace(timeline, **clock))
+        if (manifest.run_state == "running" or manifest.wakes) and (clock := await self._set_clock(manifest)):
+            timeline = replace(timeline, **clock)
+            self._store_timeline(timeline)
+        if problems := await after_load(self._ports, self, timeline):
+            self._store_timeline(replace(timeline, hook_problems=problems))
 
     def _store_timeline(self, timeline: GuestTimeline) -> None:
         try:
             self._ports.history.add(timeline)
+            self._changed(self.name)
         except OSError as error:  # the guest runs; a report is not worth failing for
             log.warning("VM %s: its timeline could not be stored: %s", self.name, error)
 
@@ -758,19 +775,24 @@ class Vm(VmBase):
             return await self._qemu.version() if self._qemu else ""
         return ""
 
-    async def _set_clock(self) -> dict[str, Any]:
+    async def _set_clock(self, manifest: Manifest) -> dict[str, Any]:
         """A guest's clock stood still with it. Returns what its timeline has to tell of that."""
         if self._qemu is None or (self.definition and self.definition.load.resync_clock == "never"):
             return {}
         try:
             behind_s = await self._qemu.set_guest_clock(self._ports.host.now)
         except CprError as error:
-            log.warning("VM %s: its clock was not set: %s", self.name, error.what)
+            facts = about(Event.CLOCK_NOT_SET, **self._named(manifest, phase="load"))
+            log.warning("VM %s: its clock was not set: %s", self.name, error.what, extra=facts)
             return {"clock_problem": error.what}
         if behind_s is None:
             return {}
         log.info("VM %s: its clock was %.3f s behind, and was set", self.name, behind_s)
         return {"clock_behind_s": behind_s}
+
+    def _named(self, manifest: Manifest, phase: str) -> dict[str, str]:
+        """Fields of an entry in the system's journal."""
+        return {"vm": self.name, "upgrade": manifest.upgrade, "checkpoint": manifest.id, "phase": phase}
 
     async def _relocated(self, ram: Ram) -> list[Located]:
         with naming(self.name):

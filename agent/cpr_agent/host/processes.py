@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.runner import BaseRunner, readable
+from cpr_agent.host.runner import BaseRunner, readable, reap_when_done
 from cpr_agent.vm import launch as launcher
 
 START_TIMEOUT_S = 60.0
@@ -57,7 +57,7 @@ class ProcessRunner(BaseRunner):
             finally:
                 os.close(pidfd)
                 ready_path.unlink(missing_ok=True)
-        self._reap_when_done(child)
+        reap_when_done(child)
         if not started:
             await self.kill(launch.vm, beside=beside)
             raise QemuFailed(f"QEMU could not be started: {self.log_tail(launch.vm, beside=beside)}", vm=launch.vm)
@@ -70,19 +70,6 @@ class ProcessRunner(BaseRunner):
                 os.kill(pid, signal.SIGKILL)
             await self._exited(place, START_TIMEOUT_S)
         self._point_admin(name)
-
-    @staticmethod
-    def _reap_when_done(child: subprocess.Popen[bytes]) -> None:
-        """A QEMU that ends while this agent lives must not stay a zombie."""
-        pidfd = os.pidfd_open(child.pid)
-        loop = asyncio.get_running_loop()
-
-        def reap() -> None:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
-            child.wait()
-
-        loop.add_reader(pidfd, reap)
 
 
 async def _first(ready: int, ended: int, timeout_s: float) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pwd
 import select
+import subprocess
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,19 @@ class BaseRunner(ABC):
 
     def _marker(self, name: str) -> Path:
         return self._run_dir / "second" / name
+
+
+def reap_when_done(child: subprocess.Popen[bytes]) -> None:
+    """A child that ends while this agent lives must not stay a zombie."""
+    pidfd = os.pidfd_open(child.pid)
+    loop = asyncio.get_running_loop()
+
+    def reap() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        child.wait()
+
+    loop.add_reader(pidfd, reap)
 
 
 async def readable(fd: int, timeout_s: float) -> bool:

@@ -13,19 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pystemd.journal import sendv
-
 from cpr_agent.core.model import DiskIdentity
 
 JOURNAL_TIMEOUT_S = 60.0
 BLOCK_DEVICES = Path("/sys/dev/block")
-ERR = 3
-"""Of syslog(3)."""
-MESSAGE_IDS = {
-    "held": "8e4b9ad1f2a3477c9c5f6d2f0f4d51a7",
-    "memory-lost": "0d3c5a55a6c44d37b1f0a1bb3f6b9f42",
-}
-"""Of entries in the system's journal; units/cpr-agent.catalog explains each."""
 BOOTLOADER_TYPE = Path("/proc/sys/kernel/bootloader_type")
 
 
@@ -88,10 +79,6 @@ class ThisHost:
         if not stat.S_ISREG(info.st_mode):
             return replace(disk, kind="device")
         return replace(disk, kind="file", inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
-
-    def tell(self, event: str, text: str, **fields: str) -> None:
-        names = {f"CPR_{name.upper()}": value for name, value in fields.items()}
-        sendv(f"PRIORITY={ERR}", MESSAGE=text, MESSAGE_ID=MESSAGE_IDS[event], SYSLOG_IDENTIFIER="cpr-agentd", **names)
 
     def boot_ended_at(self, boot_id: str) -> float:
         """By its last entry in the persistent journal (journalctl(1)), where there is one."""

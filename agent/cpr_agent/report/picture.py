@@ -22,6 +22,7 @@ CHAR = 0.58
 LEAD = 0.15
 """How much of the picture the time before the first guest stops may take."""
 TICKS = 10
+FEW = 12
 TWO_AXES = 16
 """With more guests than these the time stands below them, too."""
 
@@ -103,7 +104,7 @@ STRIP_Y, STRIP_H, AXIS_Y = 92.0, 26.0, 142.0
 
 def draw(story: Story) -> Picture:
     scale = _Scale(story)
-    row_h = 27.0 if len(story.guests) <= 12 else 21.0 if len(story.guests) <= 32 else 16.0
+    row_h = 27.0 if len(story.guests) <= FEW else 21.0
     font = min(13.0, row_h * 0.62)
     longest = max((len(guest.vm) for guest in story.guests), default=4)
     left = MARGIN + min(230.0, max(70.0, longest * font * CHAR + 14))
@@ -178,7 +179,7 @@ def _phase(span: Span, scale: _Scale, y: float, height: float, *, label: bool = 
 
 
 def _row(guest: GuestStory, scale: _Scale, y: float, row_h: float, font: float) -> Row:
-    bar_h = row_h - (8 if row_h > 20 else 5)
+    bar_h = row_h - (8 if row_h > 24 else 6)
     spans = [span for span in guest.spans if scale.visible(span)]
     boxes = []
     for span in spans:

@@ -50,7 +50,7 @@ def render(story: Story, form: str) -> str:
         svg=svg,
         story=story,
         verdict=verdict(story),
-        surprises=_surprises(story),
+        remarks=_remarks(story),
         columns=_columns(story),
         details=[guest for guest in story.guests if guest.timeline and guest.timeline.memory],
         facts=_facts(story),
@@ -61,7 +61,7 @@ def render(story: Story, form: str) -> str:
 def document(story: Story) -> dict[str, Any]:
     """As docs/insight.md has its fields."""
     out = asdict(story)
-    out["headline"], out["verdict"] = headline(story), verdict(story)._asdict()
+    out |= {"headline": headline(story), "verdict": verdict(story)._asdict(), "remarks": _remarks(story)}
     for guest in out["guests"]:
         timeline = guest.pop("timeline") or {}
         guest["about"] = {key: value for key, value in timeline.items() if key in _ABOUT}
@@ -79,6 +79,7 @@ _ABOUT = (
     "memory_bytes",
     "clock_behind_s",
     "clock_problem",
+    "hook_problems",
     "by_kexec",
 )
 
@@ -88,20 +89,27 @@ def headline(story: Story) -> str:
     if story.kind == "load" and story.guests:
         kind = f"Load of {story.guests[0].vm}"
     if story.kernel_before == story.kernel_after:
-        planned = f", planned was {story.kernel_planned}" if story.kernel_planned not in ("", story.kernel_after) else ""
-        return f"{kind} on kernel {story.kernel_after}{planned}"
+        if story.kernel_planned not in ("", story.kernel_after):
+            return f"{kind} to {story.kernel_planned}: the host is on {story.kernel_after}"
+        return f"{kind} on kernel {story.kernel_after}"
     return f"{kind}: {story.kernel_before} → {story.kernel_after}"
 
 
 def verdict(story: Story) -> Verdict:
     """How it went, in a sentence."""
     through = story.of("went on")
-    words = [f"{len(through)} of {len(story.guests)} guests went on" if story.guests else "No guest was stopped"]
+    words = [f"{len(through)} of {len(story.guests)} guests went on" if story.guests else "no guest was stopped"]
+    if story.guests and story.outcome == "rolled-back" and not through:
+        words = ["everything was taken back"]
     if story.longest and story.longest.pause_s is not None:
         words.append(f"the longest pause was {length(story.longest.pause_s)} ({story.longest.vm})")
     words += [f"{len(some)} {outcome}" for outcome in _LESSER if (some := story.of(outcome))]
     tone = "bad" if story.outcome == "held" or story.of("held") else "good" if story.outcome == "done" else "fair"
-    return Verdict(tone, story.outcome.replace("-", " ").capitalize() + ".", "; ".join(words) + ".")
+    return Verdict(tone, story.outcome.replace("-", " ").capitalize() + ".", _sentence("; ".join(words)))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 _LESSER = ("held", "saved", "not saved", "resumed", "shut down", "booted anew")
@@ -112,11 +120,12 @@ def _subtitle(story: Story) -> str:
     return f"{story.host} · {moment(story.started_at)} · {said.word.rstrip('.').lower()} · {said.text.rstrip('.')}"
 
 
-def _surprises(story: Story) -> list[str]:
+def _remarks(story: Story) -> list[str]:
     """What the section of no guest tells."""
     told = tuple(f"VM {guest.vm}: " for guest in story.guests if guest.why)
     failures = [failure for failure in story.failures if not failure.startswith(told)] if told else list(story.failures)
-    return [said for said in (story.reason, *failures) if said]
+    hooks = [f"{g.vm}: {said}" for g in story.guests if g.timeline for said in g.timeline.hook_problems]
+    return [said for said in (story.reason, *failures, *hooks) if said]
 
 
 def _columns(story: Story) -> list[str]:

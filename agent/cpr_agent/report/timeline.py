@@ -41,6 +41,8 @@ class GuestTimeline:
     state_bytes: int = 0
     memory: str = ""
     memory_bytes: int = 0
+    hook_problems: tuple[str, ...] = ()
+    """What the post-load hooks that failed said."""
 
     @property
     def pause_s(self) -> float:

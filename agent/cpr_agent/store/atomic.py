@@ -46,10 +46,13 @@ def locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+def write_atomically(
+    path: Path, data: bytes, mode: int = 0o600, owner: tuple[int, int] | None = None, *, durable: bool = True
+) -> None:
     """Replace ``path`` with ``data``: temporary name, fsync, rename, fsync of the directory. Raises OSError.
 
-    ``owner`` (uid, gid) is set on the descriptor, so that nobody who may write to the directory can redirect it.
+    ``owner`` (uid, gid) is set on the descriptor, so that nobody who may write to the directory can redirect it. Without
+    ``durable`` a reader sees the old or the new as a whole, but a crash can leave either, or nothing.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
@@ -59,13 +62,16 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600, owner: tuple[in
             file.write(data)
             if owner:
                 os.fchown(file.fileno(), *owner)
+            os.fchmod(file.fileno(), mode)  # whatever the umask
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.rename(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def rename_aside(path: Path, suffix: str) -> Path:

@@ -11,19 +11,29 @@ from cpr_agent.store.atomic import make_private_directory, write_atomically
 
 
 class History:
+    """Each file is read once, and nobody else writes here."""
+
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._read: dict[str, GuestTimeline | None] = {}
 
     def add(self, timeline: GuestTimeline) -> None:
         make_private_directory(self._root)
-        write_atomically(self._root / f"{timeline.id}.json", msgspec.json.encode(timeline))
+        path = self._root / f"{timeline.id}.json"
+        write_atomically(path, msgspec.json.encode(timeline))
+        self._read[path.name] = timeline
 
     def all(self) -> list[GuestTimeline]:
         """Every readable record, oldest first."""
-        out = []
-        for path in self._root.glob("*.json"):
-            try:
-                out.append(msgspec.json.decode(path.read_bytes(), type=GuestTimeline))
-            except msgspec.MsgspecError:
-                continue
-        return sorted(out, key=lambda timeline: timeline.resumed_at)
+        paths = {path.name: path for path in self._root.glob("*.json")}
+        for name in paths.keys() - self._read.keys():
+            self._read[name] = _decoded(paths[name])
+        there = [timeline for name in paths if (timeline := self._read[name])]
+        return sorted(there, key=lambda timeline: timeline.resumed_at)
+
+
+def _decoded(path: Path) -> GuestTimeline | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=GuestTimeline)
+    except msgspec.MsgspecError:
+        return None

@@ -1,0 +1,94 @@
+"""What others read of the agent without asking it: metrics and the message of the day, kept as things are now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from cpr_agent import __version__
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import VmState
+from cpr_agent.errors import CheckpointUnreadable
+from cpr_agent.report.metrics import Numbers, openmetrics
+from cpr_agent.report.motd import line
+
+log = logging.getLogger(__name__)
+
+Write = Callable[[str], None]
+"""Puts a text in the place of the one before. Blocking. Raises OSError."""
+
+
+class Publisher:
+    """``metrics`` and ``motd`` are None where nobody wants them."""
+
+    def __init__(self, manager: Manager, metrics: Write | None, motd: Write | None) -> None:
+        self._manager = manager
+        self._metrics = metrics
+        self._motd = motd
+        self._dirty = asyncio.Event()
+        self._complained: set[str] = set()
+
+    def wake(self) -> None:
+        """Something has changed: write soon. Many changes are written once."""
+        self._dirty.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Not while a job is under way, which may be one that guests wait for: its end wakes us."""
+        if not (self._metrics or self._motd):
+            return
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            if all(job.parked.is_set() for job in self._manager.jobs.current.values()):
+                await asyncio.to_thread(self._publish)
+
+    def _publish(self) -> None:
+        for write, text in ((self._metrics, self._numbers), (self._motd, self._line)):
+            if write is None:
+                continue
+            try:
+                write(text())
+                self._complained.discard(text.__name__)
+            except OSError as error:  # guests do not depend on it
+                if text.__name__ not in self._complained:
+                    log.warning("%s could not be written: %s", text.__name__.strip("_"), error)
+                self._complained.add(text.__name__)
+
+    def _numbers(self) -> str:
+        manager = self._manager
+        vms, current = list(manager.vms.values()), manager.ledger.current
+        checkpoints = {}
+        for vm in vms:
+            try:
+                if manifest := vm.live_checkpoint():
+                    checkpoints[vm.name] = manifest.vmstate.size_bytes
+            except CheckpointUnreadable:
+                continue
+        names = {vm.name for vm in vms}
+        return openmetrics(
+            Numbers(
+                version=__version__,
+                kernel=manager.ports.host.kernel(),
+                states={vm.name: str(vm.state) for vm in vms},
+                known_states=tuple(map(str, VmState)),
+                pauses={t.vm: t.pause_s for t in manager.ports.history.all() if t.vm in names},
+                checkpoints=checkpoints,
+                held=frozenset(self._held()),
+                kind=current.kind if current else "",
+                outcome=str(current.phase) if current else "",
+                changed_at=current.changed_at if current else 0.0,
+            )
+        )
+
+    def _line(self) -> str:
+        ledger = self._manager.ledger
+        current = ledger.current
+        if current is None or current.kind == "save-all" or ledger.rebooted:
+            return line("", "", ("", ""), 0.0, 0, 0.0, self._held())
+        kernels = (current.kernel_from, self._manager.ports.host.kernel())
+        loaded, pause_s = len(current.loaded), current.longest_pause_s
+        return line(current.kind, str(current.phase), kernels, current.changed_at, loaded, pause_s, self._held())
+
+    def _held(self) -> list[str]:
+        return sorted(vm.name for vm in self._manager.vms.values() if vm.state is VmState.HELD)

@@ -1,0 +1,149 @@
+"""The admin's own programs around a save; implements core.ports.Hooks.
+
+They run as root, so only root may be able to change them. They run inside the agent's sandbox (units/cpr-agent.service).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from cpr_agent.core.model import HookFailure, HookPhase
+from cpr_agent.host.runner import readable, reap_when_done
+
+AT_ONCE = 8
+"""Hooks that run at the same time, of all guests."""
+SAID_BYTES = 4096
+"""What is kept of a hook's stderr."""
+_SKIPPED = re.compile(r"\..*|.*~|.*\.(dpkg-\w+|rpm(new|save|orig)|bak|swp)")
+"""What editors and packages leave behind (run-parts(8) and systemd.preset(5) skip the like)."""
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class HookDirectory:
+    """``root`` has ``check.d``, ``pre-save.d`` and ``post-load.d``."""
+
+    def __init__(self, root: Path, timeout_s: float) -> None:
+        self._root = root
+        self._timeout_s = timeout_s
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    async def run(self, phase: HookPhase, vm: str, upgrade: str, facts: Mapping[str, object]) -> list[HookFailure]:
+        directory = self._root / f"{phase}.d"
+        try:
+            hooks = sorted(path for path in directory.iterdir() if not _SKIPPED.fullmatch(path.name))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            return [HookFailure(str(directory), f"can't be read: {error.strerror}")]
+        failures = []
+        told = {"phase": phase, "vm": vm, "upgrade": upgrade}
+        environment = {"PATH": _PATH, "LANG": "C.UTF-8", **{f"CPR_{name.upper()}": text for name, text in told.items()}}
+        for hook in hooks:
+            if not os.access(hook, os.X_OK) and not hook.is_symlink():
+                continue  # turned off, as run-parts(8) has it
+            why = _unsafe(hook, (self._root.parent, self._root, directory))
+            if not why:
+                async with self._places:
+                    why = await _run(hook, environment, json.dumps({**told, **facts}).encode(), self._timeout_s)
+            if why:
+                failures.append(HookFailure(str(hook), why))
+                if phase == "pre-save":  # the save is refused: what comes after has nothing to prepare for
+                    break
+        return failures
+
+
+def _unsafe(hook: Path, directories: tuple[Path, ...]) -> str:
+    """Why somebody other than root could decide what runs here; "" if nobody can."""
+    for path in (*directories, hook):
+        try:
+            info = path.lstat()
+        except OSError as error:
+            return f"was not run: {path}: {error.strerror}"
+        if not (stat.S_ISREG if path == hook else stat.S_ISDIR)(info.st_mode):
+            return f"was not run: {path} is no {'regular file' if path == hook else 'directory'}"
+        if info.st_uid not in (0, os.geteuid()):
+            return f"was not run: {path} does not belong to root"
+        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"was not run: {path} is writable by others than root (mode {stat.S_IMODE(info.st_mode):04o})"
+    return ""
+
+
+async def _run(hook: Path, environment: dict[str, str], told: bytes, timeout_s: float) -> str:
+    """Why it failed; "" if it did not. It leads a process group of its own, all of which is killed if it takes too long."""
+    stdin = os.memfd_create("cpr-hook")
+    said = _Said()
+    try:
+        os.write(stdin, told)
+        os.lseek(stdin, 0, os.SEEK_SET)
+        try:
+            child = subprocess.Popen(  # noqa: ASYNC220 - fork and exec take milliseconds; the wait is on a descriptor
+                [hook],
+                env=environment,
+                cwd="/",
+                stdin=stdin,
+                stdout=2,  # the agent's own stderr: the journal
+                stderr=said.write_end,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return f"can't be run: {error.strerror}"
+        finally:
+            said.started()
+        ended = False
+        pidfd = os.pidfd_open(child.pid)
+        try:
+            ended = await readable(pidfd, timeout_s)
+        finally:
+            os.close(pidfd)
+            if not ended:  # also where the caller was cancelled
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                reap_when_done(child)
+        if not ended:
+            return f"did not end within {timeout_s:g} s, and was killed"
+        status = child.wait()
+        if status == 0:
+            return ""
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
+        return said.first_line() or how
+    finally:
+        os.close(stdin)
+        said.close()
+
+
+class _Said:
+    """The beginning of what a child writes to stderr. It is read as it comes, so that a child that has much to say does not
+    wait for us, and one whose own children live on keeps nobody waiting for the end."""
+
+    def __init__(self) -> None:
+        self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._read_end, False)
+        self._text = b""
+        asyncio.get_running_loop().add_reader(self._read_end, self._drain)
+
+    def started(self) -> None:
+        os.close(self.write_end)
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self._read_end, SAID_BYTES):
+                self._text = (self._text + piece)[:SAID_BYTES]
+            asyncio.get_running_loop().remove_reader(self._read_end)
+
+    def first_line(self) -> str:
+        self._drain()
+        lines = self._text.decode(errors="replace").strip().splitlines()
+        return "".join(char for char in lines[0] if char.isprintable()) if lines else ""
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._read_end)
+        os.close(self._read_end)

@@ -1,0 +1,90 @@
+"""Numbers for node_exporter's textfile collector.
+
+The text is OpenMetrics 1.0 (https://openmetrics.io), and within what the collector's parser of the older format takes too:
+gauges alone, because that knows no other kind that is written alike in both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+OUTCOMES = ("done", "held", "rolled-back", "refused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """By VM: the state, the last pause (s), the size of the live checkpoint's state, whether it is held."""
+
+    version: str
+    kernel: str
+    states: Mapping[str, str] = field(default_factory=dict)
+    known_states: tuple[str, ...] = ()
+    pauses: Mapping[str, float] = field(default_factory=dict)
+    checkpoints: Mapping[str, int] = field(default_factory=dict)
+    held: frozenset[str] = frozenset()
+    kind: str = ""
+    """Of the last upgrade; "" if there was none."""
+    outcome: str = ""
+    changed_at: float = 0.0
+
+
+def openmetrics(numbers: Numbers) -> str:
+    counts = Counter(numbers.states.values())
+    families = [
+        _family("cpr_agent_info", "The agent, and the kernel that it runs on.", [(_about(numbers), 1)]),
+        _family("cpr_guests", "Guests by state.", [({"state": s}, counts[s]) for s in numbers.known_states]),
+        _family(
+            "cpr_guest_held",
+            "1 for a guest that is kept untouched until an admin decides.",
+            [({"vm": vm}, int(vm in numbers.held)) for vm in sorted(numbers.states)],
+        ),
+        _family(
+            "cpr_guest_pause_seconds",
+            "How long the guest stood still when it was last loaded.",
+            [({"vm": vm}, pause) for vm, pause in sorted(numbers.pauses.items())],
+            "seconds",
+        ),
+        _family(
+            "cpr_checkpoint_bytes",
+            "Size of the device state of a guest that is saved.",
+            [({"vm": vm}, size) for vm, size in sorted(numbers.checkpoints.items())],
+            "bytes",
+        ),
+    ]
+    if numbers.kind:
+        families.append(
+            _family(
+                "cpr_last_upgrade_result",
+                "How the last upgrade ended: 1 at one of them; none while it is under way.",
+                [({"kind": numbers.kind, "result": outcome}, int(outcome == numbers.outcome)) for outcome in OUTCOMES],
+            )
+        )
+        families.append(
+            _family(
+                "cpr_last_upgrade_timestamp_seconds",
+                "When it ended, or came to where it is (Unix time).",
+                [({"kind": numbers.kind}, numbers.changed_at)],
+                "seconds",
+            )
+        )
+    return "".join(families) + "# EOF\n"
+
+
+def _about(numbers: Numbers) -> dict[str, str]:
+    return {"version": numbers.version, "kernel": numbers.kernel}
+
+
+def _family(name: str, explained: str, samples: Iterable[tuple[Mapping[str, str], float]], unit: str = "") -> str:
+    lines = [f"# HELP {name} {explained}", f"# TYPE {name} gauge"]
+    if unit:
+        lines.append(f"# UNIT {name} {unit}")
+    for labels, value in samples:
+        written = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
+        lines.append(f"{name}{{{written}}} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
