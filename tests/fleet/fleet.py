@@ -113,7 +113,7 @@ class Host:
     @property
     def guest(self) -> ConsoleReport:
         """All that its guest has ever said, in a moment at which it says more."""
-        self.ssh("tail -n 0 -f /srv/consoles/tiny.log | grep -q -m 2 count=")
+        self.ssh("tail -n 0 -f /srv/consoles/tiny.log | grep -m 2 count=")
         log = ROOT / f"build/fleet/{self.name}.console"
         log.write_text(self.ssh("cat", "/srv/consoles/tiny.log"))
         return read_console(log)

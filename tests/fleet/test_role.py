@@ -115,6 +115,12 @@ def test_a_setting_that_makes_no_sense_is_refused(tmp_path: Path, settings: dict
     assert not play.summary
 
 
+def test_a_kernel_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    play = admin(tmp_path, {**WELL, "cpr_agent_upgrade_kernel": "missing"}).play("--check")
+    assert play.results == {"kvm1": "failed"}
+    assert "no guest was stopped; cprctl: kernel missing is not installed" in play.table
+
+
 def test_a_host_without_the_agent_fails(tmp_path: Path) -> None:
     (tmp_path / "cprctl").unlink()
     play = admin(tmp_path, WELL).play("--check")
