@@ -68,6 +68,7 @@ test-guests: bootstrap host-root $(DEB) ## Other guests, other memory, other QEM
 
 .PHONY: test-fleet
 test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible role, three kexecs in all
+	rm -f build/fleet/summary
 	$(PYTHON) -m pytest -s tests/fleet
 	@cat build/fleet/summary
 

@@ -92,6 +92,14 @@ def test_more_failures_in_a_batch_than_are_allowed_end_the_run(tmp_path: Path) -
     assert [*play.results.values()] == ["failed", "would be upgraded", "failed", "failed", "not reached"]
 
 
+def test_a_host_that_can_not_be_reached_has_failed(tmp_path: Path) -> None:
+    nowhere = {"ansible_host": "127.0.0.1", "ansible_port": 1}
+    play = admin(tmp_path, nowhere, WELL).play("--check")
+    assert play.code != 0
+    assert play.results == {"kvm1": "failed", "kvm2": "not reached"}
+    assert "Connection refused" in play.table
+
+
 def test_a_host_that_is_lost_on_its_way_ends_the_run(tmp_path: Path) -> None:
     """Ansible itself would go on: a host that became unreachable is no failed one."""
     play = admin(tmp_path, LOST, DONE, DONE).play(serial=2, max_fail_percentage=50)
