@@ -206,7 +206,7 @@ class Lab:
 
     def job(self, member: str, **options: Any) -> str:
         """Run SaveAll or LoadAll to its end; returns its result."""
-        return str(self.client(lambda client: client.run_job(member, variants(**options))))
+        return str(self.client(lambda client: client.run_job(member, variants(**options))).result)
 
     def cprctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

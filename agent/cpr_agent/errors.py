@@ -11,7 +11,8 @@
     ├── WrongState            the VM's state does not allow the request
     │   ├── AlreadyRunning
     │   ├── AlreadySaved      a live checkpoint stands in the way
-    │   └── NoCheckpoint
+    │   ├── NoCheckpoint
+    │   └── NothingToDo       what was asked for has no object; nothing is wrong
     ├── Blocked               this VM can't be saved now; carries every reason
     ├── MemoryUnusable        the definition's memory can't be used
     │   ├── DeviceMissing
@@ -26,6 +27,7 @@
     ├── QemuFailed            QEMU could not be started, died, or did not answer
     ├── GuestAgentFailed      the QEMU guest agent hung, refused, or made no sense
     ├── SaveFailed
+    │   └── SaveRefused       not even tried, because not every guest could be saved
     ├── LoadFailed
     ├── KernelRefused         a kernel that can't be started, or that would lose the guests
     └── UpgradeRefused        a host that must not be upgraded now; carries the findings
@@ -113,6 +115,12 @@ class NoCheckpoint(WrongState):
     kind = "NoCheckpoint"
 
 
+class NothingToDo(WrongState):
+    """A job that ends so has not failed: it is done, with nothing done."""
+
+    kind = "NothingToDo"
+
+
 class Blocked(CprError):
     """``reasons`` holds every obstacle, not just the first."""
 
@@ -186,6 +194,10 @@ class GuestAgentFailed(CprError):
 
 class SaveFailed(CprError):
     kind = "SaveFailed"
+
+
+class SaveRefused(SaveFailed):
+    kind = "SaveRefused"
 
 
 class LoadFailed(CprError):

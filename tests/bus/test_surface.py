@@ -259,7 +259,7 @@ def test_cprctl_prints_json(lab: Lab, command: str) -> None:
         (("status", "none"), 3, "there is no such VM"),
         (("load", "web1"), 3, "has no checkpoint"),
         (("save", "web1"), 1, "is stopped"),
-        (("save",), 2, "name one VM, or give --all"),
+        (("save",), 64, "name one VM, or give --all"),
         (("start", "private"), 0, ""),
         (("save", "private"), 4, "private"),
         (("check", "private"), 4, ""),

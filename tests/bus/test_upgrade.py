@@ -151,7 +151,7 @@ def test_an_agent_without_systemd_refuses_the_upgrade(lab: Lab) -> None:
     assert refused.returncode == 4, refused.stderr
     assert "does not run under systemd" in refused.stderr
     assert lab.cprctl("drill", "--dry-run").returncode == 4
-    assert lab.cprctl("rollback").returncode == 1
+    assert lab.cprctl("rollback").returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def blocks(text: str) -> Iterator[str]:
 
 def toml_examples() -> list[tuple[str, str]]:
     found = [(path.name, block) for path in DOCUMENTS for block in blocks(path.read_text()) if re.match(r"\s*\[", block)]
-    files = [ROOT / "packaging/agent.toml", ROOT / "packaging/example-vm.toml"]
+    files = [ROOT / "packaging/agent.toml", ROOT / "agent/cpr_agent/cli/example-vm.toml"]
     return found + [(path.name, path.read_text()) for path in files]
 
 

@@ -1,29 +1,63 @@
-"""The client side, for cprctl: calls with timeouts, and errors as they came."""
+"""The client side, for cprctl: calls with timeouts, jobs to follow, and errors as they came."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import BusType, MessageFlag, MessageType
+from dbus_next.errors import AuthError, InvalidAddressError
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
+from cpr_agent.bus.bridge import BridgeError, Connection, bridge
 from cpr_agent.bus.contract import BUS_NAME, ROOT, escape
 
 CALL_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 10.0
+BRIDGE_TIMEOUT_S = 120.0
+"""How long a person may take to type a password to ssh."""
+_DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 
 
 class CallError(Exception):
-    """The agent, or the bus, said no; ``kind`` is the last part of the D-Bus error name."""
+    """The agent, or the bus, said no; ``kind`` is the last part of the D-Bus error name, ``facts`` are those of
+    Manager.LastError, if somebody has asked for them."""
 
-    def __init__(self, name: str, text: str) -> None:
+    def __init__(self, name: str, text: str, facts: dict[str, Any] | None = None) -> None:
         self.kind = name.removeprefix(f"{BUS_NAME}.Error.")
+        self.facts = facts or {}
         super().__init__(text)
+
+
+class Watcher(Protocol):
+    """Hears what becomes of a job."""
+
+    def step(self, what: str, done: float) -> None:
+        """What it does now, and how much of all is done (0 to 1)."""
+
+    def vm(self, name: str, state: str) -> None:
+        """A VM's state when the job begins, and each change of it."""
+
+
+class Deaf:
+    """A watcher that says nothing."""
+
+    def step(self, what: str, done: float) -> None: ...
+
+    def vm(self, name: str, state: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """``result`` is "done", "nothing to do", "cancelled", or what went wrong; ``error`` the parts of that."""
+
+    result: str
+    error: dict[str, Any] = field(default_factory=dict)
 
 
 class Client:
@@ -31,22 +65,34 @@ class Client:
 
     def __init__(self, bus: MessageBus) -> None:
         self._bus = bus
-        self._news: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        self._lost = asyncio.ensure_future(bus.wait_for_disconnect())  # type: ignore[no-untyped-call]
+        self._lost.add_done_callback(lambda lost: lost.cancelled() or lost.exception())  # known, then: no traceback of it
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def connected(cls, address: str | None) -> AsyncIterator[Client]:
-        """Raises CallError if there is no bus."""
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                bus = MessageBus(address) if address else MessageBus(bus_type=BusType.SYSTEM)
-                await bus.connect()
-        except (OSError, TimeoutError, EOFError) as error:
-            raise CallError("NoBus", f"cannot connect to D-Bus: {error or 'timed out'}") from error
-        try:
-            yield cls(bus)
-        finally:
-            bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+    async def connected(
+        cls, address: str | None, host: str = "", timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> AsyncIterator[Client]:
+        """To the bus at ``address``, or to the system bus, of this machine or by ssh of ``host`` ("user@host:port"). Raises
+        CallError if there is none."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                if host:
+                    bus = await stack.enter_async_context(bridge(host, BRIDGE_TIMEOUT_S))
+                else:
+                    async with asyncio.timeout(timeout_s):
+                        bus = Connection(address) if address else Connection(bus_type=BusType.SYSTEM)
+                        await bus.connect()
+            except BridgeError as error:
+                raise CallError("NoBus", str(error)) from error
+            except (OSError, TimeoutError, EOFError, AuthError, InvalidAddressError) as error:
+                raise CallError("NoBus", f"cannot connect to D-Bus: {error or 'timed out'}") from error
+            client = cls(bus)
+            try:
+                yield client
+            finally:
+                client._lost.cancel()
+                bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
 
     async def manager(self, member: str, signature: str = "", *body: Any) -> Any:
         return await self.call(ROOT, f"{BUS_NAME}.Manager", member, signature, *body)
@@ -75,69 +121,127 @@ class Client:
         reply = await self._send(message)
         return reply.body[0] if reply.body else None
 
-    async def run_job(
-        self,
-        member: str,
-        options: dict[str, Variant] | None,
-        progress: Callable[[str, float], None] | None = None,
-    ) -> str:
-        """Start a job and wait for its end; returns its result, ``"done"`` if all is well. Raises CallError, of kind
-        AgentGone if the agent goes away first.
+    async def vm_names(self, timeout_s: float) -> list[str]:
+        """Of an agent that runs: none is started for it. Raises CallError, TimeoutError."""
+        message = Message(
+            destination=BUS_NAME,
+            path=ROOT,
+            interface=f"{BUS_NAME}.Manager",
+            member="ListVMs",
+            flags=MessageFlag.NO_AUTOSTART,
+        )
+        async with asyncio.timeout(timeout_s):
+            return [name for name, _, _ in (await self._send(message)).body[0]]
 
-        ``progress`` hears of each step, and how much of all is done (0 to 1). The job goes on if this process goes away.
-        """
-        self._bus.add_message_handler(self._on_message)
-        daemon = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "AddMatch")
+    async def explained(self, error: CallError) -> CallError:
+        """``error`` with its facts; or as it came, if the agent has none or does not tell."""
+        with contextlib.suppress(CallError):
+            facts = plain(await self.manager("LastError"))
+            if facts.get("text") == str(error):
+                error.facts = facts
+        return error
+
+    async def run_job(self, member: str, options: dict[str, Variant] | None, watcher: Watcher | None = None) -> JobEnd:
+        """Start a job and follow it to its end. Raises CallError. The job goes on if this process goes away."""
+        return await (await self.start_job(member, options)).end(watcher or Deaf())
+
+    async def start_job(self, member: str, options: dict[str, Variant] | None) -> RunningJob:
+        """Raises CallError."""
+        news: asyncio.Queue[News] = asyncio.Queue()
+        self._bus.add_message_handler(lambda message: _hear(message, news))
         for rule in (
             f"type='signal',interface='{BUS_NAME}.Manager',member='JobRemoved',path='{ROOT}'",
-            f"type='signal',interface='org.freedesktop.DBus.Properties',path_namespace='{ROOT}/job'",
+            f"type='signal',interface='org.freedesktop.DBus.Properties',path_namespace='{ROOT}'",
             f"type='signal',interface='org.freedesktop.DBus',member='NameOwnerChanged',arg0='{BUS_NAME}'",
         ):
-            await self._send(Message(*daemon, signature="s", body=[rule]))
-        job = await (self.manager(member) if options is None else self.manager(member, "a{sv}", options))
-        lost = asyncio.ensure_future(self._bus.wait_for_disconnect())  # type: ignore[no-untyped-call]
-        step, done = "", 0.0
-        try:
-            while True:
-                news = asyncio.ensure_future(self._news.get())
-                await asyncio.wait({news, lost}, return_when=asyncio.FIRST_COMPLETED)
-                if not news.done():
-                    raise CallError("AgentGone", f"the bus went away during: {step}")
-                path, values = news.result()
-                if path == BUS_NAME:
-                    raise CallError("AgentGone", f"the agent went away during: {step}")
-                if path == job and "result" in values:
-                    return str(values["result"])
-                if path == job:
-                    step, done = values.get("Step", step), values.get("Progress", done)
-                    if progress:
-                        progress(step, done)
-        finally:
-            news.cancel()
-            lost.cancel()
-            await asyncio.wait({lost})
+            await self._send(Message(*_DAEMON, "AddMatch", signature="s", body=[rule]))
+        vms = {path: (name, state) for name, state, path in await self.manager("ListVMs")}
+        path = await (self.manager(member) if options is None else self.manager(member, "a{sv}", options))
+        return RunningJob(self, path, vms, news)
 
-    def _on_message(self, message: Message) -> bool:
-        match message.message_type, message.member:
-            case MessageType.SIGNAL, "JobRemoved":
-                self._news.put_nowait((message.body[1], {"result": message.body[2]}))
-            case MessageType.SIGNAL, "PropertiesChanged":
-                self._news.put_nowait((str(message.path), plain(message.body[1])))
-            case MessageType.SIGNAL, "NameOwnerChanged" if message.body[0] == BUS_NAME and not message.body[2]:
-                self._news.put_nowait((BUS_NAME, {}))
-        return False
+    async def until_lost(self, other: asyncio.Future[Any]) -> bool:
+        """Wait for ``other``; False if the connection was lost first."""
+        await asyncio.wait({other, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        return other.done()
 
     async def _send(self, message: Message) -> Message:
+        answer = asyncio.ensure_future(self._bus.call(message))
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                reply = await self._bus.call(message)
+                if not await self.until_lost(answer):
+                    raise CallError("NoReply", f"the connection was lost before {message.member} was answered")
         except TimeoutError:
             raise CallError("Timeout", f"no answer to {message.member} within {CALL_TIMEOUT_S:.0f} s") from None
+        finally:
+            answer.cancel()
+        reply = answer.result()
         if reply is None:
             raise CallError("NoReply", f"no answer to {message.member}")
         if reply.message_type is MessageType.ERROR:
             raise CallError(str(reply.error_name), str(reply.body[0]) if reply.body else str(reply.error_name))
         return reply
+
+
+News = tuple[str, dict[str, Any]]
+"""An object's path, and what is new of it."""
+
+
+class RunningJob:
+    """A job of the agent that ``client`` has started."""
+
+    def __init__(self, client: Client, path: str, vms: dict[str, tuple[str, str]], news: asyncio.Queue[News]) -> None:
+        self.path = path
+        self._client = client
+        self._vms = vms
+        self._news = news
+        self._step, self._done = "", 0.0
+        self._error: dict[str, Any] = {}
+
+    @property
+    def id(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    async def end(self, watcher: Watcher) -> JobEnd:
+        """Follow it to its end. Raises CallError, of kind AgentGone if the agent goes away first. May be called again after
+        it was cancelled."""
+        for name, state in self._vms.values():
+            watcher.vm(name, state)
+        while True:
+            news = asyncio.ensure_future(self._news.get())
+            try:
+                if not await self._client.until_lost(news):
+                    raise CallError("AgentGone", f"the bus went away during: {self._step}")
+            finally:
+                news.cancel()
+            path, values = news.result()
+            if path == BUS_NAME:
+                raise CallError("AgentGone", f"the agent went away during: {self._step}")
+            if path == self.path and "result" in values:
+                return JobEnd(str(values["result"]), self._error)
+            if path == self.path:
+                self._step, self._done = values.get("Step", self._step), values.get("Progress", self._done)
+                self._error = values.get("Error", self._error)
+                watcher.step(self._step, self._done)
+            elif "State" in values:
+                name = values.get("Name") or self._vms.get(path, ("", ""))[0]
+                if name and self._vms.get(path) != (name, values["State"]):
+                    self._vms[path] = (name, values["State"])
+                    watcher.vm(*self._vms[path])
+
+    async def cancel(self) -> None:
+        """Raises CallError if it is too late."""
+        await self._client.call(self.path, f"{BUS_NAME}.Job", "Cancel")
+
+
+def _hear(message: Message, news: asyncio.Queue[News]) -> bool:
+    match message.message_type, message.member:
+        case MessageType.SIGNAL, "JobRemoved":
+            news.put_nowait((message.body[1], {"result": message.body[2]}))
+        case MessageType.SIGNAL, "PropertiesChanged":
+            news.put_nowait((str(message.path), plain(message.body[1])))
+        case MessageType.SIGNAL, "NameOwnerChanged" if message.body[0] == BUS_NAME and not message.body[2]:
+            news.put_nowait((BUS_NAME, {}))
+    return False
 
 
 def plain(value: Any) -> Any:

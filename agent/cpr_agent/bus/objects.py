@@ -47,8 +47,9 @@ class ManagerObject(BusObject):
     interface = "org.cpragent1.Manager"
     path = ROOT
 
-    def __init__(self, manager: Manager) -> None:
+    def __init__(self, manager: Manager, last_error: Callable[[], CprError | None]) -> None:
         self._manager = manager
+        self._last_error = last_error
 
     async def call_SaveAll(self, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"survives": "s", "policy": "s", "before-kexec": "b"})
@@ -96,6 +97,9 @@ class ManagerObject(BusObject):
     async def call_Reload(self) -> list[Any]:
         await self._manager.reload()
         return [[[vm.name, str(vm.problem)] for vm in self._manager.vms.values() if vm.problem]]
+
+    async def call_LastError(self) -> list[Any]:
+        return [_error(self._last_error())]
 
     def get_Version(self) -> str:
         return __version__
@@ -280,6 +284,9 @@ class JobObject(BusObject):
     def get_Result(self) -> str:
         return self._job.result
 
+    def get_Error(self) -> dict[str, Variant]:
+        return _error(self._job.error)
+
 
 def vm_path(name: str) -> str:
     return f"{ROOT}/vm/{escape(name)}"
@@ -329,6 +336,12 @@ def _finding(finding: Finding) -> dict[str, Variant]:
         vm=finding.vm,
         seconds=finding.seconds,
     )
+
+
+def _error(error: CprError | None) -> dict[str, Variant]:
+    if error is None:
+        return {}
+    return vardict(kind=error.kind, what=error.what, vm=error.vm, left=error.left, remedy=error.remedy, text=error.text)
 
 
 def _device(device: DaxDevice, ranges: list[Range]) -> dict[str, Variant]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 CONNECT_TIMEOUT_S = 30.0
+ERRORS_KEPT = 64
+"""Callers whose last error is remembered; a caller asks for it at once, or never."""
 
 
 Bus = MessageBus
@@ -65,7 +69,9 @@ class Service:
         self._changed: set[str] = set()
         self._ready = asyncio.Event()
         self.changed: Callable[[], None] = lambda: None
-        self._add(ManagerObject(manager))
+        self._caller: ContextVar[str] = ContextVar("caller")
+        self._errors: OrderedDict[str, CprError] = OrderedDict()
+        self._add(ManagerObject(manager, lambda: self._errors.get(self._caller.get())))
         if logs:
             self._add(LogObject(logs))
         for vm in manager.vms.values():
@@ -118,6 +124,7 @@ class Service:
 
     async def _answer(self, call: Message) -> None:
         """The guard around every call: authorized, checked, and answered whatever happens."""
+        self._caller.set(str(call.sender))
         try:
             await self._ready.wait()
             if not trusted(uid := await self._authority.uid(call)):
@@ -125,6 +132,7 @@ class Service:
             signature, body = await self._dispatch(call)
             reply = Message.new_method_return(call, signature, body)
         except CprError as error:
+            self._remember(str(call.sender), error)
             reply = Message.new_error(call, error.dbus_name, error.text)
         except _Unknown as error:
             reply = Message.new_error(call, error.kind.value, str(error))
@@ -141,6 +149,14 @@ class Service:
     def _reply(self, call: Message, reply: Message) -> None:
         if not call.flags & MessageFlag.NO_REPLY_EXPECTED:
             self._bus.send(reply)
+
+    def _remember(self, caller: str, error: CprError) -> None:
+        """For LastError. In the error itself there is room for the text alone: GDBus shows no error with more in its body
+        (``g_dbus_message_to_gerror``)."""
+        self._errors[caller] = error
+        self._errors.move_to_end(caller)
+        if len(self._errors) > ERRORS_KEPT:
+            self._errors.popitem(last=False)
 
     async def _dispatch(self, call: Message) -> tuple[str, list[Any]]:
         interface, target = self._target(call)
@@ -231,8 +247,12 @@ class Service:
         self._signal(ROOT, "org.cpragent1.Manager", "JobNew", "uo", [job.id, target.path])
 
     def _job_removed(self, job: Job) -> None:
+        self._later(lambda: self._end(job))
+
+    async def _end(self, job: Job) -> None:
         path = f"{ROOT}/job/{job.id}"
         self.changed()
+        await self._tell(path)  # how it ended, while there is still an object that can tell
         self._signal(ROOT, "org.cpragent1.Manager", "JobRemoved", "uos", [job.id, path, job.result])
         self._remove(path)
 

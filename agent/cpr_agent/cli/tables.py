@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-WIDE = 400
-_STYLES = {
+WIDE = 1 << 16
+STYLES = {
     "running": "green",
     "saved": "cyan",
     "held": "bold red",
@@ -44,13 +41,13 @@ def _table(*columns: str) -> Table:
 
 
 def _print(what: object) -> None:
-    """Tables as wide as the terminal; a file or a pipe gets each row on one line."""
+    """Tables as wide as the terminal; a file or a pipe gets each row on one line, whole."""
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)
     console.print(what, soft_wrap=isinstance(what, str), highlight=False)
 
 
 def _styled(word: str) -> str:
-    return f"[{_STYLES[word]}]{word}[/]" if word in _STYLES else word
+    return f"[{STYLES[word]}]{word}[/]" if word in STYLES else word
 
 
 def vms(data: list[dict[str, Any]]) -> None:
@@ -75,6 +72,8 @@ def agent(data: dict[str, Any]) -> None:
     newer = [f"newest installed: {version}" for version in data["Kernels"][:1] if version != data["Kernel"]]
     kernel = ", ".join([f"kernel {data['Kernel']}", *newer])
     _print(f"cpr-agent {data['Version']}, {len(data['VMs'])} VMs, {len(data['Jobs'])} jobs under way; {kernel}")
+    for job in data["Jobs"]:
+        _print(f"job {job['Id']}: {job['Kind']}, {job['Progress']:.0%}, {job['Step']}")
     vms(data["VMs"])
     if data["Upgrade"]:
         _print(_upgrade(data["Upgrade"]))
@@ -94,15 +93,6 @@ def _upgrade(data: dict[str, Any]) -> str:
     words += [data["reason"]] if data["reason"] else []
     words += [f"[red]{failure}[/]" for failure in data["failures"]]
     return "; ".join(words)
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar with the step that a job is in, on stderr."""
-    columns = (SpinnerColumn(), BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda step, done: bar.update(task, description=step or "starting", completed=done)
 
 
 def vm(data: dict[str, Any]) -> None:

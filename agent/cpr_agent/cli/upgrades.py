@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from cpr_agent.bus.client import CallError, Client, options, plain
-from cpr_agent.cli.jobs import follow_job
-from cpr_agent.cli.session import EXIT_FAILED, EXIT_REFUSED, json_option, pass_context, run, show, tables
+from cpr_agent.bus.client import CallError, Client, JobEnd, options, plain
+from cpr_agent.cli.jobs import follow_job, job_end, tell_job_error
+from cpr_agent.cli.session import EXIT_INTERRUPTED, json_option, pass_context, run, show, tables, tell_error
 
 POLICIES = ("all-or-nothing", "skip-unsaveable", "force")
 policy_option = click.option(
@@ -48,6 +48,12 @@ def drill(context: click.Context, /, as_json: bool, **wishes: Any) -> None:
     _upgrade(context, as_json, {**wishes, "drill": True})
 
 
+_UPGRADED = {
+    "done": "The kernel can be loaded. No guest was stopped.",
+    "the host restarts": "The host restarts; `cprctl status` tells how it went.",
+}
+
+
 def _upgrade(context: click.Context, as_json: bool, wishes: dict[str, Any]) -> None:
     wanted = options(**{name: value or None for name, value in wishes.items()})
     dry_run = bool(wishes.pop("dry_run"))
@@ -55,26 +61,24 @@ def _upgrade(context: click.Context, as_json: bool, wishes: dict[str, Any]) -> N
     async def work(client: Client) -> int:
         # Asked for in any case: a wish for the default is still one for an upgrade.
         found = plain(await client.manager("Check", "a{sv}", {**wanted, **options(dry_run=dry_run)}))
-        refused = any(finding["severity"] == "error" for finding in found)
-        if not as_json or refused:
-            show(as_json, found, tables.findings)
-        if refused:
-            click.echo("cprctl: refused; no guest was stopped", err=True)
-            return EXIT_REFUSED
+        errors = [finding for finding in found if finding["severity"] == "error"]
+        if not as_json:
+            tables.findings(found)
+        if errors:
+            words = {"vm": errors[0]["vm"], "remedy": errors[0]["remedy"]}
+            return tell_error(as_json, "UpgradeRefused", "refused; no guest was stopped", **words, findings=found)
         try:
-            status = await follow_job(client, as_json, "Upgrade", wanted, quiet=True)
+            end = await job_end(client, as_json, "Upgrade", wanted)
         except CallError as error:
-            if error.kind != "AgentGone" or dry_run:
+            if error.kind != "AgentGone" or dry_run or "restarts" not in str(error):
                 raise
-            status = 0 if "restarts" in str(error) else EXIT_FAILED
-            text = "The host restarts; `cprctl status` tells how it went." if status == 0 else f"cprctl: {error}"
-            click.echo(text, err=status != 0)
-            return status
-        if status == 0 and as_json:
-            show(True, found, tables.findings)
-        elif status == 0:
-            click.echo("The kernel can be loaded. No guest was stopped.")
-        return status
+            end = JobEnd("the host restarts")
+        if end is None:
+            return EXIT_INTERRUPTED
+        if end.result not in _UPGRADED:
+            return tell_job_error(as_json, end, findings=found)
+        show(as_json, {"result": end.result, "findings": found}, lambda _: click.echo(_UPGRADED[end.result]))
+        return 0
 
     run(context, work)
 
@@ -92,6 +96,21 @@ def rollback(context: click.Context, as_json: bool) -> None:
 
 
 @click.command()
+@click.argument("job", type=click.IntRange(min=1))
+@json_option
+@pass_context
+def cancel(context: click.Context, job: int, as_json: bool) -> None:
+    """Cancel a job that is under way, as `status` shows it. An upgrade's guests all go on; until it is committed."""
+
+    async def work(client: Client) -> int:
+        await client.call(f"/org/cpragent1/job/{job}", "org.cpragent1.Job", "Cancel")
+        show(as_json, {"result": "done"}, lambda _: click.echo(f"job {job} is being cancelled"))
+        return 0
+
+    run(context, work)
+
+
+@click.command()
 @json_option
 @pass_context
 def history(context: click.Context, as_json: bool) -> None:
@@ -104,4 +123,4 @@ def history(context: click.Context, as_json: bool) -> None:
     run(context, work)
 
 
-COMMANDS = (upgrade, drill, rollback, history)
+COMMANDS = (upgrade, drill, rollback, cancel, history)

@@ -6,13 +6,21 @@ from typing import Any
 
 import click
 
-from cpr_agent.bus.client import Client, options, plain
+from cpr_agent.bus.client import CallError, Client, options, plain
 from cpr_agent.cli.jobs import follow_job
 from cpr_agent.cli.session import EXIT_REFUSED, json_option, pass_context, run, show, tables
 
 
 async def _all_vms(client: Client) -> list[dict[str, Any]]:
     return [await client.properties(path, "VM") for _, _, path in await client.manager("ListVMs")]
+
+
+async def _job(client: Client, path: str) -> dict[str, Any] | None:
+    """None if it is over by now."""
+    try:
+        return await client.properties(path, "Job")
+    except CallError:
+        return None
 
 
 @click.command("list")
@@ -40,7 +48,8 @@ def status(context: click.Context, vm: str | None, as_json: bool) -> None:
             show(as_json, await client.vm_properties(vm), tables.vm)
         else:
             about = await client.properties("/org/cpragent1", "Manager")
-            show(as_json, {**about, "VMs": await _all_vms(client)}, tables.agent)
+            jobs = [job for path in about["Jobs"] if (job := await _job(client, path))]
+            show(as_json, {**about, "Jobs": jobs, "VMs": await _all_vms(client)}, tables.agent)
         return 0
 
     run(context, work)

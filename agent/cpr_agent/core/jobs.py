@@ -9,7 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from cpr_agent.errors import CprError, WrongState
+from cpr_agent.errors import CprError, NothingToDo, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ class JobState(enum.StrEnum):
 
 @dataclass
 class Job:
-    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done" or what went wrong.
+    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done", "nothing to do", or what went
+    wrong, which is in ``error`` too.
 
     ``parked`` is set while it only waits for the host to go down, and at its end: the agent's own end need not wait for it.
     """
@@ -84,6 +85,8 @@ class Jobs:
         try:
             await work(job)
             job.state, job.result, job.progress = JobState.DONE, "done", 1.0
+        except NothingToDo as nothing:
+            job.state, job.result, job.progress, job.error = JobState.DONE, "nothing to do", 1.0, nothing
         except CprError as error:
             job.state, job.result, job.error = JobState.FAILED, error.text, error
             log.error("job %d (%s) failed: %s", job.id, job.kind, error)

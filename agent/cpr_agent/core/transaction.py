@@ -17,7 +17,17 @@ from cpr_agent.core.ports import Ports
 from cpr_agent.core.preflight import Plan
 from cpr_agent.core.vm import Vm
 from cpr_agent.core.vm_base import SAVEABLE
-from cpr_agent.errors import Busy, CprError, KernelRefused, LoadFailed, SaveFailed, UpgradeRefused, WrongState
+from cpr_agent.errors import (
+    Busy,
+    CprError,
+    KernelRefused,
+    LoadFailed,
+    NothingToDo,
+    SaveFailed,
+    SaveRefused,
+    UpgradeRefused,
+    WrongState,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +61,12 @@ class Transaction:
     # -- forth --------------------------------------------------------------------------------------------------------
 
     async def save_all(self, job: Job, need: Survives, policy: Policy) -> None:
-        """An admin's own save: no kexec follows, and no crash takes it back."""
+        """An admin's own save: no kexec follows, and no crash takes it back. Raises SaveFailed, NothingToDo."""
         self._refuse_second()
         async with self._lock:
             self._begin("save-all", policy)
-            await self._save(job, need, policy)
+            if not await self._save(job, need, policy):
+                raise NothingToDo("no VM has a live guest that is not saved yet")
 
     async def before_kexec(self, job: Job, policy: Policy) -> None:
         """For a kexec that systemd is about to do, by an upgrade of ours or by anybody's hand: save what is not saved yet,
@@ -119,14 +130,14 @@ class Transaction:
             raise Busy(f"{what} ({self.ledger.phase})", left=_UNTOUCHED, remedy="`cprctl rollback` takes it back")
         self.ledger.begin(kind, policy=policy, **facts)
 
-    async def _save(self, job: Job, need: Survives, policy: Policy) -> None:
-        """Up to SAVED; or everything is taken back and it raises."""
+    async def _save(self, job: Job, need: Survives, policy: Policy) -> int:
+        """Up to SAVED; or everything is taken back and it raises. Returns how many guests it stopped."""
         try:
             sorted_out = await self.sort_out(need, policy, wait=True)
             if not sorted_out.refused:
                 await self._prepare(sorted_out, policy)
             if sorted_out.refused:
-                raise SaveFailed(
+                raise SaveRefused(
                     "; ".join(_reason(vm, error) for vm, error in sorted_out.refused),
                     left=_UNTOUCHED,
                     remedy="mend the cause, shut the VM down first, or choose another policy",
@@ -152,6 +163,7 @@ class Transaction:
                 raise SaveFailed(error.text, left=left, remedy="mend the cause, or shut the VM down first") from error
             raise
         job.advance(len(live), len(live), "saved")
+        return len(live) + len(unsaveable)
 
     async def sort_out(self, need: Survives, policy: Policy, *, wait: bool) -> SortedOut:
         """Which live VMs would be saved, which shut down because they can't be, and for which neither is allowed. Touches
@@ -256,12 +268,12 @@ class Transaction:
         raise SaveFailed(f"the kexec did not happen: {said}", left=left, remedy="see: systemctl list-jobs, journalctl -b")
 
     async def roll_back(self, job: Job, reason: str) -> None:
-        """By hand, or after a crash. Raises WrongState if there is nothing to take back, SaveFailed if a guest is stuck."""
+        """By hand, or after a crash. Raises NothingToDo, Busy, SaveFailed if a guest is stuck."""
         async with self._lock:
             current = self.ledger.current
             back = (Phase.SAVING, Phase.SAVED, Phase.COMMITTING, Phase.ROLLING_BACK)
             if current is None or current.phase not in back or self.ledger.rebooted:
-                raise WrongState("there is no save that could be taken back", left="nothing was done")
+                raise NothingToDo("there is no save that could be taken back", left="nothing was done")
             if await self._ports.kexec.pending():
                 raise Busy("the kexec is under way", left="nothing was done", remedy="stop it with: systemctl cancel")
             left = await self._roll_back(job, reason)
@@ -306,7 +318,7 @@ class Transaction:
 
     async def load_all(self, job: Job, vms: Iterable[Vm], autostart: bool) -> None:
         """Load every live checkpoint; one that fails does not stop the others. Then start what was shut down for want of a
-        save, and with ``autostart`` what is to start with the host. Raises LoadFailed."""
+        save, and with ``autostart`` what is to start with the host. Raises LoadFailed, NothingToDo."""
         async with self._lock:  # a second one waits, and finds what the first has left
             self.refuse_when_committed()
             in_ledger = self.ledger.phase in (Phase.SAVED, Phase.BOOTED, Phase.LOADING, Phase.HELD)
@@ -328,13 +340,17 @@ class Transaction:
                 )
             if failures:
                 raise LoadFailed("; ".join(failures), left=f"{total - len(failures)} of {total} run")
+            if not total:
+                raise NothingToDo("no VM has a checkpoint" + (", and none waits to be started" if autostart else ""))
 
     async def refresh_all(self, job: Job, vms: Iterable[Vm], *, in_turn: bool) -> None:
         """A new QEMU for every guest, one after the other: one that fails would fail the others too, and ends it. Raises
-        CprError."""
+        CprError, NothingToDo."""
         async with self._lock:
             self.refuse_when_committed()
             live = sorted((vm for vm in vms if vm.run_state in SAVEABLE), key=_order)
+            if not live:
+                raise NothingToDo("no VM has a live guest")
             for done, vm in enumerate(live):
                 job.advance(done, len(live), f"a new QEMU for {vm.name}")
                 try:

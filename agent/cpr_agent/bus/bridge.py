@@ -1,0 +1,133 @@
+"""The system bus of another host, by ssh: as ``busctl -H`` does it, through that host's systemd-stdio-bridge(1).
+
+ssh's end of a socket is its stdin and stdout; on ours dbus_next talks as on any bus. Who we are over there is who ssh logs
+in as: the bridge connects to its bus by itself, and believes nothing that is said on this side (``sd_bus_set_anonymous``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from urllib.parse import quote
+
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.errors import AuthError
+
+HOST = re.compile(r"(?P<who>(?:[^@\s]+@)?(?:\[[^\]\s]+\]|[^:\[\]\s@]+))(?::(?P<port>\d+))?")
+END_TIMEOUT_S = 5.0
+_NO_PROGRAM = 127
+"""What a shell exits with when it finds no such program (POSIX, "Exit Status for Commands")."""
+
+
+class BridgeError(Exception):
+    """There is no way to that host's bus."""
+
+
+class Connection(MessageBus):
+    """One that notices when its peer hangs up before it has said who it is: dbus_next 0.2.3 reads on for ever."""
+
+    async def _auth_readline(self) -> str:
+        line = b""
+        while not line.endswith(b"\r\n"):
+            more = await self._loop.sock_recv(self._sock, 2)
+            if not more:
+                raise EOFError("it hung up")
+            line += more
+        return line[:-2].decode()
+
+
+@contextlib.asynccontextmanager
+async def bridge(host: str, timeout_s: float) -> AsyncIterator[MessageBus]:
+    """A connection to the system bus of ``host`` ("user@host:port"). Raises BridgeError.
+
+    ssh is the one that $CPRCTL_SSH names, or the one on PATH; it asks for passwords by itself, on the terminal.
+    """
+    bus, far = _socket()
+    with far:
+        ssh = await _ssh(host, far)
+    said = asyncio.ensure_future(_said(ssh))
+    try:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await bus.connect()
+        except (OSError, EOFError, TimeoutError, AuthError) as error:
+            bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+            raise BridgeError(await _reason(host, ssh, said, error)) from error
+        yield bus
+    finally:
+        bus.disconnect()  # type: ignore[no-untyped-call]
+        bus._sock.close()
+        await _end(ssh)
+        said.cancel()
+
+
+def _socket() -> tuple[Connection, socket.socket]:
+    """dbus_next connects by itself, and to an address only: so there is one for a moment, in a directory of our own."""
+    with tempfile.TemporaryDirectory(prefix="cprctl-") as directory, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{directory}/bus"
+        listener.bind(path)
+        listener.listen(1)
+        bus = Connection(f"unix:path={quote(path)}")
+        far, _ = listener.accept()
+        return bus, far
+
+
+async def _ssh(host: str, far: socket.socket) -> asyncio.subprocess.Process:
+    match = HOST.fullmatch(host)
+    if not match or host.startswith("-"):
+        raise BridgeError(f"{host!r} is not a host: write user@host, or user@host:port")
+    port = ("-p", match["port"]) if match["port"] else ()
+    program = os.environ.get("CPRCTL_SSH") or "ssh"
+    try:
+        return await asyncio.create_subprocess_exec(
+            *(program, "-xT", *port, "--", match["who"].replace("[", "").replace("]", ""), "systemd-stdio-bridge"),
+            stdin=far.fileno(),
+            stdout=far.fileno(),
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=_ignore_interrupts,
+        )
+    except OSError as error:
+        raise BridgeError(f"cannot run {program}: {error.strerror}") from error
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is for us, who may have to say something over there because of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+async def _said(ssh: asyncio.subprocess.Process) -> str:
+    """The last line on ssh's stderr, which is read all the time lest it blocks."""
+    assert ssh.stderr
+    last = ""
+    async for line in ssh.stderr:
+        last = line.decode(errors="replace").strip() or last
+    return last
+
+
+async def _reason(host: str, ssh: asyncio.subprocess.Process, said: asyncio.Future[str], error: BaseException) -> str:
+    """Whether the host could not be reached, or has no bridge, or that has no bus."""
+    timed_out = isinstance(error, TimeoutError)
+    await _end(ssh)
+    words = await said
+    if ssh.returncode == _NO_PROGRAM:
+        return f"{host} has no systemd-stdio-bridge ({words}): it comes with systemd there, and must be on that user's PATH"
+    what = "timed out" if timed_out else words or f"ssh ended with status {ssh.returncode}"
+    return f"cannot reach the system bus of {host}: {what}"
+
+
+async def _end(ssh: asyncio.subprocess.Process) -> None:
+    """It ends by itself when our side of the socket is closed; else by force."""
+    for force in (ssh.terminate, ssh.kill):
+        with contextlib.suppress(TimeoutError, ProcessLookupError):
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await ssh.wait()
+                return
+        with contextlib.suppress(ProcessLookupError):
+            force()
+    await ssh.wait()
