@@ -41,7 +41,7 @@ class Screen:
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self._spinner = Spinner("line")
+        self._spinner: Spinner | str = Spinner("line")
 
     def step(self, what: str, done: float) -> None:
         self.what, self.done = what or self.what, done
@@ -54,6 +54,10 @@ class Screen:
             if row.state not in MOVING:
                 row.began = now
             row.state, row.took_s = state, now - row.began
+
+    def over(self) -> None:
+        """Nothing moves any more."""
+        self._spinner = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """As many rows as the terminal has lines, those in motion first; the rest as counts."""
@@ -95,4 +99,7 @@ def screen() -> Iterator[Screen]:
     """On stderr, until the job ends; the rows stay. The terminal is itself again however that goes."""
     what = Screen()
     with Live(what, console=Console(stderr=True), refresh_per_second=REFRESHES_PER_S, redirect_stdout=False):
-        yield what
+        try:
+            yield what
+        finally:
+            what.over()

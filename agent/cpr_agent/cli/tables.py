@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 WIDE = 1 << 16
 STYLES = {
@@ -34,7 +35,7 @@ def size(count: int) -> str:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -44,6 +45,11 @@ def _print(what: object) -> None:
     """Tables as wide as the terminal; a file or a pipe gets each row on one line, whole."""
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)
     console.print(what, soft_wrap=isinstance(what, str), highlight=False)
+
+
+def _short(words: str) -> Text:
+    """What may end in "…" where the terminal is too narrow for it; `status VM` and --json have all of it."""
+    return Text(words, no_wrap=True, overflow="ellipsis")
 
 
 def _styled(word: str) -> str:
@@ -61,9 +67,9 @@ def vms(data: list[dict[str, Any]]) -> None:
             entry["Name"],
             _styled(entry["State"]),
             size(memory.get("size", 0)),
-            ", ".join(one.get("device", "") for one in _ranges(memory)),
+            _short(", ".join(one.get("device", "") for one in _ranges(memory))),
             memory.get("survives", "?"),
-            entry["Description"],
+            _short(entry["Description"]),
         )
     _print(table)
 

@@ -1,0 +1,287 @@
+"""cprctl as scripts see it: exit codes, JSON by its schema, errors, colours, lines of progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from cpr_agent.bus.contract import read_contract
+from tests.kexec_lab import KexecLab
+from tests.lab import PATIENCE_S, ROOT, Guest, Lab, script, until
+
+SCHEMA = json.loads((ROOT / "docs/schema/cprctl.schema.json").read_text())
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def document(ended: subprocess.CompletedProcess[str], command: str) -> Any:
+    """The one JSON document on stdout, which must be what the schema says of the command, or of a failure."""
+    found = json.loads(ended.stdout)
+    failed = isinstance(found, dict) and "error" in found
+    part = {"$ref": "#/$defs/failed"} if failed else SCHEMA["properties"][command]
+    Draft202012Validator({**part, "$defs": SCHEMA["$defs"]}).validate(found)
+    return found
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    contract = read_contract()
+    assert set(SCHEMA["$defs"]["vm"]["properties"]) == set(contract["org.cpragent1.VM"].properties)
+    assert set(SCHEMA["$defs"]["job"]["properties"]) == set(contract["org.cpragent1.Job"].properties)
+    assert set(SCHEMA["properties"]["status"]["properties"]) == {*contract["org.cpragent1.Manager"].properties, "VMs"}
+
+
+def test_all_that_is_printed_as_json_is_in_the_schema(lab: Lab) -> None:
+    guest = lab.guest()
+    (lab.definitions / "broken.toml").write_text("[vm]\nqemv = 1\n")
+    seen = set()
+    for command, code in (
+        ("list", 0),
+        ("reload", 1),
+        ("start web1", 0),
+        ("status", 0),
+        ("status web1", 0),
+        ("check", 4),
+        ("check web1", 0),
+        ("save web1", 0),
+        ("status web1", 0),
+        ("load web1", 0),
+        ("history", 0),
+        ("save --all --survives qemu-restart", 0),
+        ("load --all", 0),
+        ("refresh web1", 0),
+        ("refresh --all", 0),
+        ("save web1", 0),
+        ("resume web1", 0),
+        ("save web1", 0),
+        ("stop web1", 0),
+        ("discard web1 --yes", 0),
+        ("start web1", 0),
+        ("stop web1 --hard", 0),
+        ("devices", 0),
+        ("upgrade --dry-run", 4),
+        ("drill", 4),
+        ("rollback", 2),
+        ("cancel 7", 3),
+        ("memory allocate web1", 1),
+        ("status none", 3),
+        ("upgrade --kernel none", 4),
+    ):
+        ended = lab.cprctl(*command.split(), "--json")
+        assert ended.returncode == code, (command, ended)
+        words = command.split()
+        names = (command, " ".join(words[:2]), words[0] + (" VM" if "web1" in words else ""), words[0])
+        name = next(name for name in names if name in SCHEMA["properties"])
+        found = document(ended, name)
+        if "error" not in found:
+            seen.add(name)
+        else:
+            assert found["error"]["message"] in ended.stderr.replace("cprctl: ", ""), command
+    guest.call("Start")
+    assert seen >= set(SCHEMA["properties"]) - {"upgrade", "drill", "rollback", "cancel", "memory allocate"}
+
+
+def test_an_error_as_json_has_its_parts(lab: Lab) -> None:
+    lab.guest("private", "-object", "memory-backend-ram,id=extra,size=16M").start()
+    lab.guest("web1")
+    for arguments, parts in (
+        (("save", "private"), {"kind": "Blocked", "vm": "private"}),
+        (("load", "web1"), {"kind": "NoCheckpoint", "vm": "web1"}),
+        (("status", "none"), {"kind": "NoSuchVM", "vm": "none"}),
+        (("save",), {"kind": "Usage", "vm": ""}),
+        (("save", "--all"), {"kind": "SaveRefused"}),
+        (("--bus-address", "unix:path=/nonexistent/bus", "list"), {"kind": "NoBus"}),
+    ):
+        error = document(lab.cprctl(*arguments, "--json"), "")["error"]
+        assert parts.items() <= error.items(), error
+    assert "choose another policy" in document(lab.cprctl("save", "--all", "--json"), "")["error"]["remedy"]
+
+
+def exits(lab: Lab, code: int, *arguments: str) -> str:
+    ended = lab.cprctl(*arguments)
+    assert ended.returncode == code, (arguments, ended)
+    return ended.stdout + ended.stderr
+
+
+def test_exit_codes_are_as_documented(lab: Lab) -> None:
+    """Refusals by polkit, with 77, are test_polkit's."""
+    assert "nothing to do: no VM has a live guest" in exits(lab, 2, "save", "--all")
+    assert "nothing to do: no VM has a checkpoint" in exits(lab, 2, "load", "--all")
+    assert "nothing to do" in exits(lab, 2, "load", "--all", "--autostart")
+    assert "nothing to do" in exits(lab, 2, "refresh", "--all")
+    assert "nothing to do: there is no save that could be taken back" in exits(lab, 2, "rollback")
+    lab.guest()
+    lab.guest("web2")
+    exits(lab, 0, "start", "web1")
+    assert "already" in exits(lab, 1, "start", "web1")
+    assert "there is no such VM" in exits(lab, 3, "stop", "none")
+    assert "has no checkpoint" in exits(lab, 3, "load", "web2")
+    assert "a kexec" in exits(lab, 4, "save", "--all")
+    assert "does not run under systemd" in exits(lab, 4, "upgrade")
+    exits(lab, 5, "--bus-address", "unix:path=/nonexistent/bus", "list")
+    exits(lab, 64, "nonsense")
+    exits(lab, 64, "save", "--survives", "doomsday", "web1")
+    assert "web1: saved" in exits(lab, 0, "save", "--all", "--survives", "qemu-restart")
+    assert "nothing to do" in exits(lab, 2, "save", "--all", "--survives", "qemu-restart")
+    lab.end_agent()
+    assert "the agent is not there" in exits(lab, 5, "list")
+
+
+def test_a_pipe_gets_each_change_on_a_line_and_no_colour(lab: Lab) -> None:
+    for name in ("web1", "web2"):
+        lab.guest(name).start()
+    ended = lab.cprctl("save", "--all", "--survives", "qemu-restart")
+    lines = ended.stderr.splitlines()
+    for name in ("web1", "web2"):
+        assert lines.index(f"{name}: saving") < lines.index(f"{name}: saved"), lines
+    assert len(lines) == len(set(lines))
+    assert ended.stdout == "done\n"
+    assert "\x1b" not in ended.stderr + lab.cprctl("list").stdout
+
+
+def test_a_pipe_gets_whole_lines(lab: Lab) -> None:
+    guest = lab.guest()
+    guest.definition["vm"]["description"] = words = "word " * 200 + "end"
+    lab.define(guest)
+    assert words in lab.cprctl("list").stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def slow(lab: Lab, tmp_path: Path) -> Iterator[Guest]:
+    """Saved, and its next QEMU waits for a writer at the FIFO "gate"."""
+    gate = tmp_path / "gate"
+    waits = f'case "$*" in *-incoming*) [ ! -e {gate} ] || read line <{gate};; esac'
+    guest = lab.guest(qemu=script(tmp_path / "qemu", f'#!/bin/sh\n{waits}\nexec {lab.qemu} "$@"\n'))
+    guest.start()
+    guest.until_counts()
+    guest.save()
+    os.mkfifo(gate)
+    yield guest
+    gate.unlink(missing_ok=True)
+
+
+class Terminal:
+    """cprctl on a terminal of its own, which script(1) gives it; what it shows, and what is typed."""
+
+    def __init__(self, lab: Lab, directory: Path, *arguments: str, **environment: str) -> None:
+        command = " ".join([sys.executable, "-c", "'from cpr_agent.cli.main import main; main()'", *arguments])
+        self._log = directory / "typescript"
+        self._process = subprocess.Popen(
+            ["script", "-qefc", command, str(self._log)],
+            env={**os.environ, "CPR_AGENT_BUS_ADDRESS": lab.address, "TERM": "xterm", "COLUMNS": "80", **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+
+    @property
+    def raw(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    @property
+    def shown(self) -> str:
+        return ANSI.sub("", self.raw)
+
+    def until_shows(self, words: str) -> None:
+        until(lambda: words in self.shown, f"the terminal shows {words!r}, not only {self.shown!r}")
+
+    def type(self, keys: str) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(keys.encode())
+        self._process.stdin.flush()
+
+    def ended(self) -> int:
+        return self._process.wait(PATIENCE_S)
+
+
+def test_a_terminal_has_a_row_for_each_guest(lab: Lab, slow: Guest, tmp_path: Path) -> None:
+    lab.guest("off")
+    terminal = Terminal(lab, tmp_path, "load", "--all")
+    terminal.until_shows("loading web1")
+    terminal.until_shows("web1  loading")
+    (tmp_path / "gate").write_text("go\n")
+    assert terminal.ended() == 0
+    assert "web1  running" in terminal.shown
+    assert "off" not in terminal.shown
+    assert "\x1b[32m" in terminal.raw, "colours"
+    assert terminal.raw.rfind("\x1b[?25h") > terminal.raw.rfind("\x1b[?25l") >= 0, "the cursor is back"
+    slow.assert_unbroken()
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_colours_are_left_out_where_nobody_wants_them(
+    lab: Lab, slow: Guest, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    terminal = Terminal(lab, tmp_path, "load", "--all", **environment)
+    terminal.until_shows("loading web1")
+    (tmp_path / "gate").write_text("go\n")
+    assert terminal.ended() == 0
+    assert not re.search(r"\x1b\[[0-9;]*[34]\d", terminal.raw), terminal.raw
+    if "TERM" in environment:
+        assert "\x1b" not in terminal.raw
+        assert "web1: running" in terminal.raw
+    slow.assert_unbroken()
+
+
+def test_ctrl_c_leaves_the_job_to_the_agent(lab: Lab, slow: Guest, tmp_path: Path) -> None:
+    terminal = Terminal(lab, tmp_path, "load", "--all")
+    terminal.until_shows("loading web1")
+    terminal.type("\x03")
+    terminal.until_shows("Cancel the job")
+    assert terminal.raw.rfind("\x1b[?25h") > terminal.raw.rfind("\x1b[?25l"), "the cursor is back"
+    terminal.type("n\n")
+    assert terminal.ended() == 130
+    assert "job 1 goes on" in terminal.shown
+    assert "job 1: load-all" in lab.cprctl("status").stdout
+    job = json.loads(lab.cprctl("status", "--json").stdout)["Jobs"][0]
+    assert job["State"] == "running"
+    (tmp_path / "gate").write_text("go\n")
+    slow.until_state("running")
+    slow.assert_unbroken()
+
+
+def test_ctrl_c_and_yes_cancels_it(lab: Lab, slow: Guest, tmp_path: Path) -> None:
+    terminal = Terminal(lab, tmp_path, "load", "--all")
+    terminal.until_shows("loading web1")
+    terminal.type("\x03")
+    terminal.until_shows("Cancel the job")
+    terminal.type("y\n")
+    assert terminal.ended() == 1
+    assert "cancelled" in terminal.shown
+    assert slow.state == "saved"
+
+
+def test_an_interrupt_in_a_pipe_leaves_the_job_alone_and_another_cprctl_cancels_it(lab: Lab, slow: Guest) -> None:
+    cprctl = subprocess.Popen(
+        [sys.executable, "-c", "from cpr_agent.cli.main import main; main()", "load", "--all", "--json"],
+        env={**os.environ, "CPR_AGENT_BUS_ADDRESS": lab.address},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    slow.until_state("loading")
+    cprctl.send_signal(signal.SIGINT)
+    stdout, stderr = cprctl.communicate(timeout=PATIENCE_S)
+    assert cprctl.returncode == 130, stderr
+    assert json.loads(stdout)["error"]["kind"] == "Interrupted"
+    assert "`cprctl cancel 1` takes it back" in stderr
+    ended = lab.cprctl("cancel", "1", "--json")
+    assert (ended.returncode, document(ended, "cancel")) == (0, {"result": "done"})
+    slow.until_state("saved")
+
+
+def test_an_upgrade_as_json(lab: Lab) -> None:
+    kexec = KexecLab(lab, 1)
+    ended = lab.cprctl("upgrade", "--dry-run", "--json")
+    assert ended.returncode == 0, ended
+    assert document(ended, "upgrade")["result"] == "done"
+    assert kexec.guests[0].state == "running"
