@@ -209,13 +209,19 @@ class Lab:
         return str(self.client(lambda client: client.run_job(member, variants(**options))).result)
 
     def cprctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        with self.cprctl_started(*arguments) as process:
+            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def cprctl_started(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """In pipes, with nothing to read."""
+        return subprocess.Popen(
             [sys.executable, "-c", "from cpr_agent.cli.main import main; main()", *arguments],
-            env={**os.environ, "CPR_AGENT_BUS_ADDRESS": self.address},
-            capture_output=True,
+            env={**os.environ, "CPR_AGENT_BUS_ADDRESS": self.address, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=PATIENCE_S,
-            check=False,
         )
 
     def guest(self, name: str = "web1", *more: str, qemu: str | None = None, **memory: Any) -> Guest:

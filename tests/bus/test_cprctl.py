@@ -260,14 +260,7 @@ def test_ctrl_c_and_yes_cancels_it(lab: Lab, slow: Guest, tmp_path: Path) -> Non
 
 
 def test_an_interrupt_in_a_pipe_leaves_the_job_alone_and_another_cprctl_cancels_it(lab: Lab, slow: Guest) -> None:
-    cprctl = subprocess.Popen(
-        [sys.executable, "-c", "from cpr_agent.cli.main import main; main()", "load", "--all", "--json"],
-        env={**os.environ, "CPR_AGENT_BUS_ADDRESS": lab.address},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    cprctl = lab.cprctl_started("load", "--all", "--json")
     slow.until_state("loading")
     cprctl.send_signal(signal.SIGINT)
     stdout, stderr = cprctl.communicate(timeout=PATIENCE_S)

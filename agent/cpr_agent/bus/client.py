@@ -168,15 +168,15 @@ class Client:
         answer = asyncio.ensure_future(self._bus.call(message))
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                if not await self.until_lost(answer):
-                    raise CallError("NoReply", f"the connection was lost before {message.member} was answered")
+                reply = await answer if await self.until_lost(answer) else None
         except TimeoutError:
             raise CallError("Timeout", f"no answer to {message.member} within {CALL_TIMEOUT_S:.0f} s") from None
+        except (OSError, EOFError):
+            reply = None
         finally:
             answer.cancel()
-        reply = answer.result()
         if reply is None:
-            raise CallError("NoReply", f"no answer to {message.member}")
+            raise CallError("NoReply", f"the connection was lost before {message.member} was answered")
         if reply.message_type is MessageType.ERROR:
             raise CallError(str(reply.error_name), str(reply.body[0]) if reply.body else str(reply.error_name))
         return reply
