@@ -128,6 +128,10 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D packaging/bin/cprctl $(DESTDIR)/usr/bin/cprctl
 	install -D packaging/bin/cpr-agentd $(DESTDIR)/usr/sbin/cpr-agentd
 	install units/save-before-kexec units/gate units/before-removal $(DESTDIR)/usr/libexec/cpr-agent/
+	install -D -m 644 packaging/completions/cprctl.bash $(DESTDIR)/usr/share/bash-completion/completions/cprctl
+	install -D -m 644 packaging/completions/_cprctl -t $(DESTDIR)/usr/share/zsh/vendor-completions
+	install -D -m 644 packaging/completions/cprctl.fish -t $(DESTDIR)/usr/share/fish/vendor_completions.d
+	install units/save-before-kexec units/gate $(DESTDIR)/usr/libexec/cpr-agent/
 	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system units/cpr-*.service
 	install -D -m 644 units/80-cpr-agent.preset -t $(DESTDIR)/usr/lib/systemd/system-preset
 	install -D -m 644 units/org.cpragent1.service -t $(DESTDIR)/usr/share/dbus-1/system-services

@@ -17,10 +17,10 @@ from jsonschema import Draft202012Validator
 
 from cpr_agent.bus.contract import read_contract
 from tests.kexec_lab import KexecLab
-from tests.lab import PATIENCE_S, ROOT, Guest, Lab, script, until
+from tests.lab import PATIENCE_S, ROOT, Guest, Lab, script
+from tests.terminal import Terminal
 
 SCHEMA = json.loads((ROOT / "docs/schema/cprctl.schema.json").read_text())
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def document(ended: subprocess.CompletedProcess[str], command: str) -> Any:
@@ -169,42 +169,14 @@ def slow(lab: Lab, tmp_path: Path) -> Iterator[Guest]:
     gate.unlink(missing_ok=True)
 
 
-class Terminal:
-    """cprctl on a terminal of its own, which script(1) gives it; what it shows, and what is typed."""
-
-    def __init__(self, lab: Lab, directory: Path, *arguments: str, **environment: str) -> None:
-        command = " ".join([sys.executable, "-c", "'from cpr_agent.cli.main import main; main()'", *arguments])
-        self._log = directory / "typescript"
-        self._process = subprocess.Popen(
-            ["script", "-qefc", command, str(self._log)],
-            env={**os.environ, "CPR_AGENT_BUS_ADDRESS": lab.address, "TERM": "xterm", "COLUMNS": "80", **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-
-    @property
-    def raw(self) -> str:
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
-
-    @property
-    def shown(self) -> str:
-        return ANSI.sub("", self.raw)
-
-    def until_shows(self, words: str) -> None:
-        until(lambda: words in self.shown, f"the terminal shows {words!r}, not only {self.shown!r}")
-
-    def type(self, keys: str) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(keys.encode())
-        self._process.stdin.flush()
-
-    def ended(self) -> int:
-        return self._process.wait(PATIENCE_S)
+def on_terminal(lab: Lab, directory: Path, arguments: str, **environment: str) -> Terminal:
+    command = f"{sys.executable} -c 'from cpr_agent.cli.main import main; main()' {arguments}"
+    return Terminal(directory, command, CPR_AGENT_BUS_ADDRESS=lab.address, **environment)
 
 
 def test_a_terminal_has_a_row_for_each_guest(lab: Lab, slow: Guest, tmp_path: Path) -> None:
     lab.guest("off")
-    terminal = Terminal(lab, tmp_path, "load", "--all")
+    terminal = on_terminal(lab, tmp_path, "load --all")
     terminal.until_shows("loading web1")
     terminal.until_shows("web1  loading")
     (tmp_path / "gate").write_text("go\n")
@@ -220,7 +192,7 @@ def test_a_terminal_has_a_row_for_each_guest(lab: Lab, slow: Guest, tmp_path: Pa
 def test_colours_are_left_out_where_nobody_wants_them(
     lab: Lab, slow: Guest, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    terminal = Terminal(lab, tmp_path, "load", "--all", **environment)
+    terminal = on_terminal(lab, tmp_path, "load --all", **environment)
     terminal.until_shows("loading web1")
     (tmp_path / "gate").write_text("go\n")
     assert terminal.ended() == 0
@@ -232,7 +204,7 @@ def test_colours_are_left_out_where_nobody_wants_them(
 
 
 def test_ctrl_c_leaves_the_job_to_the_agent(lab: Lab, slow: Guest, tmp_path: Path) -> None:
-    terminal = Terminal(lab, tmp_path, "load", "--all")
+    terminal = on_terminal(lab, tmp_path, "load --all")
     terminal.until_shows("loading web1")
     terminal.type("\x03")
     terminal.until_shows("Cancel the job")
@@ -249,7 +221,7 @@ def test_ctrl_c_leaves_the_job_to_the_agent(lab: Lab, slow: Guest, tmp_path: Pat
 
 
 def test_ctrl_c_and_yes_cancels_it(lab: Lab, slow: Guest, tmp_path: Path) -> None:
-    terminal = Terminal(lab, tmp_path, "load", "--all")
+    terminal = on_terminal(lab, tmp_path, "load --all")
     terminal.until_shows("loading web1")
     terminal.type("\x03")
     terminal.until_shows("Cancel the job")

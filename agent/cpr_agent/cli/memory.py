@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from cpr_agent.bus.client import Client, options, plain
+from cpr_agent.cli.completion import vm_argument
 from cpr_agent.cli.session import json_option, pass_context, run, show, tables
 
 
@@ -27,7 +28,7 @@ def memory() -> None:
 
 
 @memory.command("allocate")
-@click.argument("vm")
+@vm_argument
 @click.option("--size", default="", help="As 4G (default: that of the VM's definition).")
 @click.option("--device", default="", help="On this device: its uuid, or its node (default: the best fit on any).")
 @json_option

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from cpr_agent.bus.client import CallError, Client, options, plain
+from cpr_agent.cli.completion import some_vm_argument, vm_argument
 from cpr_agent.cli.jobs import follow_job
 from cpr_agent.cli.session import EXIT_REFUSED, json_option, pass_context, run, show, tables
 
@@ -37,7 +38,7 @@ def list_vms(context: click.Context, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("vm", required=False)
+@some_vm_argument
 @json_option
 @pass_context
 def status(context: click.Context, vm: str | None, as_json: bool) -> None:
@@ -56,7 +57,7 @@ def status(context: click.Context, vm: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("vm")
+@vm_argument
 @json_option
 @pass_context
 def start(context: click.Context, vm: str, as_json: bool) -> None:
@@ -65,7 +66,7 @@ def start(context: click.Context, vm: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("vm")
+@vm_argument
 @click.option("--hard", is_flag=True, help="Quit QEMU at once instead of pressing the power button.")
 @json_option
 @pass_context
@@ -75,7 +76,7 @@ def stop(context: click.Context, vm: str, hard: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("vm")
+@vm_argument
 @json_option
 @pass_context
 def resume(context: click.Context, vm: str, as_json: bool) -> None:
@@ -84,7 +85,7 @@ def resume(context: click.Context, vm: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("vm")
+@vm_argument
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @json_option
 @pass_context
@@ -105,7 +106,7 @@ def _act(context: click.Context, vm: str, as_json: bool, done: str, member: str,
 
 
 @click.command()
-@click.argument("vm", required=False)
+@some_vm_argument
 @json_option
 @pass_context
 def check(context: click.Context, vm: str | None, as_json: bool) -> None:
@@ -120,7 +121,7 @@ def check(context: click.Context, vm: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("vm", required=False)
+@some_vm_argument
 @click.option("--all", "every", is_flag=True, help="Save every VM that has a live guest: all, or none.")
 @click.option("--file", "filename", default="", help="State file (default: the agent's own place).")
 @click.option("--survives", type=click.Choice(["kexec", "qemu-restart"]), help="Refuse RAM that would not outlive this.")
@@ -151,7 +152,7 @@ def save(
 
 
 @click.command()
-@click.argument("vm", required=False)
+@some_vm_argument
 @click.option("--all", "every", is_flag=True, help="Load every VM that has a live checkpoint.")
 @click.option("--autostart", is_flag=True, help="With --all: then start the VMs that have autostart and no checkpoint.")
 @click.option("--file", "filename", default="", help="State file (default: where the save put it).")
@@ -172,7 +173,7 @@ def load(context: click.Context, vm: str | None, every: bool, autostart: bool, f
 
 
 @click.command()
-@click.argument("vm", required=False)
+@some_vm_argument
 @click.option("--all", "every", is_flag=True, help="Every VM that has a live guest, one after the other.")
 @click.option(
     "--in-turn", is_flag=True, help="End the old QEMU before the new one starts: both can't have the same tap device."
