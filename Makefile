@@ -131,7 +131,6 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 packaging/completions/cprctl.bash $(DESTDIR)/usr/share/bash-completion/completions/cprctl
 	install -D -m 644 packaging/completions/_cprctl -t $(DESTDIR)/usr/share/zsh/vendor-completions
 	install -D -m 644 packaging/completions/cprctl.fish -t $(DESTDIR)/usr/share/fish/vendor_completions.d
-	install units/save-before-kexec units/gate $(DESTDIR)/usr/libexec/cpr-agent/
 	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system units/cpr-*.service
 	install -D -m 644 units/80-cpr-agent.preset -t $(DESTDIR)/usr/lib/systemd/system-preset
 	install -D -m 644 units/org.cpragent1.service -t $(DESTDIR)/usr/share/dbus-1/system-services
@@ -147,9 +146,10 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	cp -r $(addprefix packaging/ansible/,inventory.example roles upgrade-hosts.yml) $(DESTDIR)/usr/share/cpr-agent/ansible/
 	install -D -m 644 packaging/ansible/README.md $(DESTDIR)/usr/share/doc/cpr-agent/README.ansible.md
 	install -D -m 644 packaging/agent.toml $(DESTDIR)/etc/cpr-agent/agent.toml
-	install -D -m 644 packaging/example-vm.toml $(DESTDIR)/usr/share/doc/cpr-agent/examples/web1.toml
+	install -D -m 644 agent/cpr_agent/cli/example-vm.toml $(DESTDIR)/usr/share/doc/cpr-agent/examples/web1.toml
 	install -D -m 755 packaging/example-check-hook $(DESTDIR)/usr/share/doc/cpr-agent/examples/check-hook
 	install -D -m 644 docs/*.md -t $(DESTDIR)/usr/share/doc/cpr-agent
+	install -D -m 644 docs/schema/*.json -t $(DESTDIR)/usr/share/doc/cpr-agent/schema
 	for page in $(MAN_PAGES); do \
 	    install -D -m 644 $$page -t $(DESTDIR)/usr/share/man/man$${page##*.}; \
 	done

@@ -111,9 +111,9 @@ def test_other_arguments_are_the_admins() -> None:
 
 
 def test_the_packaged_examples_are_valid() -> None:
-    packaging = Path(__file__).parents[2] / "packaging"
-    assert decode_toml(packaging / "agent.toml", Settings) == Settings()
-    assert decode_toml(packaging / "example-vm.toml", Definition, name="web1").memory.size == 4 << 30
+    root = Path(__file__).parents[2]
+    assert decode_toml(root / "packaging/agent.toml", Settings) == Settings()
+    assert decode_toml(root / "agent/cpr_agent/cli/example-vm.toml", Definition, name="web1").memory.size == 4 << 30
 
 
 @given(st.integers(0, 1 << 20), st.sampled_from(["", "K", "M", "G", "T", "k", "MiB", "GB"]))

@@ -98,6 +98,17 @@ class ManagerObject(BusObject):
         await self._manager.reload()
         return [[[vm.name, str(vm.problem)] for vm in self._manager.vms.values() if vm.problem]]
 
+    async def call_Validate(self, name: str, definition: str) -> list[Any]:
+        await asyncio.to_thread(self._manager.validate, name, definition)
+        return []
+
+    async def call_Import(self, command_line: str, options: dict[str, Variant]) -> list[Any]:
+        known = dict.fromkeys(("name", "device", "offset", "user"), "s")
+        wanted = {**dict.fromkeys(known, ""), **take_options(options, known)}
+        imported, problem = await asyncio.to_thread(self._manager.import_command_line, command_line, **wanted)
+        notes = Variant("a(sss)", [list(note) for note in imported.notes])
+        return [vardict(name=imported.name, definition=imported.text, notes=notes, problem=problem)]
+
     async def call_LastError(self) -> list[Any]:
         return [_error(self._last_error())]
 
@@ -109,6 +120,9 @@ class ManagerObject(BusObject):
 
     def get_Kernels(self) -> list[str]:
         return [kernel.version for kernel in self._manager.ports.kernels.installed()]
+
+    def get_DefinitionDirectory(self) -> str:
+        return self._manager.ports.definitions.directory
 
     def get_Upgrade(self) -> dict[str, Variant]:
         current = self._manager.ledger.current

@@ -10,16 +10,20 @@ from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_vm
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.ledger import Ledger, Phase
-from cpr_agent.core.model import Bytes, DaxDevice, Finding, MemoryIdentity, Policy, Survives
+from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.preflight import Plan, Wish, check_host, plan
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.transaction import Transaction
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CprError, InvalidArgument, NoSuchVM
+from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM
 from cpr_agent.report.story import Story, tell
 
 log = logging.getLogger(__name__)
+
+
+MAX_TEXT = 256 << 10
+"""Characters of a definition or a command line that somebody sends: the kernel's own limit for one is not much higher."""
 
 
 class Manager:
@@ -66,6 +70,21 @@ class Manager:
                 self.vm_added(vm)
         for vm in self.vms.values():
             await vm.refresh()
+
+    def validate(self, name: str, text: str) -> None:
+        """Whether ``text`` could be the definition of a VM ``name``. Raises InvalidDefinition, InvalidArgument."""
+        _limited(text)
+        self.ports.definitions.parse(name, text)
+
+    def import_command_line(self, text: str, **wanted: str) -> tuple[Imported, str]:
+        """A definition from another QEMU's command line, and what is wrong with it as one. Raises InvalidArgument."""
+        _limited(text)
+        imported = self.ports.definitions.import_command_line(text, **wanted)
+        try:
+            self.ports.definitions.parse(imported.name, imported.text)
+        except InvalidDefinition as error:
+            return imported, error.text
+        return imported, ""
 
     def _new_vm(self, name: str) -> Vm:
         return Vm(name, self.ports, self._settings, self._changed, self._claims, self._transaction.refuse_when_committed)
@@ -212,3 +231,8 @@ class Manager:
         await self.jobs.drain(60.0)
         for vm in self.vms.values():
             await vm.close()
+
+
+def _limited(text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise InvalidArgument(f"{len(text)} characters are too many, {MAX_TEXT} are allowed", left="nothing was done")

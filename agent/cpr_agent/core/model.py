@@ -151,6 +151,23 @@ class Definition:
     digest: str = ""
 
 
+class Note(NamedTuple):
+    """What became of an ``argument`` of a foreign command line: "left out", "changed", or "look" if it may not do."""
+
+    outcome: str
+    argument: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A foreign command line as the ``text`` of a definition, which the notes head as comments."""
+
+    name: str
+    text: str
+    notes: tuple[Note, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryIdentity:
     """Which memory a VM's RAM is, or one NUMA node of it, in terms that stay true across a kexec. Sizes in bytes.

@@ -16,6 +16,7 @@ from cpr_agent.core.model import (
     Held,
     HookFailure,
     HookPhase,
+    Imported,
     Kernel,
     Launch,
     Located,
@@ -144,6 +145,16 @@ class Runner(Protocol):
 
 
 class Definitions(Protocol):
+    @property
+    def directory(self) -> str:
+        """Where the definitions are, as NAME.toml."""
+
+    def parse(self, name: str, text: str) -> Definition:
+        """What a file of that name with this text would define. Raises InvalidDefinition."""
+
+    def import_command_line(self, text: str, *, name: str, device: str, offset: str, user: str) -> Imported:
+        """A definition from another QEMU's command line. Raises InvalidArgument."""
+
     def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
         """All definitions by name, and what is wrong with those that can't be used."""
 

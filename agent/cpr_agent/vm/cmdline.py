@@ -28,7 +28,7 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 """What QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. No way to a new QEMU that
 the agent uses needs a program to be started by the old one; cpr-exec would (FACTS.md)."""
 
-_OWN = {
+OWN = {
     "-m": "the memory size",
     "-name": "the name",
     "-mem-path": "the memory backend",
@@ -49,11 +49,11 @@ def collisions(arguments: tuple[str, ...]) -> list[str]:
     """What in the admin's arguments the agent adds itself or can't have there; empty if nothing."""
     found = []
     for index, raw in enumerate(arguments):
-        argument = _single_dash(raw)
+        argument = single_dash(raw)
         value = arguments[index + 1] if index + 1 < len(arguments) else ""
         parts = value.split(",")
-        if argument in _OWN:
-            found.append(f"{raw} ({_OWN[argument]})")
+        if argument in OWN:
+            found.append(f"{raw} ({OWN[argument]})")
         elif argument in ("-machine", "-M") and any(part.startswith("memory-backend=") for part in parts):
             found.append(f"{raw} memory-backend= (the memory backend)")
         elif argument in ("-object", "-chardev", "-mon", "-device", "-netdev", "-blockdev", "-drive"):
@@ -68,7 +68,7 @@ def numa_collisions(arguments: tuple[str, ...]) -> list[str]:
     return [f"-numa {value} (the NUMA nodes)" for value, keys in values if "node" in (*keys, keys.get("type"))]
 
 
-def _single_dash(argument: str) -> str:
+def single_dash(argument: str) -> str:
     """QEMU takes ``--option`` for ``-option``."""
     return argument[1:] if argument.startswith("--") else argument
 
@@ -144,7 +144,7 @@ def _base_argv(definition: Definition, ram: Ram) -> list[str]:
         *(word for one, fd in zip(ram, _memory_fds(ram), strict=True) for word in ("-object", _backend(one, fd))),
         *(_numa(definition.memory) if definition.memory.node else ("-machine", f"memory-backend={RAM_ID}")),
     ]
-    options = {_single_dash(argument) for argument in definition.vm.arguments}
+    options = {single_dash(argument) for argument in definition.vm.arguments}
     if not options & {"-display", "-nographic", "-curses", "-vnc", "-spice"}:
         argv += ["-display", "none"]
     return [*argv, *_monitors()]
@@ -166,7 +166,7 @@ def _sandboxed(arguments: tuple[str, ...]) -> list[str]:
     out: list[str] = []
     words = iter(arguments)
     for word in words:
-        value = next(words, "") if _single_dash(word) == "-sandbox" else None
+        value = next(words, "") if single_dash(word) == "-sandbox" else None
         out += [word] if value is None else [word, value] if value != "off" else []
     return out
 
@@ -194,7 +194,7 @@ def _numa(memory: MemorySection) -> Iterator[str]:
 
 def option(argv: Sequence[str], *names: str) -> list[str]:
     """The values of each of these options, in order."""
-    return [value for name, value in pairwise(argv) if _single_dash(name) in names]
+    return [value for name, value in pairwise(argv) if single_dash(name) in names]
 
 
 def keyed(value: str) -> dict[str, str]:

@@ -13,9 +13,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from cpr_agent.core.model import VM_NAME, Bytes, Definition, Launch, Located, Manifest, MemorySection, Seconds
+from cpr_agent.core.model import VM_NAME, Bytes, Definition, Imported, Launch, Located, Manifest, MemorySection, Seconds
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.vm.cmdline import collisions, numa_collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
+from cpr_agent.vm.importer import import_command_line
 
 T = TypeVar("T")
 CPUS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
@@ -32,9 +33,10 @@ def _decode(kind: type, value: Any) -> Any:
     return kind(value)
 
 
-def decode_toml(path: Path, into: type[T], **extra: object) -> T:
-    """Read ``path`` as the dataclass ``into``; keys are written with dashes. Raises InvalidDefinition, OSError."""
-    raw = path.read_bytes()
+def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: object) -> T:
+    """Read ``path``, or ``raw`` in its place, as the dataclass ``into``; keys are written with dashes. Raises
+    InvalidDefinition, OSError."""
+    raw = path.read_bytes() if raw is None else raw
     try:
         tables = _known(tomllib.loads(raw.decode()), into, path, "")
         return msgspec.convert({**tables, **extra}, into, dec_hook=_decode)
@@ -87,6 +89,18 @@ class DefinitionDirectory:
                 bad[path.stem] = error
         return good, bad
 
+    @property
+    def directory(self) -> str:
+        return str(self._root)
+
+    def parse(self, name: str, text: str) -> Definition:
+        if not VM_NAME.fullmatch(name):
+            raise InvalidDefinition(f"{name!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'")
+        return read_definition(self._root / f"{name}.toml", text.encode())
+
+    def import_command_line(self, text: str, *, name: str, device: str, offset: str, user: str) -> Imported:
+        return import_command_line(text, name=name, device=device, offset=offset, user=user)
+
     def plan_start(self, definition: Definition, located: Sequence[Located]) -> Launch:
         return plan_start(definition, located, self._run_dir, self._log_dir)
 
@@ -103,13 +117,14 @@ class DefinitionDirectory:
         return plan_probe(launch)
 
 
-def read_definition(path: Path) -> Definition:
-    """One VM's definition, checked as far as a file can be. Raises InvalidDefinition."""
+def read_definition(path: Path, raw: bytes | None = None) -> Definition:
+    """One VM's definition, checked as far as a file can be; with ``raw``, that is what would be in it. Raises
+    InvalidDefinition."""
     name = path.stem
     if not VM_NAME.fullmatch(name):
         raise InvalidDefinition(f"{path}: {name!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    definition = decode_toml(path, Definition, name=name, digest=digest)
+    raw = path.read_bytes() if raw is None else raw
+    definition = decode_toml(path, Definition, raw, name=name, digest=hashlib.sha256(raw).hexdigest())
     _refuse_bad_memory(path, name, definition.memory)
     numa = numa_collisions(definition.vm.arguments) if definition.memory.node else []
     if found := collisions(definition.vm.arguments) + numa:

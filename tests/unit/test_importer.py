@@ -1,0 +1,295 @@
+"""Foreign command lines become definitions, and whatever can't be the same is said."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpr_agent.core.model import Definition, Imported
+from cpr_agent.errors import InvalidArgument
+from cpr_agent.vm.cmdline import OWN, option
+from cpr_agent.vm.definition import read_definition
+from cpr_agent.vm.foreign import WITHOUT_VALUE, Value
+from cpr_agent.vm.importer import NO_DEVICE, import_command_line
+
+SAMPLES = Path(__file__).parent / "libvirt"
+QEMU = "/usr/bin/qemu-system-x86_64"
+
+
+def read(imported: Imported) -> Definition:
+    """As the agent would read it: whatever is imported must pass for a definition."""
+    return read_definition(Path(f"/etc/cpr-agent/vms/{imported.name}.toml"), imported.text.encode())
+
+
+def why(imported: Imported, argument: str) -> str:
+    """The outcome and the reason of the note on the argument that begins so."""
+    found = [f"{note.outcome}: {note.why}" for note in imported.notes if note.argument.startswith(argument)]
+    assert len(found) == 1, (argument, imported.notes)
+    return found[0]
+
+
+def imported(*arguments: str, **wanted: str) -> Imported:
+    return import_command_line(shlex.join([QEMU, *arguments]), **wanted)
+
+
+def test_what_can_be_the_same_is_the_same() -> None:
+    arguments = ("-machine", "q35,accel=kvm", "-smp", "2", "-nodefaults", "-drive", "file=/srv/a b,,c.raw,if=virtio")
+    found = imported("-name", "web1", "-m", "4G", *arguments, device="/dev/shm/web1", user="qemu")
+    assert found.notes == ()
+    definition = read(found)
+    assert definition.name == "web1"
+    assert definition.vm.qemu == QEMU
+    assert definition.vm.arguments == arguments
+    assert definition.vm.user == "qemu"
+    assert (definition.memory.size, definition.memory.device, definition.memory.offset) == (4 << 30, "/dev/shm/web1", 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(OWN) - {"-m", "-name"}))
+def test_what_the_agent_adds_itself_is_left_out(name: str) -> None:
+    value = () if name[1:] in WITHOUT_VALUE else ("x",)
+    found = imported("-nodefaults", name, *value, "-usb")
+    assert why(found, name) == f"left out: {OWN[name]}"
+    assert read(found).vm.arguments == ("-nodefaults", "-usb")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512", 512 << 20), ("4G", 4 << 30), ("size=4194304k", 4 << 30), ("size=1024,slots=4,maxmem=8G", 1 << 30)],
+)
+def test_the_size_is_as_qemu_reads_it(text: str, size: int) -> None:
+    found = imported("-m", text)
+    assert read(found).memory.size == size
+    if "slots" in text:
+        assert "no memory hotplug" in why(found, "-m")
+
+
+def test_without_a_size_it_is_qemus_default() -> None:
+    found = imported("-nodefaults")
+    assert read(found).memory.size == 128 << 20
+    assert why(found, "-m").startswith("look")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("memory-backend-file,id=ram,size=1G,share=on,mem-path=/dev/shm/web1", "/dev/shm/web1"),
+        (
+            '{"qom-type":"memory-backend-file","id":"ram","size":1073741824,"share":true,"mem-path":"/dev/dax0.0"}',
+            "/dev/dax0.0",
+        ),
+        ("memory-backend-file,id=ram,size=1G,mem-path=/dev/shm/web1", NO_DEVICE),
+        ("memory-backend-file,id=ram,size=1G,share=on,mem-path=/dev/hugepages/libvirt/qemu", NO_DEVICE),
+        ("memory-backend-memfd,id=ram,size=1G,share=on", NO_DEVICE),
+        ("memory-backend-ram,id=ram,size=1G", NO_DEVICE),
+    ],
+)
+def test_ram_that_can_stay_where_it_is_does(backend: str, device: str) -> None:
+    found = imported("-m", "1G", "-object", backend, "-machine", "q35,memory-backend=ram,usb=off")
+    assert "[memory] says" in why(found, "-object")
+    definition = read(found)
+    assert definition.memory.device == device
+    assert definition.vm.arguments == ("-machine", "q35,usb=off")
+    if device == NO_DEVICE:
+        assert "cprctl memory allocate imported --size 1G" in why(found, "memory.device")
+
+
+def test_several_backends_and_what_is_in_them_are_left_out() -> None:
+    found = imported(
+        *("-m", "2G", "-object", "memory-backend-ram,id=n0,size=1G", "-object", "memory-backend-ram,id=n1,size=1G"),
+        *("-numa", "node,nodeid=0,memdev=n0", "-numa", "node,nodeid=1,memdev=n1"),
+        *("-object", "memory-backend-ram,id=dimm,size=1G", "-device", "pc-dimm,id=d0,memdev=dimm", "-usb"),
+    )
+    assert read(found).vm.arguments == ("-usb",)
+    assert [note.argument.split()[0] for note in found.notes if note.outcome == "left out"].count("-numa") == 2
+    assert "would not outlive QEMU" in why(found, "-device pc-dimm")
+
+
+@pytest.mark.parametrize(
+    ("netdev", "now"),
+    [
+        ("tap,fd=28,id=net0,vhost=on,vhostfd=30", "tap,id=net0,ifname=web1-0,script=no,downscript=no,vhost=on"),
+        ("tap,id=net0,fds=3:4,vhostfds=5:6", "tap,id=net0,ifname=web1-0,script=no,downscript=no,vhost=on"),
+        ("tap,id=net0,fd=3", "tap,id=net0,ifname=web1-0,script=no,downscript=no"),
+        (
+            '{"type":"tap","fd":"28","vhost":true,"vhostfd":"30","id":"net0"}',
+            '{"type":"tap","id":"net0","ifname":"web1-0","script":"no","downscript":"no","vhost":true}',
+        ),
+        ("user,id=net0", "user,id=net0"),
+        ("tap,id=net0,ifname=tap3,script=no", "tap,id=net0,ifname=tap3,script=no"),
+    ],
+)
+def test_a_descriptor_of_a_tap_becomes_its_name(netdev: str, now: str) -> None:
+    found = imported("-name", "web1", "-netdev", netdev, "-device", "virtio-net-pci,netdev=net0")
+    assert read(found).vm.arguments == ("-netdev", now, "-device", "virtio-net-pci,netdev=net0")
+    assert (netdev == now) == (not any(note.argument.startswith("-netdev") for note in found.notes))
+
+
+def test_the_name_of_an_interface_is_short_enough_for_the_kernel() -> None:
+    taps = [word for number in range(3) for word in ("-netdev", f"tap,id=n{number},fd={number}")]
+    found = imported("-name", "a-very-long-name-of-a-vm", *taps)
+    names = [Value(text).keys["ifname"] for text in option(read(found).vm.arguments, "-netdev")]
+    assert len(set(names)) == 3
+    assert all(len(name) < 16 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("chardev", "now"),
+    [
+        ("pty,id=c0", "pty,id=c0"),
+        ("file,id=c0,path=/var/log/c0", "file,id=c0,path=/var/log/c0"),
+        ("socket,id=c0,host=localhost,port=1,server=on", "socket,id=c0,host=localhost,port=1,server=on"),
+        ("socket,id=c0,fd=21,server=on,wait=off", "socket,id=c0,path=/run/cpr-agent/vm/web1/c0.sock,server=on,wait=off"),
+        (
+            "socket,id=c0,path=/var/lib/libvirt/qemu/channel/target/domain-1-x/org.qemu.guest_agent.0",
+            "socket,id=c0,path=/run/cpr-agent/vm/web1/c0.sock,server=on,wait=off",
+        ),
+        ("file,id=c0,path=/dev/fdset/3,append=on", "null,id=c0"),
+        ("stdio,id=c0,mux=on", "null,id=c0"),
+    ],
+)
+def test_what_a_character_device_is_connected_to(chardev: str, now: str) -> None:
+    found = imported("-name", "web1", "-chardev", chardev, "-serial", "chardev:c0")
+    assert read(found).vm.arguments == ("-chardev", now, "-serial", "chardev:c0")
+    assert (chardev == now) == (not any(note.argument.startswith("-chardev") for note in found.notes))
+
+
+def test_monitors_go_with_their_sockets() -> None:
+    found = imported(
+        *("-qmp", "unix:/tmp/q,server", "-monitor", "stdio", "-chardev", "socket,id=m,path=/tmp/m,server=on", "-mon", "m"),
+        *("-chardev", "socket,id=qga,path=/tmp/qga,server=on"),
+    )
+    assert read(found).vm.arguments == ("-chardev", "socket,id=qga,path=/tmp/qga,server=on")
+    assert {note.argument.split()[0] for note in found.notes if note.outcome == "left out"} == {
+        "-qmp",
+        "-monitor",
+        "-chardev",
+        "-mon",
+    }
+
+
+def test_secrets_that_die_are_left_out_and_who_needs_them_is_named() -> None:
+    found = imported(
+        *(
+            "-object",
+            '{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/var/lib/libvirt/qemu/domain-1-x/master-key.aes"}',
+        ),
+        *("-object", "secret,id=disk,data=abc,keyid=masterKey0,iv=def,format=base64"),
+        *("-object", "secret,id=mine,file=/etc/keys/mine"),
+        *("-blockdev", '{"driver":"luks","node-name":"d","key-secret":"disk","file":"f"}'),
+    )
+    assert "dies with libvirt" in why(found, '-object {"qom-type":"secret"')
+    assert "needs one that does" in why(found, "-object secret,id=disk")
+    assert why(found, "-blockdev").startswith("look: it needs a secret")
+    assert read(found).vm.arguments[:2] == ("-object", "secret,id=mine,file=/etc/keys/mine")
+
+
+def test_what_libvirt_would_start() -> None:
+    """``virsh domxml-to-native qemu-argv`` of libvirt 9.0, with each option on a line of its own."""
+    found = import_command_line((SAMPLES / "domxml-to-native").read_text(), device="uuid:x")
+    definition = read(found)
+    assert (definition.name, definition.memory.size) == ("web1", 4 << 30)
+    outcomes = {(note.outcome, note.argument.partition(" ")[0]) for note in found.notes if note.argument.startswith("-")}
+    assert outcomes == {
+        *(("left out", name) for name in ("-S", "-object", "-chardev", "-mon", "-no-shutdown")),
+        *(("changed", name) for name in ("-netdev", "-chardev")),
+    }
+    assert {note.argument.partition("=")[0] for note in found.notes if note.argument[0].isupper()} >= {"LC_ALL", "HOME"}
+    assert_only_what_was_noted_is_gone((SAMPLES / "domxml-to-native").read_text(), found)
+
+
+def test_what_libvirt_runs() -> None:
+    """/proc/PID/cmdline of a domain of libvirt 9.0."""
+    found = import_command_line((SAMPLES / "running").read_text(), user="libvirt-qemu")
+    definition = read(found)
+    assert (definition.name, definition.memory.size, definition.memory.device) == ("web1", 256 << 20, NO_DEVICE)
+    assert definition.vm.user == "libvirt-qemu"
+    assert_only_what_was_noted_is_gone((SAMPLES / "running").read_text(), found)
+
+
+def assert_only_what_was_noted_is_gone(text: str, found: Imported) -> None:
+    """Each word that is not in the definition as it was stands in a note, or is what [memory] and the name say."""
+    arguments = read(found).vm.arguments
+    noted = " ".join(note.argument for note in found.notes)
+    for word in shlex.split(text.replace("\\\n", " ")):
+        said = word.endswith(QEMU) or word in ("-name", "-m", "256", "4096") or word.startswith("guest=")
+        machine = word.endswith(",memory-backend=pc.ram") and word.rpartition(",")[0] in arguments
+        assert word in arguments or word in noted or said or machine, word
+
+
+def test_no_terminal() -> None:
+    found = imported("-nographic", "-serial", "mon:stdio")
+    assert read(found).vm.arguments == ("-display", "none", "-serial", "null")
+
+
+def test_a_word_without_a_dash_is_a_disk() -> None:
+    found = imported("-m", "1G", "/srv/disk,1.img")
+    assert read(found).vm.arguments == ("-drive", "file=/srv/disk,,1.img,index=0,media=disk")
+
+
+def test_a_name_that_no_vm_can_have_is_changed() -> None:
+    assert imported("-name", "guest=my vm/1").name == "my-vm-1"
+    assert imported("-nodefaults").name == "imported"
+    assert imported("-name", "a", name="b").name == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "begins with ''"),
+        ("ls -l", "begins with 'ls'"),
+        ('qemu-system-x86_64 -name "web1', "No closing quotation"),
+        ("qemu-system-x86_64 -m lots", "-m lots"),
+        ("""qemu-system-x86_64 -object '{"qom-type":'""", "-object"),
+        ("""qemu-system-x86_64 -object '[1]' -device '{"a":[1,{"b":2}]}'""", ""),
+    ],
+)
+def test_what_is_no_command_line_is_refused(text: str, said: str) -> None:
+    if said:
+        with pytest.raises(InvalidArgument) as caught:
+            import_command_line(text)
+        assert said in caught.value.text
+    else:
+        read(import_command_line(text))
+
+
+def test_a_shells_ways_are_taken() -> None:
+    found = import_command_line("LC_ALL=C \\\n PATH=/bin exec qemu-system-x86_64 \\\r\n -usb \\\n-append 'a b' &\n")
+    assert read(found).vm.arguments == ("-usb", "-append", "a b")
+    assert {note.argument for note in found.notes} >= {"LC_ALL=C", "PATH=/bin"}
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20), max_size=8))
+def test_any_words_are_taken_or_refused(words: list[str]) -> None:
+    try:
+        found = import_command_line(shlex.join([QEMU, *words]))
+    except InvalidArgument:
+        return
+    read_definition(Path(f"/x/{found.name}.toml"), found.text.encode()) if "cpr-" not in found.text[40:] else None
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z][a-z-]{0,8}", fullmatch=True), st.text(max_size=9), min_size=1))
+def test_keys_are_taken_out_and_the_rest_stays(keys: dict[str, str]) -> None:
+    keys = {key: value.replace("\0", "") for key, value in keys.items()}
+    gone = next(iter(keys))
+    rest = {key: value for key, value in keys.items() if key != gone}
+    text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in {"id": "x", **keys}.items())
+    assert (
+        Value(str(Value(text).without(gone))).keys
+        == Value(",".join(["id=x", *[f"{k}={v.replace(',', ',,')}" for k, v in rest.items()]])).keys
+    )
+    assert json.loads(str(Value(json.dumps({"id": "x", **keys})).without(gone))) == {"id": "x", **rest}
+
+
+def test_options_without_an_argument_are_qemus() -> None:
+    """As far as the one of this machine tells: its help has them without anything behind."""
+    said = subprocess.run(["qemu-system-x86_64", "-help"], capture_output=True, text=True, check=True).stdout
+    lines = [line.split() for line in said.splitlines() if line.startswith("-")]
+    for name in WITHOUT_VALUE:
+        for words in lines:
+            assert words[0] != f"-{name}" or "=" not in "".join(words[1:2]), words
