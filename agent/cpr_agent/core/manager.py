@@ -22,10 +22,6 @@ from cpr_agent.report.story import Story, tell
 log = logging.getLogger(__name__)
 
 
-MAX_TEXT = 256 << 10
-"""Characters of a definition or a command line that somebody sends: the kernel's own limit for one is not much higher."""
-
-
 class Manager:
     """``vm_added``, ``vm_removed`` and ``vm_changed`` tell the bus."""
 
@@ -72,13 +68,11 @@ class Manager:
             await vm.refresh()
 
     def validate(self, name: str, text: str) -> None:
-        """Whether ``text`` could be the definition of a VM ``name``. Raises InvalidDefinition, InvalidArgument."""
-        _limited(text)
+        """Whether ``text`` could be the definition of a VM ``name``. Raises InvalidDefinition."""
         self.ports.definitions.parse(name, text)
 
     def import_command_line(self, text: str, **wanted: str) -> tuple[Imported, str]:
         """A definition from another QEMU's command line, and what is wrong with it as one. Raises InvalidArgument."""
-        _limited(text)
         imported = self.ports.definitions.import_command_line(text, **wanted)
         try:
             self.ports.definitions.parse(imported.name, imported.text)
@@ -231,8 +225,3 @@ class Manager:
         await self.jobs.drain(60.0)
         for vm in self.vms.values():
             await vm.close()
-
-
-def _limited(text: str) -> None:
-    if len(text) > MAX_TEXT:
-        raise InvalidArgument(f"{len(text)} characters are too many, {MAX_TEXT} are allowed", left="nothing was done")
