@@ -72,6 +72,12 @@ test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible r
 	$(PYTHON) -m pytest -s tests/fleet
 	@cat build/fleet/summary
 
+.PHONY: test-access
+test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit in the host VM
+	rm -f build/access
+	$(PYTHON) -m pytest -s tests/access
+	@$(PYTHON) -m tests.access.tally
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build

@@ -1,8 +1,8 @@
 """A polkit for the private bus, where the real one would want a system bus, sessions and rules of this machine.
 
-    python -m tests.bus.fake_polkit ADDRESS yes|no|challenge|error
+    python -m tests.bus.fake_polkit ADDRESS yes|no|challenge|error|silence
 
-Prints "ready", and then each action that it is asked about with the flags.
+Prints "ready", and then each action that it is asked about with the flags, and "cancelled" where it is.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ async def serve(address: str, answer: str) -> None:
     bus = await MessageBus(address).connect()
 
     def on_message(message: Message) -> Message | bool:
+        if message.message_type is MessageType.METHOD_CALL and message.member == "CancelCheckAuthorization":
+            print("cancelled", flush=True)
+            return Message.new_method_return(message)
         if message.message_type is not MessageType.METHOD_CALL or message.member != "CheckAuthorization":
             return False
         _, action, _, flags, _ = message.body
         print(action, flags, flush=True)
+        if answer == "silence":
+            return True
         if answer == "error":
             return Message.new_error(message, f"{NAME}.Error.Failed", "out of order")
         return Message.new_method_return(message, "(bba{ss})", [[answer == "yes", answer == "challenge", {}]])

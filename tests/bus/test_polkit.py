@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from dbus_next.constants import MessageFlag
+from dbus_next.message import Message
 
+from cpr_agent.bus.authority import Authority, TimedOutError
+from cpr_agent.bus.contract import BUS_NAME
+from cpr_agent.bus.contract import ROOT as OBJECT
+from cpr_agent.bus.service import Service
 from tests.lab import PATIENCE_S, ROOT, Lab, let_others_in
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
@@ -96,3 +103,61 @@ def test_who_is_not_authorized_may_not(
     assert said in ended.stderr
     assert guest.checkpoint_files() == []
     guest.assert_unbroken()
+
+
+CALL_AS_NOBODY = """
+import asyncio, os, sys
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import MessageFlag
+from dbus_next.message import Message
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+
+async def main(address, flags):
+    bus = await MessageBus(address).connect()
+    where = ("org.cpragent1", "/org/cpragent1", "org.cpragent1.Manager", "Reload")
+    reply = await bus.call(Message(*where, flags=MessageFlag(int(flags))))
+    print(reply.error_name, *reply.body)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked_with"), [(MessageFlag.NONE, "0"), (MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION, "1")]
+)
+def test_polkit_may_ask_the_user_only_if_the_call_allows_that(
+    lab: Lab, polkit: Callable[[str], subprocess.Popen[str]], flags: MessageFlag, asked_with: str
+) -> None:
+    authority = polkit("challenge")
+    command = [sys.executable, "-c", CALL_AS_NOBODY, lab.address, str(flags.value)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+    assert "org.cpragent1.Error.AccessDenied" in said
+    assert "Call again with interactive authorization" in said
+    assert authority.stdout
+    assert authority.stdout.readline().split() == ["org.cpragent1.manage-vms", asked_with]
+
+
+def test_a_password_that_nobody_types_is_not_waited_for_any_more(
+    lab: Lab, polkit: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    authority = polkit("silence")
+
+    async def ask() -> None:
+        bus = await Service.connect(lab.address)
+        call = Message(BUS_NAME, OBJECT, f"{BUS_NAME}.Manager", "Reload", sender=bus.unique_name)
+        call.flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
+        asking = Authority(bus, interactive_timeout_s=0.1)
+        asking._uids[str(bus.unique_name)] = asyncio.create_task(_somebody())
+        with pytest.raises(TimedOutError, match="did not answer within"):
+            await asking.require(call, f"{BUS_NAME}.manage-vms")
+        await asking._uid(str(bus.unique_name))  # an answer to this means that all before it was sent
+        bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+
+    asyncio.run(ask())
+    assert authority.stdout
+    assert authority.stdout.readline().split() == ["org.cpragent1.manage-vms", "1"]
+    assert authority.stdout.readline() == "cancelled\n"
+
+
+async def _somebody() -> int:
+    return 1000

@@ -216,6 +216,7 @@ def test_busctl_alone_is_enough(lab: Lab) -> None:
     busctl("call", *vm, "CprLoad", "sa{sv}", "", "0")
     assert 's "web1"' not in busctl("call", "org.cpragent1", ROOT, "org.cpragent1.Manager", "ListDevices")
     assert '"web1" "running"' in busctl("call", "org.cpragent1", ROOT, "org.cpragent1.Manager", "ListVMs")
+    assert f"{ROOT}/vm/web1" in busctl("tree", "--list", "org.cpragent1").split()
     assert "CprSave" in busctl("introspect", "org.cpragent1", f"{ROOT}/vm/web1")
     busctl("call", *vm, "Stop", "s", "acpi")
     guest_state = busctl("get-property", *vm, "State")

@@ -35,8 +35,9 @@ class TimedOutError(AccessDenied):
 class Authority:
     """Asks over ``bus``, the connection that the calls come from."""
 
-    def __init__(self, bus: MessageBus) -> None:
+    def __init__(self, bus: MessageBus, interactive_timeout_s: float = INTERACTIVE_TIMEOUT_S) -> None:
         self._bus = bus
+        self._interactive_timeout_s = interactive_timeout_s
         self._uids: dict[str, asyncio.Task[int]] = {}
         self._serials = itertools.count(1)
 
@@ -67,7 +68,7 @@ class Authority:
         flags = _ALLOW_INTERACTION if interactive else 0
         question = _polkit("CheckAuthorization", "(sa{sv})sa{ss}us", subject, action, {}, flags, cancellation)
         try:
-            reply = await self._ask(question, INTERACTIVE_TIMEOUT_S if interactive else POLKIT_TIMEOUT_S)
+            reply = await self._ask(question, self._interactive_timeout_s if interactive else POLKIT_TIMEOUT_S)
         except TimedOutError:
             self._bus.send(_polkit("CancelCheckAuthorization", "s", cancellation))  # nobody need type a password any more
             raise

@@ -108,7 +108,9 @@ class Service:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def _on_message(self, message: Message) -> bool:
-        ours = str(message.path).startswith(ROOT) or message.path in self._objects
+        path = str(message.path)
+        above = message.member == "Introspect" and ROOT.startswith(f"{path.rstrip('/')}/")  # who looks for what there is
+        ours = path.startswith(ROOT) or path in self._objects or above
         if message.message_type is not MessageType.METHOD_CALL or not ours:
             return False
         try:
@@ -210,7 +212,8 @@ class Service:
 
     def _introspect(self, path: str) -> str:
         target = self._objects.get(path)
-        children = {p[len(path) + 1 :].split("/")[0] for p in self._objects if p.startswith(f"{path}/")}
+        below = f"{path.rstrip('/')}/"
+        children = {p.removeprefix(below).split("/")[0] for p in self._objects if p.startswith(below)}
         if target is None and not children:
             raise _Unknown(ErrorType.UNKNOWN_OBJECT, f"there is no object {path}")
         own = [self._contract[target.interface]] if target else []

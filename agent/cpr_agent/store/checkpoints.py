@@ -170,7 +170,9 @@ class CheckpointStore:
         path = Path(filename)
         allowed = ", ".join(map(str, self.file_directories))
         if not path.is_absolute() or ".." in path.parts:
-            raise InvalidArgument(f"{filename!r} is not an absolute path", vm=vm, remedy=f"use a file below {allowed}")
+            raise InvalidArgument(
+                f"{filename!r} is not an absolute path without `..`", vm=vm, remedy=f"use a file below {allowed}"
+            )
         if not any(path.parent.is_relative_to(d) for d in self.file_directories):
             raise InvalidArgument(
                 f"{path} is not below a directory that state files may be in",
