@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pwd
 import stat
@@ -29,6 +30,10 @@ from cpr_agent.memory.witness import is_blank, measure_witness, new_witness, tak
 MOUNTS = Path("/proc/self/mountinfo")
 PAGE = 4096
 KEPT = "the checkpoint and the memory are kept as they are"
+REMEDIES = {
+    errno.ENOMEM: "if it is in hugetlbfs: see HugePages_Free in /proc/meminfo, free as many as it lacks, and try again",
+    errno.ENOSPC: "make room on its file system, or use a smaller size",
+}
 
 
 class HostMemory:
@@ -108,13 +113,15 @@ class HostMemory:
         try:
             return await asyncio.to_thread(take_witness, located, like)
         except (OSError, ValueError) as error:
-            raise MemoryUnusable(f"its memory {_nodes(located)} cannot be read: {error}", left=KEPT) from error
+            what = f"its memory {_nodes(located)} cannot be read: {error}"
+            raise MemoryUnusable(what, left=KEPT, remedy=_remedy(error)) from error
 
     async def witness_cost_s(self, located: Sequence[Located], kind: str) -> tuple[str, float]:
         try:
             return await asyncio.to_thread(measure_witness, located, new_witness(kind))
         except (OSError, ValueError) as error:
-            raise MemoryUnusable(f"its memory {_nodes(located)} cannot be read: {error}") from error
+            what = f"its memory {_nodes(located)} cannot be read: {error}"
+            raise MemoryUnusable(what, remedy=_remedy(error)) from error
 
     async def blank(self, located: Sequence[Located]) -> bool:
         try:
@@ -139,6 +146,10 @@ class HostMemory:
     def _file(self, path: Path, size: int, offset: int) -> Located:
         found = _file(path, size, offset)
         return replace(found, identity=replace(found.identity, volume=self._devices.volume(found.identity.st_dev)))
+
+
+def _remedy(error: Exception) -> str:
+    return REMEDIES.get(error.errno or 0, "") if isinstance(error, OSError) else ""
 
 
 def _nodes(located: Sequence[Located]) -> str:
@@ -182,7 +193,8 @@ def _create(path: Path, size: int, owner: tuple[int, int] | None) -> None:
             os.posix_fallocate(fd, 0, size)  # a full file system would end QEMU (SIGBUS) once the guest touches a hole
     except OSError as error:
         path.unlink()
-        raise MemoryUnusable(f"its memory file {path} cannot be made: {error.strerror}") from error
+        what = f"its memory file {path} cannot be made: {error.strerror}"
+        raise MemoryUnusable(what, left="nothing was started", remedy=_remedy(error)) from error
     finally:
         os.close(fd)
 
