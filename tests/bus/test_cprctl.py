@@ -16,6 +16,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from cpr_agent.bus.contract import read_contract
+from cpr_agent.cli.main import cli
 from tests.kexec_lab import KexecLab
 from tests.lab import PATIENCE_S, ROOT, Guest, Lab, script
 from tests.terminal import Terminal
@@ -37,6 +38,8 @@ def test_the_schema_is_one() -> None:
     contract = read_contract()
     assert set(SCHEMA["$defs"]["vm"]["properties"]) == set(contract["org.cpragent1.VM"].properties)
     assert set(SCHEMA["$defs"]["job"]["properties"]) == set(contract["org.cpragent1.Job"].properties)
+    commands = {name.partition(" ")[0] for name in SCHEMA["properties"]}
+    assert commands == set(cli.commands)
     assert set(SCHEMA["properties"]["status"]["properties"]) == {*contract["org.cpragent1.Manager"].properties, "VMs"}
 
 
@@ -56,6 +59,7 @@ def test_all_that_is_printed_as_json_is_in_the_schema(lab: Lab) -> None:
         ("status web1", 0),
         ("load web1", 0),
         ("history", 0),
+        ("report", 0),
         ("save --all --survives qemu-restart", 0),
         ("load --all", 0),
         ("refresh web1", 0),
