@@ -311,6 +311,9 @@ class FakeQemu:
         assert self.launch.argv[1:3] == ("-machine", "none"), "it was to have no machine"
         return self._runner.lacking
 
+    async def listening(self) -> list[str]:
+        return []
+
     async def disks(self) -> list[DiskIdentity]:
         return []
 

@@ -34,6 +34,13 @@ def version(guest: Guest) -> str:
     return f"{told['major']}.{told['minor']}"
 
 
+def reach_port(lab: Lab) -> None:
+    """The guest's port has its name, and that alone."""
+    with socket.socket(socket.AF_UNIX) as port:
+        port.connect(str(lab.root / "port"))
+    assert not list(lab.root.glob("port?*"))
+
+
 @pytest.fixture
 def guest(lab: Lab) -> Guest:
     """One that was started by QEMU 7.2, with a disk that is locked, and a socket with a path."""
@@ -61,8 +68,7 @@ def test_a_guest_gets_the_qemu_that_is_installed_now(lab: Lab, guest: Guest, in_
             assert version(guest) == expected
             assert guest.state == "running"
             guest.assert_unbroken()
-        with socket.socket(socket.AF_UNIX) as port:
-            port.connect(str(lab.root / "port"))
+        reach_port(lab)
     pauses = [told["pause"] for told in lab.client(lambda client: client.manager("ListHistory"))]
     print(f"pauses: {', '.join(f'{pause:.3f} s' for pause in pauses)}")
     guest.save()
@@ -95,6 +101,7 @@ def test_a_new_one_that_does_not_work_leaves_the_old_one(lab: Lab, guest: Guest,
         assert guest.pid == before
         assert version(guest) == "7.2"
         guest.assert_unbroken()
+        reach_port(lab)
     installed(lab, "10.0")
     refresh(guest)
     guest.assert_unbroken()
@@ -108,6 +115,7 @@ def test_an_older_one_is_refused(lab: Lab, guest: Guest) -> None:
         refused(guest, "LoadFailed", "version of QEMU was 10.0", "goes on in the QEMU that it had", member="Refresh")
         assert version(guest) == "10.0"
         guest.assert_unbroken()
+        reach_port(lab)
 
 
 SHARED = ("-machine", "aux-ram-share=on")

@@ -55,6 +55,9 @@ class Qemu(Protocol):
     async def lacks(self, was: QemuFacts) -> list[Difference]:
         """The same of a QEMU that was started by ``Definitions.plan_probe``, which knows no more than its program."""
 
+    async def listening(self) -> list[str]:
+        """The paths of the Unix sockets at which its character devices listen, but for the agent's own."""
+
     async def disks(self) -> list[DiskIdentity]:
         """Its block backends by name; what those of this host are is the host's to say."""
 
@@ -279,6 +282,12 @@ class Host(Protocol):
     def kernel(self) -> str: ...
 
     def name(self) -> str: ...
+
+    def keep_sockets(self, paths: Sequence[str], pid: int) -> None:
+        """Keep the names of these Unix sockets of this process while another one may take them over."""
+
+    def settle_sockets(self, paths: Sequence[str], pid: int) -> None:
+        """It was this process that stayed: what was kept for it is its own again by name, and nothing is kept any more."""
 
     def program_digest(self, pid: int) -> str:
         """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""

@@ -85,6 +85,8 @@ class Vm(VmBase):
             if self._in_transfer():
                 await self._qemu.withdraw()
                 await self._derive()
+            if self._in_refresh():
+                await self._settle_sockets()
             if self.awaits_cold_start():
                 self._ports.journal.append("cold-started", vm=self.name)
             launch, manifest = self.launched(), self._live_or_none()
@@ -363,8 +365,12 @@ class Vm(VmBase):
     @contextlib.asynccontextmanager
     async def _keeping_old_qemu(self) -> AsyncIterator[None]:
         """Whatever fails, its guest goes on in it, unless it was adopted by the new one. Raises LoadFailed."""
+        assert self._qemu
+        sockets = await self._qemu.listening()
         try:
+            self._ports.host.keep_sockets(sockets, self.pid)
             yield
+            self._ports.host.settle_sockets(sockets, self.pid)
         except BaseException as error:
             await asyncio.shield(asyncio.ensure_future(self._keep_old_qemu()))
             if not isinstance(error, CprError):
@@ -393,6 +399,12 @@ class Vm(VmBase):
         if self.run_state == "postmigrate" and (manifest or self._in_transfer()):
             await (self._take_back(manifest) if manifest else self._undo_transfer())
             await self._derive()
+        await self._settle_sockets()
+
+    async def _settle_sockets(self) -> None:
+        if self._qemu:
+            with contextlib.suppress(QemuFailed):  # nothing else may fail by it
+                self._ports.host.settle_sockets(await self._qemu.listening(), self.pid)
 
     async def _start(self, definition: Definition) -> None:
         with naming(self.name):

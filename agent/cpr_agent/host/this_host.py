@@ -8,12 +8,13 @@ import os
 import stat
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cpr_agent.core.model import DiskIdentity
+from cpr_agent.host import sockets
 
 JOURNAL_TIMEOUT_S = 60.0
 BLOCK_DEVICES = Path("/sys/dev/block")
@@ -79,6 +80,12 @@ class ThisHost:
         if not stat.S_ISREG(info.st_mode):
             return replace(disk, kind="device")
         return replace(disk, kind="file", inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
+
+    def keep_sockets(self, paths: Sequence[str], pid: int) -> None:
+        sockets.keep(paths, pid)
+
+    def settle_sockets(self, paths: Sequence[str], pid: int) -> None:
+        sockets.settle(paths, pid)
 
     def boot_ended_at(self, boot_id: str) -> float:
         """By its last entry in the persistent journal (journalctl(1)), where there is one."""

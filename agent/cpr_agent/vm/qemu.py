@@ -405,6 +405,11 @@ class LiveQemu:
                 return Path(found[1]) if found else None
         return None
 
+    async def listening(self) -> list[str]:
+        chardevs = {str(chardev["label"]): str(chardev["filename"]) for chardev in await self._qmp.execute("query-chardev")}
+        found = [re.search(r"unix:([^,]*),.*server=on", at) for name, at in chardevs.items() if not name.startswith("cpr-")]
+        return [match[1] for match in found if match]
+
     async def powerdown(self) -> None:
         if await self.run_state() == "suspended":
             await self._qmp.execute("system_wakeup")
