@@ -22,7 +22,7 @@ from tests.lab import DAEMON, PATIENCE_S, Lab, until
 
 HERE = Path(__file__).parent
 HOST, GUEST, PORT = "192.0.2.1", "192.0.2.2", 7
-BOOT_S = 240.0
+BOOT_S = 900.0
 CLONE_NEWNET = 0x40000000
 
 
@@ -190,6 +190,11 @@ def disk_arguments(disk: Path, payload: Path) -> list[str]:
 
 def make_overlay(image: Image, disk: Path) -> None:
     _qemu_img(image, "create", "-q", "-f", "qcow2", "-b", str(image.base), "-F", "raw", str(disk))
+
+
+def rebase(image: Image, disk: Path) -> None:
+    """An overlay from elsewhere, where the image had another name."""
+    _qemu_img(image, "rebase", "-u", "-f", "qcow2", "-b", str(image.base), "-F", "raw", str(disk))
 
 
 def _qemu_img(image: Image, *words: str) -> None:

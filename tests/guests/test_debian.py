@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from scripts.guest.console import read_console
+from scripts.hostvm.image import find_image
+from scripts.hostvm.vm import pack_payload
 
 from tests.bus.conftest import _qemu
-from tests.guests.debian import Debian, network
+from tests.guests.debian import HERE, Debian, command_line, judge, network, rebase
 from tests.guests.tally import case
 from tests.guests.test_refresh import installed, refresh, version
+from tests.host_vm import run_scenario
 from tests.lab import Lab, refused
 
 NIC = "virtio-net-pci,netdev=net0,mac=52:54:00:12:34:56"
@@ -84,3 +89,20 @@ def test_two_new_qemus_one_after_the_other(lab: Lab) -> None:
                 assert version(one.guest) == newer
                 one.goes_on()
         one.shut_down()
+
+
+def test_a_kexec_of_its_host(tmp_path: Path) -> None:
+    """In the host VM. Its TCP peer would be on that host, so there is none."""
+    image, payload, words = find_image(), tmp_path / "debian.tar", tmp_path / "command-line"
+    pack_payload(payload, HERE / "debian-guest")
+    words.write_text(command_line())
+    with case("a Debian guest under load, through a kexec of its host"):
+        scenario = HERE / "debian-kexec-scenario"
+        out, verdict = run_scenario(scenario, "test-debian", [payload, words], 1500, f"--disk=debian={image.base}")
+        assert verdict == 0, f"see {out}"
+        console, disk = out / "artefacts/debian.log", out / "artefacts/debian.qcow2"
+        report = read_console(console, min_lines=10)
+        assert report.problems == (), str(report)
+        rebase(image, disk)
+        judge(image, console, disk, tmp_path)
+        disk.unlink()
