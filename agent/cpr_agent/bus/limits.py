@@ -20,8 +20,8 @@ UNDER_WAY = 128
 """Calls of one connection that wait for an answer; dbus-daemon has the same limit (max_replies_per_connection)."""
 MAX_OPTIONS = 64
 MAX_NAME_CHARS = 64
-MAX_TEXT_CHARS = 4096
-"""PATH_MAX."""
+MAX_TEXT_CHARS = 32 << 10
+"""A definition, or a command line that libvirt made, may be long."""
 WHOLE_FILES = frozenset({"Validate", "Import"})
 """Methods that take a whole file's text: for them the limit of the body is enough."""
 _KEPT_USERS = 1024

@@ -21,7 +21,7 @@ from dbus_next.message import Message
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 10
-"""Of arguments. Nothing in the contract comes near; a path has at most 4 KiB, a kernel's command line 2."""
+"""Of arguments. The longest are definitions and QEMU's command lines, of some KiB."""
 MESSAGES_PER_TURN = 32
 """After so many the event loop gets its turn, however many more are waiting."""
 _FIXED_BYTES = 16
