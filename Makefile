@@ -73,7 +73,7 @@ test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible r
 	@cat build/fleet/summary
 
 .PHONY: test-access
-test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit in the host VM
+test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and what confines agent and QEMU, in the host VM
 	rm -f build/access
 	$(PYTHON) -m pytest -s tests/access
 	@$(PYTHON) -m tests.access.tally
@@ -147,6 +147,7 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 policies/org.cpragent1.conf -t $(DESTDIR)/usr/share/dbus-1/system.d
 	install -D -m 644 policies/org.cpragent1.policy -t $(DESTDIR)/usr/share/polkit-1/actions
 	install -D -m 644 policies/50-cpr-operators.rules -t $(DESTDIR)/usr/share/doc/cpr-agent/examples
+	install -D -m 644 policies/apparmor/* -t $(DESTDIR)/etc/apparmor.d
 	install -D -m 644 agent/cpr_agent/bus/org.cpragent1.xml -t $(DESTDIR)/usr/share/dbus-1/interfaces
 	install -d $(DESTDIR)/usr/share/cpr-agent/ansible
 	cp -r $(addprefix packaging/ansible/,inventory.example roles upgrade-hosts.yml) $(DESTDIR)/usr/share/cpr-agent/ansible/

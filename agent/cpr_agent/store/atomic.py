@@ -60,9 +60,9 @@ def write_atomically(
     try:
         with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
             file.write(data)
+            os.fchmod(file.fileno(), mode)  # whatever the umask; while the file is ours, which needs no capability
             if owner:
                 os.fchown(file.fileno(), *owner)
-            os.fchmod(file.fileno(), mode)  # whatever the umask
             file.flush()
             if durable:
                 os.fsync(file.fileno())
