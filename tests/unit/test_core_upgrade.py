@@ -485,6 +485,21 @@ def test_guests_that_the_new_kernel_cannot_load_go_back_to_the_old_one(bench: Be
     assert_all_run(bench)
 
 
+def test_the_way_back_is_known_after_dry_runs_refusals_and_drills(bench: Bench) -> None:
+    bench.run(until_kexec(bench))
+    bench.reboot()
+    bench.run(load_all)
+    assert bench.run(refused_upgrade(Wish(dry_run=True))).result == "done"
+    bench.runner.blocked["web1"] = ["a blocker"]
+    assert "a blocker" in bench.run(refused_upgrade()).result
+    bench.runner.blocked.clear()
+    bench.run(until_kexec(bench, Wish(drill=True)))
+    bench.reboot()
+    bench.run(load_all)
+    bench.run(until_kexec(bench, Wish(back=True)))
+    assert bench.kernels.is_loaded == ("6.12.1", bench.kernels.line)
+
+
 async def outcome(manager: Manager) -> tuple[str, str]:
     assert manager.ledger.current
     return manager.ledger.current.phase, manager.ledger.current.reason

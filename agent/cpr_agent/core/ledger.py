@@ -93,9 +93,11 @@ class Ledger:
         self._host = host
         self.changed: Callable[[], None] = lambda: None
         self.current: Upgrade | None = None
+        self.booted: Upgrade | None = None
+        """The last that started another kernel; dry runs, and upgrades that were refused, have come since perhaps."""
         for record in journal.records():
             if str(record["event"]).startswith(EVENT):
-                self.current = _replayed(self.current, record)
+                self._replay(record)
 
     @property
     def phase(self) -> Phase | None:
@@ -139,9 +141,14 @@ class Ledger:
 
     def _append(self, upgrade: str, phase: Phase, **facts: object) -> None:
         self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts)
-        self.current = _replayed(self.current, self._journal.records()[-1])
-        _tell(self.current)
+        _tell(self._replay(self._journal.records()[-1]))
         self.changed()
+
+    def _replay(self, record: Mapping[str, Any]) -> Upgrade:
+        self.current = _replayed(self.current, record)
+        if self.phase is Phase.BOOTED and self.current.kind != "drill":
+            self.booted = self.current
+        return self.current
 
 
 _TOLD = {

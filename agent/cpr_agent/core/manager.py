@@ -137,7 +137,7 @@ class Manager:
 
     def plan(self, wish: Wish) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
-        return plan(wish, self.ports, self._settings, self.ledger.current)
+        return plan(wish, self.ports, self._settings, self.ledger.booted)
 
     async def plan_findings(self, the_plan: Plan) -> list[Finding]:
         """Everything about the host and its VMs that matters to the plan. An error is what would stop it."""
