@@ -1,15 +1,14 @@
 """The names of Unix sockets at which a QEMU listens, while another one that would take them over is tried.
 
 A QEMU that starts binds its sockets anew by their paths, and whoever listened there before is not reached any more, also
-once the new one is gone: a guest would be without its guest agent's socket. A second name, with the PID of its owner, keeps
-the first one's.
+once the new one is gone: a guest would be without its guest agent's socket. So they have another name meanwhile, with the
+PID of their owner. Not a second one: a hard link to another user's socket wants CAP_FOWNER.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,8 +17,7 @@ def keep(paths: Iterable[str], pid: int) -> None:
     """Where that can't be, nothing is kept."""
     for path in map(Path, paths):
         with contextlib.suppress(OSError):
-            _kept(path, pid).unlink(missing_ok=True)
-            os.link(path, _kept(path, pid))
+            path.rename(_kept(path, pid))
 
 
 def settle(paths: Iterable[str], pid: int) -> None:
