@@ -77,7 +77,7 @@ def test_a_report_that_is_not_there(lab: Lab) -> None:
     assert "there is no report 'deadbeef'" in ended.stderr
     with pytest.raises(CallError, match="no format 'pdf'"):
         lab.client(lambda client: client.manager("Report", "ss", "", "pdf"))
-    assert lab.cprctl("report", "--svg", "--json").returncode == 2
+    assert lab.cprctl("report", "--svg", "--json").returncode == 64
 
 
 # -- hooks --------------------------------------------------------------------------------------------------------------
