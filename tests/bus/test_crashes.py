@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 
 import pytest
@@ -121,7 +122,14 @@ def test_a_guest_that_an_admin_migrated_away_is_not_resumed(lab: Lab) -> None:
     guest.save()
     guest.load()
     guest.until_counts()
-    guest.admin("migrate", uri="exec:cat >/dev/null")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(lab.root / "away"))
+        listener.listen()
+        guest.admin("migrate", uri=f"unix:{lab.root}/away")
+        stream, _ = listener.accept()
+        with stream:
+            while stream.recv(65536):
+                pass
     until(lambda: guest.admin("query-status")["status"] == "postmigrate", "the guest is away")
     last = guest.report.last
     lab.end_agent(signal.SIGKILL)

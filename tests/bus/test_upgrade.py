@@ -88,9 +88,9 @@ def test_one_of_five_for_which_the_disk_is_full(five: KexecLab) -> None:
 def test_one_of_five_with_a_blocker_that_comes_late(five: KexecLab) -> None:
     last = _saves_last(five, "web3")
     with five.stopped_at("before save-begin 4") as result:
-        five.guests[2].admin("migrate", uri="exec:sleep 1000")
-    assert "a migration is already under way" in result[0]
-    five.guests[2].admin("migrate_cancel")
+        colo = [{"capability": name, "state": True} for name in ("return-path", "x-colo")]
+        five.guests[2].admin("migrate-set-capabilities", capabilities=colo)
+    assert "the migration capability x-colo is on" in result[0]
     the_others_run_on(five, last, result)
     five.guests[2].assert_unbroken()
 

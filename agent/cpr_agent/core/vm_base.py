@@ -50,6 +50,8 @@ _FROM_RUN_STATE = {
     "inmigrate": VmState.LOADING,
     "prelaunch": VmState.STARTING,
 }
+EXIT_S = 10.0
+"""For a QEMU that is on its way out: the kernel frees what it had."""
 MAX_LOADS = 3
 LATE_SLEEP_S = 300.0
 """How long after a guest was asked to sleep in vain it is expected to do so all the same, and woken."""
@@ -462,7 +464,7 @@ class VmBase:
         if self._qemu:
             await self._qemu.quit()
             await self._drop_connection()
-        if not await self._ports.runner.wait_exit(self.name, 10.0):
+        if not await self._ports.runner.wait_exit(self.name, EXIT_S):
             await self._ports.runner.kill(self.name)
         self.pid = 0
 
@@ -496,7 +498,14 @@ class VmBase:
             qemu, self._qemu = self._qemu, None
             await qemu.close()
 
+    async def _after_end(self) -> None:
+        """Its connection ends a moment before its process does."""
+        await self._ports.runner.wait_exit(self.name, EXIT_S)
+        await self.refresh()
+
     def _on_qemu_event(self, event: str) -> None:
         self._woke = self._woke or event == "WAKEUP"
-        if event in ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
+        if event == "GONE" and not self._act:
+            self._spawn(self._after_end())
+        elif event in ("STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
             self._spawn(self.refresh())
