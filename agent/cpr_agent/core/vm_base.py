@@ -357,6 +357,7 @@ class VmBase:
             self.error = error.text
             await self._drop_connection()
             self._set(VmState.UNREACHABLE)
+            self._spawn(self._after_end())
             return
         manifest = self._live_or_none()
         if manifest and self._ran_since(manifest):
@@ -499,13 +500,11 @@ class VmBase:
             await qemu.close()
 
     async def _after_end(self) -> None:
-        """Its connection ends a moment before its process does."""
-        await self._ports.runner.wait_exit(self.name, EXIT_S)
-        await self.refresh()
+        """If that is what its silence means: a QEMU's connection ends a moment before its process does."""
+        if await self._ports.runner.wait_exit(self.name, EXIT_S):
+            await self.refresh()
 
     def _on_qemu_event(self, event: str) -> None:
         self._woke = self._woke or event == "WAKEUP"
-        if event == "GONE" and not self._act:
-            self._spawn(self._after_end())
-        elif event in ("STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
+        if event in ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION") and not self._act:
             self._spawn(self.refresh())
