@@ -18,6 +18,7 @@ from cpr_agent.vm.dialects import CONFLICTING, CprReboot, CprSave, Dialect, choo
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused, event_time
 from cpr_agent.vm.retry import until
 
+_NO_TRANSFER = "this QEMU has no cpr-transfer (10.0 and newer have)"
 _WOULD_WAKE = "this QEMU (before 9.0) would wake it by saving"
 _CHECK_S = 5.0
 """How long a check waits for a guest agent."""
@@ -209,9 +210,9 @@ class LiveQemu:
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
 
     async def transfer_problem(self) -> str:
-        dialect = await self.dialect()
-        if not isinstance(dialect, CprReboot) or not dialect.transfers:
-            return "this QEMU has no cpr-transfer (10.0 and newer have)"
+        dialect = await self._transferring()
+        if dialect is None:
+            return _NO_TRANSFER
         await dialect.prepare_transfer(self._qmp)
         reasons = (await self._qmp.execute("query-migrate")).get("blocked-reasons", ())
         if reasons:
@@ -262,10 +263,15 @@ class LiveQemu:
         where: dict[str, object] = {"channels": [_channel("main", MAIN_SOCKET, directory)]}
         await self._loaded(lambda qmp, _: qmp.execute("migrate-incoming", where), -1, timeout_s)
 
-    async def _prepare_transfer(self) -> None:
+    async def _transferring(self) -> CprReboot | None:
+        """Its dialect, if that transfers."""
         dialect = await self.dialect()
-        if not isinstance(dialect, CprReboot) or not dialect.transfers:
-            raise QemuFailed("this QEMU has no cpr-transfer", vm=self._qmp.vm)
+        return dialect if isinstance(dialect, CprReboot) and dialect.transfers else None
+
+    async def _prepare_transfer(self) -> None:
+        dialect = await self._transferring()
+        if dialect is None:
+            raise QemuFailed(_NO_TRANSFER, vm=self._qmp.vm)
         await dialect.prepare_transfer(self._qmp)
 
     async def _migrate(self, act: Callable[[Qmp, int], Any], fd: int, timeout_s: float) -> str:
