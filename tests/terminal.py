@@ -18,7 +18,7 @@ class Terminal:
     def __init__(self, directory: Path, command: str, **environment: str) -> None:
         self._log = directory / "typescript"
         self._process = subprocess.Popen(
-            ["script", "-qefc", command, str(self._log)],
+            ["script", "-qefc", f"exec {command}", str(self._log)],  # a dash that waits has an exit code of its own at Ctrl-C
             env={**os.environ, "TERM": "xterm", "COLUMNS": "80", **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

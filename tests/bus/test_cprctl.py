@@ -231,7 +231,7 @@ def test_ctrl_c_and_yes_cancels_it(lab: Lab, slow: Guest, tmp_path: Path) -> Non
     terminal.type("\x03")
     terminal.until_shows("Cancel the job")
     terminal.type("y\n")
-    assert terminal.ended() == 1
+    assert terminal.ended() == 1, terminal.shown
     assert "cancelled" in terminal.shown
     assert slow.state == "saved"
 
