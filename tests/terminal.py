@@ -18,7 +18,8 @@ class Terminal:
     def __init__(self, directory: Path, command: str, **environment: str) -> None:
         self._log = directory / "typescript"
         self._process = subprocess.Popen(
-            ["script", "-qefc", f"exec {command}", str(self._log)],  # a dash that waits has an exit code of its own at Ctrl-C
+            # A dash that waits for the program would give Ctrl-C an exit code of its own.
+            ["script", "-qefc", f"exec {command}", str(self._log)],
             env={**os.environ, "TERM": "xterm", "COLUMNS": "80", **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
