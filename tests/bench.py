@@ -22,7 +22,17 @@ from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
 from cpr_agent.vm.definition import DefinitionDirectory
-from tests.fakes import AgentKilled, FakeDevices, FakeHooks, FakeHost, FakeKernels, FakeKexec, FakeQemu, FakeRunner
+from tests.fakes import (
+    AgentKilled,
+    FakeDevices,
+    FakeHooks,
+    FakeHost,
+    FakeKernels,
+    FakeKexec,
+    FakePrograms,
+    FakeQemu,
+    FakeRunner,
+)
 
 T = TypeVar("T")
 RAM_BYTES = 16384
@@ -151,6 +161,7 @@ class Bench:
                 journal=MortalJournal(self.root / "journal", self.host, point),
                 history=History(self.root / "history"),
                 host=self.host,
+                programs=FakePrograms(self.root / "programs", point),
                 kernels=self.kernels,
                 kexec=self.kexec,
                 hooks=self.hooks,

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from cpr_agent.core.model import (
 )
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import KernelRefused, LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.host.programs import KeptPrograms
 from cpr_agent.host.this_host import ThisHost
 
 HEADER = b"QEVM\x00\x00\x00\x03"
@@ -202,6 +203,28 @@ class FakeHooks:
         return [HookFailure(f"/etc/cpr-agent/hooks.d/{phase}.d/10-test", why)] if why else []
 
 
+class FakePrograms(KeptPrograms):
+    """Implements core.ports.Programs by the real one; a fake QEMU's process is the test's own, with other arguments."""
+
+    def __init__(self, root: Path, point: Callable[[], None]) -> None:
+        super().__init__(root)
+        self._point = point
+
+    def keep(self, vm: str, pid: int, arguments: Sequence[str]) -> None:  # noqa: ARG002
+        self._point()
+        super().keep(vm, pid, Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1:-1])
+        self._point()
+
+    def kept(self, vm: str, sha256: str) -> str:
+        self._point()
+        return super().kept(vm, sha256)
+
+    def forget(self, vm: str) -> None:
+        self._point()
+        super().forget(vm)
+        self._point()
+
+
 class FakeDevices:
     """Implements memory.devices.Devices: a test machine has no dax device; the real ones are in tests/host."""
 
@@ -284,6 +307,8 @@ class FakeQemu:
             await gate.go.wait()
         if fault := self._runner.faults.get((self.launch.vm, operation)):
             raise fault
+        if self._runner.broken.get(self.launch.argv[0]) == operation:
+            raise QemuFailed("the program is broken", vm=self.launch.vm)
 
     async def run_state(self) -> str:
         await self._step("run_state")
@@ -305,6 +330,8 @@ class FakeQemu:
 
     async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:  # noqa: ARG002
         await self._step("differences")
+        if self._runner.broken.get(self.launch.argv[0]) == "lesser":
+            return [Difference("version of QEMU", "10.0 (the same or newer is good)", "7.2")]
         return self._runner.lacking
 
     async def lacks(self, was: QemuFacts) -> list[Difference]:  # noqa: ARG002
@@ -444,6 +471,8 @@ class FakeRunner:
         self.qemus: dict[str, FakeQemu] = {}
         self.beside: dict[str, FakeQemu] = {}
         self.faults: dict[tuple[str, str], Exception] = {}
+        self.broken: dict[str, str] = {}
+        """By the path of a program, the operation in which it fails."""
         self.gates: dict[tuple[str, str], Gate] = {}
         self.blocked: dict[str, list[str]] = {}
         self.vfio: dict[str, list[str]] = {}
@@ -482,6 +511,8 @@ class FakeRunner:
         launches[launch.vm] = launch
         if fault := self.faults.get((launch.vm, "start")):
             raise fault
+        if self.broken.get(launch.argv[0]) == "start":
+            raise QemuFailed("the program is broken", vm=launch.vm)
         assert launch.vm not in qemus, "two QEMUs in one place"
         qemus[launch.vm] = FakeQemu(self, launch)
 

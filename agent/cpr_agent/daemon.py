@@ -23,6 +23,7 @@ from cpr_agent.host.journald import LogControl
 from cpr_agent.host.kernels import InstalledKernels
 from cpr_agent.host.kexec import NoKexec, SystemdKexec
 from cpr_agent.host.processes import ProcessRunner
+from cpr_agent.host.programs import KeptPrograms
 from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watchdog_interval_s
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
@@ -69,6 +70,11 @@ class Paths:
         return self.root / "var/lib/cpr-agent"
 
     @property
+    def programs(self) -> Path:
+        """Not in /run, which Debian mounts noexec; nor in what only root may look into."""
+        return self.root / "var/cache/cpr-agent/programs"
+
+    @property
     def run(self) -> Path:
         return self.root / "run/cpr-agent"
 
@@ -90,6 +96,7 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
         history=History(paths.state / "history"),
         hooks=HookDirectory(paths.hooks, settings.hooks.timeout),
         host=host,
+        programs=KeptPrograms(paths.programs),
         kernels=InstalledKernels(),
         kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
     )

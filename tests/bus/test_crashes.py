@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from cpr_agent.bus.client import CallError
+from cpr_agent.bus.client import options as variants
 from tests.lab import Guest, Lab, until
 
 
@@ -22,6 +23,7 @@ def dies(lab: Lab, guest: Guest, point: str, member: str) -> None:
             "load": guest.load,
             "resume": lambda: guest.call("Resume"),
             "refresh": lambda: guest.call("Refresh", "a{sv}", {}),
+            "refresh in turn": lambda: guest.call("Refresh", "a{sv}", variants(in_turn=True)),
         }[member]()
     assert caught.value.kind == "org.freedesktop.DBus.Error.NoReply"
     assert lab.agent_ended() == -signal.SIGKILL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -105,6 +106,103 @@ def test_a_new_one_that_does_not_work_leaves_the_old_one(lab: Lab, guest: Guest,
     installed(lab, "10.0")
     refresh(guest)
     guest.assert_unbroken()
+
+
+@pytest.fixture
+def own_program(lab: Lab) -> Guest:
+    """A guest in turn with nobody: its QEMU 7.2 is a file that can be replaced, and finds its firmware from where it is."""
+    (lab.root / "usr/bin").mkdir(parents=True)
+    (lab.root / "usr/share").symlink_to("/usr/share")
+    (lab.root / "usr/lib").symlink_to("/usr/lib")
+    path = str(shutil.copy(_qemu("7.2"), lab.root / "usr/bin/qemu"))
+    guest = lab.guest("web1", "-device", "virtio-balloon", "-device", "virtio-net-pci,romfile=efi-virtio.rom", qemu=path)
+    guest.start()
+    guest.until_counts()
+    return guest
+
+
+BROKEN = [
+    ("#!/bin/sh\necho 'it is broken' >&2\nexit 1\n", "it is broken"),
+    ("#!/bin/sh\nexec sleep 1000\n", "did not greet"),
+    ('#!/bin/bash\nexec {qemu} "${{@/virtio-balloon/virtio-rng-pci}}"\n', "load of migration failed"),
+    ("", "does not exist"),
+]
+
+
+def replaced(lab: Lab, program: str) -> None:
+    """What the package manager does: the old program has no name any more."""
+    path = lab.root / "usr/bin/qemu"
+    path.unlink()
+    if program:
+        script(path, program.format(qemu=_qemu("7.2")))
+
+
+@pytest.mark.parametrize(("program", "why"), BROKEN)
+def test_in_turn_a_new_one_that_does_not_work_brings_the_old_one_back(
+    lab: Lab, own_program: Guest, program: str, why: str
+) -> None:
+    """Its file is replaced before the refresh, and the old one has ended when the new one fails."""
+    lab.settings(files={"directories": [str(lab.exports)]}, agent={"qemu-start-timeout": "5s"})
+    lab.end_agent()
+    lab.start_agent()
+    guest = own_program
+    replaced(lab, program)
+    with case(f"in turn, a new QEMU that does not work: {why}"):
+        for _ in range(2):  # also when it runs in the one that was brought back
+            before = guest.pid
+            done = lab.cprctl("refresh", "--in-turn", "web1")
+            print(done.stderr)
+            assert done.returncode == 1
+            for words in (
+                "VM web1: could not get a new QEMU",
+                why,
+                "Its guest goes on in the QEMU that it had, on the same RAM",
+                "Install a QEMU that works, then `cprctl refresh --in-turn web1`",
+            ):
+                assert words in done.stderr
+            assert guest.pid != before
+            assert guest.state == "running"
+            guest.assert_unbroken()
+    guest.save()
+    guest.call("Resume")
+    shutil.copy(_qemu("7.2"), lab.root / "usr/bin/new")
+    (lab.root / "usr/bin/new").rename(lab.root / "usr/bin/qemu")
+    refresh(guest, "--in-turn")
+    guest.assert_unbroken()
+    assert not list((lab.root / "var/cache/cpr-agent/programs").iterdir())
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        *("after refresh", "after saved", "after load-failed", "after load-begin 2"),
+        *("before resume", "before consume", "after consume", "before resumed", "after resumed"),
+    ],
+)
+def test_an_agent_that_is_killed_while_the_old_one_is_brought_back(lab: Lab, own_program: Guest, point: str) -> None:
+    replaced(lab, BROKEN[0][0])
+    with case(f"brought back, and the agent killed {point}"):
+        dies(lab, own_program, point, "refresh in turn")
+        own_program.until_state("running")
+        own_program.assert_unbroken()
+
+
+def test_in_turn_where_the_old_one_can_not_be_kept(lab: Lab) -> None:
+    """A wrapper has started it; what that would do now nobody knows. The error says what that means."""
+    installed(lab, "10.0")
+    guest = lab.guest(qemu=str(lab.root / "qemu"))
+    guest.start()
+    guest.until_counts()
+    (lab.root / "qemu").unlink()
+    with case("in turn, an old QEMU that can't be kept"):
+        done = lab.cprctl("refresh", "--in-turn", "web1")
+        assert done.returncode == 1
+        for words in ("stays saved: its old QEMU could not be kept (a wrapper", "the load can be repeated"):
+            assert words in done.stderr, done.stderr
+        assert guest.state == "saved"
+        installed(lab, "10.0")
+        guest.load()
+        guest.assert_unbroken()
 
 
 def test_an_older_one_is_refused(lab: Lab, guest: Guest) -> None:

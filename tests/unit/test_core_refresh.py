@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from cpr_agent.core.model import Difference, VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import AlreadySaved, LoadFailed, QemuFailed, WrongState
 from tests.bench import Bench
-from tests.fakes import AgentKilled
+from tests.fakes import AgentKilled, Gate
 
+QEMU = "/usr/bin/qemu-system-x86_64"
 LOADED = ["manifest.json.loaded", "vmstate.loaded"]
 
 
@@ -144,13 +148,103 @@ def test_a_guest_that_does_not_run_gets_it_in_turn(bench: Bench, status: str) ->
     assert bench.runner.violations == []
 
 
-def test_in_turn_what_fails_leaves_it_saved(bench: Bench) -> None:
+def in_turn(vm: Vm) -> Awaitable[str]:
+    return vm.replace_qemu(in_turn=True)
+
+
+def kept(bench: Bench) -> list[str]:
+    return [path.name for path in (bench.root / "programs").glob("*")]
+
+
+@pytest.mark.parametrize("status", ["running", "paused", "suspended"])
+@pytest.mark.parametrize("operation", ["start", "differences", "load", "after-load"])
+def test_in_turn_what_fails_brings_the_old_one_back(bench: Bench, operation: str, status: str) -> None:
+    if status != "running":
+        bench.qemu().by_hand(status)
+    bench.runner.broken[QEMU] = operation
+    back = "VM web1: could not get a new QEMU: .*broken.* Its guest goes on in the QEMU that it had, on the same RAM. "
+    for _ in range(2):  # also once it runs in the one that was kept
+        with pytest.raises(LoadFailed, match=back):
+            bench.vm(in_turn)
+        assert bench.qemu().status == status
+        assert str(bench.root) in bench.qemu().launch.argv[0]
+        assert bench.files() == LOADED
+        assert kept(bench) == ["web1"]
+    bench.runner.broken.clear()
+    bench.vm(in_turn)
+    assert (bench.qemu().status, bench.qemu().launch.argv[0]) == (status, QEMU)
+    assert kept(bench) == []
+    assert bench.runner.violations == []
+
+
+def test_in_turn_an_older_one_brings_the_old_one_back(bench: Bench) -> None:
+    bench.runner.broken[QEMU] = "lesser"
+    with pytest.raises(LoadFailed, match="version of QEMU was 10.0 .* is 7.2.* goes on in the QEMU that it had"):
+        bench.vm(in_turn)
+    assert bench.qemu().status == "running"
+    assert bench.runner.violations == []
+
+
+def test_in_turn_what_both_fail_leaves_it_saved(bench: Bench) -> None:
     bench.runner.faults["web1", "load"] = LoadFailed("no", vm="web1")
-    with pytest.raises(LoadFailed, match="It stays saved, and the load can be repeated"):
-        bench.vm(lambda vm: vm.replace_qemu(in_turn=True))
+    with pytest.raises(LoadFailed, match="old QEMU, brought back, failed too: .* It stays saved, and the load can"):
+        bench.vm(in_turn)
     assert state(bench) is VmState.SAVED
     bench.runner.faults.clear()
+    bench.runner.broken[QEMU] = "load"
+    assert bench.vm(lambda vm: vm.load("")) == ""
+    assert bench.qemu().status == "running"
+    assert bench.runner.violations == []
+
+
+def refresh_while(bench: Bench, operation: str, change: Callable[[], object]) -> LoadFailed:
+    """In turn, and ``change`` happens during that operation of a QEMU; it fails."""
+
+    async def act(vm: Vm) -> None:
+        gate = bench.runner.gates["web1", operation] = Gate()
+        refreshing = asyncio.ensure_future(vm.replace_qemu(in_turn=True))
+        await gate.entered.wait()
+        change()
+        gate.go.set()
+        await refreshing
+
+    with pytest.raises(LoadFailed) as caught:
+        bench.vm(act)
+    bench.runner.gates.clear()
+    return caught.value
+
+
+@pytest.mark.parametrize("lost", ["not kept", "damaged"])
+def test_in_turn_without_the_old_one_it_stays_saved(bench: Bench, lost: str) -> None:
+    """There is no room for it, say; or what is kept is not the program that has saved the guest."""
+    programs = bench.root / "programs"
+    if lost == "not kept":
+        programs.write_text("in the way")
+
+    def damage() -> None:
+        for copy in programs.glob("web1/bin/*"):
+            os.truncate(copy, 1000)
+
+    bench.runner.broken[QEMU] = "start"
+    error = refresh_while(bench, "save", damage)
+    assert "broken" in error.what
+    why = ": its old QEMU could not be kept (" if lost == "not kept" else ""
+    assert error.left.startswith(f"it stays saved{why}")
+    assert error.left.endswith(", and the load can be repeated")
+    assert state(bench) is VmState.SAVED
+    bench.runner.broken.clear()
     bench.vm(lambda vm: vm.load(""))
+    assert bench.runner.violations == []
+
+
+def test_memory_that_has_changed_is_not_proved_by_the_old_one_either(bench: Bench) -> None:
+    def spoil() -> None:
+        with (bench.root / "web1.ram").open("r+b") as ram:
+            os.pwrite(ram.fileno(), b"\xff" * 100, 8192)
+
+    bench.runner.broken[QEMU] = "load"
+    assert "brought back, failed too: its RAM is not what it was" in refresh_while(bench, "load", spoil).what
+    assert state(bench) is VmState.SAVED
     assert bench.runner.violations == []
 
 
@@ -164,18 +258,24 @@ def test_what_is_saved_or_stopped_is_refused(bench: Bench) -> None:
         bench.vm(refresh)
 
 
-@pytest.mark.parametrize("how", ["transfer", "beside", "in-turn"])
+@pytest.mark.parametrize("how", ["transfer", "beside", "in-turn", "brought back"])
 def test_killed_anywhere_the_guest_goes_on(tmp_path: Path, how: str) -> None:
     """At each touch of the world; the next agent has it running by itself, in one QEMU."""
 
     async def act(vm: Vm) -> None:
-        assert await vm.replace_qemu(in_turn=how == "in-turn") == how
+        if how == "brought back":
+            with pytest.raises(LoadFailed, match="goes on in the QEMU that it had"):
+                await in_turn(vm)
+        else:
+            assert await vm.replace_qemu(in_turn=how == "in-turn") == how
 
     points, ended = 0, False
     while not ended:
         points += 1
         bench = fresh(tmp_path / str(points))
         bench.runner.transfers = how == "transfer"
+        if how == "brought back":
+            bench.runner.broken[QEMU] = "load"
         started = bench.qemu()
         bench.runner.life_left = points
         with contextlib.suppress(AgentKilled):

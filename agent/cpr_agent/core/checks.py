@@ -42,7 +42,7 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
                 code="successor",
                 what=reason,
                 why="after a kexec its guest would be held, and not run until a QEMU is installed that can load it",
-                remedy=f"install the QEMU that it runs in, or a newer one, as {launch.argv[0]}",
+                remedy=f"install the QEMU that it runs in, or a newer one, as {launch.base_argv[0]}",
                 vm=vm.name,
             )
             for reason in await vm.successor_reasons()

@@ -311,6 +311,20 @@ class Host(Protocol):
         """False after a reset or a power cut: what ran before did not start this kernel."""
 
 
+class Programs(Protocol):
+    """Programs that VMs run, kept for as long as what takes their place is not seen to work. All block."""
+
+    def keep(self, vm: str, pid: int, arguments: Sequence[str]) -> None:
+        """Keep the program that the process runs, also if its file was replaced since. Raises OSError with why it would not
+        be the same again: for one, that it does not run with ``arguments`` alone."""
+
+    def kept(self, vm: str, sha256: str) -> str:
+        """The path of the one that is kept, if that is its digest; "" if not."""
+
+    def forget(self, vm: str) -> None:
+        """Keep it no more."""
+
+
 class Kernels(Protocol):
     """Installed kernels, and the one that is loaded for a kexec."""
 
@@ -391,5 +405,6 @@ class Ports:
     history: History
     hooks: Hooks
     host: Host
+    programs: Programs
     kernels: Kernels
     kexec: Kexec

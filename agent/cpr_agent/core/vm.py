@@ -52,6 +52,7 @@ from cpr_agent.errors import (
     GuestAgentFailed,
     InvalidArgument,
     LoadFailed,
+    MachineChanged,
     NoCheckpoint,
     ProofFailed,
     QemuFailed,
@@ -168,7 +169,7 @@ class Vm(VmBase):
                 await self._take_back(manifest)
             else:
                 self._require_no_silent_qemu("nothing was resumed")
-                await self._load(manifest, "")
+                await self._load_by_either(manifest)
 
     async def discard(self) -> None:
         """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs."""
@@ -244,7 +245,7 @@ class Vm(VmBase):
             if manifest is None:
                 raise NoCheckpoint("has no checkpoint to load", vm=self.name, remedy=f"`cprctl start {self.name}` boots it")
             try:
-                await self._load(manifest, filename)
+                await self._load_by_either(manifest, filename)
             except (ProofFailed, DeviceMissing) as error:
                 if filename:  # a file that the caller named wrongly says nothing about the checkpoint
                     raise
@@ -305,14 +306,51 @@ class Vm(VmBase):
             raise
 
     async def _replace_in_turn(self, qemu: Qemu, launch: Launch) -> None:
+        """The old one's program is kept before its guest stops, and brought back if the new one fails."""
+        unkept = ""
+        try:
+            await asyncio.to_thread(self._ports.programs.keep, self.name, self.pid, launch.argv[1:])
+        except OSError as error:
+            unkept = f": its old QEMU could not be kept ({error})"
+            log.warning("VM %s: should its new QEMU fail, it will stay saved%s", self.name, unkept)
         manifest = await self._save_asleep_or_not(qemu, launch)
         try:
-            await self._load(manifest, "")
+            failed = await self._load_by_either(manifest)
         except CprError as error:
-            left = "it stays saved, and the load can be repeated"
             raise LoadFailed(
-                f"could not get a new QEMU: {error.what}", vm=self.name, left=left, remedy=error.remedy
+                f"could not get a new QEMU: {error.what}",
+                vm=self.name,
+                left=f"it stays saved{unkept}, and the load can be repeated",
+                remedy=error.remedy,
             ) from error
+        if failed:
+            raise failed
+
+    async def _load_by_either(self, manifest: Manifest, filename: str = "") -> LoadFailed | None:
+        """By the QEMU that is installed now; else by the one that it was saved in, where a refresh has kept that: the same
+        proofs, the same RAM. Returns why that was needed. Raises CprError, as ``_load`` does."""
+        try:
+            await self._load(manifest, filename)
+        except (LoadFailed, MachineChanged) as error:
+            program = await asyncio.to_thread(self._ports.programs.kept, self.name, manifest.qemu_sha256)
+            live = self._live_or_none()
+            if filename or not program or live is None or live.id != manifest.id:
+                raise
+            log.warning("VM %s: it goes back to the QEMU that it had: %s", self.name, error.what)
+            try:
+                await self._load(manifest, "", program=program)
+            except CprError as again:
+                error.what += f"; and its old QEMU, brought back, failed too: {again.what}"
+                raise error from again
+            failed = LoadFailed(
+                f"could not get a new QEMU: {error.what}",
+                vm=self.name,
+                left="its guest goes on in the QEMU that it had, on the same RAM",
+                remedy=f"install a QEMU that works, then `cprctl refresh --in-turn {self.name}`",
+            )
+            self.error = failed.text
+            return failed
+        return None
 
     async def _replace_beside(self, qemu: Qemu, launch: Launch) -> None:
         """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
@@ -415,6 +453,7 @@ class Vm(VmBase):
         launch = self._stamped(self._ports.definitions.plan_start(definition, located))
         self._ports.journal.append("start", vm=self.name)
         await self._launch(launch)
+        await asyncio.to_thread(self._ports.programs.forget, self.name)
 
     def _hold(self, manifest: Manifest, error: ProofFailed) -> None:
         """Keep everything as it is, with what was found, for an admin to decide."""
@@ -468,7 +507,7 @@ class Vm(VmBase):
             run_state=run_state,
             launch=launch,
             qemu=await qemu.facts(launch),
-            qemu_path=launch.argv[0],
+            qemu_path=launch.base_argv[0],
             qemu_sha256=await asyncio.to_thread(host.program_digest, self.pid),
             memory=launch.memory,
             witness=self._ports.memory.new_witness(self._settings.witness.kind),
@@ -668,8 +707,9 @@ class Vm(VmBase):
             ) from error
         self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id)
 
-    async def _load(self, manifest: Manifest, filename: str, *, into: Qemu | None = None) -> None:
-        """``into`` a QEMU that waits for it beside the one that it was saved in, which stays until the guest runs."""
+    async def _load(self, manifest: Manifest, filename: str, *, into: Qemu | None = None, program: str = "") -> None:
+        """``into`` a QEMU that waits for it beside the one that it was saved in, which stays until the guest runs; or by
+        another ``program`` than the installed one."""
         store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
         load_at = host.now()
         refuse_spent(self._ports, manifest)
@@ -686,11 +726,14 @@ class Vm(VmBase):
                 refuse_other_users(self._ports, self.name, located, self.pid, beside),
                 refuse_changed_ram(self._ports, manifest, located),
             )
-            self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id)
+            plan = self._ports.definitions.plan_load(manifest, located)
+            if program:
+                plan = replace(plan, argv=(program, *plan.argv[1:]))
+            self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id, program=plan.argv[0])
             if into is None:
                 await self._end_qemu()
             try:
-                qemu = into or await self._launch(self._stamped(self._ports.definitions.plan_load(manifest, located)))
+                qemu = into or await self._launch(self._stamped(plan))
                 await refuse_lesser_machine(qemu, manifest)
                 await qemu.load(fd, self._settings.agent.load_timeout)
             except BaseException as error:
@@ -733,6 +776,9 @@ class Vm(VmBase):
         self._ports.journal.append(
             "resumed", vm=self.name, checkpoint=manifest.id, resumed_at=resumed_at or self._ports.host.now()
         )
+        launch = self.launched()
+        if launch and launch.argv[0] == launch.base_argv[0]:  # another is needed on for what lies beside it
+            await asyncio.to_thread(self._ports.programs.forget, self.name)
         return await self._wake() if manifest.wakes else resumed_at
 
     async def _record(self, manifest: Manifest, loaded: LoadTimes) -> None:
