@@ -97,8 +97,8 @@ def test_a_kexec_of_its_host(tmp_path: Path) -> None:
     pack_payload(payload, HERE / "debian-guest")
     words.write_text(command_line())
     with case("a Debian guest under load, through a kexec of its host"):
-        scenario = HERE / "debian-kexec-scenario"
-        out, verdict = run_scenario(scenario, "test-debian", [payload, words], 1500, f"--disk=debian={image.base}")
+        scenario, files = HERE / "debian-kexec-scenario", [payload, words, HERE / "scenario-lib"]
+        out, verdict = run_scenario(scenario, "test-debian", files, 2000, f"--disk=debian={image.base}")
         assert verdict == 0, f"see {out}"
         console, disk = out / "artefacts/debian.log", out / "artefacts/debian.qcow2"
         report = read_console(console, min_lines=10)
