@@ -483,6 +483,8 @@ class FakeRunner:
         self.started: list[tuple[str, str]] = []
         self.agent_lives = True
         self.die_at = ""
+        self.at: dict[str, Callable[[], object]] = {}
+        """What happens to the world when the agent passes there."""
         self.life_left: int | None = None
         self._launches: dict[str, Launch] = {}
         self._beside: dict[str, Launch] = {}
@@ -492,6 +494,8 @@ class FakeRunner:
         """The agent passes here; it dies if this is the point, or if its last hour has come, and then does nothing more."""
         if self.life_left is not None:
             self.life_left -= 1
+        if name in self.at:
+            self.at[name]()
         if (name and name == self.die_at) or self.life_left == 0:
             self.agent_lives = False
         if not self.agent_lives:

@@ -177,6 +177,24 @@ def test_in_turn_what_fails_brings_the_old_one_back(bench: Bench, operation: str
     assert bench.runner.violations == []
 
 
+def spoil(bench: Bench) -> None:
+    with (bench.root / "web1.ram").open("r+b") as ram:
+        os.pwrite(ram.fileno(), b"\xff" * 100, 8192)
+
+
+def test_memory_that_has_changed_is_not_run_on_in_the_old_one(bench: Bench) -> None:
+    """The new one beside it could have written there."""
+    bench.runner.at["after commit"] = lambda: spoil(bench)
+    old = bench.qemu()
+    with pytest.raises(LoadFailed, match="its RAM is not what it was.* It stays saved, and stands still"):
+        bench.vm(refresh)
+    bench.runner.at.clear()
+    assert (bench.qemu(), old.status) == (old, "postmigrate")
+    assert state(bench) is VmState.SAVED
+    assert bench.runner.beside == {}
+    assert bench.runner.violations == []
+
+
 def test_in_turn_an_older_one_brings_the_old_one_back(bench: Bench) -> None:
     bench.runner.broken[QEMU] = "lesser"
     with pytest.raises(LoadFailed, match="version of QEMU was 10.0 .* is 7.2.* goes on in the QEMU that it had"):
@@ -238,12 +256,9 @@ def test_in_turn_without_the_old_one_it_stays_saved(bench: Bench, lost: str) -> 
 
 
 def test_memory_that_has_changed_is_not_proved_by_the_old_one_either(bench: Bench) -> None:
-    def spoil() -> None:
-        with (bench.root / "web1.ram").open("r+b") as ram:
-            os.pwrite(ram.fileno(), b"\xff" * 100, 8192)
-
     bench.runner.broken[QEMU] = "load"
-    assert "brought back, failed too: its RAM is not what it was" in refresh_while(bench, "load", spoil).what
+    error = refresh_while(bench, "load", lambda: spoil(bench))
+    assert "brought back, failed too: its RAM is not what it was" in error.what
     assert state(bench) is VmState.SAVED
     assert bench.runner.violations == []
 

@@ -53,6 +53,7 @@ from cpr_agent.errors import (
     InvalidArgument,
     LoadFailed,
     MachineChanged,
+    MemoryChanged,
     NoCheckpoint,
     ProofFailed,
     QemuFailed,
@@ -402,7 +403,8 @@ class Vm(VmBase):
 
     @contextlib.asynccontextmanager
     async def _keeping_old_qemu(self) -> AsyncIterator[None]:
-        """Whatever fails, its guest goes on in it, unless it was adopted by the new one. Raises LoadFailed."""
+        """Whatever fails, its guest goes on in it, unless it was adopted by the new one; or its memory is not what it was
+        when it stopped, and then it stays where it is (invariant 1). Raises LoadFailed."""
         assert self._qemu
         sockets = await self._qemu.listening()
         try:
@@ -410,11 +412,14 @@ class Vm(VmBase):
             yield
             self._ports.host.settle_sockets(sockets, self.pid)
         except BaseException as error:
-            await asyncio.shield(asyncio.ensure_future(self._keep_old_qemu()))
+            changed = isinstance(error, MemoryChanged)
+            await asyncio.shield(asyncio.ensure_future(self._keep_old_qemu(may_run=not changed)))
             if not isinstance(error, CprError):
                 raise
             goes_on = self.run_state == "running"
             left = "its guest goes on in the QEMU that it had" if goes_on else "see its state in `cprctl status`"
+            if changed:
+                left = "it stays saved, and stands still in the QEMU that it had"
             raise LoadFailed(
                 f"could not get a new QEMU: {error.what}", vm=self.name, left=left, remedy=error.remedy
             ) from error
@@ -429,12 +434,12 @@ class Vm(VmBase):
                 remedy=f"`cprctl refresh --in-turn {self.name}` ends the old one first",
             )
 
-    async def _keep_old_qemu(self) -> None:
+    async def _keep_old_qemu(self, *, may_run: bool) -> None:
         """After the one beside it has failed."""
         await self._ports.runner.kill(self.name, beside=True)
         await self._derive()
         manifest = self.live_checkpoint()
-        if self.run_state == "postmigrate" and (manifest or self._in_transfer()):
+        if may_run and self.run_state == "postmigrate" and (manifest or self._in_transfer()):
             await (self._take_back(manifest) if manifest else self._undo_transfer())
             await self._derive()
         await self._settle_sockets()
