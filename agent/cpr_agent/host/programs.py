@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -26,7 +27,7 @@ class KeptPrograms:
             raise OSError("a wrapper has started it, with more than the arguments that it was given")
         program = Path(str((process / "exe").readlink()).removesuffix(" (deleted)"))
         directory = self._root / vm
-        copy = directory / program.parent.name / program.name
+        copy = directory / (program.parent.name or "bin") / program.name
         if copy == program and copy.is_file():  # brought back before; what is beside it is there too
             return
         if directory.exists():
@@ -46,10 +47,11 @@ class KeptPrograms:
 
     def kept(self, vm: str, sha256: str) -> str:
         own = [path for path in (self._root / vm).glob("*") if not path.is_symlink()]
-        for copy in (file for path in own for file in path.iterdir()):
-            with copy.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                    return str(copy)
+        with contextlib.suppress(OSError):  # it can't be read, so it is not kept
+            for copy in (file for path in own for file in path.iterdir()):
+                with copy.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+                        return str(copy)
         return ""
 
     def forget(self, vm: str) -> None:
