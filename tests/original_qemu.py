@@ -230,12 +230,8 @@ ANSWERS: dict[str, Any] = {
     "query-migrate": {},
     "query-named-block-nodes": [],
     "query-chardev": [],
-    "query-qmp-schema": [
-        *({"name": name, "meta-type": "command", "arg-type": "0", "ret-type": "0"} for name in ("cpr-save", "cpr-load")),
-        {"name": "1", "meta-type": "enum", "values": ["none", "reboot"]},
-        {"name": "2", "meta-type": "object", "members": [{"name": "filename", "type": "str"}]},
-        {"name": "3", "meta-type": "enum", "values": ["x-ignore-shared", "x-colo", "events"]},
-    ],
+    "query-migrate-parameters": {"downtime-limit": 300},
+    "query-commands": [{"name": name} for name in ("cpr-save", "cpr-load", "migrate", "query-status")],
 }
 
 

@@ -63,10 +63,11 @@ def test_qemu_is_upgraded_with_the_host(tmp_path: Path) -> None:
 
 
 def test_a_qemu_without_what_it_needs(lab: Lab, tmp_path: Path) -> None:
-    """The peer, with a schema as of a QEMU before 5.0."""
+    """The peer, with what a QEMU before 4.0 could do."""
     (tmp_path / "lesser.py").write_text(
         "import sys\nfrom tests import original_qemu as peer\n"
-        'peer.ANSWERS["query-qmp-schema"] = [{"name": "1", "meta-type": "enum", "values": ["events"]}]\n'
+        'peer.ANSWERS["query-commands"] = [{"name": "migrate"}]\n'
+        'peer.Vm.do_query_migrate_capabilities = lambda vm: [{"capability": "events", "state": False}]\n'
         "peer.main(sys.argv[1:])\n"
     )
     guest = lab.guest(qemu=scripted(tmp_path, "lesser"))

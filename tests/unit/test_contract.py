@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -16,6 +18,7 @@ from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
 from cpr_agent.core.model import Definition, Located, MemorySection, VmSection
 from cpr_agent.vm.cmdline import SANDBOX, plan_load, plan_start
 from cpr_agent.vm.dialects import choose
+from cpr_agent.vm.qmp import Qmp
 from tests.samples import DEVDAX, manifest
 
 OBJECTS: list[type[BusObject]] = [ManagerObject, VmObject, JobObject, LogObject]
@@ -138,12 +141,28 @@ def test_a_load_has_the_recorded_arguments_the_pinned_machine_and_waits() -> Non
     assert launch.checkpoint == saved.id
 
 
-CAPABILITIES = {"meta-type": "enum", "name": "1", "members": [{"name": "xbzrle"}, {"name": "x-ignore-shared"}]}
-MODES = {"meta-type": "enum", "name": "2", "values": ["normal", "cpr-reboot"], "members": [{"name": "cpr-reboot"}]}
+class Answers:
+    """What QEMU would say; the real ones are asked in tests/bus/test_dialects.py."""
+
+    vm = "web1"
+
+    def __init__(self, *, commands: str = "migrate", capabilities: str = "x-ignore-shared", parameters: str = "") -> None:
+        self._answers: dict[str, object] = {
+            "query-commands": [{"name": name} for name in commands.split()],
+            "query-migrate-capabilities": [{"capability": name, "state": False} for name in capabilities.split()],
+            "query-migrate-parameters": dict.fromkeys(parameters.split(), 0),
+        }
+
+    async def execute(self, command: str) -> object:
+        return self._answers[command]
 
 
 def test_the_dialect_is_chosen_by_what_qemu_can_do() -> None:
-    assert choose([CAPABILITIES, MODES], "web1").name == "cpr-reboot"
-    assert choose([CAPABILITIES], "web1").name == "ignore-shared"
+    def chosen(**answers: str) -> str:
+        return asyncio.run(choose(cast(Qmp, Answers(**answers)))).name
+
+    assert chosen(parameters="mode") == "cpr-reboot"
+    assert chosen() == "ignore-shared"
+    assert chosen(commands="migrate cpr-save cpr-load") == "cpr-save"
     with pytest.raises(errors.QemuFailed, match="cannot leave RAM in place"):
-        choose([{"meta-type": "enum", "name": "1", "values": ["xbzrle"]}], "web1")
+        chosen(capabilities="xbzrle")

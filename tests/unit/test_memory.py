@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import marshal
 import os
 import subprocess
 import sys
@@ -238,10 +238,13 @@ def test_a_device_that_is_no_dax_device_is_refused() -> None:
 
 
 def test_a_ticket_is_good_for_one_start(tmp_path: Path) -> None:
-    (tmp_path / "ticket.json").write_text(json.dumps({"argv": ["/bin/true"]}))
-    assert take_ticket(tmp_path)["argv"] == ["/bin/true"]
+    (tmp_path / "ticket").write_bytes(marshal.dumps({"argv": ["/bin/true"]}))
+    assert take_ticket(str(tmp_path))["argv"] == ["/bin/true"]
     with pytest.raises(RefusedError, match="there is no ticket"):
-        take_ticket(tmp_path)
+        take_ticket(str(tmp_path))
+    (tmp_path / "ticket").write_bytes(b"{}")
+    with pytest.raises(RefusedError, match="is not a ticket"):
+        take_ticket(str(tmp_path))
 
 
 def test_the_launcher_needs_the_standard_library_alone() -> None:

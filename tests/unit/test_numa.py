@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import marshal
 import os
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -441,7 +442,7 @@ def test_the_launcher_proves_each_that_it_opens(tmp_path: Path) -> None:
     def started(*nodes: str) -> int:
         log.touch()
         ticket = {"argv": [str(program)], "log": str(log), "memory": memory, "memory_fds": [10, 14], "nodes": nodes}
-        (vm / "ticket.json").write_text(json.dumps({**ticket, "sockets": {}}))
+        (vm / "ticket").write_bytes(marshal.dumps(msgspec.to_builtins({**ticket, "sockets": {}})))
         return subprocess.run([sys.executable, "-m", "cpr_agent.vm.launch", vm], check=False).returncode
 
     nodes = [one.node for one in ram]

@@ -37,7 +37,7 @@ IN_RAM = ("tmpfs", "hugetlbfs")
 """File systems that are gone with the boot."""
 DRAM_PROVIDER = "e820"
 """Of persistent memory that memmap= made of ordinary RAM (drivers/nvdimm/e820.c): a power cut erases it."""
-_KEPT = "nothing was started; memory and checkpoint are kept as they are"
+_KEPT = "the guest was not started; memory and checkpoint are kept as they are"
 
 
 @contextlib.contextmanager
@@ -71,10 +71,11 @@ def refuse_overlap(vm: str, ram: Ram, claims: list[tuple[str, MemoryIdentity]]) 
 
 async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], *own_pids: int) -> None:
     """Nobody but other VMs of this agent (their ranges were compared) may have the memory. Raises MemoryInUse."""
+    found = await asyncio.gather(*(ports.memory.users(one) for one in located))
+    # Afterwards: a QEMU may have come up meanwhile, also the VM's own.
     runner, names = ports.runner, ports.runner.launched_all()
     own = {*own_pids, *[await runner.active(name) for name in names]}
     own |= {await runner.active(name, beside=True) for name in names if name != vm}
-    found = await asyncio.gather(*(ports.memory.users(one) for one in located))
     for one, all_users in zip(located, found, strict=True):
         if users := [f"{name} ({pid})" for name, pid in all_users if pid not in own]:
             raise MemoryInUse(
@@ -122,7 +123,8 @@ async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Sequence
 
 
 async def identify_disks(ports: Ports, disks: Iterable[DiskIdentity]) -> list[DiskIdentity]:
-    return await asyncio.to_thread(lambda: [ports.host.identify_disk(disk) for disk in disks])
+    listed = list(disks)
+    return await asyncio.to_thread(lambda: [ports.host.identify_disk(disk) for disk in listed]) if listed else []
 
 
 async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
@@ -139,7 +141,10 @@ async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
 
 
 async def digest_firmware(ports: Ports, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
-    return await asyncio.to_thread(lambda: tuple(replace(file, sha256=ports.host.digest_file(file.path)) for file in files))
+    listed = tuple(files)
+    if not listed:
+        return ()
+    return await asyncio.to_thread(lambda: tuple(replace(one, sha256=ports.host.digest_file(one.path)) for one in listed))
 
 
 async def refuse_changed_firmware(ports: Ports, manifest: Manifest) -> None:

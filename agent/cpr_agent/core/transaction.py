@@ -15,6 +15,7 @@ from cpr_agent.core.ledger import Kind, Ledger, Phase, Upgrade
 from cpr_agent.core.model import Finding, Policy, Survives, VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.preflight import Plan
+from cpr_agent.core.turns import Turns, at_once
 from cpr_agent.core.vm import Vm
 from cpr_agent.core.vm_base import SAVEABLE
 from cpr_agent.errors import (
@@ -213,7 +214,10 @@ class Transaction:
         for _, group in groupby(sorted(live, key=_order, reverse=True), key=_order):
             vms = list(group)
             job.advance(done, len(live), f"saving {_names(vms)}")
-            results = await asyncio.gather(*(vm.save("", "reboot", need, upgrade) for vm in vms), return_exceptions=True)
+            turns = Turns(vm.name for vm in vms)
+            results = await asyncio.gather(
+                *(self._save_in_turn(vm, need, upgrade, turns) for vm in vms), return_exceptions=True
+            )
             failures = [(vm, e) for vm, e in zip(vms, results, strict=True) if isinstance(e, BaseException)]
             fatal = [(vm, e) for vm, e in failures if not (isinstance(e, CprError) and vm.may_shut_down(policy))]
             if fatal:
@@ -225,6 +229,13 @@ class Transaction:
                 self.ledger.enter(Phase.SAVING, shut_down=shut_down)
                 await self._shut_down(given_up, policy)
             done += len(vms)
+
+    async def _save_in_turn(self, vm: Vm, need: Survives, upgrade: str, turns: Turns) -> None:
+        """No guest stops while another one is still being asked whether it could be saved."""
+        try:
+            await vm.save("", "reboot", need, upgrade, turns.turn(vm.name))
+        finally:
+            turns.no_longer_awaited(vm.name)
 
     async def _shut_down(self, vms: list[Vm], policy: Policy) -> None:
         """In order, and with the policy ``force`` also what does not answer."""
@@ -384,8 +395,10 @@ class Transaction:
         cold_started: list[str] = []
         done = 0
 
+        free = asyncio.Semaphore(at_once())
+
         async def load(vm: Vm) -> None:
-            if lost := await vm.load(""):
+            if lost := await vm.load("", free):
                 cold_started.append(f"{vm.name}: {lost}")
 
         waiting = [vm for vm in vms if vm.checkpointed]

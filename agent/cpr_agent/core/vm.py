@@ -15,6 +15,7 @@ from cpr_agent.core.events import Event, about
 from cpr_agent.core.hooks import after_load, before_save, vetoes
 from cpr_agent.core.model import (
     Definition,
+    DiskIdentity,
     Held,
     Launch,
     Located,
@@ -42,6 +43,7 @@ from cpr_agent.core.proof import (
     refuse_overlap,
     refuse_spent,
 )
+from cpr_agent.core.turns import NO_TURN, Turn
 from cpr_agent.core.vm_base import LATE_SLEEP_S, SAVEABLE, VmBase
 from cpr_agent.errors import (
     AlreadyRunning,
@@ -190,9 +192,16 @@ class Vm(VmBase):
             self._ports.journal.append("discard", vm=self.name)
             await asyncio.to_thread(self._ports.store.discard, self.name)
 
-    async def save(self, filename: str, mode: str, need: Survives = Survives.QEMU_RESTART, upgrade: str = "") -> Manifest:
-        """Save device state and leave the RAM where it is; the guest is stopped after. Raises CprError; a guest that
-        ran then runs on."""
+    async def save(
+        self,
+        filename: str,
+        mode: str,
+        need: Survives = Survives.QEMU_RESTART,
+        upgrade: str = "",
+        turn: Turn = NO_TURN,
+    ) -> Manifest:
+        """Save device state and leave the RAM where it is; the guest is stopped after, in its ``turn``. Raises CprError; a
+        guest that ran then runs on."""
         if mode != "reboot":
             raise InvalidArgument(
                 f"mode {mode!r} is not supported", vm=self.name, left="nothing was saved", remedy='use mode "reboot"'
@@ -201,7 +210,7 @@ class Vm(VmBase):
             qemu, launch = await self._require_live(need)
             if not upgrade:  # which has done that for all its guests, before the first of them stopped
                 await before_save(self._ports, self)
-            return await self._save_asleep_or_not(qemu, launch, filename, mode, upgrade)
+            return await self._save_asleep_or_not(qemu, launch, filename, mode, upgrade, turn)
 
     async def replace_qemu(self, *, in_turn: bool = False) -> str:
         """Give the guest a new QEMU, of the program that is installed now, on the same RAM. A guest that runs gets it
@@ -226,7 +235,7 @@ class Vm(VmBase):
             finally:
                 self._ports.journal.append("refreshed", vm=self.name)
 
-    async def load(self, filename: str) -> str:
+    async def load(self, filename: str, turn: Turn = NO_TURN) -> str:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
         which the guest runs the checkpoint stays and the load can be repeated.
 
@@ -246,7 +255,7 @@ class Vm(VmBase):
             if manifest is None:
                 raise NoCheckpoint("has no checkpoint to load", vm=self.name, remedy=f"`cprctl start {self.name}` boots it")
             try:
-                await self._load_by_either(manifest, filename)
+                await self._load_by_either(manifest, filename, turn)
             except (ProofFailed, DeviceMissing) as error:
                 if filename:  # a file that the caller named wrongly says nothing about the checkpoint
                     raise
@@ -294,14 +303,21 @@ class Vm(VmBase):
         return self._qemu, await self._require_saveable(need)
 
     async def _save_asleep_or_not(
-        self, qemu: Qemu, launch: Launch, filename: str = "", mode: str = "reboot", upgrade: str = ""
+        self,
+        qemu: Qemu,
+        launch: Launch,
+        filename: str = "",
+        mode: str = "reboot",
+        upgrade: str = "",
+        turn: Turn = NO_TURN,
     ) -> Manifest:
         if not await self._must_sleep(qemu):
-            return await self._save(qemu, await self._draft(qemu, launch, self.run_state, mode, upgrade), filename)
+            draft = await self._draft(qemu, launch, self.run_state, mode, upgrade)
+            return await self._save(qemu, draft, filename, turn=turn)
         try:
             asleep_at = await self._fall_asleep(qemu)
             draft = await self._draft(qemu, launch, "suspended", mode, upgrade)
-            return await self._save(qemu, draft, filename, asleep_at=asleep_at)
+            return await self._save(qemu, draft, filename, asleep_at=asleep_at, turn=turn)
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self._end_sleep()))
             raise
@@ -327,11 +343,11 @@ class Vm(VmBase):
         if failed:
             raise failed
 
-    async def _load_by_either(self, manifest: Manifest, filename: str = "") -> LoadFailed | None:
+    async def _load_by_either(self, manifest: Manifest, filename: str = "", turn: Turn = NO_TURN) -> LoadFailed | None:
         """By the QEMU that is installed now; else by the one that it was saved in, where a refresh has kept that: the same
         proofs, the same RAM. Returns why that was needed. Raises CprError, as ``_load`` does."""
         try:
-            await self._load(manifest, filename)
+            await self._load(manifest, filename, turn=turn)
         except (LoadFailed, MachineChanged) as error:
             program = await asyncio.to_thread(self._ports.programs.kept, self.name, manifest.qemu_sha256)
             live = self._live_or_none()
@@ -339,7 +355,7 @@ class Vm(VmBase):
                 raise
             log.warning("VM %s: it goes back to the QEMU that it had: %s", self.name, error.what)
             try:
-                await self._load(manifest, "", program=program)
+                await self._load(manifest, "", program=program, turn=turn)
             except CprError as again:
                 error.what += f"; and its old QEMU, brought back, failed too: {again.what}"
                 raise error from again
@@ -531,6 +547,7 @@ class Vm(VmBase):
         filename: str,
         begun: dict[str, object] | None = None,
         asleep_at: float = 0.0,
+        turn: Turn = NO_TURN,
     ) -> Manifest:
         """``begun`` is the journal's record of a save that QEMU has done and nobody has stored. ``asleep_at``: since when
         the guest sleeps for it (epoch s)."""
@@ -542,39 +559,40 @@ class Vm(VmBase):
         except OSError as error:
             raise SaveFailed(f"the state file cannot be opened: {error}", vm=self.name, left="nothing changed") from error
         try:
-            stopped_at = draft.times.requested_at
-            if begun is None:
-                self._ports.journal.append(
-                    "save-begin", vm=self.name, checkpoint=draft.id, run_state=draft.run_state, path=pending.path
+            async with turn:
+                stopped_at = draft.times.requested_at
+                if begun is None:
+                    self._ports.journal.append(
+                        "save-begin", vm=self.name, checkpoint=draft.id, run_state=draft.run_state, path=pending.path
+                    )
+                    self._set(VmState.SAVING)
+                    stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
+                    if asleep_at:
+                        stopped_at = asleep_at
+                        self._refuse_woken()
+                written_at = host.now()
+                vmstate, witness, disks, firmware = await asyncio.gather(
+                    asyncio.to_thread(pending.seal),
+                    self._ports.memory.witness(located, draft.witness),
+                    self._disks(qemu),
+                    digest_firmware(self._ports, draft.qemu.firmware),
                 )
-                self._set(VmState.SAVING)
-                stopped_at = await qemu.save(pending.fd, definition_timeout) or host.now()
-                if asleep_at:
-                    stopped_at = asleep_at
-                    self._refuse_woken()
-            written_at = host.now()
-            vmstate, witness, disks, firmware = await asyncio.gather(
-                asyncio.to_thread(pending.seal),
-                self._ports.memory.witness(located, draft.witness),
-                identify_disks(self._ports, await qemu.disks()),
-                digest_firmware(self._ports, draft.qemu.firmware),
-            )
-            refuse_foreign_state(vmstate, draft.qemu)
-            manifest = replace(
-                draft,
-                qemu=replace(draft.qemu, disks=tuple(disks), firmware=firmware),
-                witness=witness,
-                vmstate=vmstate,
-                times=replace(
-                    draft.times,
-                    stopped_at=stopped_at,
-                    written_at=written_at,
-                    durable_at=host.now(),
-                    stopped_uptime_s=host.uptime_s() - (host.now() - stopped_at),
-                ),
-            )
-            await asyncio.to_thread(pending.commit, manifest)
-            self._ports.journal.append("saved", vm=self.name, checkpoint=draft.id, stopped_at=stopped_at)
+                refuse_foreign_state(vmstate, draft.qemu)
+                manifest = replace(
+                    draft,
+                    qemu=replace(draft.qemu, disks=tuple(disks), firmware=firmware),
+                    witness=witness,
+                    vmstate=vmstate,
+                    times=replace(
+                        draft.times,
+                        stopped_at=stopped_at,
+                        written_at=written_at,
+                        durable_at=host.now(),
+                        stopped_uptime_s=host.uptime_s() - (host.now() - stopped_at),
+                    ),
+                )
+                await asyncio.to_thread(pending.commit, manifest)
+                self._ports.journal.append("saved", vm=self.name, checkpoint=draft.id, stopped_at=stopped_at)
         except BaseException as error:
             # Shielded: whatever interrupts the save, also a cancelled job, the guest must not stay stopped.
             if asleep_at and self._woke:
@@ -594,6 +612,9 @@ class Vm(VmBase):
             extra=about(Event.SAVED, **self._named(manifest, phase="save")),
         )
         return manifest
+
+    async def _disks(self, qemu: Qemu) -> list[DiskIdentity]:
+        return await identify_disks(self._ports, await qemu.disks())
 
     async def _fall_asleep(self, qemu: Qemu) -> float:
         """Returns since when the guest sleeps (epoch s). Raises SaveFailed, QemuFailed; it may go to sleep all the same."""
@@ -712,10 +733,12 @@ class Vm(VmBase):
             ) from error
         self._ports.journal.append("resumed", vm=self.name, checkpoint=manifest.id)
 
-    async def _load(self, manifest: Manifest, filename: str, *, into: Qemu | None = None, program: str = "") -> None:
+    async def _load(
+        self, manifest: Manifest, filename: str, *, into: Qemu | None = None, program: str = "", turn: Turn = NO_TURN
+    ) -> None:
         """``into`` a QEMU that waits for it beside the one that it was saved in, which stays until the guest runs; or by
-        another ``program`` than the installed one."""
-        store, host, keep = self._ports.store, self._ports.host, "the checkpoint is kept and the load can be repeated"
+        another ``program`` than the installed one. A device that is awaited takes nobody's ``turn``."""
+        store, host = self._ports.store, self._ports.host
         load_at = host.now()
         refuse_spent(self._ports, manifest)
         fd = await asyncio.to_thread(store.open_vmstate, manifest, filename)
@@ -723,49 +746,84 @@ class Vm(VmBase):
             self._set(VmState.LOADING)
             located = await self._ports.memory.relocate(manifest.memory, self._settings.agent.device_timeout)
             memory_at = host.now()
-            refuse_overlap(self.name, ram_of(located), await self._claims(self.name, False))
-            beside = await self._ports.runner.active(self.name, beside=True) if into else self.pid
-            await asyncio.gather(
-                refuse_changed_disks(self._ports, manifest),
-                refuse_changed_firmware(self._ports, manifest),
-                refuse_other_users(self._ports, self.name, located, self.pid, beside),
-                refuse_changed_ram(self._ports, manifest, located),
-            )
-            plan = self._ports.definitions.plan_load(manifest, located)
-            if program:
-                plan = replace(plan, argv=(program, *plan.argv[1:]))
-            self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id, program=plan.argv[0])
-            if into is None:
-                await self._end_qemu()
-            try:
-                qemu = into or await self._launch(self._stamped(plan))
-                await refuse_lesser_machine(qemu, manifest)
-                await qemu.load(fd, self._settings.agent.load_timeout)
-            except BaseException as error:
-                # Shielded: a cancelled load must not leave a QEMU that has not run its guest either.
-                said = self._ports.runner.log_tail(self.name, beside=into is not None)
-                if into is None:
-                    await asyncio.shield(asyncio.ensure_future(self._end_qemu()))
-                if not isinstance(error, (CprError, TimeoutError)):
-                    raise
-                self._ports.journal.append("load-failed", vm=self.name, checkpoint=manifest.id)
-                if isinstance(error, ProofFailed):
-                    raise
-                what = error.what if isinstance(error, CprError) else "QEMU did not get done"
-                said = f" (QEMU: {said})" if said and said not in what else ""
-                other = f"it was saved by QEMU {manifest.qemu.version}: if another is installed now, try that one again"
-                failure = LoadFailed(
-                    f"could not be loaded: {what}{said}", vm=self.name, left=keep, remedy="" if into else other
-                )
-                log.error("%s", failure.text, extra=about(Event.LOAD_FAILED, **self._named(manifest, phase="load")))
-                raise failure from error
-            loaded_at = host.now()
-            resumed_at = await self._go_on(qemu, manifest, adopt=into is not None) or host.now()
-            if into:
-                # Not by `quit`: it would unlink the paths of sockets, which are the new one's now.
-                await self._ports.runner.kill(self.name, beside=True)
+            async with turn:
+                loaded_at, resumed_at = await self._load_located(manifest, fd, located, into, program)
             times = LoadTimes(load_at, memory_at, loaded_at, resumed_at)
             self._spawn(self._record(manifest, times))  # nobody's guest need wait for it
+
+    async def _load_located(
+        self, manifest: Manifest, fd: int, located: Sequence[Located], into: Qemu | None, program: str
+    ) -> tuple[float, float]:
+        """Once its memory is there. Returns when its state was loaded, and when its guest ran (epoch s)."""
+        refuse_overlap(self.name, ram_of(located), await self._claims(self.name, False))
+        beside = await self._ports.runner.active(self.name, beside=True) if into else self.pid
+        proof: asyncio.Future[None] | None = None
+        if old := into or self.pid:
+            # Before the old QEMU is let go of, by which its guest could still be resumed.
+            await self._prove(manifest, located, beside)
+        plan = self._ports.definitions.plan_load(manifest, located)
+        if program:
+            plan = replace(plan, argv=(program, *plan.argv[1:]))
+        self._ports.journal.append("load-begin", vm=self.name, checkpoint=manifest.id, program=plan.argv[0])
+        if into is None:
+            await self._end_qemu()
+        try:
+            if not old:
+                proof = asyncio.ensure_future(self._prove(manifest, located, beside))
+            qemu = into or await self._launch_proved(plan, proof)
+            await refuse_lesser_machine(qemu, manifest)
+            await qemu.load(fd, self._settings.agent.load_timeout)
+        except BaseException as error:
+            # Shielded: a cancelled load must not leave a QEMU that has not run its guest either.
+            said = self._ports.runner.log_tail(self.name, beside=into is not None)
+            if into is None:
+                await asyncio.shield(asyncio.ensure_future(self._end_qemu()))
+            if not isinstance(error, (CprError, TimeoutError)):
+                raise
+            self._ports.journal.append("load-failed", vm=self.name, checkpoint=manifest.id)
+            unproved = proof and proof.done() and not proof.cancelled() and proof.exception() is error
+            if unproved or isinstance(error, ProofFailed):
+                raise
+            what = error.what if isinstance(error, CprError) else "QEMU did not get done"
+            said = f" (QEMU: {said})" if said and said not in what else ""
+            other = f"it was saved by QEMU {manifest.qemu.version}: if another is installed now, try that one again"
+            keep = "the checkpoint is kept and the load can be repeated"
+            remedy = "" if into else other
+            failure = LoadFailed(f"could not be loaded: {what}{said}", vm=self.name, left=keep, remedy=remedy)
+            log.error("%s", failure.text, extra=about(Event.LOAD_FAILED, **self._named(manifest, phase="load")))
+            raise failure from error
+        loaded_at = self._ports.host.now()
+        resumed_at = await self._go_on(qemu, manifest, adopt=into is not None) or self._ports.host.now()
+        if into:
+            # Not by `quit`: it would unlink the paths of sockets, which are the new one's now.
+            await self._ports.runner.kill(self.name, beside=True)
+        return loaded_at, resumed_at
+
+    async def _prove(self, manifest: Manifest, located: Sequence[Located], beside: int) -> None:
+        """What a load depends on, all at once: a guest waits for it. Raises ProofFailed, MemoryInUse."""
+        await asyncio.gather(
+            refuse_changed_disks(self._ports, manifest),
+            refuse_changed_firmware(self._ports, manifest),
+            refuse_other_users(self._ports, self.name, located, self.pid, beside),
+            refuse_changed_ram(self._ports, manifest, located),
+        )
+
+    async def _launch_proved(self, launch: Launch, proof: asyncio.Future[None] | None) -> Qemu:
+        """A QEMU takes its time to come up, and writes nothing to the RAM before it is told to load (FACTS.md: -incoming):
+        a proof that is still under way is done when this returns. Raises what it raises, and QemuFailed."""
+        try:
+            qemu = await self._launch(self._stamped(launch))
+            if proof:
+                await proof
+        except CprError:
+            if proof:
+                await proof  # it knows better what is wrong, if it finds anything
+            raise
+        except BaseException:
+            if proof:
+                proof.cancel()
+            raise
+        return qemu
 
     async def _go_on(self, qemu: Qemu, manifest: Manifest, *, adopt: bool = False) -> float:
         """Once its state is loaded: let the guest do what it did when it was saved. Returns when it ran (epoch s)."""

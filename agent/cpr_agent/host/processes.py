@@ -43,7 +43,7 @@ class ProcessRunner(BaseRunner):
             ready.bind(str(ready_path))
             with Path(launch.log).open("ab") as log:
                 child = subprocess.Popen(  # noqa: ASYNC220 - fork and exec take milliseconds, and it must outlive us
-                    [sys.executable, "-I", launcher.__file__, str(directory)],  # by its file, as the units do
+                    [sys.executable, "-I", "-S", launcher.__file__, str(directory)],  # by its file, as the units do
                     env={**os.environ, "NOTIFY_SOCKET": str(ready_path)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,

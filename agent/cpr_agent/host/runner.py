@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import marshal
 import os
 import pwd
 import select
@@ -110,7 +111,8 @@ class BaseRunner(ABC):
         path.symlink_to(self._directory(name + SECOND) / "admin.sock")
 
     def _write_ticket(self, launch: Launch, place: str) -> None:
-        """Leave the ticket and the agent's own record. The log file is made here: its directory is not the VM's."""
+        """Leave the ticket and the agent's own record, which end with this boot. The log file is made here: its directory
+        is not the VM's."""
         directory = self._directory(place)
         launch = replace(launch, sockets={str(directory / Path(path).name): fd for path, fd in launch.sockets.items()})
         directory.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -119,16 +121,15 @@ class BaseRunner(ABC):
         if log.exists():
             log.replace(f"{log}.1")
         log.touch(mode=0o640)
-        data = msgspec.json.encode(launch)
         owner = None
         if os.geteuid() == 0:
             account = pwd.getpwnam(launch.user)
             owner = (account.pw_uid, account.pw_gid)
             for path in (directory, log):
                 os.chown(path, *owner, follow_symlinks=False)
-        write_atomically(directory / TICKET, data, 0o400, owner)
+        write_atomically(directory / TICKET, marshal.dumps(msgspec.to_builtins(launch)), 0o400, owner, durable=False)
         make_private_directory(self._record(place).parent)
-        write_atomically(self._record(place), data)
+        write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
 
     def _directory(self, place: str) -> Path:
         return self._run_dir / "vm" / place

@@ -1,6 +1,8 @@
 """How each generation of QEMU is told to save and load with RAM left in place. One class each, one interface.
 
-Chosen by what QMP says it can do (``query-qmp-schema``), not by version. What was run for real is in docs/dialects.md.
+Chosen by what QMP says it can do, not by version: by its commands, its migration capabilities and parameters, because a
+guest waits for the answer at each load, and the schema (``query-qmp-schema``) is 200 KB that QEMU makes in some 30 ms. What
+was run for real is in docs/dialects.md.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cpr_agent.errors import QemuFailed, SaveFailed
 from cpr_agent.vm.qmp import Qmp, QmpRefused
@@ -23,8 +25,6 @@ class Dialect(ABC):
 
     name: ClassVar[str]
     synchronous: ClassVar[bool] = False
-    transfers: bool = False
-    """Whether it can hand its guest over to another QEMU beside it (cpr-transfer)."""
     keeps_suspended: ClassVar[bool]
     """False where a save wakes a suspended guest (QEMU up to 8.2)."""
 
@@ -44,12 +44,14 @@ class CprReboot(Dialect):
     name = "cpr-reboot"
     keeps_suspended = True
 
-    def __init__(self, *, transfers: bool) -> None:
-        self.transfers = transfers
-
     async def prepare(self, qmp: Qmp) -> None:
         await super().prepare(qmp)
         await qmp.execute("migrate-set-parameters", {"mode": "cpr-reboot"})
+
+    async def transfers(self, qmp: Qmp) -> bool:
+        """Whether it can hand its guest over to another QEMU beside it (cpr-transfer); only the schema tells."""
+        schema = await qmp.execute("query-qmp-schema")
+        return any("cpr-transfer" in entity.get("values", ()) for entity in schema)
 
     async def prepare_transfer(self, qmp: Qmp) -> None:
         """For handing a guest over, and for taking one: only where it ``transfers``. ``prepare`` takes it back."""
@@ -116,15 +118,14 @@ async def fdset(qmp: Qmp, fd: int) -> str:
     return f"/dev/fdset/{added['fdset-id']}"
 
 
-def choose(schema: list[dict[str, Any]], vm: str) -> Dialect:
-    """The dialect for a QEMU with this ``query-qmp-schema``. Raises QemuFailed if it has none."""
-    words = {member["name"] for entity in schema for member in entity.get("members", ()) if "name" in member}
-    words |= {value for entity in schema for value in entity.get("values", ())}
-    words |= {entity["name"] for entity in schema if entity.get("meta-type") == "command"}
-    if {"cpr-save", "cpr-load"} <= words:
+async def choose(qmp: Qmp) -> Dialect:
+    """Raises QemuFailed if it has none."""
+    commands = {command["name"] for command in await qmp.execute("query-commands")}
+    if {"cpr-save", "cpr-load"} <= commands:
         return CprSave()
-    if "x-ignore-shared" not in words:
-        raise QemuFailed("this QEMU cannot leave RAM in place (no x-ignore-shared)", vm=vm, remedy="use QEMU 5.0 or newer")
-    if "cpr-reboot" in words:
-        return CprReboot(transfers="cpr-transfer" in words)
-    return IgnoreShared()
+    capabilities = {one["capability"] for one in await qmp.execute("query-migrate-capabilities")}
+    if "x-ignore-shared" not in capabilities:
+        what = "this QEMU cannot leave RAM in place (no x-ignore-shared)"
+        raise QemuFailed(what, vm=qmp.vm, remedy="use QEMU 5.0 or newer")
+    # The parameter came together with its value cpr-reboot (QEMU 8.2, migration/options.c).
+    return CprReboot() if "mode" in await qmp.execute("query-migrate-parameters") else IgnoreShared()

@@ -33,6 +33,7 @@ class LiveQemu:
     def __init__(self, qmp: Qmp) -> None:
         self._qmp = qmp
         self._dialect: Dialect | None = None
+        self._transfers: bool | None = None
 
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float) -> LiveQemu:
@@ -49,7 +50,7 @@ class LiveQemu:
 
     async def dialect(self) -> Dialect:
         if self._dialect is None:
-            self._dialect = choose(await self._qmp.execute("query-qmp-schema"), self._qmp.vm)
+            self._dialect = await choose(self._qmp)
         return self._dialect
 
     async def facts(self, launch: Launch) -> QemuFacts:
@@ -266,7 +267,11 @@ class LiveQemu:
     async def _transferring(self) -> CprReboot | None:
         """Its dialect, if that transfers."""
         dialect = await self.dialect()
-        return dialect if isinstance(dialect, CprReboot) and dialect.transfers else None
+        if not isinstance(dialect, CprReboot):
+            return None
+        if self._transfers is None:
+            self._transfers = await dialect.transfers(self._qmp)
+        return dialect if self._transfers else None
 
     async def _prepare_transfer(self) -> None:
         dialect = await self._transferring()
