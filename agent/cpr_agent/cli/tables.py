@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import zip_longest
 from typing import Any
 
 from rich import box
@@ -172,20 +173,20 @@ def devices(data: list[dict[str, Any]]) -> None:
     if not data:
         _print("No dax devices are there. Make one with: ndctl create-namespace -f -e NAMESPACE -m devdax -M mem")
         return
-    table = _table("NODE", "UUID", "ALIGN", "NUMA", "PROVIDER", "OFFSET", "SIZE", "VM")
+    table = _table("NODE", "UUID", "OFFSET", "SIZE", "VM")
+    table.columns[1].no_wrap = True  # it is copied to definitions
     for entry in data:
-        about = [entry["node"], entry["uuid"], size(entry["align"]), _numa(entry["numa-node"]), entry["provider"]]
         ranges = [*entry["used"], *([offset, length, "[dim]free[/]"] for offset, length in entry["free"])]
-        for offset, length, vm in sorted(ranges):
-            table.add_row(*about, size(offset), size(length), vm)
-            about = [""] * len(about)
+        rows = [(size(offset), size(length), vm) for offset, length, vm in sorted(ranges)]
         room = sum(length for _, length in entry["free"])
-        table.add_row("", "", "", "", "", "[bold]total[/]", f"[bold]{size(entry['size'])}[/]", f"{size(room)} free")
+        rows.append(("[bold]total[/]", f"[bold]{size(entry['size'])}[/]", f"{size(room)} free"))
+        # Below its uuid, not in columns of their own: all of it fits in 80.
+        numa = f"NUMA node {entry['numa-node']}, " if entry["numa-node"] >= 0 else ""
+        more = f"[dim]{entry['provider']}, {numa}aligned to {size(entry['align'])}[/]"
+        about = [(entry["node"], entry["uuid"]), ("", more)]
+        for left, right in zip_longest(about, rows, fillvalue=("", "")):
+            table.add_row(*left, *right)
     _print(table)
-
-
-def _numa(node: int) -> str:
-    return str(node) if node >= 0 else "-"
 
 
 def memory(data: dict[str, Any]) -> None:

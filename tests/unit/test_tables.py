@@ -1,0 +1,34 @@
+"""What people see of cprctl's tables."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from cpr_agent.cli import tables
+
+M = 1 << 20
+UUID = "21dfda89-0355-4462-b7ed-7d7a01837540"
+DEVICES = [
+    {"node": "/dev/dax0.0", "uuid": UUID, "align": 2 * M, "numa-node": -1, "provider": "ACPI.NFIT", "size": 1018 * M}
+    | {"used": [[64 * M, 512 * M, "customer-database-17"], [0, 64 * M, "web1"]], "free": [[576 * M, 442 * M]]},
+    {"node": "/dev/dax10.0", "uuid": UUID[::-1], "align": 2 * M, "numa-node": 1, "provider": "e820", "size": 1022 * M}
+    | {"used": [], "free": [[0, 1022 * M]]},
+]
+
+
+def test_devices_fit_on_a_terminal_of_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    tables.devices(DEVICES)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["NODE", "UUID", "OFFSET", "SIZE", "VM"]
+    assert lines[2] == ["/dev/dax0.0", UUID, "0", "64M", "web1"]
+    assert lines[3] == ["ACPI.NFIT,", "aligned", "to", "2M", "64M", "512M", "customer-data"]
+    assert lines[4:6] == [["base-17"], ["576M", "442M", "free"]]
+    assert lines[7] == ["/dev/dax10.0", UUID[::-1], "0", "1022M", "free"]
+    assert lines[8] == ["e820,", "NUMA", "node", "1,", "aligned", "to", "2M", "total", "1022M", "1022M", "free"]
