@@ -80,7 +80,7 @@ def test_a_batch_is_brought_to_its_end_and_the_next_is_not_begun(tmp_path: Path)
         "kvm1": "would be upgraded",
         "kvm2": "failed",
         "kvm3": "would be upgraded",
-        "kvm4": "not reached",
+        "kvm4": "not begun",
     }
     assert "no guest was stopped; web1: it blocks (unplug it)" in play.table
 
@@ -89,14 +89,14 @@ def test_more_failures_in_a_batch_than_are_allowed_end_the_run(tmp_path: Path) -
     hosts = (REFUSES, WELL, REFUSES, REFUSES, WELL)
     play = admin(tmp_path, *hosts).play("--check", serial=2, max_fail_percentage=50)
     assert play.code != 0
-    assert [*play.results.values()] == ["failed", "would be upgraded", "failed", "failed", "not reached"]
+    assert [*play.results.values()] == ["failed", "would be upgraded", "failed", "failed", "not begun"]
 
 
 def test_a_host_that_can_not_be_reached_has_failed(tmp_path: Path) -> None:
     nowhere = {"ansible_host": "127.0.0.1", "ansible_port": 1}
     play = admin(tmp_path, nowhere, WELL).play("--check")
     assert play.code != 0
-    assert play.results == {"kvm1": "failed", "kvm2": "not reached"}
+    assert play.results == {"kvm1": "failed", "kvm2": "not begun"}
     assert "Connection refused" in play.table
 
 
@@ -104,7 +104,7 @@ def test_a_host_that_is_lost_on_its_way_ends_the_run(tmp_path: Path) -> None:
     """Ansible itself would go on: a host that became unreachable is no failed one."""
     play = admin(tmp_path, LOST, DONE, DONE).play(serial=2, max_fail_percentage=50)
     assert play.code != 0
-    assert play.results == {"kvm1": "unfinished", "kvm2": "unchanged", "kvm3": "not reached"}
+    assert play.results == {"kvm1": "unfinished", "kvm2": "unchanged", "kvm3": "not begun"}
     assert "kvm1 has not been heard of since its upgrade began" in play.said
 
 
@@ -145,7 +145,7 @@ def test_a_guest_that_is_held_ends_the_run(
     monkeypatch.setenv("FAKE_HELD", "its memory changed")
     play = admin(tmp_path, host, WELL).play("--check")
     assert play.code != 0
-    assert play.results == {"kvm1": "failed", "kvm2": "not reached"}
+    assert play.results == {"kvm1": "failed", "kvm2": "not begun"}
     assert words in play.table
 
 
