@@ -1,0 +1,1 @@
+"""What the agent costs: each figure a ratio from one run, against the least that could do the same on this machine."""

@@ -1,0 +1,137 @@
+"""The least that saves and loads a guest: sockets, QMP, and the fsyncs without which a checkpoint is not one. It proves
+nothing, checks nothing, and can take nothing back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 120.0
+_CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+
+Event = dict[str, Any]
+
+
+class BareVm:
+    """``arguments`` are QEMU's, but for those of its RAM, which is the file ``ram`` of ``size_bytes``."""
+
+    def __init__(self, qemu: str, arguments: list[str], ram: Path, size_bytes: int, directory: Path) -> None:
+        memory = f"memory-backend-file,id=ram,size={size_bytes},mem-path={ram},share=on"
+        self._argv = [qemu, *arguments, "-m", f"{size_bytes >> 20}M", "-object", memory, "-machine", "memory-backend=ram"]
+        self._argv += ["-display", "none", "-qmp", "chardev:qmp"]
+        self._directory = directory
+        self._events: list[Event] = []
+        directory.mkdir(parents=True)
+        self._journal = os.open(directory / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def start(self, *more: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            chardev = ("-chardev", f"socket,id=qmp,fd={theirs.fileno()}")
+            self._process = subprocess.Popen([self._argv[0], *chardev, *self._argv[1:], *more], pass_fds=[theirs.fileno()])
+        ours.settimeout(PATIENCE_S)
+        self._socket, self._stream, self._events = ours, ours.makefile("r"), []
+        self._stream.readline()
+        self.execute("qmp_capabilities")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def prepare(self) -> None:
+        """For either act; the guest runs on."""
+        self.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
+
+    def save(self) -> tuple[float, float]:
+        """When the guest stopped, and when what was saved was durable (epoch s)."""
+        state, manifest = self._directory / "vmstate", self._directory / "manifest.json"
+        temporary = state.with_suffix(".saving")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self.execute("getfd", fd=fd, fdname="state")
+        self.execute("migrate", uri="fd:state")
+        self._until(_completed)
+        while self.execute("query-status")["status"] != "postmigrate":
+            pass
+        stopped_at = _time(self._until(lambda event: event["event"] == "STOP"))
+        os.fsync(fd)
+        os.close(fd)
+        temporary.rename(state)
+        _sync(self._directory)
+        temporary = manifest.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            json.dump({"argv": self._argv, "vmstate": str(state), "bytes": state.stat().st_size}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(manifest)
+        _sync(self._directory)
+        self._note("saved")
+        return stopped_at, time.time()
+
+    def load(self) -> float:
+        """In a new QEMU. Returns when the guest ran (epoch s)."""
+        self.quit()
+        self._note("load")
+        self.start("-S", "-incoming", "defer")
+        self.prepare()
+        with (self._directory / "vmstate").open("rb") as state:
+            self.execute("getfd", fd=state.fileno(), fdname="state")
+            self.execute("migrate-incoming", uri="fd:state")
+            self._until(_completed)
+        self._note("resume")
+        (self._directory / "manifest.json").rename(self._directory / "manifest.json.loaded")
+        _sync(self._directory)
+        self.execute("cont")
+        return _time(self._until(lambda event: event["event"] == "RESUME"))
+
+    def quit(self) -> None:
+        self.execute("quit")
+        self._process.wait(PATIENCE_S)
+        self._stream.close()
+        self._socket.close()
+
+    def execute(self, command: str, *, fd: int | None = None, **arguments: Any) -> Any:
+        line = json.dumps({"execute": command, "arguments": arguments}).encode()
+        socket.send_fds(self._socket, [line], [] if fd is None else [fd])
+        while True:
+            reply = json.loads(self._stream.readline())
+            if "event" in reply:
+                self._events.append(reply)
+            elif "error" in reply:
+                raise RuntimeError(f"QEMU refused {command}: {reply['error']}")
+            else:
+                return reply["return"]
+
+    def _until(self, fits: Callable[[Event], bool]) -> Event:
+        while True:
+            for event in self._events:
+                if fits(event):
+                    self._events.remove(event)
+                    return event
+            self._events.append(json.loads(self._stream.readline()))
+
+    def _note(self, event: str) -> None:
+        os.write(self._journal, f"{event} {time.time()}\n".encode())
+        os.fsync(self._journal)
+
+
+def _completed(event: Event) -> bool:
+    return event["event"] == "MIGRATION" and event["data"]["status"] == "completed"
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _time(event: Event) -> float:
+    return float(event["timestamp"]["seconds"]) + float(event["timestamp"]["microseconds"]) / 1e6

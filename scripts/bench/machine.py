@@ -1,0 +1,110 @@
+"""A lab of the tests with a real agent, and bare guests beside it, all of the tiny guest and this machine's own QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.bare import BareVm
+
+from cpr_agent.bus.client import Client, plain
+from guest.console import read_console
+from tests.lab import PATIENCE_S, ROOT, Guest, Lab, private_bus, until
+
+_MIB = 1 << 20
+_PATTERN_END = 16 << 20
+"""Below that the tiny guest has its own pattern."""
+
+
+class Machine:
+    """What bare guests have on their command line the guests of the agent have too."""
+
+    def __init__(self, directory: Path, lab: Lab) -> None:
+        self.directory, self.lab = directory, lab
+        self.qemu, self.tiny = lab.qemu, lab.tiny
+
+    def guest(self, name: str, size_mib: int, *, written: float = 0.0) -> Guest:
+        """One that runs."""
+        guest = self.lab.guest(name, size=f"{size_mib}M")
+        guest.start()
+        guest.until_counts()
+        fill(guest.ram, size_mib * _MIB, written)
+        return guest
+
+    def forget(self, guest: Guest) -> None:
+        """Its RAM is given back; it must be stopped."""
+        guest.ram.unlink()
+        guest.console.unlink()
+
+    def bare(self, name: str, size_mib: int) -> BareVm:
+        ram = self.lab.shm / name
+        with ram.open("wb") as file:
+            file.truncate(size_mib * _MIB)
+        console = f"file,id=console,path={self.directory / f'{name}.console'},append=on"
+        arguments = ["-machine", "q35,accel=tcg", "-nodefaults", "-kernel", str(self.tiny)]
+        arguments += ["-chardev", console, "-serial", "chardev:console"]
+        vm = BareVm(self.qemu, arguments, ram, size_mib * _MIB, self.directory / name)
+        vm.start()
+        return vm
+
+    def save_and_load(self, guest: Guest) -> tuple[float, float]:
+        """Seconds from STOP to the reply of CprSave, and from STOP to RESUME with a CprLoad at once after it."""
+        return asyncio.run(self._save_and_load(guest.name))
+
+    async def _save_and_load(self, name: str) -> tuple[float, float]:
+        async with Client.connected(self.lab.address) as client:
+            before = len(await client.manager("ListHistory"))
+            await client.vm(name, "CprSave", "ssa{sv}", "", "reboot", {})
+            replied_at = time.time()
+            await client.vm(name, "CprLoad", "sa{sv}", "", {})
+            async with asyncio.timeout(PATIENCE_S):
+                while len(history := await client.manager("ListHistory")) == before:
+                    await asyncio.sleep(0.01)  # it is written after the reply
+        last = plain(history[-1])
+        return replied_at - last["stopped-at"], last["pause"]
+
+
+def fill(ram: Path, size_bytes: int, part: float) -> None:
+    """Write this part of a guest's RAM, above what the tiny guest uses, from outside: it is shared memory. No page is zero
+    and no two are alike."""
+    if not part:
+        return
+    with ram.open("r+b") as file, mmap.mmap(file.fileno(), size_bytes) as memory:
+        page = bytearray(b"\xa5" * mmap.PAGESIZE)
+        for at in range(_PATTERN_END, min(size_bytes, _PATTERN_END + int(size_bytes * part)), mmap.PAGESIZE):
+            page[:8] = at.to_bytes(8, "little")
+            memory[at : at + mmap.PAGESIZE] = page
+
+
+@contextlib.contextmanager
+def machine(*, agent: bool = True) -> Iterator[Machine]:
+    qemu = shutil.which("qemu-system-x86_64")
+    if not qemu:
+        raise SystemExit("qemu-system-x86_64 is missing; run: make bootstrap")
+    with tempfile.TemporaryDirectory(prefix="cpr-agent-bench-") as scratch:
+        directory = Path(scratch)
+        tiny = directory / "tiny.elf"
+        subprocess.run([ROOT / "scripts/guest/build-tiny", tiny], check=True)
+        shm = Path(tempfile.mkdtemp(prefix="cpr-agent-bench-", dir="/dev/shm"))  # noqa: S108 - RAM belongs there
+        with private_bus(directory) as bus:
+            lab = Lab(directory / "root", shm, bus, tiny, qemu)
+            try:
+                if agent:
+                    lab.start_agent()
+                yield Machine(directory, lab)
+            finally:
+                lab.close()
+                shutil.rmtree(shm)
+
+
+def console_lines(console: Path, lines: int) -> None:
+    """Wait until a tiny guest has counted that far."""
+    until(lambda: console.exists() and read_console(console, min_lines=0).last >= lines, f"{console} has {lines} lines")
