@@ -78,6 +78,11 @@ test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and w
 	$(PYTHON) -m pytest -s tests/access
 	@$(PYTHON) -m tests.access.tally
 
+.PHONY: bench
+bench: ## Ten minutes: what the agent costs, against a bare script, libvirt, and this machine (docs/bench.md)
+	@scripts/bootstrap --bench
+	PYTHONPATH=scripts:. $(PYTHON) -m bench
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build

@@ -28,6 +28,9 @@ class BareVm:
         self._argv += ["-display", "none", "-qmp", "chardev:qmp"]
         self._directory = directory
         self._events: list[Event] = []
+        self._cpu_before_s = 0.0
+        self.cpu_s = 0.0
+        """What the last save and load cost both QEMUs, until the guest ran."""
         directory.mkdir(parents=True)
         self._journal = os.open(directory / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
@@ -41,10 +44,6 @@ class BareVm:
         self._stream.readline()
         self.execute("qmp_capabilities")
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def prepare(self) -> None:
         """For either act; the guest runs on."""
         self.execute("migrate-set-capabilities", capabilities=_CAPABILITIES)
@@ -53,6 +52,7 @@ class BareVm:
         """When the guest stopped, and when what was saved was durable (epoch s)."""
         state, manifest = self._directory / "vmstate", self._directory / "manifest.json"
         temporary = state.with_suffix(".saving")
+        self._cpu_before_s = cpu_s(self._process.pid)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self.execute("getfd", fd=fd, fdname="state")
         self.execute("migrate", uri="fd:state")
@@ -76,7 +76,7 @@ class BareVm:
 
     def load(self) -> float:
         """In a new QEMU. Returns when the guest ran (epoch s)."""
-        self.quit()
+        self.cpu_s = self.quit() - self._cpu_before_s
         self._note("load")
         self.start("-S", "-incoming", "defer")
         self.prepare()
@@ -88,11 +88,24 @@ class BareVm:
         (self._directory / "manifest.json").rename(self._directory / "manifest.json.loaded")
         _sync(self._directory)
         self.execute("cont")
-        return _time(self._until(lambda event: event["event"] == "RESUME"))
+        resumed_at = _time(self._until(lambda event: event["event"] == "RESUME"))
+        self.cpu_s += cpu_s(self._process.pid)
+        return resumed_at
 
-    def quit(self) -> None:
+    def quit(self) -> float:
+        """Returns the CPU seconds of its whole life."""
         self.execute("quit")
+        _, status, used = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)  # or it would be waited for again
+        self._close()
+        return used.ru_utime + used.ru_stime
+
+    def kill(self) -> None:
+        self._process.kill()
         self._process.wait(PATIENCE_S)
+        self._close()
+
+    def _close(self) -> None:
         self._stream.close()
         self._socket.close()
 
@@ -121,8 +134,14 @@ class BareVm:
         os.fsync(self._journal)
 
 
+def cpu_s(pid: int) -> float:
+    """CPU time of all threads that a process has or had, by its CPU clock (clock_getcpuclockid(3)), which is finer than the
+    ticks of /proc/PID/stat."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
 def _completed(event: Event) -> bool:
-    return event["event"] == "MIGRATION" and event["data"]["status"] == "completed"
+    return bool(event["event"] == "MIGRATION" and event["data"]["status"] == "completed")
 
 
 def _sync(directory: Path) -> None:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
+from bench.goals import Goal
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -29,20 +31,18 @@ class Runs:
 
 @dataclass(frozen=True)
 class Figure:
-    """``reach`` is what ``value`` has to be: at most, unless ``at_least``. ``raw`` has the runs by what they are runs of."""
+    """``raw`` has the runs by what they are runs of, ``facts`` what else belongs into the JSON."""
 
-    figure: str
+    name: str
+    goal: Goal
     value: float
-    unit: str
-    reach: float
     raw: Mapping[str, Runs]
-    at_least: bool = False
     note: str = ""
     facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def met(self) -> bool:
-        return self.value >= self.reach if self.at_least else self.value <= self.reach
+        return self.value >= self.goal.reach if self.goal.at_least else self.value <= self.goal.reach
 
     def as_json(self) -> dict[str, object]:
         raw = {
@@ -50,10 +50,11 @@ class Figure:
             for name, runs in self.raw.items()
         }
         return {
-            "figure": self.figure,
+            "name": self.name,
+            "figure": self.goal.figure,
             "value": self.value,
-            "unit": self.unit,
-            "reach": f"{'>=' if self.at_least else '<='} {number(self.reach)}",
+            "unit": self.goal.unit,
+            "reach": self.goal.reach_text,
             "met": self.met,
             "runs": raw,
             "note": self.note,
@@ -61,26 +62,18 @@ class Figure:
         }
 
 
-def ratio(
-    figure: str, ours: tuple[str, Runs], theirs: tuple[str, Runs], reach: float, *, at_least: bool = False, note: str = ""
-) -> Figure:
-    """Median against median."""
-    value = ours[1].median / theirs[1].median
-    return Figure(figure, value, "x", reach, dict([ours, theirs]), at_least=at_least, note=note)
-
-
 def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """One figure a paragraph: whether it was reached, and what it is made of."""
+    """A line a figure, whether it was reached, and below it what it is made of."""
     lines = []
     for one in figures:
-        reach = f"{'>=' if one.at_least else '<='} {number(one.reach)} {one.unit}".rstrip()
-        lines.append(f"{'yes' if one.met else 'NO ':3}  {number(one.value):>7} {one.unit:4} {reach:>12}   {one.figure}")
-        lines += [f"{'':31} {name}: {runs}" for name, runs in one.raw.items()]
-        lines += [f"{'':31} {one.note}"] if one.note else []
+        value = f"{number(one.value)} {one.goal.unit}"
+        lines.append(f"{'yes' if one.met else 'NO':3}  {value:>10}  {one.goal.reach_text:>10}  {one.goal.figure}")
+        lines += [f"{'':29}{name}: {runs}" for name, runs in one.raw.items()]
+        lines += [f"{'':29}({one.note})"] if one.note else []
     met = sum(one.met for one in figures)
     return "\n".join([*lines, f"figures {len(figures)}, reached {met}"])
 

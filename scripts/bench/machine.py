@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.bare import BareVm
-
-from cpr_agent.bus.client import Client, plain
-from guest.console import read_console
+from scripts.guest.console import read_console
 from tests.lab import PATIENCE_S, ROOT, Guest, Lab, private_bus, until
 
-_MIB = 1 << 20
+from bench.bare import BareVm
+from cpr_agent.bus.client import Client, options, plain
+
+MIB = 1 << 20
 _PATTERN_END = 16 << 20
 """Below that the tiny guest has its own pattern."""
 
@@ -31,12 +31,15 @@ class Machine:
         self.directory, self.lab = directory, lab
         self.qemu, self.tiny = lab.qemu, lab.tiny
 
+    @property
+    def agent_pid(self) -> int:
+        assert self.lab._agent
+        return self.lab._agent.pid
+
     def guest(self, name: str, size_mib: int, *, written: float = 0.0) -> Guest:
         """One that runs."""
-        guest = self.lab.guest(name, size=f"{size_mib}M")
-        guest.start()
-        guest.until_counts()
-        fill(guest.ram, size_mib * _MIB, written)
+        guest = self.lab.running(name, size=f"{size_mib}M")
+        fill(guest.ram, size_mib * MIB, written)
         return guest
 
     def forget(self, guest: Guest) -> None:
@@ -44,16 +47,21 @@ class Machine:
         guest.ram.unlink()
         guest.console.unlink()
 
-    def bare(self, name: str, size_mib: int) -> BareVm:
-        ram = self.lab.shm / name
+    @contextlib.contextmanager
+    def bare(self, name: str, size_mib: int) -> Iterator[BareVm]:
+        """One that runs, until the end."""
+        ram, console = self.lab.shm / name, self.directory / f"{name}.console"
         with ram.open("wb") as file:
-            file.truncate(size_mib * _MIB)
-        console = f"file,id=console,path={self.directory / f'{name}.console'},append=on"
+            file.truncate(size_mib * MIB)
         arguments = ["-machine", "q35,accel=tcg", "-nodefaults", "-kernel", str(self.tiny)]
-        arguments += ["-chardev", console, "-serial", "chardev:console"]
-        vm = BareVm(self.qemu, arguments, ram, size_mib * _MIB, self.directory / name)
+        arguments += ["-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console"]
+        vm = BareVm(self.qemu, arguments, ram, size_mib * MIB, self.directory / name)
         vm.start()
-        return vm
+        try:
+            console_lines(console, 3)
+            yield vm
+        finally:
+            vm.kill()
 
     def save_and_load(self, guest: Guest) -> tuple[float, float]:
         """Seconds from STOP to the reply of CprSave, and from STOP to RESUME with a CprLoad at once after it."""
@@ -65,11 +73,31 @@ class Machine:
             await client.vm(name, "CprSave", "ssa{sv}", "", "reboot", {})
             replied_at = time.time()
             await client.vm(name, "CprLoad", "sa{sv}", "", {})
-            async with asyncio.timeout(PATIENCE_S):
-                while len(history := await client.manager("ListHistory")) == before:
-                    await asyncio.sleep(0.01)  # it is written after the reply
-        last = plain(history[-1])
+            (last,) = await _history(client, before, 1)
         return replied_at - last["stopped-at"], last["pause"]
+
+    def save_and_load_all(self, guests: int) -> tuple[float, list[float]]:
+        """Seconds from the call of SaveAll to the end of the job LoadAll, and each guest's pause."""
+        return asyncio.run(self._save_and_load_all(guests))
+
+    async def _save_and_load_all(self, guests: int) -> tuple[float, list[float]]:
+        async with Client.connected(self.lab.address) as client:
+            before = len(await client.manager("ListHistory"))
+            begun = time.monotonic()
+            for member, wanted in (("SaveAll", options(survives="qemu-restart")), ("LoadAll", {})):
+                end = await client.run_job(member, wanted)
+                if end.result != "done":
+                    raise RuntimeError(f"{member}: {end.result}")
+            took_s = time.monotonic() - begun
+            return took_s, [one["pause"] for one in await _history(client, before, guests)]
+
+
+async def _history(client: Client, before: int, new: int) -> list[dict[str, Any]]:
+    """What came after the first ``before`` entries; they are written after the reply."""
+    async with asyncio.timeout(PATIENCE_S):
+        while len(history := await client.manager("ListHistory")) < before + new:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+    return [dict(plain(one)) for one in history[before:]]
 
 
 def fill(ram: Path, size_bytes: int, part: float) -> None:
@@ -93,7 +121,7 @@ def machine(*, agent: bool = True) -> Iterator[Machine]:
         directory = Path(scratch)
         tiny = directory / "tiny.elf"
         subprocess.run([ROOT / "scripts/guest/build-tiny", tiny], check=True)
-        shm = Path(tempfile.mkdtemp(prefix="cpr-agent-bench-", dir="/dev/shm"))  # noqa: S108 - RAM belongs there
+        shm = Path(tempfile.mkdtemp(prefix="cpr-agent-bench-", dir="/dev/shm"))
         with private_bus(directory) as bus:
             lab = Lab(directory / "root", shm, bus, tiny, qemu)
             try:

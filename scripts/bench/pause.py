@@ -1,103 +1,80 @@
-"""One guest's pause: through the agent, through the bare script, through libvirt, each with the same guest in the same run."""
+"""One guest's pause: through the agent, the bare script and libvirt, each with the same guest in the same run."""
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from bench.bare import BareVm
-from bench.figures import Figure, Runs, ratio
-from bench.machine import Machine, fill
-
-from cpr_agent.bus.client import Client, plain
-from tests.lab import Guest
+from bench.figures import Figure, Runs
+from bench.goals import GOALS
+from bench.machine import MIB, fill, machine
+from bench.virsh import Libvirt
 
 ROUNDS = 15
-_MIB = 1 << 20
 WRITTEN = 0.7
 """How much of a guest's RAM is written, where that matters: to libvirt, which writes all of it to a file."""
+SIZES_MIB = (256, 512, 1024, 2048, 4096, 8192)
+LIBVIRT_ROUNDS = {512: 5, 4096: 3}
 
 
-def figures(machine: Machine) -> Iterator[Figure]:
-    yield from _against_bare(machine)
-    yield from _against_libvirt(machine)
-    yield _by_ram(machine)
-
-
-def _against_bare(machine: Machine) -> Iterator[Figure]:
-    guest, bare = machine.guest("web1", 256), machine.bare("bare", 256)
+def against_bare() -> Iterator[Figure]:
+    """From STOP (QEMU's event) to the reply of CprSave, which comes when all is durable, and to RESUME."""
     saves: list[float] = []
     pauses: list[float] = []
     bare_saves: list[float] = []
     bare_pauses: list[float] = []
-    for _ in range(ROUNDS):  # in turn, so that what disturbs the one disturbs the other
-        bare.prepare()
-        stopped_at, durable_at = bare.save()
-        bare_saves.append(durable_at - stopped_at)
-        bare_pauses.append(bare.load() - stopped_at)
-        save_s, pause_s = machine.save_and_load(guest)
-        saves.append(save_s)
-        pauses.append(pause_s)
-    guest.assert_unbroken()
-    bare.quit()
-    guest.call("Stop", "s", "hard")
-    yield ratio(
-        "save through D-Bus, from STOP to the reply, which comes when all is durable; 256 MiB, 1 VM",
-        ("agent", Runs(saves)),
-        ("bare script, same fsyncs", Runs(bare_saves)),
-        1.15,
-    )
-    yield ratio(
-        "whole pause without a reboot (save, new QEMU, load); 256 MiB, 1 VM",
-        ("agent", Runs(pauses)),
-        ("bare script", Runs(bare_pauses)),
-        1.25,
-    )
-
-
-def _against_libvirt(machine: Machine) -> Iterator[Figure]:
-    for size_mib, reach, rounds in ((512, 40.0, 5), (4096, 150.0, 3)):
-        guest = machine.guest("web1", size_mib, written=WRITTEN)
-        ours = [machine.save_and_load(guest)[1] for _ in range(rounds)]
+    with machine() as here, here.bare("bare", 256) as bare:
+        guest = here.guest("web1", 256)
+        for _ in range(ROUNDS):  # in turn, so that what disturbs the one disturbs the other
+            bare.prepare()
+            stopped_at, durable_at = bare.save()
+            bare_saves.append(durable_at - stopped_at)
+            bare_pauses.append(bare.load() - stopped_at)
+            save_s, pause_s = here.save_and_load(guest)
+            saves.append(save_s)
+            pauses.append(pause_s)
         guest.assert_unbroken()
-        guest.call("Stop", "s", "hard")
-        machine.forget(guest)
-        with Libvirt(machine.directory / "libvirt", machine.qemu, machine.tiny) as libvirt:
+    for name, ours, theirs in (("save", saves, bare_saves), ("pause", pauses, bare_pauses)):
+        runs = {"agent": Runs(ours), "bare script": Runs(theirs)}
+        value = runs["agent"].median / runs["bare script"].median
+        yield Figure(name, GOALS[name], value, runs, "256 MiB; both in turn")
+
+
+def against_libvirt() -> Iterator[Figure]:
+    for size_mib, rounds in LIBVIRT_ROUNDS.items():
+        with machine() as here:
+            guest = here.guest("web1", size_mib, written=WRITTEN)
+            ours = Runs([here.save_and_load(guest)[1] for _ in range(ROUNDS)])
+            guest.assert_unbroken()
+        with machine(agent=False) as here, Libvirt(here.directory / "libvirt", here.qemu, here.tiny) as libvirt:
             libvirt.start(size_mib)
-            fill(libvirt.ram, size_mib * _MIB, WRITTEN)
-            theirs = [libvirt.save_and_start() for _ in range(rounds)]
-        value = Runs(theirs).median / Runs(ours).median
-        yield Figure(
-            f"whole pause without a reboot, times faster than virsh managedsave + start; {size_mib} MiB, "
-            f"{WRITTEN:.0%} of it written",
-            value,
-            "x",
-            reach,
-            {"agent": Runs(ours), "virsh managedsave + start": Runs(theirs)},
-            at_least=True,
-        )
+            fill(libvirt.ram, size_mib * MIB, WRITTEN)
+            theirs = Runs([libvirt.save_and_start() for _ in range(rounds)])
+        name = f"virsh-{size_mib}"
+        runs = {"agent": ours, "virsh": theirs}
+        yield Figure(name, GOALS[name], theirs.median / ours.median, runs, "pause, no reboot in between")
 
 
-SIZES_MIB = (256, 512, 1024, 2048, 4096, 8192)
-
-
-def _by_ram(machine: Machine) -> Figure:
-    pauses: dict[int, Runs] = {}
-    for size_mib in SIZES_MIB:
-        guest = machine.guest("web1", size_mib, written=WRITTEN)
-        pauses[size_mib] = Runs([machine.save_and_load(guest)[1] for _ in range(ROUNDS)])
-        guest.assert_unbroken()
-        guest.call("Stop", "s", "hard")
-        machine.forget(guest)
-    first, last = SIZES_MIB[0], SIZES_MIB[-1]
-    return Figure(
-        f"pause at {last} MiB against {first} MiB, {WRITTEN:.0%} of it written",
-        pauses[last].median / pauses[first].median,
-        "x",
-        1.1,
-        {f"{size} MiB": runs for size, runs in pauses.items()},
-        facts={"pause_by_mib": {str(size): runs.median for size, runs in pauses.items()}},
+def by_ram() -> Iterator[Figure]:
+    """Each size in turn with the smallest, so that none has a better time of day than that."""
+    small_mib, *larger = SIZES_MIB
+    smallest: list[float] = []
+    runs: dict[int, Runs] = {}
+    with machine() as here:
+        small = here.guest("small", small_mib, written=WRITTEN)
+        for size_mib in larger:
+            guest = here.guest("large", size_mib, written=WRITTEN)
+            pauses = [(here.save_and_load(small)[1], here.save_and_load(guest)[1]) for _ in range(ROUNDS)]
+            guest.assert_unbroken()
+            guest.call("Stop", "s", "hard")
+            here.forget(guest)
+            smallest = [of_small for of_small, _ in pauses]
+            runs[size_mib] = Runs([of_large for _, of_large in pauses])
+        small.assert_unbroken()
+    runs = {small_mib: Runs(smallest), **runs}  # of the last rounds: those in turn with the largest
+    yield Figure(
+        "by-ram",
+        GOALS["by-ram"],
+        runs[larger[-1]].median / runs[small_mib].median,
+        {f"{size_mib} MiB": of_size for size_mib, of_size in runs.items()},
+        facts={"pause_by_mib": {size_mib: of_size.median for size_mib, of_size in runs.items()}},
     )

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench.machine import console_lines
 from tests.lab import until
+
+from bench.machine import console_lines
 
 NAME = "bench"
 _NOBODY = 65534
@@ -44,7 +45,7 @@ class Libvirt:
 
     def __enter__(self) -> Self:
         directory = self._directory
-        self._ram = Path(tempfile.mkdtemp(prefix="cpr-agent-bench-", dir="/dev/shm"))  # noqa: S108 - RAM belongs there
+        self._ram = Path(tempfile.mkdtemp(prefix="cpr-agent-bench-", dir="/dev/shm"))
         (directory / "config/libvirt").mkdir(parents=True)
         (directory / "run").mkdir()
         (directory / "config/libvirt/qemu.conf").write_text(

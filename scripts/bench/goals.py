@@ -1,0 +1,43 @@
+"""What there is to measure, and what each figure has to reach. docs/bench.md has the same table; a test compares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``reach`` is what the figure has to be: at most, unless ``at_least``. ``unit`` "x" is for a ratio of two medians."""
+
+    figure: str
+    reach: float
+    unit: str = "x"
+    at_least: bool = False
+
+    @property
+    def reach_text(self) -> str:
+        unit = "" if self.unit == "x" else " "
+        return f"{'>=' if self.at_least else '<='} {self.reach:g}{unit}{self.unit}"
+
+
+GOALS = {
+    "save": Goal("save through D-Bus, from STOP to durable, against the bare script with the same fsyncs, 1 VM", 1.15),
+    "pause": Goal("whole pause without a reboot (save, new QEMU, load), against the bare script, 1 VM", 1.25),
+    "virsh-512": Goal("times faster than virsh managedsave + start; 512 MiB, 70% of it written", 40, at_least=True),
+    "virsh-4096": Goal("times faster than virsh managedsave + start; 4 GiB, 70% of it written", 150, at_least=True),
+    "by-ram": Goal("pause at 8 GiB against 256 MiB, 70% of it written", 1.1),
+    "many-wall": Goal("32 VMs saved and loaded, wall time against the bare script running all in parallel", 1.25),
+    "many-mean": Goal("mean pause per VM, 32 VMs against 1, beyond what QEMU's own CPU time explains", 1.5),
+    "memory": Goal("resident memory of the agent, 100 VMs defined, 50 running", 70, "MiB"),
+    "idle": Goal("CPU time of the agent while idle, over 60 s, of one core; 100 VMs defined, 50 running", 0.1, "%"),
+    "start": Goal("start of the agent to READY, against importing its libraries in a bare Python", 1.5),
+    "status": Goal("cprctl status in a new process, beyond busctl call of the same", 0.25, "s"),
+    "witness": Goal("full witness, bytes per second against a plain read of the same mapping", 0.8, at_least=True),
+}
+"""Of `make bench`."""
+
+HOST_GOALS = {
+    "boot": Goal("start of userspace to the first guest's cont, against a bare unit with a shell script", 1.3),
+    "early": Goal("cont of the first guest before multi-user.target is reached, by", 0, "s", at_least=True),
+}
+"""Of `make bench-host`."""

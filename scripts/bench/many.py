@@ -1,0 +1,113 @@
+"""Many guests saved and loaded at once, by the agent's jobs and by as many threads of the bare script."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from statistics import mean
+
+from tests.lab import Guest
+
+from bench.bare import BareVm
+from bench.figures import Figure, Runs
+from bench.goals import GOALS
+from bench.machine import machine
+
+NUMBERS = (1, 2, 4, 8, 16, 32)
+ROUNDS = 5
+SIZE_MIB = 16
+
+
+@dataclass
+class _Rounds:
+    """Of one number of VMs; a value each round."""
+
+    wall: list[float] = field(default_factory=list)
+    pause: list[float] = field(default_factory=list)
+    """Mean of all VMs."""
+    cpu: list[float] = field(default_factory=list)
+    """Of all QEMUs together; the bare script alone measures it."""
+
+
+def figures() -> Iterator[Figure]:
+    """What QEMU's own CPU time explains of a mean pause: what the QEMUs of the bare script's round with as many VMs used,
+    the old ones from `migrate` to their end and the new ones from their start to RESUME, over as many cores as can work
+    on it at once. That no agent can avoid. The bare script's QEMUs stand for the agent's, because those share their process
+    with the agent's launcher."""
+    agent = {number: _Rounds() for number in NUMBERS}
+    bare = {number: _Rounds() for number in NUMBERS}
+    cores = len(os.sched_getaffinity(0))
+    with machine() as here, ExitStack() as bare_vms, ThreadPoolExecutor(NUMBERS[-1]) as threads:
+        ours: list[Guest] = []
+        theirs: list[BareVm] = []
+        for number in NUMBERS:
+            while len(ours) < number:
+                ours.append(here.guest(f"web{len(ours)}", SIZE_MIB))
+                theirs.append(bare_vms.enter_context(here.bare(f"bare{len(theirs)}", SIZE_MIB)))
+            for _ in range(ROUNDS):
+                _bare_round(bare[number], theirs, threads)
+                wall_s, pauses = here.save_and_load_all(number)
+                agent[number].wall.append(wall_s)
+                agent[number].pause.append(mean(pauses))
+        for guest in ours:
+            guest.assert_unbroken()
+    last = NUMBERS[-1]
+    walls = {"agent": Runs(agent[last].wall), "bare script": Runs(bare[last].wall)}
+    yield Figure(
+        "many-wall",
+        GOALS["many-wall"],
+        walls["agent"].median / walls["bare script"].median,
+        walls,
+        f"{SIZE_MIB} MiB each; both in turn",
+    )
+    explained = {number: Runs(bare[number].cpu).median / min(number, cores) for number in NUMBERS}
+
+    def beyond(rounds: dict[int, _Rounds], number: int) -> float:
+        return Runs(rounds[number].pause).median - explained[number]
+
+    note = (
+        f"explained: the CPU time over up to {cores} cores, {explained[last]:.3f} s with {last} VMs, {explained[1]:.3f} s "
+    )
+    note += f"with 1; the bare script's own ratio: {beyond(bare, last) / beyond(bare, 1):.2f}"
+    yield Figure(
+        "many-mean",
+        GOALS["many-mean"],
+        beyond(agent, last) / beyond(agent, 1),
+        {
+            f"agent, {last} VMs": Runs(agent[last].pause),
+            "agent, 1 VM": Runs(agent[1].pause),
+            f"bare script, {last} VMs": Runs(bare[last].pause),
+            "bare script, 1 VM": Runs(bare[1].pause),
+            f"CPU time of {last} VMs' QEMUs": Runs(bare[last].cpu),
+            "CPU time of 1 VM's QEMUs": Runs(bare[1].cpu),
+        },
+        note,
+        facts={
+            "pause_by_vms": {
+                number: {
+                    "agent": agent[number].pause,
+                    "bare script": bare[number].pause,
+                    "explained": [explained[number]],
+                }
+                for number in NUMBERS
+            }
+        },
+    )
+
+
+def _bare_round(rounds: _Rounds, vms: Sequence[BareVm], threads: ThreadPoolExecutor) -> None:
+    begun = time.monotonic()
+    stopped_at = list(threads.map(_save, vms))
+    resumed_at = list(threads.map(BareVm.load, vms))
+    rounds.wall.append(time.monotonic() - begun)
+    rounds.pause.append(mean(resumed_at) - mean(stopped_at))
+    rounds.cpu.append(sum(vm.cpu_s for vm in vms))
+
+
+def _save(vm: BareVm) -> float:
+    vm.prepare()
+    return vm.save()[0]

@@ -1,0 +1,54 @@
+"""The bench's own sums; what it measures, `make bench` measures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.append(str(ROOT / "scripts"))
+
+from bench.__main__ import PARTS  # noqa: E402 - after the path that leads to it
+from bench.figures import Figure, Runs, table, write  # noqa: E402
+from bench.goals import GOALS, HOST_GOALS, Goal  # noqa: E402
+
+AT_MOST, AT_LEAST = Goal("a ratio", 1.15), Goal("times faster", 40, at_least=True)
+
+
+def test_one_slow_run_does_not_move_the_median() -> None:
+    assert Runs([0.02, 9.0, 0.03]).median == 0.03
+    assert str(Runs([0.02, 9.0, 0.03])) == "0.03 s (0.02 to 9, 3 runs)"
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "met"), [(AT_MOST, 1.15, True), (AT_MOST, 1.16, False), (AT_LEAST, 40, True), (AT_LEAST, 39.9, False)]
+)
+def test_a_figure_is_met_on_its_own_side_of_its_goal(goal: Goal, value: float, met: bool) -> None:
+    figure = Figure("one", goal, value, {})
+    assert figure.met is met
+    assert table([figure]).startswith("yes" if met else "NO")
+    assert table([figure]).endswith(f"figures 1, reached {met:d}")
+
+
+def test_the_json_has_each_raw_run(tmp_path: Path) -> None:
+    write([Figure("one", AT_MOST, 1.5, {"agent": Runs([3, 1, 2])}, facts={"more": [1]})], tmp_path / "build/bench.json")
+    (figure,) = json.loads((tmp_path / "build/bench.json").read_text())
+    assert (figure["figure"], figure["value"], figure["unit"], figure["met"]) == ("a ratio", 1.5, "x", False)
+    assert figure["reach"] == "<= 1.15x"
+    assert figure["runs"]["agent"] == {"values": [3, 1, 2], "unit": "s", "median": 2, "min": 1, "max": 3}
+    assert figure["more"] == [1]
+
+
+def test_each_goal_is_measured_once() -> None:
+    assert [name for part in PARTS for name in part.names] == list(GOALS)
+
+
+def test_the_document_has_the_goals() -> None:
+    rows = [
+        f"| `{name}` | {goal.figure} | {goal.reach_text} |" for goals in (GOALS, HOST_GOALS) for name, goal in goals.items()
+    ]
+    text = (ROOT / "docs/bench.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| `")] == rows
