@@ -18,7 +18,6 @@ from cpr_agent.core.model import POLICIES, DaxDevice, Finding, Policy, Survives,
 from cpr_agent.core.preflight import Wish
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
-from cpr_agent.report.render import render
 from cpr_agent.report.timeline import GuestTimeline
 
 Result = Awaitable[list[Any]]
@@ -92,6 +91,8 @@ class ManagerObject(BusObject):
 
     async def call_Report(self, wanted: str, form: str) -> list[Any]:
         story = self._manager.story(wanted)
+        from cpr_agent.report.render import render  # what no guest waits for is not in the agent's start
+
         return [await asyncio.to_thread(render, story, form)]
 
     async def call_Reload(self) -> list[Any]:

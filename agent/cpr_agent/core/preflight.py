@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,8 +184,10 @@ def predict(vms: list[str], history: list[GuestTimeline]) -> tuple[float, int] |
     kexecs = [timeline for timeline in history if timeline.userspace_at and timeline.by_kexec and timeline.pause_s > 0]
     if not kexecs or not vms:
         return None
+    from statistics import median  # it brings fractions and decimals, and guests wait for the agent's start
+
     own = ([t.pause_s for t in kexecs if t.vm == vm] or [t.pause_s for t in kexecs] for vm in vms)
-    return max(statistics.median(pauses[-RECENT:]) for pauses in own), len({t.upgrade or t.id for t in kexecs})
+    return max(median(pauses[-RECENT:]) for pauses in own), len({t.upgrade or t.id for t in kexecs})
 
 
 def _pause_findings(the_plan: Plan, ports: Ports, vms: list[str]) -> list[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import re
 import tomllib
@@ -16,7 +15,6 @@ import msgspec
 from cpr_agent.core.model import VM_NAME, Bytes, Definition, Imported, Launch, Located, Manifest, MemorySection, Seconds
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.vm.cmdline import collisions, numa_collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
-from cpr_agent.vm.importer import import_command_line
 
 T = TypeVar("T")
 CPUS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
@@ -55,6 +53,8 @@ def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[st
     out = {}
     for key, value in table.items():
         if key not in keys:
+            import difflib  # for a mistake only: guests wait for the agent's start
+
             near = difflib.get_close_matches(key, keys, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"known are: {', '.join(sorted(keys))}"
             raise InvalidDefinition(f'{path}: unknown key "{prefix}{key}"', remedy=hint)
@@ -99,6 +99,8 @@ class DefinitionDirectory:
         return read_definition(self._root / f"{name}.toml", text.encode())
 
     def import_command_line(self, text: str, *, name: str, device: str, offset: str, user: str) -> Imported:
+        from cpr_agent.vm.importer import import_command_line  # likewise
+
         return import_command_line(text, name=name, device=device, offset=offset, user=user)
 
     def plan_start(self, definition: Definition, located: Sequence[Located]) -> Launch:
