@@ -83,6 +83,10 @@ bench: ## Ten minutes: what the agent costs, against a bare script, libvirt, and
 	@scripts/bootstrap --bench
 	PYTHONPATH=scripts:. $(PYTHON) -m bench
 
+.PHONY: bench-host
+bench-host: bootstrap host-root $(DEB) ## From the start of userspace to the first guest's cont, against a bare unit, by real kexecs
+	PYTHONPATH=scripts:. $(PYTHON) -m bench.host
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build

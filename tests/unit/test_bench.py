@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "scripts"))
 from bench.__main__ import PARTS  # noqa: E402 - after the path that leads to it
 from bench.figures import Figure, Runs, table, write  # noqa: E402
 from bench.goals import GOALS, HOST_GOALS, Goal  # noqa: E402
+from bench.host import figures as host_figures  # noqa: E402
 
 AT_MOST, AT_LEAST = Goal("a ratio", 1.15), Goal("times faster", 40, at_least=True)
 
@@ -44,6 +45,14 @@ def test_the_json_has_each_raw_run(tmp_path: Path) -> None:
 
 def test_each_goal_is_measured_once() -> None:
     assert [name for part in PARTS for name in part.names] == list(GOALS)
+
+
+def test_boots_are_judged_by_who_loaded() -> None:
+    boots = "agent 2.0 15.0 16.5\nbare 2.0 12.0 14.0\nagent 2.0 14.0 13.5\nbare 2.0 12.0 14.0\n"
+    boot, early = host_figures(boots)
+    assert (boot.value, early.value) == (1.25, -0.5)
+    assert [figure.name for figure in (boot, early)] == list(HOST_GOALS)
+    assert (boot.met, early.met) == (True, False)
 
 
 def test_the_document_has_the_goals() -> None:
