@@ -1,12 +1,15 @@
-"""What people see of cprctl's tables."""
+"""What people see of cprctl on a terminal that is narrow."""
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 
-from cpr_agent.cli import tables
+from cpr_agent.cli import tables, timeline
+from cpr_agent.report.render import render
+from tests.stories import told
 
 M = 1 << 20
 UUID = "21dfda89-0355-4462-b7ed-7d7a01837540"
@@ -18,12 +21,15 @@ DEVICES = [
 ]
 
 
-def test_devices_fit_on_a_terminal_of_80_columns(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns, no colours."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+
+def test_devices_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    narrow(monkeypatch)
     tables.devices(DEVICES)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["NODE", "UUID", "OFFSET", "SIZE", "VM"]
@@ -32,3 +38,16 @@ def test_devices_fit_on_a_terminal_of_80_columns(
     assert lines[4:6] == [["base-17"], ["576M", "442M", "free"]]
     assert lines[7] == ["/dev/dax10.0", UUID[::-1], "0", "1022M", "free"]
     assert lines[8] == ["e820,", "NUMA", "node", "1,", "aligned", "to", "2M", "total", "1022M", "1022M", "free"]
+
+
+def test_a_line_of_the_legend_does_not_end_within_a_phase(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow(monkeypatch)
+    timeline.show(json.loads(render(told(2), "json")))
+    legend = capsys.readouterr().out.splitlines()[-3:]
+    assert [[" ".join(words.split()[:2]) for words in line.split("   ") if words.strip()] for line in legend] == [
+        ["c check", "s save", "d shutdown"],
+        ["k kexec", "u userspace", "v devices"],
+        ["l load", "r resume"],
+    ]

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -70,6 +71,7 @@ def _timeline(console: Console, story: dict[str, Any]) -> None:
         style = "red" if outcome == "held" else ""
         table.add_row(Text(name, "bold"), _bar(some, begin, end, width, console), Text(pause, "bold"), Text(outcome, style))
     console.print(table)
+    console.print()
     console.print(_legend(story, console))
 
 
@@ -90,13 +92,13 @@ def _bar(spans: list[dict[str, Any]], begin: float, end: float, width: int, cons
     return bar
 
 
-def _legend(story: dict[str, Any], console: Console) -> Text:
-    text = Text("\n")
+def _legend(story: dict[str, Any], console: Console) -> Columns:
+    words = []
     for span in story["phases"]:
         letter, colour = PHASES.get(span["name"], KERNEL)
-        text.append("█" if _coloured(console) else letter, colour)
-        text.append(f" {span['name']} {length(span['end'] - span['begin'])}".replace(" ", "\N{NO-BREAK SPACE}") + "   ")
-    return text
+        mark = ("█" if _coloured(console) else letter, colour)
+        words.append(Text.assemble(mark, f" {span['name']} {length(span['end'] - span['begin'])}", no_wrap=True))
+    return Columns(words, padding=(0, 3))
 
 
 def _coloured(console: Console) -> bool:

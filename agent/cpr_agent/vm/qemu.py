@@ -96,7 +96,8 @@ class LiveQemu:
     async def version(self) -> str:
         version = await self._qmp.execute("query-version")
         number = version["qemu"]
-        return f"{number['major']}.{number['minor']}.{number['micro']}{version['package']}"
+        package = f" ({version['package']})" if version["package"] else ""
+        return f"{number['major']}.{number['minor']}.{number['micro']}{package}"
 
     async def _machine_type(self) -> str:
         machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
