@@ -38,6 +38,7 @@ class BaseRunner(ABC):
     def __init__(self, run_dir: Path, log_dir: Path) -> None:
         self._run_dir = run_dir
         self._log_dir = log_dir
+        self._read: dict[Path, tuple[tuple[int, int], Launch]] = {}
 
     async def active(self, name: str, *, beside: bool = False) -> int:
         return await self._main_pid(self._place(name, beside=beside))
@@ -62,8 +63,15 @@ class BaseRunner(ABC):
         return str(self._directory(self._place(name, beside=beside)))
 
     def launched(self, name: str, *, beside: bool = False) -> Launch | None:
+        """Each VM that is started or loaded asks what memory all the others have: a record is read once, as it is replaced
+        as a whole or not at all."""
+        path = self._record(self._place(name, beside=beside))
         try:
-            return read_launch(self._record(self._place(name, beside=beside)).read_bytes())
+            info = path.stat()
+            version = info.st_ino, info.st_mtime_ns
+            if path not in self._read or self._read[path][0] != version:
+                self._read[path] = version, read_launch(path.read_bytes())
+            return self._read[path][1]
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from cpr_agent.errors import QemuFailed
 
@@ -23,6 +23,17 @@ Event = dict[str, Any]
 
 class QmpRefused(QemuFailed):
     """QEMU understood the command and said no."""
+
+
+class _Client(QMPClient):
+    """One whose hooks for messages do not write each of them out, indented, for a log that nobody reads: that takes as long
+    as all else that is done for it, and guests wait."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
 
 
 class Qmp:
@@ -40,7 +51,7 @@ class Qmp:
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float) -> Qmp:
         """Connect and negotiate. Raises QemuFailed: nobody listens, no greeting in time, or not QMP at all."""
-        client = QMPClient(vm)
+        client = _Client(vm)
         client.logger.disabled = True  # its errors reach us as exceptions
         try:
             async with asyncio.timeout(timeout_s):
