@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil, floor, log10
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import ScalarFormatter
 
 from bench.figures import Figure
 
@@ -36,6 +36,8 @@ def _by_ram(measured: dict[str, Figure], path: Path) -> Path:
     if virsh:
         _line(axes, list(virsh), list(virsh.values()), "virsh managedsave + start", _OTHER)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** floor(log10(low)), 10 ** ceil(log10(high)))  # whole decades: those have numbers
     axes.set_xscale("log", base=2)
     _finish(axes, sizes)
     picture.savefig(path)
@@ -76,6 +78,6 @@ def _line(axes: Any, at: Sequence[int], values: Sequence[Sequence[float]], label
 
 def _finish(axes: Any, ticks: Sequence[int]) -> None:
     axes.set_xticks(ticks)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
