@@ -6,6 +6,7 @@ exit codes: 0 all was measured, whether or not it reached what it should; 1 some
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 import traceback
@@ -45,6 +46,7 @@ def main() -> int:
     parts = [part for part in PARTS if any(options.only in name for name in part.names)]
     if not parts:
         parser.error(f"none of {', '.join(name for part in PARTS for name in part.names)} has {options.only!r} in it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that QEMUs end and RAM is given back
     figures, failed = measure(parts)
     print(table(figures))
     if not options.only:
