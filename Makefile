@@ -81,7 +81,7 @@ test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and w
 .PHONY: bench
 bench: ## Ten minutes: what the agent costs, against a bare script, libvirt, and this machine (docs/bench.md)
 	@scripts/bootstrap --bench
-	PYTHONPATH=scripts:. $(PYTHON) -m bench
+	env -u PYTHONDONTWRITEBYTECODE PYTHONPATH=scripts:. $(PYTHON) -m bench
 
 .PHONY: bench-host
 bench-host: bootstrap host-root $(DEB) ## From the start of userspace to the first guest's cont, against a bare unit, by real kexecs
