@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from xml.etree import ElementTree
 
 BUS_NAME = "org.cpragent1"
@@ -60,7 +60,7 @@ class Interface:
 
 def read_contract() -> dict[str, Interface]:
     """All interfaces of org.cpragent1, by name."""
-    return _interfaces(files("cpr_agent.bus").joinpath("org.cpragent1.xml").read_text())
+    return _interfaces(Path(__file__).with_name("org.cpragent1.xml").read_text())
 
 
 def standard_interfaces() -> dict[str, Interface]:
