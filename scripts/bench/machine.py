@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scripts.guest.console import read_console
 from tests.lab import PATIENCE_S, ROOT, Guest, Lab, private_bus, until
@@ -22,6 +22,14 @@ from cpr_agent.bus.client import Client, options, plain
 MIB = 1 << 20
 _PATTERN_END = 16 << 20
 """Below that the tiny guest has its own pattern."""
+
+
+class Pause(NamedTuple):
+    """Of one guest, in seconds: from STOP to the reply of CprSave, from STOP to RESUME, and the phases of that."""
+
+    save_s: float
+    whole_s: float
+    phases: dict[str, float]
 
 
 class Machine:
@@ -63,18 +71,18 @@ class Machine:
         finally:
             vm.kill()
 
-    def save_and_load(self, guest: Guest) -> tuple[float, float]:
-        """Seconds from STOP to the reply of CprSave, and from STOP to RESUME with a CprLoad at once after it."""
+    def save_and_load(self, guest: Guest) -> Pause:
+        """With a CprLoad at once after the reply of CprSave."""
         return asyncio.run(self._save_and_load(guest.name))
 
-    async def _save_and_load(self, name: str) -> tuple[float, float]:
+    async def _save_and_load(self, name: str) -> Pause:
         async with Client.connected(self.lab.address) as client:
             before = len(await client.manager("ListHistory"))
             await client.vm(name, "CprSave", "ssa{sv}", "", "reboot", {})
             replied_at = time.time()
             await client.vm(name, "CprLoad", "sa{sv}", "", {})
             (last,) = await _history(client, before, 1)
-        return replied_at - last["stopped-at"], last["pause"]
+        return Pause(replied_at - last["stopped-at"], last["pause"], dict(last["phases"]))
 
     def save_and_load_all(self, guests: int) -> tuple[float, list[float]]:
         """Seconds from the call of SaveAll to the end of the job LoadAll, and each guest's pause."""

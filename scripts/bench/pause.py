@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 from bench.figures import Figure, Runs
 from bench.goals import GOALS
-from bench.machine import MIB, fill, machine
+from bench.machine import MIB, Pause, fill, machine
 from bench.virsh import Libvirt
 
 ROUNDS = 15
@@ -18,8 +19,7 @@ LIBVIRT_ROUNDS = {512: 5, 4096: 3}
 
 def against_bare() -> Iterator[Figure]:
     """From STOP (QEMU's event) to the reply of CprSave, which comes when all is durable, and to RESUME."""
-    saves: list[float] = []
-    pauses: list[float] = []
+    ours: list[Pause] = []
     bare_saves: list[float] = []
     bare_pauses: list[float] = []
     with machine() as here, here.bare("bare", 256) as bare:
@@ -29,21 +29,24 @@ def against_bare() -> Iterator[Figure]:
             stopped_at, durable_at = bare.save()
             bare_saves.append(durable_at - stopped_at)
             bare_pauses.append(bare.load() - stopped_at)
-            save_s, pause_s = here.save_and_load(guest)
-            saves.append(save_s)
-            pauses.append(pause_s)
+            ours.append(here.save_and_load(guest))
         guest.assert_unbroken()
-    for name, ours, theirs in (("save", saves, bare_saves), ("pause", pauses, bare_pauses)):
-        runs = {"agent": Runs(ours), "bare script": Runs(theirs)}
-        value = runs["agent"].median / runs["bare script"].median
-        yield Figure(name, GOALS[name], value, runs, "256 MiB; both in turn")
+    phases = {name: median(one.phases[name] for one in ours) for name in ours[0].phases}
+    told = "the agent's phases: " + ", ".join(f"{name} {took_s:.3f} s" for name, took_s in phases.items())
+    yield _ratio("save", [one.save_s for one in ours], bare_saves, "256 MiB; both in turn")
+    yield _ratio("pause", [one.whole_s for one in ours], bare_pauses, f"256 MiB; both in turn; {told}")
+
+
+def _ratio(name: str, ours: list[float], theirs: list[float], note: str) -> Figure:
+    raw = {"agent": Runs(ours), "bare script": Runs(theirs)}
+    return Figure(name, GOALS[name], raw["agent"].median / raw["bare script"].median, raw, note)
 
 
 def against_libvirt() -> Iterator[Figure]:
     for size_mib, rounds in LIBVIRT_ROUNDS.items():
         with machine() as here:
             guest = here.guest("web1", size_mib, written=WRITTEN)
-            ours = Runs([here.save_and_load(guest)[1] for _ in range(ROUNDS)])
+            ours = Runs([here.save_and_load(guest).whole_s for _ in range(ROUNDS)])
             guest.assert_unbroken()
         with machine(agent=False) as here, Libvirt(here.directory / "libvirt", here.qemu, here.tiny) as libvirt:
             libvirt.start(size_mib)
@@ -63,7 +66,7 @@ def by_ram() -> Iterator[Figure]:
         small = here.guest("small", small_mib, written=WRITTEN)
         for size_mib in larger:
             guest = here.guest("large", size_mib, written=WRITTEN)
-            pauses = [(here.save_and_load(small)[1], here.save_and_load(guest)[1]) for _ in range(ROUNDS)]
+            pauses = [(here.save_and_load(small).whole_s, here.save_and_load(guest).whole_s) for _ in range(ROUNDS)]
             guest.assert_unbroken()
             guest.call("Stop", "s", "hard")
             here.forget(guest)
