@@ -272,17 +272,19 @@ class VmBase:
     async def _must_sleep(self, qemu: Qemu) -> bool:
         """Whether a save has to put the guest to sleep before: a device of the host keeps state that only the guest's own
         driver can put aside (QEMU, hw/vfio/cpr.c)."""
+        return self._must_sleep_with(await qemu.vfio_devices())
+
+    def _must_sleep_with(self, devices: list[str]) -> bool:
         wanted = self._suspend_policy
-        return self.run_state == "running" and (
-            wanted == "always" or (wanted == "auto" and bool(await qemu.vfio_devices()))
-        )
+        return self.run_state == "running" and (wanted == "always" or (wanted == "auto" and bool(devices)))
 
     async def _sleep_reasons(self, qemu: Qemu) -> list[str]:
         """Why a guest that must sleep for a save would not."""
-        if await self._must_sleep(qemu):
+        devices = await qemu.vfio_devices()
+        if self._must_sleep_with(devices):
             problem = await qemu.sleep_problem()
             return [f"it must sleep while it is saved (save.suspend), and can't: {problem}"] if problem else []
-        if self.run_state == "suspended" or not (devices := await qemu.vfio_devices()):
+        if self.run_state == "suspended" or not devices:
             return []
         why = "is paused" if self.run_state == "paused" else "is not to be put to sleep (save.suspend is never)"
         return [f"it has {', '.join(devices)}, which can be saved only while the guest sleeps, and it {why}"]

@@ -333,15 +333,16 @@ class LiveQemu:
         return await guest_agent.set_clock(self._qmp.vm, path, now) if path else None
 
     async def vfio_devices(self) -> list[str]:
+        devices = [(path.rpartition("/")[2], kind) for path, kind in await self._devices() if kind.startswith("vfio-")]
+        if not devices:
+            return []
         places = {
             device["qdev_id"]: device for bus in await self._optional("query-pci", []) for device in _pci(bus["devices"])
         }
         found = []
-        for path, kind in await self._devices():
-            if kind.startswith("vfio-"):
-                name = path.rpartition("/")[2]
-                place = "at {bus:02x}:{slot:02x}.{function:x}".format(**places[name]) if name in places else ""
-                found.append(f"{name} ({' '.join(filter(None, (kind, place)))})")
+        for name, kind in devices:
+            place = "at {bus:02x}:{slot:02x}.{function:x}".format(**places[name]) if name in places else ""
+            found.append(f"{name} ({' '.join(filter(None, (kind, place)))})")
         return found
 
     async def sleep_problem(self) -> str:
