@@ -27,7 +27,7 @@ class Part:
 
 
 PARTS = (
-    Part(pause.against_bare, ("save", "pause")),
+    Part(pause.against_bare, ("save", "pause", "pause-by-hand")),
     Part(pause.against_libvirt, ("virsh-512", "virsh-4096")),
     Part(pause.by_ram, ("by-ram",)),
     Part(many.figures, ("many-wall", "many-mean")),

@@ -23,6 +23,7 @@ class Goal:
 GOALS = {
     "save": Goal("save through D-Bus, from STOP to durable, against the bare script with the same fsyncs, 1 VM", 1.15),
     "pause": Goal("whole pause without a reboot (save, new QEMU, load), against the bare script, 1 VM", 1.25),
+    "pause-by-hand": Goal("the same by CprSave and then CprLoad, as around a reboot", 1.25),
     "virsh-512": Goal("times faster than virsh managedsave + start; 512 MiB, 70% of it written", 40, at_least=True),
     "virsh-4096": Goal("times faster than virsh managedsave + start; 4 GiB, 70% of it written", 150, at_least=True),
     "by-ram": Goal("pause at 8 GiB against 256 MiB, 70% of it written", 1.1),

@@ -84,6 +84,17 @@ class Machine:
             (last,) = await _history(client, before, 1)
         return Pause(replied_at - last["stopped-at"], last["pause"], dict(last["phases"]))
 
+    def refresh(self, guest: Guest) -> float:
+        """Seconds from STOP to RESUME while the guest's QEMU is replaced, as `cprctl refresh` does it."""
+        return asyncio.run(self._refresh(guest.name))
+
+    async def _refresh(self, name: str) -> float:
+        async with Client.connected(self.lab.address) as client:
+            before = len(await client.manager("ListHistory"))
+            await client.vm(name, "Refresh", "a{sv}", {})
+            (last,) = await _history(client, before, 1)
+        return float(last["pause"])
+
     def save_and_load_all(self, guests: int) -> tuple[float, list[float]]:
         """Seconds from the call of SaveAll to the end of the job LoadAll, and each guest's pause."""
         return asyncio.run(self._save_and_load_all(guests))
