@@ -79,7 +79,7 @@ test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and w
 	@$(PYTHON) -m tests.access.tally
 
 .PHONY: bench
-bench: ## Ten minutes: what the agent costs, against a bare script, libvirt, and this machine (docs/bench.md)
+bench: ## What the agent costs, against a bare script, libvirt, and this machine (docs/bench.md)
 	@scripts/bootstrap --bench
 	env -u PYTHONDONTWRITEBYTECODE PYTHONPATH=scripts:. $(PYTHON) -m bench
 
