@@ -46,7 +46,7 @@ def main() -> int:
     parts = [part for part in PARTS if any(options.only in name for name in part.names)]
     if not parts:
         parser.error(f"none of {', '.join(name for part in PARTS for name in part.names)} has {options.only!r} in it")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that QEMUs end and RAM is given back
+    signal.signal(signal.SIGTERM, _end)
     figures, failed = measure(parts)
     print(table(figures))
     if not options.only:
@@ -62,6 +62,12 @@ def main() -> int:
     for what in failed:
         print(f"bench: could not be measured: {what}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _end(*_: object) -> None:
+    """Unwind, so that QEMUs end and RAM is given back; once, whoever sends what more."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def measure(parts: list[Part]) -> tuple[list[Figure], list[str]]:

@@ -20,6 +20,7 @@ from bench.bare import BareVm
 from cpr_agent.bus.client import Client, options, plain
 
 MIB = 1 << 20
+_PREFIX = "cpr-agent-bench-"
 _PATTERN_END = 16 << 20
 """Below that the tiny guest has its own pattern."""
 
@@ -136,20 +137,21 @@ def machine(*, agent: bool = True) -> Iterator[Machine]:
     qemu = shutil.which("qemu-system-x86_64")
     if not qemu:
         raise SystemExit("qemu-system-x86_64 is missing; run: make bootstrap")
-    with tempfile.TemporaryDirectory(prefix="cpr-agent-bench-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix=_PREFIX) as scratch,
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir="/dev/shm") as shm,
+    ):
         directory = Path(scratch)
         tiny = directory / "tiny.elf"
         subprocess.run([ROOT / "scripts/guest/build-tiny", tiny], check=True)
-        shm = Path(tempfile.mkdtemp(prefix="cpr-agent-bench-", dir="/dev/shm"))
         with private_bus(directory) as bus:
-            lab = Lab(directory / "root", shm, bus, tiny, qemu)
+            lab = Lab(directory / "root", Path(shm), bus, tiny, qemu)
             try:
                 if agent:
                     lab.start_agent()
                 yield Machine(directory, lab)
             finally:
                 lab.close()
-                shutil.rmtree(shm)
 
 
 def console_lines(console: Path, lines: int) -> None:
