@@ -24,7 +24,7 @@ from cpr_agent.bus.client import CallError, Client, plain
 from cpr_agent.bus.client import options as variants
 
 ROOT = Path(__file__).parent.parent
-DAEMON = (sys.executable, "-m", "cpr_agent.daemon", "--runner", "process")
+DAEMON = (sys.executable, "-m", "cpr_agent", "--runner", "process")
 PATIENCE_S = 60.0
 """How long anything may take on a slow day; nothing on a good one comes near."""
 

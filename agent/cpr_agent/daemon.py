@@ -153,6 +153,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: manager.jobs.start("reload", lambda _: manager.reload()))
     gc.freeze()  # what is there by now stays: no collection need look through it while a guest stands still
+    gc.enable()
     log.info("cpr-agentd %s: %d VMs, run as %s", __version__, len(manager.vms), "units" if units else "processes")
     notify(ready=1, status=f"{len(manager.vms)} VMs")
 

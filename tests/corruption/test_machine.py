@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,13 +60,12 @@ def test_a_cpu_that_is_gone(lab: Lab, tmp_path: Path) -> None:
     noticed(guest, changed, "MachineChanged", "number of CPUs was 2, is 1")
 
 
-def oldest_first() -> list[str]:
-    return [QEMUS[version] for version in sorted(QEMUS, key=lambda v: tuple(map(int, v.split("."))))]
+OLDEST_FIRST = [QEMUS[version] for version in sorted(QEMUS, key=lambda v: tuple(map(int, v.split("."))))]
+of_two_generations = pytest.mark.parametrize(("old", "new"), list(pairwise(OLDEST_FIRST)))
 
 
-@pytest.mark.skipif(len(QEMUS) < 2, reason="there is one QEMU here")
-def test_another_generation_of_qemu(lab: Lab, tmp_path: Path) -> None:
-    old, new = oldest_first()
+@of_two_generations
+def test_another_generation_of_qemu(lab: Lab, tmp_path: Path, old: str, new: str) -> None:
     machine = "-machine", "pc-q35-7.2,accel=tcg"
     qemu, changed = changing(tmp_path, f'{new} "$@"', f'{old} "$@"')
     guest = kept(lab, *machine, qemu=qemu)
@@ -76,9 +76,8 @@ def test_another_generation_of_qemu(lab: Lab, tmp_path: Path) -> None:
     loads(other)
 
 
-@pytest.mark.skipif(len(QEMUS) < 2, reason="there is one QEMU here")
-def test_a_machine_type_that_an_older_qemu_does_not_have(lab: Lab, tmp_path: Path) -> None:
-    old, new = oldest_first()
+@of_two_generations
+def test_a_machine_type_that_an_older_qemu_does_not_have(lab: Lab, tmp_path: Path, old: str, new: str) -> None:
     qemu, changed = changing(tmp_path, f'{new} "$@"', f'{old} "$@"')
     guest = kept(lab, qemu=qemu)
     noticed(guest, changed, "LoadFailed", "unsupported machine type")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_vm
@@ -17,7 +18,9 @@ from cpr_agent.core.settings import Settings
 from cpr_agent.core.transaction import Transaction
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM
-from cpr_agent.report.story import Story, tell
+
+if TYPE_CHECKING:
+    from cpr_agent.report.story import Story
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +127,8 @@ class Manager:
 
     def story(self, wanted: str) -> Story:
         """Of the upgrade or load with this id; "" is the last one. Raises NoSuchReport."""
+        from cpr_agent.report.story import tell  # what no guest waits for is not in the agent's start
+
         return tell(wanted, self.ports.journal.records(), self.ports.history.all(), self.ports.host.name())
 
     # -- checks -------------------------------------------------------------------------------------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import time
 
-_NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NOT_IN_XML = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 """XML 1.0, "Characters": what no escape makes fit for a document."""
 
 
 def printable(text: str) -> str:
     """``text`` without what a document can't hold: names and messages come from outside."""
-    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    return re.sub(_NOT_IN_XML, "\N{REPLACEMENT CHARACTER}", text)
 
 
 def length(seconds: float) -> str:
