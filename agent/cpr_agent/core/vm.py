@@ -876,16 +876,16 @@ class Vm(VmBase):
         )
         facts = about(Event.LOADED, **self._named(manifest, phase="load"), pause=f"{timeline.pause_s:.3f}")
         log.info("VM %s: loaded, it was stopped for %.3f s", self.name, timeline.pause_s, extra=facts)
-        self._store_timeline(timeline)
+        await self._store_timeline(timeline)
         if (manifest.run_state == "running" or manifest.wakes) and (clock := await self._set_clock(manifest)):
             timeline = replace(timeline, **clock)
-            self._store_timeline(timeline)
+            await self._store_timeline(timeline)
         if problems := await after_load(self._ports, self, timeline):
-            self._store_timeline(replace(timeline, hook_problems=problems))
+            await self._store_timeline(replace(timeline, hook_problems=problems))
 
-    def _store_timeline(self, timeline: GuestTimeline) -> None:
+    async def _store_timeline(self, timeline: GuestTimeline) -> None:
         try:
-            self._ports.history.add(timeline)
+            await asyncio.to_thread(self._ports.history.add, timeline)  # it is made durable, and other guests wait
             self._changed(self.name)
         except OSError as error:  # the guest runs; a report is not worth failing for
             log.warning("VM %s: its timeline could not be stored: %s", self.name, error)
