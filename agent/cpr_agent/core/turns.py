@@ -12,9 +12,10 @@ NO_TURN: Turn = nullcontext()
 
 
 def at_once() -> int:
-    """How many guests are saved, or loaded, at a time. Each wants a processor, for its QEMU; more would all be done last
-    of all, and stand still until then. One more, because what is on its way to the disk needs none."""
-    return len(os.sched_getaffinity(0)) + 1
+    """How many guests are saved, or loaded, at a time. With all at once each would stand still until the last was done;
+    with few a processor is idle while QEMUs and disks are waited for. Measured with 16 guests on two processors: four for
+    each take little longer than all at once, and the mean pause is as short as with less."""
+    return 4 * len(os.sched_getaffinity(0))
 
 
 class Turns:
