@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
+from qemu.qmp.qmp_client import GreetingError
 
 from cpr_agent.errors import QemuFailed
 
@@ -51,14 +52,16 @@ class Qmp:
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float) -> Qmp:
         """Connect and negotiate. Raises QemuFailed: nobody listens, no greeting in time, or not QMP at all."""
-        client = _Client(vm)
-        client.logger.disabled = True  # its errors reach us as exceptions
         try:
             async with asyncio.timeout(timeout_s):
-                await client.connect(str(path))
+                try:
+                    client = await _connected(vm, path)
+                except ConnectError as error:
+                    if not isinstance(error.exc, GreetingError):
+                        raise
+                    # A QEMU that comes up can tell of an event, such as RESUME, before it greets: asked anew it greets.
+                    client = await _connected(vm, path)
         except TimeoutError:
-            with contextlib.suppress(Exception):
-                await client.disconnect()
             raise QemuFailed(
                 f"QEMU did not greet on {path} within {timeout_s:.0f} s", vm=vm, remedy="another client may hold it"
             ) from None
@@ -143,6 +146,18 @@ class Qmp:
                 future.set_exception(QemuFailed("QEMU went away", vm=self.vm))
         for sink in self._sinks:
             sink("GONE")
+
+
+async def _connected(vm: str, path: Path) -> QMPClient:
+    client = _Client(vm)
+    client.logger.disabled = True  # its errors reach us as exceptions
+    try:
+        await client.connect(str(path))
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            await client.disconnect()
+        raise
+    return client
 
 
 def _reason(error: BaseException) -> str:
