@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -167,8 +168,9 @@ IN_FLIGHT = ("saving", "saved", "committing", "rolling-back", "booted", "loading
 REASON = "the host went down while {}, and was not started by a kexec"
 
 
-def expect_upgrade(boot: Boot) -> tuple[str, str] | None:
-    """Phase and reason that the agent must tell of its last upgrade once the boot has loaded its guests; None: of none."""
+def expect_upgrade(boot: Boot, kernel: str = "") -> tuple[str, str] | None:
+    """Phase and reason that the agent must tell of its last upgrade once the boot, of this ``kernel``, has loaded its
+    guests; None: of none. A cut while they were loaded takes the host back into the kernel that it starts by itself."""
     phases = [record for record in boot.events if str(record["event"]).startswith("upgrade-")]
     if not phases:
         return None
@@ -184,14 +186,20 @@ def expect_upgrade(boot: Boot) -> tuple[str, str] | None:
         reason = str(next((record["interrupted"] for record in reversed(same) if "interrupted" in record), ""))
     elif came_to == "committing" and boot.kind is Kind.KEXEC:
         reason = ""
-    return ("rolled-back" if reason else "done"), reason
+    if reason:
+        return "rolled-back", reason
+    planned = str(next((record["kernel_to"] for record in reversed(same) if record.get("kernel_to")), ""))
+    return "done", f"the host runs kernel {kernel}, planned was {planned}" if planned and kernel not in (
+        "",
+        planned,
+    ) else ""
 
 
-def judge_told(boot: Boot, upgrade: dict[str, Any], by_kexec: dict[str, bool]) -> list[Problem]:
+def judge_told(boot: Boot, upgrade: dict[str, Any], by_kexec: dict[str, bool], kernel: str = "") -> list[Problem]:
     """What the agent tells once the guests run: ``upgrade`` by D-Bus, and of each checkpoint that was loaded how the boot
     before ended."""
     problems = []
-    expected = expect_upgrade(boot)
+    expected = expect_upgrade(boot, kernel)
     told = (str(upgrade["phase"]), str(upgrade["reason"])) if upgrade else None
     if told != expected:
         problems.append(Problem(Harm.MISTOLD, f"of its last upgrade the agent says {told}, expected is {expected}"))
@@ -251,6 +259,7 @@ def main() -> int:
     parser.add_argument("--history", type=Path, help="the directory with the agent's timelines")
     parser.add_argument("--summary", action="store_true", help="of all boots after a cut, in one line")
     options = parser.parse_args()
+    kernel = os.uname().release
     boots = [read_boot(path) for path in sorted(options.boots.glob("[0-9]*"))]
     judged = {path.stem: judge_guest(path.stem, path.read_bytes(), boots) for path in options.consoles}
     problems = [problem for boot in boots for problem in judge_store(boot)]
@@ -261,7 +270,8 @@ def main() -> int:
     if options.status:
         upgrade = json.loads(options.status.read_bytes())["Upgrade"]
         timelines = [json.loads(path.read_bytes()) for path in options.history.glob("*.json")]
-        problems += judge_told(boots[-1], upgrade, {timeline["id"]: timeline["by_kexec"] for timeline in timelines})
+        by_kexec = {timeline["id"]: timeline["by_kexec"] for timeline in timelines}
+        problems += judge_told(boots[-1], upgrade, by_kexec, kernel)
     if options.summary:
         after_cut = [
             judgement.fate
@@ -280,7 +290,7 @@ def main() -> int:
         for name, judgements in judged.items():
             print(f"{name}: {judgements[-1].text}")
         if options.status:
-            print(f"upgrade: {': '.join(filter(None, expect_upgrade(boots[-1]) or ['none']))}")
+            print(f"upgrade: {': '.join(filter(None, expect_upgrade(boots[-1], kernel) or ['none']))}")
     for problem in problems:
         print(f"{problem.harm}: {problem.text}")
     return 1 if problems else 0

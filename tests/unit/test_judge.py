@@ -146,6 +146,9 @@ def test_cut_while_guests_are_loaded_leaves_the_upgrade_what_it_was() -> None:
     assert expect_upgrade(upgrade_came_to(Kind.CUT, "done", reason="another kernel")) == ("done", "another kernel")
     assert expect_upgrade(upgrade_came_to(Kind.CUT, "checking")) == ("refused", "the agent was interrupted")
     assert expect_upgrade(Boot(Kind.CUT)) is None
+    elsewhere = upgrade_came_to(Kind.CUT, "loading", interrupted="", kernel_to="6.12.2")
+    assert expect_upgrade(elsewhere, "6.12.2") == ("done", "")
+    assert expect_upgrade(elsewhere, "6.12.1") == ("done", "the host runs kernel 6.12.1, planned was 6.12.2")
 
 
 def test_agent_that_takes_a_cut_for_a_kexec_is_seen() -> None:
