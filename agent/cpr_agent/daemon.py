@@ -205,7 +205,3 @@ def main() -> None:
         log.exception("cpr-agentd failed")
         status = 1
     sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

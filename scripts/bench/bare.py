@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cpr_agent.store.atomic import sync_directory
+
 PATIENCE_S = 120.0
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
 
@@ -63,14 +65,14 @@ class BareVm:
         os.fsync(fd)
         os.close(fd)
         temporary.rename(state)
-        _sync(self._directory)
+        sync_directory(self._directory)
         temporary = manifest.with_suffix(".tmp")
         with temporary.open("w") as file:
             json.dump({"argv": self._argv, "vmstate": str(state), "bytes": state.stat().st_size}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(manifest)
-        _sync(self._directory)
+        sync_directory(self._directory)
         self._note("saved")
         return stopped_at, time.time()
 
@@ -86,7 +88,7 @@ class BareVm:
             self._until(_completed)
         self._note("resume")
         (self._directory / "manifest.json").rename(self._directory / "manifest.json.loaded")
-        _sync(self._directory)
+        sync_directory(self._directory)
         self.execute("cont")
         resumed_at = _time(self._until(lambda event: event["event"] == "RESUME"))
         self.cpu_s += cpu_s(self._process.pid)
@@ -142,14 +144,6 @@ def cpu_s(pid: int) -> float:
 
 def _completed(event: Event) -> bool:
     return bool(event["event"] == "MIGRATION" and event["data"]["status"] == "completed")
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _time(event: Event) -> float:
