@@ -126,8 +126,8 @@ def test_an_agent_that_is_killed_in_the_middle_of_a_load_goes_on_with_it(lab: La
 
     asyncio.run(kill())
     (tmp_path / "gate").write_text("go\n")  # that QEMU becomes one that waits for a state
+    (tmp_path / "gate").unlink()  # before there is an agent, whose own load would wait at it
     lab.start_agent()
-    (tmp_path / "gate").unlink()
     waiting.until_state("running")
     waiting.assert_unbroken()
 
