@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, Self, get_args
 
-MANIFEST_SCHEMA = 2
+MANIFEST_SCHEMA = 3
 """1 had one range of memory: store/schema.py still reads it."""
 RAM_ID = "cpr-ram"
 """Id of the memory backend, and by that the name of the RAM block in every vmstate; with ``-0``, ``-1``, … those of a VM
@@ -380,12 +380,13 @@ class QemuFacts:
 @dataclass(frozen=True, kw_only=True)
 class Witness:
     """Digest over ``pages`` pages (4 KiB) of guest RAM that ``seed`` chooses, of all NUMA nodes together; see
-    memory/witness.py."""
+    memory/witness.py. Before manifest schema 3 Python's random module chose them."""
 
     kind: Literal["sampled", "full", "off"] = "off"
     seed: int = 0
     pages: int = 0
     digest: str = ""
+    chosen_by: Literal["random", "shake-128"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,12 @@ class Memory(Protocol):
         """What to hash, with a fresh seed; no digest yet."""
 
     async def witness(self, located: Sequence[Located], like: Witness) -> Witness:
-        """Hash the pages that ``like`` chooses (kind, seed, pages)."""
+        """Hash the pages that ``like`` chooses (kind, seed, pages). Raises MemoryUnusable."""
+
+    def prepared_witness(
+        self, located: Sequence[Located], like: Witness
+    ) -> AbstractAsyncContextManager[Callable[[], Awaitable[Witness]]]:
+        """Everything of that which can be done before the guest stops; call what it yields once it has."""
 
     async def witness_cost_s(self, located: Sequence[Located], kind: str) -> tuple[str, float]:
         """What it is, and how long it takes (s): measured, a long one by its first part."""

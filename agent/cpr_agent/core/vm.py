@@ -559,7 +559,7 @@ class Vm(VmBase):
         except OSError as error:
             raise SaveFailed(f"the state file cannot be opened: {error}", vm=self.name, left="nothing changed") from error
         try:
-            async with turn:
+            async with self._ports.memory.prepared_witness(located, draft.witness) as take_witness, turn:
                 stopped_at = draft.times.requested_at
                 if begun is None:
                     self._ports.journal.append(
@@ -573,7 +573,7 @@ class Vm(VmBase):
                 written_at = host.now()
                 vmstate, witness, disks, firmware = await asyncio.gather(
                     asyncio.to_thread(pending.seal),
-                    self._ports.memory.witness(located, draft.witness),
+                    take_witness(),
                     self._disks(qemu),
                     digest_firmware(self._ports, draft.qemu.firmware),
                 )

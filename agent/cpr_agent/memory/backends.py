@@ -7,7 +7,8 @@ import errno
 import os
 import pwd
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from cpr_agent.core.model import (
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory.devices import Devices
 from cpr_agent.memory.users import Census
-from cpr_agent.memory.witness import is_blank, measure_witness, new_witness, take_witness
+from cpr_agent.memory.witness import is_blank, measure_witness, new_witness, prepared_witness, take_witness
 
 MOUNTS = Path("/proc/self/mountinfo")
 PAGE = 4096
@@ -110,18 +111,28 @@ class HostMemory:
         return new_witness(kind)
 
     async def witness(self, located: Sequence[Located], like: Witness) -> Witness:
-        try:
+        with _reading(located, left=KEPT):
             return await asyncio.to_thread(take_witness, located, like)
-        except (OSError, ValueError) as error:
-            what = f"its memory {_nodes(located)} cannot be read: {error}"
-            raise MemoryUnusable(what, left=KEPT, remedy=_remedy(error)) from error
+
+    @asynccontextmanager
+    async def prepared_witness(
+        self, located: Sequence[Located], like: Witness
+    ) -> AsyncIterator[Callable[[], Awaitable[Witness]]]:
+        async def taken() -> Witness:
+            with _reading(located):
+                return await asyncio.to_thread(take)
+
+        at_end = ExitStack()
+        try:
+            with _reading(located):
+                take = await asyncio.to_thread(at_end.enter_context, prepared_witness(located, like))
+            yield taken
+        finally:
+            asyncio.get_running_loop().run_in_executor(None, at_end.close)  # nobody need wait for that
 
     async def witness_cost_s(self, located: Sequence[Located], kind: str) -> tuple[str, float]:
-        try:
+        with _reading(located):
             return await asyncio.to_thread(measure_witness, located, new_witness(kind))
-        except (OSError, ValueError) as error:
-            what = f"its memory {_nodes(located)} cannot be read: {error}"
-            raise MemoryUnusable(what, remedy=_remedy(error)) from error
 
     async def blank(self, located: Sequence[Located]) -> bool:
         try:
@@ -148,12 +159,18 @@ class HostMemory:
         return replace(found, identity=replace(found.identity, volume=self._devices.volume(found.identity.st_dev)))
 
 
+@contextmanager
+def _reading(located: Sequence[Located], left: str = "") -> Iterator[None]:
+    """Raises MemoryUnusable for what cannot be opened or mapped."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        what = f"its memory {', '.join(one.node for one in located)} cannot be read: {error}"
+        raise MemoryUnusable(what, left=left, remedy=_remedy(error)) from error
+
+
 def _remedy(error: Exception) -> str:
     return REMEDIES.get(error.errno or 0, "") if isinstance(error, OSError) else ""
-
-
-def _nodes(located: Sequence[Located]) -> str:
-    return ", ".join(one.node for one in located)
 
 
 def _refuse_false_node(node: str) -> None:

@@ -20,14 +20,14 @@ class Wanted(NamedTuple):
     """A memory object, as descriptors of processes refer to it, and as their maps show it."""
 
     key: _Key
-    mapping: str
+    mapping: bytes
 
     @classmethod
     def at(cls, node: Path) -> Wanted:
         """Raises OSError."""
         info = node.stat()
         # What maps shows: the device and inode of the node itself, also for a device.
-        return cls(_key(info), f" {os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x} {info.st_ino} ")
+        return cls(_key(info), b" %02x:%02x %d " % (os.major(info.st_dev), os.minor(info.st_dev), info.st_ino))
 
 
 class Census:
@@ -61,21 +61,32 @@ class Census:
 
 
 def find_users(wanted: Collection[Wanted]) -> dict[Wanted, Users]:
-    """Other processes that use each of them, as far as we may look (proc(5), fd and maps). Blocking. Raises OSError."""
+    """Other processes that use each of them, as far as we may look (proc(5), fd and maps). Blocking. Raises OSError.
+
+    By bare system calls: guests wait, and there may be thousands of descriptors."""
     found: dict[Wanted, Users] = {one: [] for one in wanted}
-    for process in PROC.iterdir():
-        if not process.name.isdigit() or int(process.name) == os.getpid():
+    own = str(os.getpid())
+    for pid in os.listdir(PROC):  # noqa: PTH208
+        if not pid.isdigit() or pid == own:
             continue
         try:
-            opened = set(_open_files(process))
-            maps = (process / "maps").read_text()
+            opened = set(_open_files(f"{PROC}/{pid}/fd"))
+            maps = _content(f"{PROC}/{pid}/maps")
             users = [one for one in wanted if one.key in opened or one.mapping in maps]
-            name = (process / "comm").read_text().strip() if users else ""
+            name = _content(f"{PROC}/{pid}/comm").decode(errors="replace").strip() if users else ""
         except OSError:
             continue  # it has ended, or is not ours to look at
         for one in users:
-            found[one].append((name, int(process.name)))
+            found[one].append((name, int(pid)))
     return found
+
+
+def _content(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+    finally:
+        os.close(fd)
 
 
 def _key(info: os.stat_result) -> _Key:
@@ -83,9 +94,9 @@ def _key(info: os.stat_result) -> _Key:
     return ("device", info.st_rdev, 0) if stat.S_ISCHR(info.st_mode) else ("file", info.st_dev, info.st_ino)
 
 
-def _open_files(process: Path) -> Iterator[_Key]:
-    for descriptor in os.scandir(process / "fd"):
+def _open_files(directory: str) -> Iterator[_Key]:
+    for descriptor in os.listdir(directory):  # noqa: PTH208
         try:
-            yield _key(os.stat(descriptor.path))  # noqa: PTH116 - one call for each descriptor of each process
+            yield _key(os.stat(f"{directory}/{descriptor}"))  # noqa: PTH116
         except OSError:
             continue

@@ -1,40 +1,46 @@
 """The witness: a digest over pages of guest RAM, taken when the guest has stopped and again before it runs.
 
-A guest's NUMA nodes count as one RAM, in their order. ``sampled`` hashes ``pages`` pages of it that a stored random seed
-chooses, and always the first and the last of each node. If a fraction f
-of all pages was damaged, it notices with probability 1 - (1 - f)^pages: 4,096 pages find 1 % damage but for one in 10^17.
-``full`` hashes everything, in 2 MiB pieces on all cores. xxh3-128 (xxhash releases the GIL for large buffers).
+A guest's NUMA nodes count as one RAM, in their order. ``sampled`` hashes a page of each of ``pages`` equal parts of it,
+which a stored random seed chooses, and always the first and the last of each node. If a fraction f of all pages was
+damaged, it notices with probability 1 - (1 - f)^pages or more: 4,096 pages find 1 % damage but for one in 10^17. ``full``
+hashes everything, in 2 MiB pieces on all cores. xxh3-128 (xxhash releases the GIL for large buffers).
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import random
 import secrets
 import stat
+import struct
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, islice
 
 import xxhash
 
-from cpr_agent.core.model import Located, Witness
+from cpr_agent.core.model import Located, MemoryIdentity, Witness
 
 PAGE = 4096
 DEFAULT_PAGES = 4096
 MEASURED_BYTES = 1 << 30
 """Of a full witness, to know what the whole costs: a multiple of each alignment that device-dax has."""
 _CHUNK = 2 << 20
+_Piece = memoryview | tuple[int, int, int]
+"""Mapped memory; or descriptor, length and offset (bytes), to be read."""
 
 
 def new_witness(kind: str = "sampled") -> Witness:
     """A witness still to be taken, with a seed of its own."""
     if kind == "sampled":
-        return Witness(kind="sampled", seed=secrets.randbits(64), pages=DEFAULT_PAGES)
+        return Witness(kind="sampled", seed=secrets.randbits(64), pages=DEFAULT_PAGES, chosen_by="shake-128")
     return Witness(kind="full") if kind == "full" else Witness(kind="off")
 
 
@@ -42,10 +48,39 @@ def take_witness(located: Sequence[Located], like: Witness) -> Witness:
     """Hash what ``like`` chooses. Blocking; raises OSError if the memory can't be opened or mapped."""
     if like.kind == "off":
         return like
-    if like.kind == "sampled":
-        return replace(like, digest=_sampled(located, like))
-    with _all_mapped(located) as ram:
-        return replace(like, digest=_full(ram))
+    if like.kind == "full":
+        with _all_mapped(located) as ram:
+            return replace(like, digest=_full(ram))
+    return replace(like, digest=(_sampled if like.chosen_by == "shake-128" else _sampled_at_random)(located, like))
+
+
+@contextmanager
+def prepared_witness(located: Sequence[Located], like: Witness) -> Iterator[Callable[[], Witness]]:
+    """All that can be done before a guest stops: what is yielded takes the witness, once it has. Both blocking; either
+    raises OSError or ValueError if the memory can't be opened or mapped."""
+    if like.kind != "sampled":
+        yield lambda: take_witness(located, like)
+        return
+    head, parts = _parts([one.identity.size_bytes for one in located], like)
+    with ExitStack() as at_end:
+        fds = [at_end.enter_context(_opened(one)) for one in located]
+        ram = [at_end.enter_context(_mapping(fd, one.identity)) for fd, one in zip(fds, located, strict=True)]
+        pieces: list[_Piece] = []
+        at_end.callback(pieces.clear)  # nothing may refer to a mapping that ends
+        for number, begin, length in parts:
+            identity = located[number].identity
+            at = identity.offset_bytes + begin
+            if len(parts) == len(located) or _is_there(fds[number], at, identity):
+                pieces.append(_touched(ram[number][begin : begin + length]))
+            else:
+                pieces.append((fds[number], length, at))
+        yield lambda: replace(like, digest=_digest(like.seed, head, pieces))
+
+
+def _touched(piece: memoryview) -> memoryview:
+    """After its page faults."""
+    piece[::PAGE].tobytes()
+    return piece
 
 
 def measure_witness(located: Sequence[Located], like: Witness) -> tuple[str, float]:
@@ -86,49 +121,103 @@ def _opened(located: Located) -> Iterator[int]:
 
 
 @contextmanager
-def _mapped(located: Located) -> Iterator[memoryview]:
-    identity = located.identity
-    with _opened(located) as fd:
-        # device-dax takes MAP_SHARED only, in multiples of its alignment; definitions are checked for that.
-        mapping = mmap.mmap(fd, identity.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=identity.offset_bytes)
+def _mapping(fd: int, identity: MemoryIdentity) -> Iterator[memoryview]:
+    # device-dax takes MAP_SHARED only, in multiples of its alignment; definitions are checked for that.
+    mapping = mmap.mmap(fd, identity.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=identity.offset_bytes)
     with mapping, memoryview(mapping) as ram:
         yield ram
 
 
 @contextmanager
-def _page_reader(located: Located) -> Iterator[Callable[[int], bytes | memoryview]]:
-    """By the number of a page. A guest waits for thousands, all over its RAM: in a file each pread(2) is cheaper than
-    the page fault of a mapping, and other threads can run meanwhile. device-dax can't be read, but maps 2 MiB at once."""
-    with _opened(located) as fd:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            begin = located.identity.offset_bytes
-            yield lambda page: os.pread(fd, PAGE, begin + page * PAGE)
-            return
-    with _mapped(located) as ram:
-        yield lambda page: ram[page * PAGE : (page + 1) * PAGE]
+def _mapped(located: Located) -> Iterator[memoryview]:
+    with _opened(located) as fd, _mapping(fd, located.identity) as ram:
+        yield ram
 
 
 def chosen_pages(sizes: Sequence[int], seed: int, pages: int) -> list[int]:
     """Page numbers in ascending order, counted on through all ranges of these ``sizes`` (bytes); the first and the last of
-    each range always among them."""
+    each range always among them. By SHAKE128 (FIPS 202), which is the same for every Python that a host will ever have."""
     ends = list(accumulate(size // PAGE for size in sizes))
     if ends[-1] <= pages:
         return list(range(ends[-1]))
-    chosen = random.Random(seed).sample(range(1, ends[-1] - 1), pages - 2)  # noqa: S311 - a sample, not a secret
+    words = struct.unpack(f"<{pages}Q", hashlib.shake_128(seed.to_bytes(9, "little")).digest(8 * pages))
+    bounds = [at * ends[-1] // pages for at in range(pages + 1)]
+    chosen = (begin + word % (end - begin) for begin, end, word in zip(bounds, bounds[1:], words, strict=False))
     return sorted({0, *chosen, *(page for end in ends for page in (end - 1, end))} - {ends[-1]})
 
 
+def _parts(sizes: Sequence[int], like: Witness) -> tuple[bytes, list[tuple[int, int, int]]]:
+    """The numbers of the pages to hash, packed, and where they are: number of the range, offset in it, length (bytes)."""
+    chosen = chosen_pages(sizes, like.seed, like.pages)
+    head = struct.pack(f"<{len(chosen)}Q", *chosen)
+    if len(chosen) * PAGE == sum(sizes):
+        return head, [(number, 0, size) for number, size in enumerate(sizes)]
+    parts: list[tuple[int, int, int]] = []
+    begin = 0
+    for number, size in enumerate(sizes):
+        end = begin + size // PAGE
+        here = chosen[bisect_left(chosen, begin) : bisect_left(chosen, end)]
+        parts += [(number, (page - begin) * PAGE, PAGE) for page in here]
+        begin = end
+    return head, parts
+
+
 def _sampled(located: Sequence[Located], like: Witness) -> str:
-    digest = xxhash.xxh3_128(seed=like.seed)
-    sizes = [one.identity.size_bytes for one in located]
+    """A guest waits for thousands of pages, all over its RAM: in a file each pread(2) is cheaper than the page fault of a
+    mapping. device-dax can't be read, but maps 2 MiB at once."""
+    head, parts = _parts([one.identity.size_bytes for one in located], like)
+    whole = len(parts) == len(located)
     with ExitStack() as at_end:
-        readers = iter([at_end.enter_context(_page_reader(one)) for one in located])
-        begin, end, ends = 0, 0, accumulate(size // PAGE for size in sizes)
-        for page in chosen_pages(sizes, like.seed, like.pages):
-            while page >= end:
-                begin, end, read = end, next(ends), next(readers)
-            digest.update(page.to_bytes(8, "little"))
-            digest.update(read(page - begin))
+        readers: list[Callable[[int, int], _Piece]] = []
+        for one in located:
+            fd = at_end.enter_context(_opened(one))
+            if whole or not stat.S_ISREG(os.fstat(fd).st_mode):
+                readers.append(partial(_slice, at_end.enter_context(_mapped(one))))
+            else:
+                readers.append(partial(_place, fd, one.identity.offset_bytes))
+        return _digest(like.seed, head, (readers[number](begin, length) for number, begin, length in parts))
+
+
+def _slice(ram: memoryview, begin: int, length: int) -> memoryview:
+    return ram[begin : begin + length]
+
+
+def _place(fd: int, offset: int, begin: int, length: int) -> tuple[int, int, int]:
+    return fd, length, offset + begin
+
+
+def _digest(seed: int, head: bytes, pieces: Iterable[_Piece]) -> str:
+    digest = xxhash.xxh3_128(head, seed=seed)
+    for piece in pieces:
+        digest.update(os.pread(*piece) if isinstance(piece, tuple) else piece)
+    return digest.hexdigest()
+
+
+def _is_there(fd: int, at: int, identity: MemoryIdentity) -> bool:
+    """Whether a page is in memory already, so that a look at it through a mapping takes none: not a hole of a tmpfs. (A
+    huge page would be taken and zeroed, and hugetlbfs does not tell its holes.)"""
+    if identity.kind == "devdax":
+        return True
+    try:
+        return identity.filesystem == "tmpfs" and os.lseek(fd, at, os.SEEK_DATA) == at
+    except OSError:  # ENXIO: there is nothing after it
+        return False
+
+
+def _sampled_at_random(located: Sequence[Located], like: Witness) -> str:
+    """Of checkpoints before manifest schema 3: by Python's random module, whose choice another Python may change."""
+    ends = list(accumulate(one.identity.size_bytes // PAGE for one in located))
+    chosen = set(range(ends[-1]))
+    if ends[-1] > like.pages:
+        ends_of_ranges = {page for end in ends for page in (end - 1, end)} - {ends[-1]}
+        chosen = {0, *random.Random(like.seed).sample(range(1, ends[-1] - 1), like.pages - 2), *ends_of_ranges}  # noqa: S311
+    digest = xxhash.xxh3_128(seed=like.seed)
+    with _all_mapped(located) as ram:
+        for number, one in enumerate(ram):
+            begin = ends[number] - len(one) // PAGE
+            for page in sorted(page for page in chosen if begin <= page < ends[number]):
+                digest.update(page.to_bytes(8, "little"))
+                digest.update(one[(page - begin) * PAGE : (page - begin + 1) * PAGE])
     return digest.hexdigest()
 
 
