@@ -9,8 +9,9 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from cpr_agent import __version__
 from cpr_agent.bus.service import Service
@@ -38,8 +39,7 @@ from cpr_agent.vm.definition import DefinitionDirectory, decode_toml
 log = logging.getLogger("cpr_agent")
 
 
-@dataclass(frozen=True)
-class Paths:
+class Paths(msgspec.Struct, frozen=True):
     """Where everything is; ``root`` other than / is for tests and for agents without privileges."""
 
     root: Path

@@ -17,8 +17,9 @@ import signal
 import sys
 import threading
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from cpr_agent.bus.service import Service
 from cpr_agent.core.model import Located, MemoryNode, Survives

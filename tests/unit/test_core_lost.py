@@ -6,11 +6,11 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from msgspec.structs import replace
 
 from cpr_agent.core.events import Event
 from cpr_agent.core.jobs import Job

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import struct
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cpr_agent.core.model import Finding, Kernel
 from cpr_agent.errors import KernelRefused

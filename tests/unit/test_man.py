@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from xml.etree import ElementTree
 
 import click
+import msgspec
 import pytest
 
 from cpr_agent.cli import session
@@ -87,10 +87,10 @@ def test_each_exit_status_is_in_cprctl_1() -> None:
 
 def keys(kind: Any, section: str = "") -> Iterator[tuple[str, object]]:
     """Each key below the sections of ``kind``, as section.key, and its default."""
-    for field in dataclasses.fields(kind):
+    for field in msgspec.structs.fields(kind):
         name = f"{section}.{field.name}".lstrip(".").replace("_", "-")
         inner = get_type_hints(kind)[field.name]
-        nested = [one for one in (inner, *get_args(inner)) if dataclasses.is_dataclass(one)]
+        nested = [one for one in (inner, *get_args(inner)) if isinstance(one, type) and issubclass(one, msgspec.Struct)]
         for one in nested:
             yield from keys(one, name)
         if section and not nested:
@@ -121,7 +121,7 @@ def test_each_key_is_in_its_page_with_its_default(name: str, kind: Any) -> None:
     known = dict(keys(kind))
     assert set(told) == set(known)
     for key, default in known.items():
-        must_be_given = default is dataclasses.MISSING or key in ("memory.size", "memory.device")
+        must_be_given = default is msgspec.NODEFAULT or key in ("memory.size", "memory.device")
         assert told[key] == ("" if must_be_given else written(default)), key
 
 

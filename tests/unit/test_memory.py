@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import asdict, replace
 
 from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable

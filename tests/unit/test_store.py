@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
+from cpr_agent.core.model import MANIFEST_SCHEMA, Difference, Held, Manifest, Vmstate
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
 from cpr_agent.host.processes import ProcessRunner
 from cpr_agent.host.this_host import ThisHost
@@ -268,6 +268,7 @@ def test_a_qemu_that_an_older_agent_started_is_known(tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_newer_agent_is_not_guessed_at(store: CheckpointStore) -> None:
     pending = store.begin("web1", "")
     os.write(pending.fd, STATE)
-    pending.commit(manifest(vmstate=pending.seal(), schema=3))
-    with pytest.raises(CheckpointUnreadable, match="its schema is 3, this agent reads up to 2"):
+    pending.commit(manifest(vmstate=pending.seal(), schema=MANIFEST_SCHEMA + 1))
+    said = f"its schema is {MANIFEST_SCHEMA + 1}, this agent reads up to {MANIFEST_SCHEMA}"
+    with pytest.raises(CheckpointUnreadable, match=said):
         store.live("web1")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
+
+import msgspec
 
 BUS_NAME = "org.cpragent1"
 ROOT = "/org/cpragent1"
@@ -36,16 +37,14 @@ STANDARD = """<node>
 </node>"""
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(msgspec.Struct, frozen=True):
     name: str
     action: str
     in_signature: str
     out_signature: str
 
 
-@dataclass(frozen=True)
-class Interface:
+class Interface(msgspec.Struct, frozen=True):
     name: str
     methods: dict[str, Method]
     properties: dict[str, str]

@@ -51,17 +51,18 @@ class ManagerObject(BusObject):
         self._last_error = last_error
 
     async def call_SaveAll(self, options: dict[str, Variant]) -> list[Any]:
-        taken = take_options(options, {"survives": "s", "policy": "s", "before-kexec": "b"})
+        taken = take_options(options, {"survives": "s", "policy": "s", "before-kexec": "b", "wait": "b"})
         if taken.get("before-kexec"):
-            return [job_path(self._manager.before_kexec())]
-        return [job_path(self._manager.save_all(_survives(taken, Survives.KEXEC), _policy(taken)))]
+            return await _job(self._manager.before_kexec(), taken)
+        return await _job(self._manager.save_all(_survives(taken, Survives.KEXEC), _policy(taken)), taken)
 
     async def call_LoadAll(self, options: dict[str, Variant]) -> list[Any]:
-        taken = take_options(options, {"autostart": "b"})
-        return [job_path(self._manager.load_all(taken.get("autostart", False)))]
+        taken = take_options(options, {"autostart": "b", "wait": "b"})
+        return await _job(self._manager.load_all(taken.get("autostart", False)), taken)
 
     async def call_RefreshAll(self, options: dict[str, Variant]) -> list[Any]:
-        return [job_path(self._manager.refresh_all(**_refresh(options)))]
+        taken = take_options(options, {"in-turn": "b", "wait": "b"})
+        return await _job(self._manager.refresh_all(in_turn=taken.get("in-turn", False)), taken)
 
     async def call_Upgrade(self, options: dict[str, Variant]) -> list[Any]:
         return [job_path(self._manager.upgrade(_wish(options)))]
@@ -161,7 +162,7 @@ class VmObject(BusObject):
         return []
 
     async def call_Refresh(self, options: dict[str, Variant]) -> list[Any]:
-        return [await self._vm.replace_qemu(**_refresh(options))]
+        return [await self._vm.replace_qemu(in_turn=take_options(options, {"in-turn": "b"}).get("in-turn", False))]
 
     async def call_Start(self) -> list[Any]:
         await self._vm.start()
@@ -311,8 +312,11 @@ def job_path(job: Job) -> str:
     return f"{ROOT}/job/{job.id}"
 
 
-def _refresh(options: dict[str, Variant]) -> dict[str, bool]:
-    return {name.replace("-", "_"): value for name, value in take_options(options, {"in-turn": "b"}).items()}
+async def _job(job: Job, taken: dict[str, Any]) -> list[Any]:
+    """Its path, at once or once it is over. Raises CprError, then."""
+    if taken.get("wait"):
+        await job.over()
+    return [job_path(job)]
 
 
 def _survives(options: dict[str, Any], default: Survives) -> Survives:

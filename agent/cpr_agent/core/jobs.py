@@ -7,7 +7,8 @@ import contextlib
 import enum
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+
+import msgspec
 
 from cpr_agent.errors import CprError, NothingToDo, WrongState
 
@@ -21,8 +22,7 @@ class JobState(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass
-class Job:
+class Job(msgspec.Struct):
     """``progress`` is 0 to 1; ``result`` is empty until the end, then "done", "nothing to do", or what went
     wrong, which is in ``error`` too.
 
@@ -37,8 +37,16 @@ class Job:
     result: str = ""
     error: CprError | None = None
     cancellable: bool = True
-    parked: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
-    changed: Callable[[], None] = field(default=lambda: None, repr=False)
+    parked: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
+    changed: Callable[[], None] = lambda: None
+
+    async def over(self) -> None:
+        """Wait for its end, or until it only waits for the host's. Raises CprError if it failed or was cancelled."""
+        await self.parked.wait()
+        if self.state is JobState.FAILED:
+            raise self.error or CprError(self.result)
+        if self.state is JobState.CANCELLED:
+            raise CprError(f"job {self.id} ({self.kind}) was cancelled", left="what it had done by then is done")
 
     def advance(self, done: int, total: int, step: str) -> None:
         self.progress = done / total if total else 1.0

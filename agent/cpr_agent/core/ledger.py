@@ -11,8 +11,10 @@ import enum
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.model import Policy
@@ -58,8 +60,7 @@ Kind = Literal["upgrade", "drill", "back", "kexec", "save-all"]
 """``kexec``: somebody typed `systemctl kexec`. ``save-all``: an admin's own save, which no crash takes back."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Upgrade:
+class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
     """What the journal says of one transaction. ``boot`` is the one in which its phase was entered; times in epoch s."""
 
     id: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_vm

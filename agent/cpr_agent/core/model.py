@@ -1,12 +1,17 @@
-"""The nouns that all layers share: definitions, identities, manifests. Plain frozen data."""
+"""The nouns that all layers share: definitions, identities, manifests. Plain frozen data.
+
+As structs of msgspec: Python takes a hundred times as long to make a dataclass, and there are so many that guests would
+wait for it at each boot.
+"""
 
 from __future__ import annotations
 
 import enum
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, Self, get_args
+
+import msgspec
 
 MANIFEST_SCHEMA = 3
 """1 had one range of memory: store/schema.py still reads it."""
@@ -82,8 +87,7 @@ class VmState(enum.StrEnum):
     UNREACHABLE = "unreachable"
 
 
-@dataclass(frozen=True, kw_only=True)
-class VmSection:
+class VmSection(msgspec.Struct, frozen=True, kw_only=True):
     description: str = ""
     qemu: str = "/usr/bin/qemu-system-x86_64"
     arguments: tuple[str, ...] = ()
@@ -92,8 +96,7 @@ class VmSection:
     shutdown_timeout: Seconds = Seconds(60)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryNode:
+class MemoryNode(msgspec.Struct, frozen=True, kw_only=True):
     """A range of memory; ``cpus`` are those of the guest that are near it, as ``0-3,8``."""
 
     size: Bytes
@@ -102,8 +105,7 @@ class MemoryNode:
     cpus: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemorySection:
+class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
     """One range, or a ``node`` for each NUMA node of the guest."""
 
     size: Bytes = Bytes(0)
@@ -121,8 +123,7 @@ class MemorySection:
         return tuple(f"{RAM_ID}-{number}" for number in range(len(self.node))) or (RAM_ID,)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaveSection:
+class SaveSection(msgspec.Struct, frozen=True, kw_only=True):
     suspend: Literal["auto", "always", "never"] = "auto"
     """Whether the guest is put to sleep first: auto if it has VFIO devices."""
     suspend_timeout: Seconds = Seconds(60)
@@ -133,21 +134,19 @@ class SaveSection:
     blocked_wait: Seconds = Seconds(60)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadSection:
+class LoadSection(msgspec.Struct, frozen=True, kw_only=True):
     on_lost_memory: Literal["hold", "cold-start"] = "hold"
     resync_clock: Literal["auto", "never"] = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Definition:
+class Definition(msgspec.Struct, frozen=True, kw_only=True):
     """A VM as its admin wrote it. ``digest`` is the SHA-256 of the file."""
 
     name: str
     vm: VmSection
     memory: MemorySection
-    save: SaveSection = field(default_factory=SaveSection)
-    load: LoadSection = field(default_factory=LoadSection)
+    save: SaveSection = msgspec.field(default_factory=SaveSection)
+    load: LoadSection = msgspec.field(default_factory=LoadSection)
     digest: str = ""
 
 
@@ -159,8 +158,7 @@ class Note(NamedTuple):
     why: str
 
 
-@dataclass(frozen=True)
-class Imported:
+class Imported(msgspec.Struct, frozen=True):
     """A foreign command line as the ``text`` of a definition, which the notes head as comments."""
 
     name: str
@@ -168,8 +166,7 @@ class Imported:
     notes: tuple[Note, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryIdentity:
+class MemoryIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """Which memory a VM's RAM is, or one NUMA node of it, in terms that stay true across a kexec. Sizes in bytes.
 
     A device is known by the uuid of its parent nd device, cross-checked with where and how big it is, in which region, and
@@ -208,7 +205,7 @@ class MemoryIdentity:
     def differences(self, found: MemoryIdentity) -> list[Difference]:
         """Each field that is not what it was; empty if this is the same memory."""
         out = []
-        for name in (f.name for f in fields(self)):
+        for name in self.__struct_fields__:
             was, now = getattr(self, name), getattr(found, name)
             if name in _MAY_BE_UNKNOWN and (not was or now is None):
                 continue
@@ -257,8 +254,7 @@ def _show(name: str, value: object) -> str:
     return f"{value:#x}" if name == "resource" and isinstance(value, int) else str(value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DaxDevice:
+class DaxDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A device-DAX instance as sysfs shows it now. ``uuid`` is that of the parent nd device."""
 
     node: str
@@ -273,8 +269,7 @@ class DaxDevice:
     """Kernel modules (or built-in drivers) that the device and its parents are bound to, as /sys/module names them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     """A kernel that can be started. ``initrd`` and ``config`` are "" where there is none."""
 
     version: str
@@ -283,8 +278,7 @@ class Kernel:
     config: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Located:
+class Located(msgspec.Struct, frozen=True, kw_only=True):
     """Memory found on this host: what it is, and by which path it can be opened now."""
 
     identity: MemoryIdentity
@@ -295,8 +289,7 @@ def ram_of(located: Iterable[Located]) -> Ram:
     return tuple(one.identity for one in located)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """What a QEMU was, or is to be, started with. The ticket that ``cpr-vm@.service`` consumes.
 
     ``argv`` is complete; ``memory_fds`` and those of ``sockets`` are the descriptor numbers that it refers to. Each range
@@ -320,8 +313,7 @@ class Launch:
     boot_id: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiskIdentity:
+class DiskIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """A block backend. Of one that is no local file (nbd, rbd, iscsi) its name and size are all that QEMU can tell."""
 
     node: str
@@ -345,40 +337,36 @@ class DiskIdentity:
         ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CpuFacts:
+class CpuFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the guest's CPUs can do, after QEMU took off what its host can't; empty where QEMU has no CPUID."""
 
     count: int = 0
-    words: dict[str, int] = field(default_factory=dict)
+    words: dict[str, int] = msgspec.field(default_factory=dict)
     """Each register of CPUID by ``leaf.subleaf.register`` (hexadecimal, ``7.0.EBX``), to its bits."""
     features: tuple[str, ...] = ()
     """The same by name, as QEMU expands the VM's model, to say what a bit is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileDigest:
+class FileDigest(msgspec.Struct, frozen=True, kw_only=True):
     """A firmware or NVRAM file. ``sha256`` is "" if it is not there."""
 
     path: str
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class QemuFacts:
+class QemuFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a live QEMU says of itself."""
 
     version: str
     machine_type: str
     dialect: str
-    cpu: CpuFacts = field(default_factory=lambda: CpuFacts())
+    cpu: CpuFacts = msgspec.field(default_factory=CpuFacts)
     tpm: tuple[str, ...] = ()
     disks: tuple[DiskIdentity, ...] = ()
     firmware: tuple[FileDigest, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Witness:
+class Witness(msgspec.Struct, frozen=True, kw_only=True):
     """Digest over ``pages`` pages (4 KiB) of guest RAM that ``seed`` chooses, of all NUMA nodes together; see
     memory/witness.py. Before manifest schema 3 Python's random module chose them."""
 
@@ -389,8 +377,7 @@ class Witness:
     chosen_by: Literal["random", "shake-128"] = "random"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Vmstate:
+class Vmstate(msgspec.Struct, frozen=True, kw_only=True):
     """``machine`` and ``cpus`` are what it says of the VM it is the state of."""
 
     path: str
@@ -400,8 +387,7 @@ class Vmstate:
     cpus: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaveTimes:
+class SaveTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch (CLOCK_REALTIME)."""
 
     requested_at: float
@@ -412,8 +398,7 @@ class SaveTimes:
     """``stopped_at`` on a clock that nobody steps: that of the boot (CLOCK_BOOTTIME)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a load needs to know, and to prove. Stored beside the vmstate, schema-versioned."""
 
     id: str
@@ -437,8 +422,7 @@ class Manifest:
     schema: int = MANIFEST_SCHEMA
 
 
-@dataclass(frozen=True, kw_only=True)
-class Held:
+class Held(msgspec.Struct, frozen=True, kw_only=True):
     """Why a VM is kept untouched. ``error`` is the kind of the failed proof; ``at`` epoch seconds."""
 
     reason: str
@@ -455,8 +439,7 @@ class HookFailure(NamedTuple):
     why: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One result of a check: what is so, why it matters, how to mend it."""
 
     severity: Literal["error", "warning", "info"]

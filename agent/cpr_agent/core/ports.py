@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from cpr_agent.core.model import (
     DaxDevice,
@@ -398,8 +399,7 @@ class History(Protocol):
     def all(self) -> list[GuestTimeline]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ports:
+class Ports(msgspec.Struct, frozen=True, kw_only=True):
     """Everything below core, in one piece."""
 
     definitions: Definitions

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from cpr_agent.core.command_line import blacklisted, lost_and_added
 from cpr_agent.core.ledger import Kind, Upgrade
@@ -22,8 +23,7 @@ STATE_BYTES = 16 << 20
 RECENT = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wish:
+class Wish(msgspec.Struct, frozen=True, kw_only=True):
     """What the caller of an upgrade asked for; the fields are the options of Manager.Upgrade."""
 
     kernel: str = ""
@@ -38,8 +38,7 @@ class Wish:
     drill: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
     kernel: Kernel
     command_line: str

@@ -2,53 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from cpr_agent.core.model import Policy, Seconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class AgentSection:
+class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
     runner: Literal["auto", "systemd", "process"] = "auto"
     qemu_start_timeout: Seconds = Seconds(120)
     device_timeout: Seconds = Seconds(90)
     load_timeout: Seconds = Seconds(120)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilesSection:
+class FilesSection(msgspec.Struct, frozen=True, kw_only=True):
     directories: tuple[str, ...] = ("/var/lib/cpr-agent/exports",)
     kernel_directories: tuple[str, ...] = ("/boot", "/usr/lib/modules")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WitnessSection:
+class WitnessSection(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["sampled", "full", "off"] = "sampled"
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpgradeSection:
+class UpgradeSection(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = "all-or-nothing"
 
 
-@dataclass(frozen=True, kw_only=True)
-class HooksSection:
+class HooksSection(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Seconds = Seconds(30)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportSection:
+class ReportSection(msgspec.Struct, frozen=True, kw_only=True):
     metrics: str = "auto"
     """The directory of node_exporter's textfile collector; "auto": its usual place, if that is there; or "off"."""
     motd: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    agent: AgentSection = field(default_factory=AgentSection)
-    files: FilesSection = field(default_factory=FilesSection)
-    witness: WitnessSection = field(default_factory=WitnessSection)
-    upgrade: UpgradeSection = field(default_factory=UpgradeSection)
-    hooks: HooksSection = field(default_factory=HooksSection)
-    report: ReportSection = field(default_factory=ReportSection)
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    agent: AgentSection = msgspec.field(default_factory=AgentSection)
+    files: FilesSection = msgspec.field(default_factory=FilesSection)
+    witness: WitnessSection = msgspec.field(default_factory=WitnessSection)
+    upgrade: UpgradeSection = msgspec.field(default_factory=UpgradeSection)
+    hooks: HooksSection = msgspec.field(default_factory=HooksSection)
+    report: ReportSection = msgspec.field(default_factory=ReportSection)

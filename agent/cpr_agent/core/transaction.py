@@ -6,8 +6,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from itertools import groupby
+
+import msgspec
 
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.jobs import Job
@@ -36,13 +37,12 @@ _UNTOUCHED = "no guest was stopped"
 Findings = Callable[[], Awaitable[list[Finding]]]
 
 
-@dataclass
-class SortedOut:
+class SortedOut(msgspec.Struct):
     """VMs by what will become of them, with the errors that say why."""
 
-    saveable: list[Vm] = field(default_factory=list)
-    unsaveable: list[tuple[Vm, CprError]] = field(default_factory=list)
-    refused: list[tuple[Vm, CprError]] = field(default_factory=list)
+    saveable: list[Vm] = msgspec.field(default_factory=list)
+    unsaveable: list[tuple[Vm, CprError]] = msgspec.field(default_factory=list)
+    refused: list[tuple[Vm, CprError]] = msgspec.field(default_factory=list)
 
 
 class Transaction:

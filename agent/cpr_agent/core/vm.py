@@ -8,8 +8,9 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.hooks import after_load, before_save, vetoes

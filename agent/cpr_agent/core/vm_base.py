@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import replace
 from itertools import takewhile
+
+from msgspec.structs import replace
 
 from cpr_agent.core.model import (
     Definition,

@@ -15,8 +15,10 @@ import stat
 import struct
 import subprocess
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from cpr_agent.core.command_line import without_boot_loader
 from cpr_agent.core.model import Finding, Kernel
@@ -265,8 +267,7 @@ class InstalledKernels:
             return ""
 
 
-@dataclass(frozen=True)
-class _Modules:
+class _Modules(msgspec.Struct, frozen=True):
     """What modules.builtin and modules.dep say (modules.dep(5)); of each module, the file and those that it depends on."""
 
     directory: Path

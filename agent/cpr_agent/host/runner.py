@@ -10,10 +10,10 @@ import pwd
 import select
 import subprocess
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from cpr_agent.core.model import Launch
 from cpr_agent.core.ports import Qemu

@@ -9,9 +9,10 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from cpr_agent.core.model import DiskIdentity
 from cpr_agent.host import sockets

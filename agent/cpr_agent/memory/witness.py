@@ -20,11 +20,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate, islice
 
 import xxhash
+from msgspec.structs import replace
 
 from cpr_agent.core.model import Located, MemoryIdentity, Witness
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+
+import msgspec
 
 OUTCOMES = ("done", "held", "rolled-back", "refused")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Numbers:
+class Numbers(msgspec.Struct, frozen=True, kw_only=True):
     """By VM: the state, the last pause (s), the size of the live checkpoint's state, whether it is held."""
 
     version: str
     kernel: str
-    states: Mapping[str, str] = field(default_factory=dict)
+    states: Mapping[str, str] = msgspec.field(default_factory=dict)
     known_states: tuple[str, ...] = ()
-    pauses: Mapping[str, float] = field(default_factory=dict)
-    checkpoints: Mapping[str, int] = field(default_factory=dict)
+    pauses: Mapping[str, float] = msgspec.field(default_factory=dict)
+    checkpoints: Mapping[str, int] = msgspec.field(default_factory=dict)
     held: frozenset[str] = frozenset()
     kind: str = ""
     """Of the last upgrade; "" if there was none."""

@@ -7,8 +7,9 @@ definitions, kernels and QEMU.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Any, NamedTuple
+
+import msgspec
 
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.report.picture import css_class, draw
@@ -60,7 +61,7 @@ def render(story: Story, form: str) -> str:
 
 def document(story: Story) -> dict[str, Any]:
     """As docs/insight.md has its fields."""
-    out = asdict(story)
+    out: dict[str, Any] = msgspec.to_builtins(story)
     out |= {"headline": headline(story), "verdict": verdict(story)._asdict(), "remarks": _remarks(story)}
     for guest in out["guests"]:
         timeline = guest.pop("timeline") or {}

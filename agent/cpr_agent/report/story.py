@@ -6,8 +6,9 @@ Only what is on record is told: a phase that nobody noted is not there, and neit
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from cpr_agent import __version__
 from cpr_agent.errors import NoSuchReport
@@ -20,8 +21,7 @@ _NAMED_IN_ERROR = 5
 _ENDS = ("refused", "checked", "rolled-back", "done", "held")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     """A phase, from ``begin`` to ``end`` (epoch s)."""
 
     name: str
@@ -33,8 +33,7 @@ class Span:
         return self.end - self.begin
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuestStory:
+class GuestStory(msgspec.Struct, frozen=True, kw_only=True):
     """One guest's way. ``outcome``: "went on" in a new QEMU; "resumed" where it was, because all was taken back;
     "not saved" and running on; "held"; "saved", and waiting; "shut down"; "booted anew"."""
 
@@ -48,8 +47,7 @@ class GuestStory:
     timeline: GuestTimeline | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Story:
+class Story(msgspec.Struct, frozen=True, kw_only=True):
     """``kind``: of the ledger's, or "load" for a single one. ``outcome``: the last phase, for a load "done". Times in epoch
     seconds; ``phases`` are the host's."""
 
@@ -79,12 +77,11 @@ class Story:
         return [guest for guest in self.guests if guest.outcome == outcome]
 
 
-@dataclass
-class _Chapter:
+class _Chapter(msgspec.Struct):
     """The records from an upgrade's first to the next one's first."""
 
     id: str
-    records: list[Record] = field(default_factory=list)
+    records: list[Record] = msgspec.field(default_factory=list)
 
     def at(self, *phases: str) -> float:
         """When the first of these was entered first; 0 if none was."""

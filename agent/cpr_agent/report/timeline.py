@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuestTimeline:
+class GuestTimeline(msgspec.Struct, frozen=True, kw_only=True):
     """One guest's way through a save and a load. Times are epoch seconds.
 
     ``shutdown_at`` (the old kernel's userspace ended) and ``userspace_at`` (the new one's began) are 0 if the host was not

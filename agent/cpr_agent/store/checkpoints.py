@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
 from cpr_agent.core.paths import doubt

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from cpr_agent.core.model import RAM_ID, Definition, Launch, Located, Manifest, MemoryIdentity, MemorySection, Ram, ram_of
 

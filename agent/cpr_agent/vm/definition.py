@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 import tomllib
@@ -32,7 +31,7 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: object) -> T:
-    """Read ``path``, or ``raw`` in its place, as the dataclass ``into``; keys are written with dashes. Raises
+    """Read ``path``, or ``raw`` in its place, as the struct ``into``; keys are written with dashes. Raises
     InvalidDefinition, OSError."""
     raw = path.read_bytes() if raw is None else raw
     try:
@@ -49,7 +48,7 @@ def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: ob
 def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[str, Any]:
     """``table`` with field names for keys; a key that ``into`` does not have is an error."""
     hints = get_type_hints(into)
-    keys = {f.name.replace("_", "-"): f.name for f in dataclasses.fields(into) if f.name not in ("name", "digest")}
+    keys = {f.name.replace("_", "-"): f.name for f in msgspec.structs.fields(into) if f.name not in ("name", "digest")}
     out = {}
     for key, value in table.items():
         if key not in keys:
@@ -68,7 +67,8 @@ def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[st
 
 
 def _nested(value: Any, kind: Any, path: Path, prefix: str) -> Any:
-    return _known(value, kind, path, prefix) if dataclasses.is_dataclass(kind) and isinstance(value, dict) else value
+    nested = isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict)
+    return _known(value, kind, path, prefix) if nested else value
 
 
 class DefinitionDirectory:

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from cpr_agent.core.model import CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed

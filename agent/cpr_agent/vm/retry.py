@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-import tenacity
-
 T = TypeVar("T")
 
 
@@ -17,6 +15,11 @@ async def until(
 
     From 5 ms doubling to ``slowest_s``. Returns the last answer, good or not; errors of ``probe`` pass through at once.
     """
+    answer = await probe()
+    if good(answer):
+        return answer
+    import tenacity  # where the first answer is good, as it mostly is, no guest waits for this at boot
+
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_delay(timeout_s),
         wait=tenacity.wait_exponential(multiplier=0.005, max=slowest_s),
