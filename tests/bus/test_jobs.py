@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from dbus_next.message import Message
+from dbus_next.signature import Variant
 
 from cpr_agent.bus.client import CallError, Client, plain
 from cpr_agent.bus.contract import read_contract
@@ -89,6 +90,37 @@ def test_a_job_can_be_watched_and_cancelled(lab: Lab, waiting: Guest, tmp_path: 
     (tmp_path / "gate").unlink()
     waiting.load()
     waiting.assert_unbroken()
+
+
+def test_a_call_can_wait_for_the_end_of_its_job(lab: Lab, waiting: Guest, tmp_path: Path) -> None:
+    """As cpr-load.service calls it: by busctl alone."""
+    wait = {"wait": Variant("b", True)}
+
+    async def over(answer: str) -> Any:
+        async with Client.connected(lab.address) as client, asyncio.timeout(PATIENCE_S):
+            old = await main_pid(client)
+            loading = asyncio.create_task(client.manager("LoadAll", "a{sv}", wait))
+            await until_loading(client, old)
+            assert not loading.done()
+            await (asyncio.to_thread((tmp_path / "gate").write_text, "go\n") if answer else cancel(client))
+            return await loading
+
+    async def cancel(client: Client) -> None:
+        (job,) = (await client.properties(ROOT, "Manager"))["Jobs"]
+        await client.call(job, "org.cpragent1.Job", "Cancel")
+
+    with pytest.raises(CallError, match=r"\(load-all\) was cancelled"):
+        asyncio.run(over(""))
+    assert asyncio.run(over("go")).startswith(f"{ROOT}/job/")
+    waiting.assert_unbroken()
+    nothing = lab.client(lambda client: client.manager("LoadAll", "a{sv}", wait))
+    assert nothing.startswith(f"{ROOT}/job/")
+    waiting.save()
+    manifest = lab.state / "checkpoints/web1/manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    with pytest.raises(CallError, match="manifest.*cannot be read") as failed:
+        lab.client(lambda client: client.manager("LoadAll", "a{sv}", wait))
+    assert failed.value.kind == "LoadFailed"
 
 
 def test_a_vm_in_the_middle_of_a_load_is_busy(lab: Lab, waiting: Guest, tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ class BaseRunner(ABC):
     def __init__(self, run_dir: Path, log_dir: Path) -> None:
         self._run_dir = run_dir
         self._log_dir = log_dir
-        self._read: dict[Path, tuple[tuple[int, int], Launch]] = {}
+        self._in_second = {path.name for path in (run_dir / "second").glob("*")}
+        self._launched = run_dir / "launched"
+        self._read: dict[str, tuple[tuple[int, int], Launch]] = {}
 
     async def active(self, name: str, *, beside: bool = False) -> int:
         return await self._main_pid(self._place(name, beside=beside))
@@ -51,12 +53,13 @@ class BaseRunner(ABC):
         return await LiveQemu.connect(name, self._directory(place) / "agent.sock", timeout_s)
 
     def adopt(self, name: str) -> None:
-        marker = self._marker(name)
-        if marker.exists():
+        marker = self._run_dir / "second" / name
+        if name in self._in_second:
             marker.unlink()
         else:
             make_private_directory(marker.parent)
             marker.touch()
+        self._in_second ^= {name}
         self._point_admin(name)
 
     def directory(self, name: str, *, beside: bool = False) -> str:
@@ -65,18 +68,18 @@ class BaseRunner(ABC):
     def launched(self, name: str, *, beside: bool = False) -> Launch | None:
         """Each VM that is started or loaded asks what memory all the others have: a record is read once, as it is replaced
         as a whole or not at all."""
-        path = self._record(self._place(name, beside=beside))
+        place = self._place(name, beside=beside)
         try:
-            info = path.stat()
+            info = os.stat(f"{self._launched}/{place}.json")  # noqa: PTH116 - for each of them
             version = info.st_ino, info.st_mtime_ns
-            if path not in self._read or self._read[path][0] != version:
-                self._read[path] = version, read_launch(path.read_bytes())
-            return self._read[path][1]
+            if place not in self._read or self._read[place][0] != version:
+                self._read[place] = version, read_launch(self._record(place).read_bytes())
+            return self._read[place][1]
         except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
     def launched_all(self) -> list[str]:
-        return sorted({path.stem.removesuffix(SECOND) for path in self._record("").parent.glob("*.json")})
+        return sorted({path.stem.removesuffix(SECOND) for path in self._launched.glob("*.json")})
 
     def log_tail(self, name: str, *, beside: bool = False) -> str:
         launch = self.launched(name, beside=beside)
@@ -108,7 +111,7 @@ class BaseRunner(ABC):
 
     def _place(self, name: str, *, beside: bool = False) -> str:
         """Where the VM's own QEMU lives, or the one beside it."""
-        return f"{name}{SECOND}" if self._marker(name).exists() != beside else name
+        return f"{name}{SECOND}" if (name in self._in_second) != beside else name
 
     def _point_admin(self, name: str) -> None:
         """The admin's socket has one path, whichever place the VM is in; a link leads to the second one's."""
@@ -143,10 +146,7 @@ class BaseRunner(ABC):
         return self._run_dir / "vm" / place
 
     def _record(self, place: str) -> Path:
-        return self._run_dir / "launched" / f"{place}.json"
-
-    def _marker(self, name: str) -> Path:
-        return self._run_dir / "second" / name
+        return self._launched / f"{place}.json"
 
 
 def reap_when_done(child: subprocess.Popen[bytes]) -> None:

@@ -27,6 +27,7 @@ class ThisHost:
 
     def __init__(self, userspace_at: Callable[[], float] = lambda: 0.0) -> None:
         self._userspace_at = userspace_at
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._digests: dict[tuple[int, int, int], str] = {}
 
     def now(self) -> float:
@@ -37,7 +38,7 @@ class ThisHost:
 
     def boot_id(self) -> str:
         """random(4): new at each boot, also after a kexec."""
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return self._boot_id
 
     def kernel(self) -> str:
         return os.uname().release

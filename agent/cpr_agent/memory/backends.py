@@ -8,8 +8,11 @@ import os
 import pwd
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -31,6 +34,7 @@ from cpr_agent.memory.witness import is_blank, measure_witness, new_witness, pre
 
 MOUNTS = Path("/proc/self/mountinfo")
 PAGE = 4096
+T = TypeVar("T")
 KEPT = "the checkpoint and the memory are kept as they are"
 REMEDIES = {
     errno.ENOMEM: "if it is in hugetlbfs: see HugePages_Free in /proc/meminfo, free as many as it lacks, and try again",
@@ -43,7 +47,10 @@ class HostMemory:
 
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
-        self._census = Census()
+        # What Python itself has to do for thousands of pages or files is the work of one thread: two that want the
+        # interpreter at each system call take nearly twice as long as one after the other.
+        self._thread = ThreadPoolExecutor(1, "memory")
+        self._census = Census(self._thread)
 
     def devices(self) -> list[DaxDevice]:
         return self._devices.list()
@@ -113,7 +120,11 @@ class HostMemory:
 
     async def witness(self, located: Sequence[Located], like: Witness) -> Witness:
         with _reading(located, left=KEPT):
-            return await asyncio.to_thread(take_witness, located, like)
+            return await self._run(like, partial(take_witness, located, like))
+
+    async def _run(self, like: Witness, work: Callable[[], T]) -> T:
+        """A full one, which takes its time and has threads of its own, keeps nobody waiting."""
+        return await asyncio.get_running_loop().run_in_executor(None if like.kind == "full" else self._thread, work)
 
     @asynccontextmanager
     async def prepared_witness(
@@ -121,12 +132,12 @@ class HostMemory:
     ) -> AsyncIterator[Callable[[], Awaitable[Witness]]]:
         async def taken() -> Witness:
             with _reading(located):
-                return await asyncio.to_thread(take)
+                return await self._run(like, take)
 
         at_end = ExitStack()
         try:
             with _reading(located):
-                take = await asyncio.to_thread(at_end.enter_context, prepared_witness(located, like))
+                take = await self._run(like, partial(at_end.enter_context, prepared_witness(located, like)))
             yield taken
         finally:
             asyncio.get_running_loop().run_in_executor(None, at_end.close)  # nobody need wait for that

@@ -6,6 +6,7 @@ import asyncio
 import os
 import stat
 from collections.abc import Collection, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ class Wanted(NamedTuple):
 class Census:
     """Looks through all processes, once for all who ask while it is busy: each of a host's guests waits for the answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, thread: Executor | None = None) -> None:
+        self._thread = thread
         self._asked: dict[Wanted, asyncio.Future[Users]] = {}
         self._walk: asyncio.Task[None] | None = None
 
@@ -51,7 +53,7 @@ class Census:
         while self._asked:
             asked, self._asked = self._asked, {}
             try:
-                found = await asyncio.to_thread(find_users, list(asked))
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, find_users, list(asked))
             except OSError as error:
                 for answer in asked.values():
                     answer.set_exception(error)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 
 import xxhash
 from msgspec.structs import replace
@@ -33,6 +33,7 @@ DEFAULT_PAGES = 4096
 MEASURED_BYTES = 1 << 30
 """Of a full witness, to know what the whole costs: a multiple of each alignment that device-dax has."""
 _CHUNK = 2 << 20
+_SEGMENT = 64 << 20
 _Piece = memoryview | tuple[int, int, int]
 """Mapped memory; or descriptor, length and offset (bytes), to be read."""
 
@@ -49,8 +50,7 @@ def take_witness(located: Sequence[Located], like: Witness) -> Witness:
     if like.kind == "off":
         return like
     if like.kind == "full":
-        with _all_mapped(located) as ram:
-            return replace(like, digest=_full(ram))
+        return replace(like, digest=_full(located))
     return replace(like, digest=(_sampled if like.chosen_by == "shake-128" else _sampled_at_random)(located, like))
 
 
@@ -64,7 +64,7 @@ def prepared_witness(located: Sequence[Located], like: Witness) -> Iterator[Call
     head, parts = _parts([one.identity.size_bytes for one in located], like)
     with ExitStack() as at_end:
         fds = [at_end.enter_context(_opened(one)) for one in located]
-        ram = [at_end.enter_context(_mapping(fd, one.identity)) for fd, one in zip(fds, located, strict=True)]
+        ram = [at_end.enter_context(_mapped_from(fd, one.identity)) for fd, one in zip(fds, located, strict=True)]
         pieces: list[_Piece] = []
         at_end.callback(pieces.clear)  # nothing may refer to a mapping that ends
         for number, begin, length in parts:
@@ -102,7 +102,7 @@ def is_blank(located: Sequence[Located]) -> bool:
     """Blocking; raises OSError."""
     zeros = bytes(_CHUNK)
     with _all_mapped(located) as ram:
-        return all(piece == zeros[: len(piece)] for piece in _pieces(ram))
+        return all(piece == zeros[: len(piece)] for one in ram for piece in _pieces(one))
 
 
 @contextmanager
@@ -121,16 +121,18 @@ def _opened(located: Located) -> Iterator[int]:
 
 
 @contextmanager
-def _mapping(fd: int, identity: MemoryIdentity) -> Iterator[memoryview]:
+def _mapped_from(fd: int, identity: MemoryIdentity, begin: int = 0, length: int = 0) -> Iterator[memoryview]:
+    """``length`` bytes of it from ``begin`` on; by default all."""
     # device-dax takes MAP_SHARED only, in multiples of its alignment; definitions are checked for that.
-    mapping = mmap.mmap(fd, identity.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=identity.offset_bytes)
+    at = identity.offset_bytes + begin
+    mapping = mmap.mmap(fd, length or identity.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=at)
     with mapping, memoryview(mapping) as ram:
         yield ram
 
 
 @contextmanager
 def _mapped(located: Located) -> Iterator[memoryview]:
-    with _opened(located) as fd, _mapping(fd, located.identity) as ram:
+    with _opened(located) as fd, _mapped_from(fd, located.identity) as ram:
         yield ram
 
 
@@ -221,20 +223,27 @@ def _sampled_at_random(located: Sequence[Located], like: Witness) -> str:
     return digest.hexdigest()
 
 
-def _full(ram: Sequence[memoryview]) -> str:
-    whole, threads = xxhash.xxh3_128(), os.cpu_count() or 1
-    count = sum(-(-len(one) // _CHUNK) for one in ram)
-    each = -(-count // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        # A thread's pieces are a run of them: a task for each would cost as much as a tenth of the hashing.
-        for digests in pool.map(lambda at: _digests(islice(_pieces(ram), at, at + each)), range(0, count, each)):
-            whole.update(digests)
+def _full(located: Sequence[Located]) -> str:
+    """Each thread maps a segment at a time, and lets go of it while the others go on: at the end of a mapping of all of a
+    large guest's RAM one thread would be busy with page tables for as long as a sixth of the hashing."""
+    whole = xxhash.xxh3_128()
+    with ExitStack() as at_end:
+        segments: list[tuple[int, MemoryIdentity, int, int]] = []
+        for one in located:
+            fd, identity = at_end.enter_context(_opened(one)), one.identity
+            step = max(_SEGMENT, identity.align_bytes, identity.page_bytes)
+            begins = range(0, identity.size_bytes, step)
+            segments += [(fd, identity, begin, min(step, identity.size_bytes - begin)) for begin in begins]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for digests in pool.map(_digests, segments):
+                whole.update(digests)
     return whole.hexdigest()
 
 
-def _digests(pieces: Iterable[memoryview]) -> bytes:
-    return b"".join(map(xxhash.xxh3_128_digest, pieces))
+def _digests(segment: tuple[int, MemoryIdentity, int, int]) -> bytes:
+    with _mapped_from(*segment) as ram:
+        return b"".join(map(xxhash.xxh3_128_digest, _pieces(ram)))
 
 
-def _pieces(ram: Sequence[memoryview]) -> Iterator[memoryview]:
-    return (one[at : at + _CHUNK] for one in ram for at in range(0, len(one), _CHUNK))
+def _pieces(ram: memoryview) -> Iterator[memoryview]:
+    return (ram[at : at + _CHUNK] for at in range(0, len(ram), _CHUNK))

@@ -35,6 +35,7 @@ class LiveQemu:
         self._qmp = qmp
         self._dialect: Dialect | None = None
         self._transfers: bool | None = None
+        self._version = ""
 
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float) -> LiveQemu:
@@ -95,10 +96,12 @@ class LiveQemu:
         return out
 
     async def version(self) -> str:
-        version = await self._qmp.execute("query-version")
-        number = version["qemu"]
-        package = f" ({version['package']})" if version["package"] else ""
-        return f"{number['major']}.{number['minor']}.{number['micro']}{package}"
+        if not self._version:
+            version = await self._qmp.execute("query-version")
+            number = version["qemu"]
+            package = f" ({version['package']})" if version["package"] else ""
+            self._version = f"{number['major']}.{number['minor']}.{number['micro']}{package}"
+        return self._version
 
     async def _machine_type(self) -> str:
         machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
