@@ -71,16 +71,11 @@ def prepared_witness(located: Sequence[Located], like: Witness) -> Iterator[Call
             identity = located[number].identity
             at = identity.offset_bytes + begin
             if len(parts) == len(located) or _is_there(fds[number], at, identity):
-                pieces.append(_touched(ram[number][begin : begin + length]))
+                pieces.append(ram[number][begin : begin + length])
             else:
                 pieces.append((fds[number], length, at))
+        _digest(like.seed, head, pieces)  # page faults and caches are had then, and what can't be read is known
         yield lambda: replace(like, digest=_digest(like.seed, head, pieces))
-
-
-def _touched(piece: memoryview) -> memoryview:
-    """After its page faults."""
-    piece[::PAGE].tobytes()
-    return piece
 
 
 def measure_witness(located: Sequence[Located], like: Witness) -> tuple[str, float]:

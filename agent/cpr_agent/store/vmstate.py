@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import stat
-from typing import Any
 
 import msgspec
 
@@ -23,6 +22,16 @@ VERSION = 3
 _CONFIGURATION = b"\x07"
 _DESCRIPTION = b"\x06"
 """QEMU_VM_CONFIGURATION and QEMU_VM_VMDESCRIPTION, the bytes that begin these sections."""
+
+
+class _Device(msgspec.Struct):
+    name: str = ""
+
+
+class _Description(msgspec.Struct):
+    """What is looked at of it; the rest is a hundred kilobytes of fields of devices."""
+
+    devices: tuple[_Device, ...] = ()
 
 
 def inspect(fd: int, path: str, vm: str) -> Vmstate:
@@ -39,13 +48,13 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
         problem = _header_problem(data)
     if problem:
         raise NotVmstate(f"{path} is not a QEMU state file: {problem}", vm=vm, left="nothing was loaded")
-    devices = _description(data).get("devices", ())
+    devices = _description(data).devices
     return Vmstate(
         path=path,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         machine=_machine(data),
-        cpus=sum(device.get("name") == "cpu_common" for device in devices),
+        cpus=sum(device.name == "cpu_common" for device in devices),
     )
 
 
@@ -67,11 +76,11 @@ def _machine(data: bytes) -> str:
     return data[13 : 13 + length].decode("ascii", "replace")
 
 
-def _description(data: bytes) -> dict[str, Any]:
+def _description(data: bytes) -> _Description:
     """The file's last section; empty if the file was cut off before its end."""
     at = len(data)
     while (at := data.rfind(_DESCRIPTION, 0, at)) > 0:
         if int.from_bytes(data[at + 1 : at + 5], "big") == len(data) - at - 5:
             with contextlib.suppress(msgspec.MsgspecError):
-                return msgspec.json.decode(data[at + 5 :], type=dict[str, Any])
-    return {}
+                return msgspec.json.decode(data[at + 5 :], type=_Description)
+    return _Description()
