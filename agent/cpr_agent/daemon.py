@@ -30,6 +30,7 @@ from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watch
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
+from cpr_agent.report.words import counted
 from cpr_agent.store.atomic import locked, make_private_directory, write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.history import History
@@ -154,8 +155,9 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     loop.add_signal_handler(signal.SIGHUP, lambda: manager.jobs.start("reload", lambda _: manager.reload()))
     gc.freeze()  # what is there by now stays: no collection need look through it while a guest stands still
     gc.enable()
-    log.info("cpr-agentd %s: %d VMs, run as %s", __version__, len(manager.vms), "units" if units else "processes")
-    notify(ready=1, status=f"{len(manager.vms)} VMs")
+    known = counted(len(manager.vms), "VM")
+    log.info("cpr-agentd %s: %s, run as %s", __version__, known, "units" if units else "processes")
+    notify(ready=1, status=known)
 
     watchdog = loop.create_task(_feed_watchdog())
     publishing = loop.create_task(published.run())

@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cpr_agent.report.words import counted
+
 WIDE = 1 << 16
 STYLES = {
     "running": "green",
@@ -78,7 +80,8 @@ def vms(data: list[dict[str, Any]]) -> None:
 def agent(data: dict[str, Any]) -> None:
     newer = [f"newest installed: {version}" for version in data["Kernels"][:1] if version != data["Kernel"]]
     kernel = ", ".join([f"kernel {data['Kernel']}", *newer])
-    _print(f"cpr-agent {data['Version']}, {len(data['VMs'])} VMs, {len(data['Jobs'])} jobs under way; {kernel}")
+    known, under_way = counted(len(data["VMs"]), "VM"), counted(len(data["Jobs"]), "job")
+    _print(f"cpr-agent {data['Version']}, {known}, {under_way} under way; {kernel}")
     for job in data["Jobs"]:
         _print(f"job {job['Id']}: {job['Kind']}, {job['Progress']:.0%}, {job['Step']}")
     vms(data["VMs"])
@@ -95,7 +98,8 @@ def _upgrade(data: dict[str, Any]) -> str:
     to = f" -> {data['kernel-to']}" if data["kernel-to"] else ""
     words = [f"last {data['kind']}, {since}: {_styled(data['phase'])}, kernel {data['kernel-from']}{to}"]
     if data["loaded"]:
-        words.append(f"{len(data['loaded'])} guests loaded, longest pause {data['longest-pause']:.1f} s")
+        loaded = counted(len(data["loaded"]), "guest")
+        words.append(f"{loaded} loaded, longest pause {data['longest-pause']:.1f} s")
     words += [f"[yellow]started afresh: {vm}[/]" for vm in data["cold-started"]]
     words += [data["reason"]] if data["reason"] else []
     words += [f"[red]{failure}[/]" for failure in data["failures"]]

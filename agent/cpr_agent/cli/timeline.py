@@ -17,7 +17,7 @@ from cpr_agent.report.words import length
 PIPE_WIDTH = 120
 MIN_BAR = 20
 PHASES = {
-    "check": ("c", "grey62"),
+    "check": ("c", "grey46"),
     "save": ("s", "blue"),
     "shutdown": ("d", "sky_blue1"),
     "saved": ("-", "sky_blue1"),

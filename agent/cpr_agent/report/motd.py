@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpr_agent.report.words import length, moment, printable
+from cpr_agent.report.words import counted, length, moment, printable
 
 _WORDS = {
-    "done": "{loaded} guests went on, longest pause {pause}",
-    "held": "{loaded} guests went on, longest pause {pause}",
+    "done": "{guests} went on, longest pause {pause}",
+    "held": "{guests} went on, longest pause {pause}",
     "rolled-back": "all was taken back",
 }
 
@@ -21,7 +21,7 @@ def line(
     if phase in _WORDS:
         before, after = kernels
         way = f"{before} -> {after}" if after and after != before else before
-        went = _WORDS[phase].format(loaded=loaded, pause=length(pause_s))
+        went = _WORDS[phase].format(guests=counted(loaded, "guest"), pause=length(pause_s))
         parts.append(f"{kind} {way}, {moment(at)}: {phase.replace('-', ' ')}, {went}.")
     if held:
         names = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")

@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return re.sub(_NOT_IN_XML, "\N{REPLACEMENT CHARACTER}", text)
 
 
+def counted(count: int, what: str) -> str:
+    """``1 guest``, ``2 guests``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def length(seconds: float) -> str:
     """Three digits or so: ``12 ms``, ``4.31 s``, ``42.1 s``, ``1 min 12 s``, ``2 h 03 min``, ``3 d 04 h``."""
     if seconds < 0.9995:
