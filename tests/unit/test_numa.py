@@ -405,6 +405,24 @@ def test_either_may_be_in_no_other_process(saved: Bench) -> None:
     saved.vm(load)
 
 
+def test_a_qemu_that_ends_while_it_is_looked_for_is_no_stranger(saved: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a VM beside it on the same device, which is just being loaded: it was seen, and then had no owner any more."""
+    walks: list[list[tuple[str, int]]] = []
+
+    async def users(_: HostMemory, __: Located) -> list[tuple[str, int]]:
+        return walks.pop(0)
+
+    monkeypatch.setattr(HostMemory, "users", users)
+    walks += [[("qemu", 4711)], [], [("qemu", 4712)], []]
+    saved.vm(load)
+    saved.vm(save)
+    saved.runner.end("web1")
+    walks += [[("thief", 4711)], [], [("thief", 4711)], []]
+    with pytest.raises(MemoryInUse, match=r"a\.ram is in use by thief \(4711\)"):
+        saved.vm(load)
+    assert not walks
+
+
 def test_memory_that_is_zero_is_lost_only_if_all_of_it_is(tmp_path: Path) -> None:
     """A node that the guest has never touched is zero, too."""
     bench = numa(tmp_path, "a.ram", "b.ram")

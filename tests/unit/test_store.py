@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +19,7 @@ from cpr_agent.core.model import MANIFEST_SCHEMA, Difference, Held, Manifest, Vm
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
 from cpr_agent.host.processes import ProcessRunner
 from cpr_agent.host.this_host import ThisHost
+from cpr_agent.report.timeline import GuestTimeline
 from cpr_agent.store import vmstate
 from cpr_agent.store.atomic import write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore
@@ -272,3 +276,52 @@ def test_a_checkpoint_of_a_newer_agent_is_not_guessed_at(store: CheckpointStore)
     said = f"its schema is {MANIFEST_SCHEMA + 1}, this agent reads up to {MANIFEST_SCHEMA}"
     with pytest.raises(CheckpointUnreadable, match=said):
         store.live("web1")
+
+
+FIRST_READS = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+import cpr_agent.daemon
+from pathlib import Path
+from cpr_agent.store import checkpoints, history, schema, vmstate
+from cpr_agent.vm.definition import read_definition
+
+state, manifest, timeline, held, definition = (path.read_bytes() for path in map(Path, sys.argv[1:]))
+together = threading.Barrier(8)
+
+
+def read():
+    together.wait()
+    assert vmstate._description(state).devices[0].name == "timer"
+    assert schema.read_manifest(manifest).vm == "web1"
+    assert history._TIMELINE.decode(timeline).vm == "web1"
+    assert checkpoints._HELD.decode(held).reason == "why"
+    assert read_definition(Path("web1.toml"), definition).name == "web1"
+
+
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_may_be_the_first_to_read_anything(tmp_path: Path) -> None:
+    """An agent ended in a segmentation fault as three guests were saved: msgspec worked out the same type in three threads.
+    Without its decoders this fails in one run of three."""
+    description = b'{"devices": [{"name": "timer", "instance_id": 0}]}'
+    at = dict.fromkeys(("stopped_at", "saved_at", "shutdown_at", "userspace_at", "load_at", "memory_at", "resumed_at"), 1.0)
+    timeline = GuestTimeline(id="c0ffee", vm="web1", upgrade="", kernel_before="", kernel_after="", by_kexec=True, **at)
+    contents = (
+        STATE + b"\x06" + len(description).to_bytes(4, "big") + description,
+        msgspec.json.encode(manifest()),
+        msgspec.json.encode(timeline),
+        msgspec.json.encode(Held(reason="why", evidence=(Difference("a", "b", "c"),))),
+        b'[memory]\nsize = "64M"\ndevice = "/dev/shm/web1"\n[vm]\n[save]\ntimeout = "20s"\n',
+    )
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    for _ in range(12):
+        subprocess.run([sys.executable, "-c", FIRST_READS, *paths], check=True)

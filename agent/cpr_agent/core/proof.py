@@ -72,23 +72,35 @@ def refuse_overlap(vm: str, ram: Ram, claims: list[tuple[str, MemoryIdentity]]) 
 
 async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], *own_pids: int) -> None:
     """Nobody but other VMs of this agent (their ranges were compared) may have the memory. Raises MemoryInUse."""
+    strangers = await _strangers(ports, vm, located, own_pids)
+    if strangers:
+        # A QEMU that ended after it was seen was nobody's by the time that its owner was looked for. Nobody sees it again.
+        seen = {pid for _, _, pid in strangers}
+        strangers = [one for one in await _strangers(ports, vm, located, own_pids) if one[2] in seen]
+    for node in dict.fromkeys(node for node, _, _ in strangers):
+        raise MemoryInUse(
+            f"its memory {node} is in use by {', '.join(f'{name} ({pid})' for at, name, pid in strangers if at == node)}",
+            vm=vm,
+            left="nothing was started",
+            remedy="end that process, or find out why it is there",
+        )
+
+
+async def _strangers(
+    ports: Ports, vm: str, located: Sequence[Located], own_pids: Iterable[int]
+) -> list[tuple[str, str, int]]:
+    """Node, name and PID of each process that has some of the memory and is no QEMU of this agent."""
     found = await asyncio.gather(*(ports.memory.users(one) for one in located))
     # Afterwards: a QEMU may have come up meanwhile, also the VM's own.
     runner = ports.runner
     own = {*own_pids, await runner.active(vm)}
     if {pid for users in found for _, pid in users} <= own:
-        return  # what the agent's other VMs run need not be asked for, which takes long where they are many
+        return []  # what the agent's other VMs run need not be asked for, which takes long where they are many
     names = runner.launched_all()
     own |= {await runner.active(name) for name in names}
     own |= {await runner.active(name, beside=True) for name in names if name != vm}
-    for one, all_users in zip(located, found, strict=True):
-        if strangers := [f"{name} ({pid})" for name, pid in all_users if pid not in own]:
-            raise MemoryInUse(
-                f"its memory {one.node} is in use by {', '.join(strangers)}",
-                vm=vm,
-                left="nothing was started",
-                remedy="end that process, or find out why it is there",
-            )
+    pairs = zip(located, found, strict=True)
+    return [(one.node, name, pid) for one, users in pairs for name, pid in users if pid not in own]
 
 
 def refuse_spent(ports: Ports, manifest: Manifest) -> None:

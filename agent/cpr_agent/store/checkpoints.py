@@ -21,6 +21,9 @@ from cpr_agent.store import vmstate
 from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory, write_atomically
 from cpr_agent.store.schema import read_manifest
 
+_HELD = msgspec.json.Decoder(Held)
+"""See store/schema.py, READ."""
+
 
 class CheckpointStore:
     """``root`` is the checkpoints directory; ``file_directories`` are where callers may name state files of their own."""
@@ -129,7 +132,7 @@ class CheckpointStore:
 
     def held(self, vm: str) -> Held | None:
         try:
-            return msgspec.json.decode((self.root / vm / "held").read_bytes(), type=Held)
+            return _HELD.decode((self.root / vm / "held").read_bytes())
         except FileNotFoundError:
             return None
         except (msgspec.MsgspecError, ValueError) as error:

@@ -9,6 +9,9 @@ import msgspec
 from cpr_agent.report.timeline import GuestTimeline
 from cpr_agent.store.atomic import make_private_directory, write_atomically
 
+_TIMELINE = msgspec.json.Decoder(GuestTimeline)
+"""See store/schema.py, READ."""
+
 
 class History:
     """Each file is read once, and nobody else writes here."""
@@ -34,6 +37,6 @@ class History:
 
 def _decoded(path: Path) -> GuestTimeline | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=GuestTimeline)
+        return _TIMELINE.decode(path.read_bytes())
     except msgspec.MsgspecError:
         return None

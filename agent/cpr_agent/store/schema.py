@@ -9,6 +9,10 @@ import msgspec
 
 from cpr_agent.core.model import MANIFEST_SCHEMA, Launch, Manifest
 
+READ = msgspec.json.Decoder(tuple[Manifest, Launch])
+"""Not used itself: msgspec works a type out when it first reads one, and threads that are at that at once end in a
+segmentation fault (measured with 0.19 and 0.22). What threads may read has a decoder from the start, when there is one."""
+
 
 def read_launch(raw: bytes) -> Launch:
     """Raises msgspec.MsgspecError."""

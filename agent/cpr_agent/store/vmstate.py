@@ -34,6 +34,10 @@ class _Description(msgspec.Struct):
     devices: tuple[_Device, ...] = ()
 
 
+_DECODER = msgspec.json.Decoder(_Description)
+"""See store/schema.py, READ."""
+
+
 def inspect(fd: int, path: str, vm: str) -> Vmstate:
     """Read an open state file, once; the offset of ``fd`` stays. Raises NotVmstate, OSError."""
     problem = ""
@@ -82,5 +86,5 @@ def _description(data: bytes) -> _Description:
     while (at := data.rfind(_DESCRIPTION, 0, at)) > 0:
         if int.from_bytes(data[at + 1 : at + 5], "big") == len(data) - at - 5:
             with contextlib.suppress(msgspec.MsgspecError):
-                return msgspec.json.decode(data[at + 5 :], type=_Description)
+                return _DECODER.decode(data[at + 5 :])
     return _Description()

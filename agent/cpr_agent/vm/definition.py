@@ -30,6 +30,10 @@ def _decode(kind: type, value: Any) -> Any:
     return kind(value)
 
 
+READ = msgspec.json.Decoder(Definition, dec_hook=_decode)
+"""As that of store/schema.py."""
+
+
 def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: object) -> T:
     """Read ``path``, or ``raw`` in its place, as the struct ``into``; keys are written with dashes. Raises
     InvalidDefinition, OSError."""
