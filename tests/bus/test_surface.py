@@ -235,7 +235,7 @@ def test_cprctl_does_all_of_it(lab: Lab) -> None:
         (("history",), "total pause"),
         (("save", "--all", "--survives", "qemu-restart"), "done"),
         (("load", "--all"), "done"),
-        (("status",), "1 VMs"),
+        (("status",), "1 VM,"),
         (("devices",), ""),
         (("reload",), ""),
     ):
