@@ -77,9 +77,11 @@ async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], 
         # A QEMU that ended after it was seen was nobody's by the time that its owner was looked for. Nobody sees it again.
         seen = {pid for _, _, pid in strangers}
         strangers = [one for one in await _strangers(ports, vm, located, own_pids) if one[2] in seen]
-    for node in dict.fromkeys(node for node, _, _ in strangers):
+    if strangers:
+        node = strangers[0][0]
+        users = ", ".join(f"{name} ({pid})" for at, name, pid in strangers if at == node)
         raise MemoryInUse(
-            f"its memory {node} is in use by {', '.join(f'{name} ({pid})' for at, name, pid in strangers if at == node)}",
+            f"its memory {node} is in use by {users}",
             vm=vm,
             left="nothing was started",
             remedy="end that process, or find out why it is there",

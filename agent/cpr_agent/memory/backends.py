@@ -140,7 +140,7 @@ class HostMemory:
                 take = await self._run(like, partial(at_end.enter_context, prepared_witness(located, like)))
             yield taken
         finally:
-            asyncio.get_running_loop().run_in_executor(None, at_end.close)  # nobody need wait for that
+            self._thread.submit(at_end.close)  # after whatever is still under way; nobody need wait for that
 
     async def witness_cost_s(self, located: Sequence[Located], kind: str) -> tuple[str, float]:
         with _reading(located):
