@@ -61,21 +61,13 @@ def prepared_witness(located: Sequence[Located], like: Witness) -> Iterator[Call
     if like.kind != "sampled":
         yield lambda: take_witness(located, like)
         return
-    head, parts = _parts([one.identity.size_bytes for one in located], like)
-    with ExitStack() as at_end:
-        fds = [at_end.enter_context(_opened(one)) for one in located]
-        ram = [at_end.enter_context(_mapped_from(fd, one.identity)) for fd, one in zip(fds, located, strict=True)]
-        pieces: list[_Piece] = []
-        at_end.callback(pieces.clear)  # nothing may refer to a mapping that ends
-        for number, begin, length in parts:
-            identity = located[number].identity
-            at = identity.offset_bytes + begin
-            if len(parts) == len(located) or _is_there(fds[number], at, identity):
-                pieces.append(ram[number][begin : begin + length])
-            else:
-                pieces.append((fds[number], length, at))
-        _digest(like.seed, head, pieces)  # page faults and caches are had then, and what can't be read is known
-        yield lambda: replace(like, digest=_digest(like.seed, head, pieces))
+    with _sample(located, like) as (head, parts):
+        pieces = [*parts]
+        try:
+            _digest(like.seed, head, pieces)  # page faults and caches are had then, and what can't be read is known
+            yield lambda: replace(like, digest=_digest(like.seed, head, pieces))
+        finally:
+            pieces.clear()  # nothing may refer to a mapping that ends
 
 
 def measure_witness(located: Sequence[Located], like: Witness) -> tuple[str, float]:
@@ -160,19 +152,25 @@ def _parts(sizes: Sequence[int], like: Witness) -> tuple[bytes, list[tuple[int, 
 
 
 def _sampled(located: Sequence[Located], like: Witness) -> str:
-    """A guest waits for thousands of pages, all over its RAM: in a file each pread(2) is cheaper than the page fault of a
-    mapping. device-dax can't be read, but maps 2 MiB at once."""
+    with _sample(located, like) as (head, pieces):
+        return _digest(like.seed, head, pieces)
+
+
+@contextmanager
+def _sample(located: Sequence[Located], like: Witness) -> Iterator[tuple[bytes, Iterator[_Piece]]]:
+    """What is hashed: first the numbers of the pages, packed. A guest waits for thousands of them, all over its RAM: in a
+    file each pread(2) is cheaper than the page fault of a mapping, and its end. device-dax can't be read, but maps 2 MiB at
+    once."""
     head, parts = _parts([one.identity.size_bytes for one in located], like)
-    whole = len(parts) == len(located)
     with ExitStack() as at_end:
         readers: list[Callable[[int, int], _Piece]] = []
         for one in located:
             fd = at_end.enter_context(_opened(one))
-            if whole or not stat.S_ISREG(os.fstat(fd).st_mode):
-                readers.append(partial(_slice, at_end.enter_context(_mapped(one))))
+            if len(parts) == len(located) or not stat.S_ISREG(os.fstat(fd).st_mode):
+                readers.append(partial(_slice, at_end.enter_context(_mapped_from(fd, one.identity))))
             else:
                 readers.append(partial(_place, fd, one.identity.offset_bytes))
-        return _digest(like.seed, head, (readers[number](begin, length) for number, begin, length in parts))
+        yield head, (readers[number](begin, length) for number, begin, length in parts)
 
 
 def _slice(ram: memoryview, begin: int, length: int) -> memoryview:
@@ -188,17 +186,6 @@ def _digest(seed: int, head: bytes, pieces: Iterable[_Piece]) -> str:
     for piece in pieces:
         digest.update(os.pread(*piece) if isinstance(piece, tuple) else piece)
     return digest.hexdigest()
-
-
-def _is_there(fd: int, at: int, identity: MemoryIdentity) -> bool:
-    """Whether a page is in memory already, so that a look at it through a mapping takes none: not a hole of a tmpfs. (A
-    huge page would be taken and zeroed, and hugetlbfs does not tell its holes.)"""
-    if identity.kind == "devdax":
-        return True
-    try:
-        return identity.filesystem == "tmpfs" and os.lseek(fd, at, os.SEEK_DATA) == at
-    except OSError:  # ENXIO: there is nothing after it
-        return False
 
 
 def _sampled_at_random(located: Sequence[Located], like: Witness) -> str:
