@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+FASTEST_S = 0.005
 
 
 async def until(
@@ -20,9 +22,10 @@ async def until(
         return answer
     import tenacity  # where the first answer is good, as it mostly is, no guest waits for this at boot
 
+    await asyncio.sleep(FASTEST_S)
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_delay(timeout_s),
-        wait=tenacity.wait_exponential(multiplier=0.005, max=slowest_s),
+        wait=tenacity.wait_exponential(multiplier=FASTEST_S, max=slowest_s),
         retry=tenacity.retry_if_result(lambda answer: not good(answer)),
         retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
     )
