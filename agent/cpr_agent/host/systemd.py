@@ -1,7 +1,9 @@
 """VMs as units of systemd, and what else the agent asks of PID 1.
 
 ``sd_bus_call`` blocks with the GIL held (FACTS.md), so calls are short ones to PID 1 and waiting is done on signals, on a
-bus connection of its own: a call would swallow into its queue what the event loop waits for on the descriptor.
+bus connection of its own: a call would swallow into its queue what the event loop waits for on the descriptor. Signatures
+are those of org.freedesktop.systemd1(5); pystemd's own objects ask for an introspection of some 50 KB of XML each time that
+one is made, which takes longer than all else.
 """
 
 from __future__ import annotations
@@ -11,12 +13,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pystemd.base import SDObject
 from pystemd.daemon import notify as sd_notify
 from pystemd.daemon import watchdog_enabled
 from pystemd.dbusexc import DBusBaseError
-from pystemd.dbuslib import DBus
-from pystemd.systemd1 import Manager, Unit
+from pystemd.dbuslib import DBus, apply_signature, path_encode
 
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
@@ -26,7 +26,7 @@ JOB_TIMEOUT_S = 300.0
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
-_LOGIN = b"org.freedesktop.login1"
+_LOGIN = (b"org.freedesktop.login1", b"/org/freedesktop/login1", b"org.freedesktop.login1.Manager")
 _SHUTDOWNS = ("kexec.target", "reboot.target", "poweroff.target", "halt.target", "soft-reboot.target")
 RUNTIME_UNITS = Path("/run/systemd/system")
 DEFAULT_USER = "cpr-vm"
@@ -54,8 +54,7 @@ class Systemd:
     def __init__(self) -> None:
         self._calls = DBus()
         self._calls.open()
-        self._manager = Manager(bus=self._calls, _autoload=True)
-        self._manager.Manager.Subscribe()
+        self._call("Subscribe")
         self._signals = DBus()
         self._signals.open()
         self._jobs: dict[str, asyncio.Future[str]] = {}
@@ -78,27 +77,26 @@ class Systemd:
 
     async def start_unit(self, name: str, mode: str = "replace", timeout_s: float | None = JOB_TIMEOUT_S) -> str:
         """Start and wait for the job's end; returns its result, ``"done"`` if all is well."""
-        return await self.finished(self._manager.Manager.StartUnit(name.encode(), mode.encode()), timeout_s)
+        return await self.finished(self._call("StartUnit", "ss", name, mode), timeout_s)
 
     def queue_start(self, name: str) -> None:
-        self._manager.Manager.StartUnit(name.encode(), b"replace")
+        self._call("StartUnit", "ss", name, "replace")
 
     def kill_unit(self, name: str) -> None:
-        self._manager.Manager.KillUnit(name.encode(), b"all", 9)
+        self._call("KillUnit", "ssi", name, "all", 9)
 
     def forget_failure(self, name: str) -> None:
-        self._manager.Manager.ResetFailedUnit(name.encode())
+        self._call("ResetFailedUnit", "s", name)
 
     def reload(self) -> None:
-        self._manager.Manager.Reload()
+        self._call("Reload")
 
     def main_pid(self, name: str) -> int:
-        unit = Unit(name.encode(), bus=self._calls, _autoload=True)
-        return int(unit.Service.MainPID)
+        return int(self._property(_unit_path(name), "Service", "MainPID", "u"))
 
     def job_of(self, name: str) -> bytes | None:
         """The job that starts this unit (FACTS.md: ``kexec.target`` before a kexec, and not before other shutdowns)."""
-        jobs = self._manager.Manager.ListJobs()
+        jobs = self._call("ListJobs")
         return next((bytes(job[4]) for job in jobs if job[1] == name.encode() and job[2] == b"start"), None)
 
     def shutdown_pending(self) -> str:
@@ -108,30 +106,28 @@ class Systemd:
     def unit_file_state(self, name: str) -> str:
         """As `systemctl is-enabled` says; "" where there is no such unit."""
         try:
-            return bytes(self._manager.Manager.GetUnitFileState(name.encode())).decode()
+            return bytes(self._call("GetUnitFileState", "s", name)).decode()
         except DBusBaseError:
             return ""
 
     def active_state(self, name: str) -> str:
-        unit = Unit(name.encode(), bus=self._calls, _autoload=True)
-        return bytes(unit.Unit.ActiveState).decode()
+        return bytes(self._property(_unit_path(name), "Unit", "ActiveState", "s")).decode()
 
     def shutdown_blockers(self) -> list[tuple[str, str]]:
         """Who blocks a shutdown by logind, and why (org.freedesktop.login1(5), ListInhibitors)."""
         try:
-            login = SDObject(_LOGIN, b"/org/freedesktop/login1", bus=self._calls, _autoload=True)
-            inhibitors = login.Manager.ListInhibitors()
-        except (DBusBaseError, AttributeError):
+            reply = self._calls.call_method(*_LOGIN, b"ListInhibitors", [])
+        except DBusBaseError:
             return []
         return [
             (who.decode(), why.decode())
-            for what, who, why, mode, _, _ in inhibitors
+            for what, who, why, mode, _, _ in reply.body
             if b"shutdown" in what.split(b":") and mode.startswith(b"block")
         ]
 
     def userspace_at(self) -> float:
         """When this boot's userspace began, epoch seconds (org.freedesktop.systemd1(5))."""
-        return float(self._manager.Manager.UserspaceTimestamp) / 1e6
+        return float(self._property(_PATH, "Manager", "UserspaceTimestamp", "t")) / 1e6
 
     async def finished(self, job: bytes, timeout_s: float | None = JOB_TIMEOUT_S) -> str:
         """Wait until systemd has done with the job; returns its result, or "timeout"."""
@@ -144,6 +140,16 @@ class Systemd:
             return "timeout"
         finally:
             del self._jobs[job.decode()]
+
+    def _call(self, member: str, signature: str = "", *arguments: str | int) -> Any:
+        """One of the Manager's methods; raises DBusBaseError."""
+        plain = [one.encode() if isinstance(one, str) else one for one in arguments]
+        typed = apply_signature(signature.encode(), plain)
+        return self._calls.call_method(_NAME, _PATH, _MANAGER, member.encode(), typed).body
+
+    def _property(self, path: bytes, interface: str, name: str, kind: str) -> Any:
+        """Raises DBusBaseError."""
+        return self._calls.get_property(_NAME, path, _NAME + f".{interface}".encode(), name.encode(), kind.encode())
 
     def _drain(self) -> None:
         """sd_bus_process(3) does one thing a call, which may be one without a message: two empty ones are the end."""
@@ -202,6 +208,11 @@ class SystemdRunner(BaseRunner):
         else:
             drop_in.unlink()
         self._systemd.reload()
+
+
+def _unit_path(name: str) -> bytes:
+    """Reading it loads the unit, if there is such a file."""
+    return bytes(path_encode(_PATH + b"/unit", name.encode()))
 
 
 def _unit(place: str) -> str:
