@@ -9,7 +9,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -293,9 +294,9 @@ def test_a_census_answers_all_who_ask_by_few_walks(tmp_path: Path, monkeypatch: 
     """One walk for who came first, one for all who came while it was under way; each sees what was there when it asked."""
     walks: list[int] = []
 
-    def counted(wanted: Collection[users.Wanted]) -> dict[users.Wanted, users.Users]:
+    def counted(wanted: Collection[users.Wanted], own: Collection[int]) -> dict[users.Wanted, users.Users]:
         walks.append(len(wanted))
-        return find_users(wanted)
+        return find_users(wanted, own)
 
     find_users = users.find_users
     monkeypatch.setattr(users, "find_users", counted)
@@ -312,19 +313,38 @@ def test_a_census_answers_all_who_ask_by_few_walks(tmp_path: Path, monkeypatch: 
         await first
         return answers
 
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()", paths[7]],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with holder:
-        assert holder.stdin and holder.stdout
-        holder.stdout.readline()
+    with holding(paths[7]) as holder:
         answers = asyncio.run(ask())
-        holder.stdin.close()
     assert walks == [1, 20]
     assert [len(answer) for answer in answers] == [int(number == 7) for number in range(20)]
     assert answers[7][0][1] == holder.pid
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has it open."""
+    program = "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program, path], stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        yield holder
+
+
+def test_a_census_leaves_out_only_whom_all_who_ask_know(tmp_path: Path) -> None:
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes(4096))
+
+    async def ask(*own: Collection[int]) -> list[list[int]]:
+        census = users.Census()
+        answers = await asyncio.gather(*(census.users(ram, pids) for pids in own))
+        return [[pid for _, pid in answer] for answer in answers]
+
+    with holding(ram) as holder, holding(ram) as stranger:
+        assert asyncio.run(ask({holder.pid}, {holder.pid, 1})) == [[stranger.pid]] * 2
+        both = sorted((holder.pid, stranger.pid))
+        assert [sorted(found) for found in asyncio.run(ask({holder.pid}, {stranger.pid}))] == [both] * 2
+        assert sorted(asyncio.run(ask(()))[0]) == both
 
 
 def test_a_node_that_is_gone_is_no_matter_of_the_others(tmp_path: Path) -> None:

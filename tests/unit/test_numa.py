@@ -7,7 +7,7 @@ import marshal
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +409,7 @@ def test_a_qemu_that_ends_while_it_is_looked_for_is_no_stranger(saved: Bench, mo
     """Of a VM beside it on the same device, which is just being loaded: it was seen, and then had no owner any more."""
     walks: list[list[tuple[str, int]]] = []
 
-    async def users(_: HostMemory, __: Located) -> list[tuple[str, int]]:
+    async def users(_: HostMemory, __: Located, ___: Collection[int]) -> list[tuple[str, int]]:
         return walks.pop(0)
 
     monkeypatch.setattr(HostMemory, "users", users)

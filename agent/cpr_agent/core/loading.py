@@ -64,7 +64,7 @@ class Loading(VmBase):
             await self._ports.memory.prepare(definition.memory, definition.vm.user)
             located = await self._ports.memory.locate(definition.memory, self._settings.agent.device_timeout)
             refuse_overlap(self.name, ram_of(located), await self._claims(self.name, True))
-            await refuse_other_users(self._ports, self.name, located, self.pid)
+            await refuse_other_users(self._ports, self.name, located, {self.pid, *self._live_pids()})
         launch = self._stamped(self._ports.definitions.plan_start(definition, located))
         self._ports.journal.append("start", vm=self.name)
         await self._launch(launch)
@@ -167,7 +167,7 @@ class Loading(VmBase):
         await asyncio.gather(
             refuse_changed_disks(self._ports, manifest),
             refuse_changed_firmware(self._ports, manifest),
-            refuse_other_users(self._ports, self.name, located, self.pid, beside),
+            refuse_other_users(self._ports, self.name, located, {self.pid, beside, *self._live_pids()}),
             refuse_changed_ram(self._ports, manifest, located),
         )
 

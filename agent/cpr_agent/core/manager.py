@@ -85,7 +85,8 @@ class Manager:
         return imported, ""
 
     def _new_vm(self, name: str) -> Vm:
-        return Vm(name, self.ports, self._settings, self._changed, self._claims, self._transaction.refuse_when_committed)
+        admit = self._transaction.refuse_when_committed
+        return Vm(name, self.ports, self._settings, self._changed, self._claims, admit, self._live_pids)
 
     async def recover(self) -> None:
         """Once, after the agent has started: finish or take back what an earlier one left.
@@ -226,6 +227,9 @@ class Manager:
         others = [vm for vm in self.vms.values() if vm.name != asking]
         claims = [(vm.name, await vm.claimed_memory() if defined else vm.occupied_memory()) for vm in others]
         return [(name, one) for name, ram in claims for one in ram]
+
+    def _live_pids(self) -> list[int]:
+        return [vm.pid for vm in self.vms.values() if vm.qemu]
 
     async def close(self) -> None:
         await self.jobs.drain(60.0)

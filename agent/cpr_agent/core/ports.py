@@ -207,8 +207,8 @@ class Memory(Protocol):
     async def blank(self, located: Sequence[Located]) -> bool:
         """Whether each byte is zero, which the RAM of a guest that has run never is."""
 
-    async def users(self, located: Located) -> list[tuple[str, int]]:
-        """Other processes that have the memory open or mapped: name and PID."""
+    async def users(self, located: Located, own: Collection[int]) -> list[tuple[str, int]]:
+        """Other processes that have the memory open or mapped: name and PID; ``own`` need not be looked at."""
 
     def devices(self) -> list[DaxDevice]: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -70,8 +70,10 @@ def refuse_overlap(vm: str, ram: Ram, claims: list[tuple[str, MemoryIdentity]]) 
                 )
 
 
-async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], *own_pids: int) -> None:
-    """Nobody but other VMs of this agent (their ranges were compared) may have the memory. Raises MemoryInUse."""
+async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], own_pids: Collection[int]) -> None:
+    """Nobody but other VMs of this agent (their ranges were compared) may have the memory. Raises MemoryInUse.
+
+    ``own_pids`` are live QEMUs of the agent, as many as are known without asking."""
     strangers = await _strangers(ports, vm, located, own_pids)
     if strangers:
         # A QEMU that ended after it was seen was nobody's by the time that its owner was looked for. Nobody sees it again.
@@ -89,10 +91,10 @@ async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], 
 
 
 async def _strangers(
-    ports: Ports, vm: str, located: Sequence[Located], own_pids: Iterable[int]
+    ports: Ports, vm: str, located: Sequence[Located], own_pids: Collection[int]
 ) -> list[tuple[str, str, int]]:
     """Node, name and PID of each process that has some of the memory and is no QEMU of this agent."""
-    found = await asyncio.gather(*(ports.memory.users(one) for one in located))
+    found = await asyncio.gather(*(ports.memory.users(one, own_pids) for one in located))
     # Afterwards: a QEMU may have come up meanwhile, also the VM's own.
     runner = ports.runner
     own = {*own_pids, await runner.active(vm)}

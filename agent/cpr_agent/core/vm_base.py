@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from itertools import takewhile
 
 from msgspec.structs import replace
@@ -64,7 +64,7 @@ _TAKEN = ("Device or resource busy", "Address already in use", "Could not set up
 class VmBase:
     """``changed`` is called with its name after each change of state; ``claims`` yields the memory that the guests of all
     VMs but the named one occupy and, if asked to, that which is only defined to be theirs. ``admit`` raises while no guest
-    may be let run."""
+    may be let run. ``live_pids`` are those of all VMs' QEMUs that answer."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class VmBase:
         changed: Callable[[str], None],
         claims: Callable[[str, bool], Awaitable[list[tuple[str, MemoryIdentity]]]],
         admit: Callable[[], None] = lambda: None,
+        live_pids: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.name = name
         self.definition: Definition | None = None
@@ -87,6 +88,7 @@ class VmBase:
         self._changed = changed
         self._claims = claims
         self._admit = admit
+        self._live_pids = live_pids
         self._qemu: Qemu | None = None
         self._lock = asyncio.Lock()
         self._act = ""

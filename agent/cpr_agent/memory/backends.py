@@ -7,7 +7,7 @@ import errno
 import os
 import pwd
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -152,8 +152,8 @@ class HostMemory:
         except (OSError, ValueError):
             return False
 
-    async def users(self, located: Located) -> list[tuple[str, int]]:
-        return await self._census.users(Path(located.node))
+    async def users(self, located: Located, own: Collection[int]) -> list[tuple[str, int]]:
+        return await self._census.users(Path(located.node), own)
 
     async def _device(self, good: Callable[[DaxDevice], bool], what: str, timeout_s: float) -> DaxDevice:
         device = await self._devices.wait(good, timeout_s)

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,11 +38,15 @@ class Census:
     def __init__(self, thread: Executor | None = None) -> None:
         self._thread = thread
         self._asked: dict[Wanted, asyncio.Future[Users]] = {}
+        self._own: frozenset[int] = frozenset()
         self._walk: asyncio.Task[None] | None = None
 
-    async def users(self, node: Path) -> Users:
-        """Other processes that use ``node``, by a walk that begins after this call. Raises OSError."""
+    async def users(self, node: Path, own: Collection[int] = ()) -> Users:
+        """Other processes that use ``node``, by a walk that begins after this call. Raises OSError.
+
+        ``own`` are the PIDs of live QEMUs, which make most of a walk's work; it is left out where all who ask say so."""
         wanted = Wanted.at(node)
+        self._own = self._own.intersection(own) if self._asked else frozenset(own)
         if wanted not in self._asked:
             self._asked[wanted] = asyncio.get_running_loop().create_future()
         answer = self._asked[wanted]
@@ -52,8 +57,9 @@ class Census:
     async def _answer(self) -> None:
         while self._asked:
             asked, self._asked = self._asked, {}
+            walk = partial(find_users, list(asked), self._own | {os.getpid()})
             try:
-                found = await asyncio.get_running_loop().run_in_executor(self._thread, find_users, list(asked))
+                found = await asyncio.get_running_loop().run_in_executor(self._thread, walk)
             except OSError as error:
                 for answer in asked.values():
                     answer.set_exception(error)
@@ -62,14 +68,13 @@ class Census:
                 answer.set_result(found[wanted])
 
 
-def find_users(wanted: Collection[Wanted]) -> dict[Wanted, Users]:
-    """Other processes that use each of them, as far as we may look (proc(5), fd and maps). Blocking. Raises OSError.
+def find_users(wanted: Collection[Wanted], own: Collection[int]) -> dict[Wanted, Users]:
+    """Processes but for ``own`` that use each of them, as far as we may look (proc(5), fd, maps). Blocking. Raises OSError.
 
     By bare system calls: guests wait, and there may be thousands of descriptors."""
     found: dict[Wanted, Users] = {one: [] for one in wanted}
-    own = str(os.getpid())
     for pid in os.listdir(PROC):  # noqa: PTH208
-        if not pid.isdigit() or pid == own:
+        if not pid.isdigit() or int(pid) in own:
             continue
         try:
             opened = set(_open_files(f"{PROC}/{pid}/fd"))
