@@ -54,7 +54,7 @@ class BareVm:
         """When the guest stopped, and when what was saved was durable (epoch s)."""
         state, manifest = self._directory / "vmstate", self._directory / "manifest.json"
         temporary = state.with_suffix(".saving")
-        self._cpu_before_s = cpu_s(self._process.pid)
+        self._cpu_before_s = cpu_s(self.pid)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self.execute("getfd", fd=fd, fdname="state")
         self.execute("migrate", uri="fd:state")
@@ -91,13 +91,17 @@ class BareVm:
         sync_directory(self._directory)
         self.execute("cont")
         resumed_at = _time(self._until(lambda event: event["event"] == "RESUME"))
-        self.cpu_s += cpu_s(self._process.pid)
+        self.cpu_s += cpu_s(self.pid)
         return resumed_at
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def quit(self) -> float:
         """Returns the CPU seconds of its whole life."""
         self.execute("quit")
-        _, status, used = os.wait4(self._process.pid, 0)
+        _, status, used = os.wait4(self.pid, 0)
         self._process.returncode = os.waitstatus_to_exitcode(status)  # or it would be waited for again
         self._close()
         return used.ru_utime + used.ru_stime

@@ -15,7 +15,7 @@ from tests.lab import Guest
 from bench.bare import BareVm
 from bench.figures import Figure, Runs
 from bench.goals import GOALS
-from bench.machine import machine
+from bench.machine import machine, standing_still
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 5
@@ -49,8 +49,10 @@ def figures() -> Iterator[Figure]:
                 ours.append(here.guest(f"web{len(ours)}", SIZE_MIB))
                 theirs.append(bare_vms.enter_context(here.bare(f"bare{len(theirs)}", SIZE_MIB)))
             for _ in range(ROUNDS):
-                _bare_round(bare[number], theirs, threads)
-                wall_s, pauses = here.save_and_load_all(number)
+                with standing_still(guest.pid for guest in ours):
+                    _bare_round(bare[number], theirs, threads)
+                with standing_still(vm.pid for vm in theirs):
+                    wall_s, pauses = here.save_and_load_all(number)
                 agent[number].wall.append(wall_s)
                 agent[number].pause.append(mean(pauses))
         for guest in ours:
