@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import logging
@@ -10,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -36,6 +36,9 @@ from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
 from cpr_agent.vm.definition import DefinitionDirectory, decode_toml
+
+if TYPE_CHECKING:
+    import argparse
 
 log = logging.getLogger("cpr_agent")
 
@@ -185,18 +188,31 @@ async def _feed_watchdog() -> None:
         await asyncio.sleep(interval_s)
 
 
+class Options(msgspec.Struct):
+    """Of the command line."""
+
+    root: Path = Path("/")
+    bus_address: str | None = None
+    runner: Literal["auto", "systemd", "process"] = "auto"
+    debug: bool = False
+
+
 def arguments() -> argparse.ArgumentParser:
+    import argparse  # at boot there are none, and guests wait
+
     parser = argparse.ArgumentParser(prog="cpr-agentd", description="Keeps QEMU guests over a kexec of their host.")
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--root", type=Path, default=Path("/"), help="prefix of all paths (default: /)")
+    parser.add_argument("--root", type=Path, help="prefix of all paths (default: /)")
     parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")
-    parser.add_argument("--runner", choices=("auto", "systemd", "process"), default="auto", help="what runs the VMs")
+    parser.add_argument("--runner", choices=("auto", "systemd", "process"), help="what runs the VMs")
     parser.add_argument("--debug", action="store_true", help="log more")
     return parser
 
 
 def main() -> None:
-    options = arguments().parse_args()
+    options = Options()
+    if sys.argv[1:]:
+        arguments().parse_args(namespace=options)
     logs = LogControl(logging.getLogger(), "debug" if options.debug else "info")
     try:
         status = asyncio.run(serve(Paths(options.root), options.bus_address, options.runner, logs))
