@@ -194,8 +194,7 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
         *("-machine", "q35,nvdimm=on,hpet=off,sata=off,smbus=off,vmport=off"),
         # After a kexec the old kernel's translations are dead weight: a large buffer made that boot twice as slow.
         *("-accel", "tcg,thread=multi,tb-size=256"),
-        # String operations go byte by byte in emulation: without these a kernel moves words, and reads files thrice as fast.
-        *("-cpu", "max,-la57,-erms,-fsrm,-fzrm,-fsrs", "-smp", str(request.smp)),
+        *("-cpu", "max,-la57", "-smp", str(request.smp)),
         *("-m", f"{request.memory},slots=2,maxmem={ceiling}"),
         *persistent,
         *disk("root", scratch / "overlay.qcow2", "qcow2"),
