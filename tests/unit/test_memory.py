@@ -320,10 +320,12 @@ def test_a_census_answers_all_who_ask_by_few_walks(tmp_path: Path, monkeypatch: 
     assert answers[7][0][1] == holder.pid
 
 
+HOLDER = "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+
+
 @contextmanager
-def holding(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def holding(path: Path, program: str = HOLDER) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has it open."""
-    program = "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", program, path], stdin=pipe, stdout=pipe) as holder:
         assert holder.stdout
@@ -345,6 +347,29 @@ def test_a_census_leaves_out_only_whom_all_who_ask_know(tmp_path: Path) -> None:
         both = sorted((holder.pid, stranger.pid))
         assert [sorted(found) for found in asyncio.run(ask({holder.pid}, {stranger.pid}))] == [both] * 2
         assert sorted(asyncio.run(ask(()))[0]) == both
+
+
+HEADLESS = """
+import ctypes, platform, sys, threading
+f = open(sys.argv[1])
+def wait():
+    with open("/proc/self/stat") as stat:
+        while stat.read().rpartition(")")[2].split()[0] != "Z":
+            stat.seek(0)
+    print(flush=True)
+    sys.stdin.read()
+threading.Thread(target=wait, daemon=True).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)
+"""
+"""It ends its first thread alone, by exit(2)."""
+
+
+def test_a_census_sees_a_process_whose_first_thread_has_ended(tmp_path: Path) -> None:
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes(4096))
+    with holding(ram, HEADLESS) as holder:
+        assert [pid for _, pid in asyncio.run(users.Census().users(ram))] == [holder.pid]
+        holder.kill()
 
 
 def test_a_node_that_is_gone_is_no_matter_of_the_others(tmp_path: Path) -> None:

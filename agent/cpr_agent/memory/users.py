@@ -77,8 +77,12 @@ def find_users(wanted: Collection[Wanted], own: Collection[int]) -> dict[Wanted,
         if not pid.isdigit() or int(pid) in own:
             continue
         try:
-            opened = set(_open_files(f"{PROC}/{pid}/fd"))
-            maps = _content(f"{PROC}/{pid}/maps")
+            for place in _places(f"{PROC}/{pid}"):
+                if maps := _content(f"{place}/maps"):
+                    break
+            else:
+                continue  # the kernel's own, or at its end: it has no memory to write from
+            opened = set(_open_files(f"{place}/fd"))
             users = [one for one in wanted if one.key in opened or one.mapping in maps]
             name = _content(f"{PROC}/{pid}/comm").decode(errors="replace").strip() if users else ""
         except OSError:
@@ -86,6 +90,14 @@ def find_users(wanted: Collection[Wanted], own: Collection[int]) -> dict[Wanted,
         for one in users:
             found[one].append((name, int(pid)))
     return found
+
+
+def _places(process: str) -> Iterator[str]:
+    """Where a process shows its memory and its files: at a thread, if its first one has ended."""
+    yield process
+    threads = os.listdir(f"{process}/task")  # noqa: PTH208
+    if len(threads) > 1:
+        yield from (f"{process}/task/{thread}" for thread in threads)
 
 
 def _content(path: str) -> bytes:
