@@ -412,20 +412,26 @@ class LiveQemu:
 
     async def _guest_agent(self) -> Path | None:
         """The socket of the VM's guest agent port."""
-        chardevs = {str(chardev["label"]): str(chardev["filename"]) for chardev in await self._qmp.execute("query-chardev")}
-        for path, kind in await self._devices():
+        sockets = {
+            name: Path(found[1])
+            for name, at in (await self._chardevs()).items()
+            if (found := re.search(r"unix:([^,]*)", at))
+        }
+        for path, kind in await self._devices() if sockets else ():
             if kind != "virtserialport":
                 continue
             if await self._optional("qom-get", "", path=path, property="name") == guest_agent.PORT:
-                chardev = await self._optional("qom-get", "", path=path, property="chardev")
-                found = re.search(r"unix:([^,]*)", chardevs.get(chardev, ""))
-                return Path(found[1]) if found else None
+                return sockets.get(await self._optional("qom-get", "", path=path, property="chardev"))
         return None
 
     async def listening(self) -> list[str]:
-        chardevs = {str(chardev["label"]): str(chardev["filename"]) for chardev in await self._qmp.execute("query-chardev")}
-        found = [re.search(r"unix:([^,]*),.*server=on", at) for name, at in chardevs.items() if not name.startswith("cpr-")]
+        found = [re.search(r"unix:([^,]*),.*server=on", at) for at in (await self._chardevs()).values()]
         return [match[1] for match in found if match]
+
+    async def _chardevs(self) -> dict[str, str]:
+        """What they are connected to, by their names; the agent's own aside."""
+        chardevs = {str(chardev["label"]): str(chardev["filename"]) for chardev in await self._qmp.execute("query-chardev")}
+        return {name: at for name, at in chardevs.items() if not name.startswith("cpr-")}
 
     async def powerdown(self) -> None:
         if await self.run_state() == "suspended":
