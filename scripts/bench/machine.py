@@ -73,6 +73,7 @@ class Machine:
             yield vm
         finally:
             vm.kill()
+            ram.unlink()
 
     def save_and_load(self, guest: Guest) -> Pause:
         """With a CprLoad at once after the reply of CprSave."""

@@ -41,18 +41,15 @@ def figures() -> Iterator[Figure]:
     agent = {number: _Rounds() for number in NUMBERS}
     bare = {number: _Rounds() for number in NUMBERS}
     cores = len(os.sched_getaffinity(0))
-    with machine() as here, ExitStack() as bare_vms, ThreadPoolExecutor(NUMBERS[-1]) as threads:
+    with machine() as here, ThreadPoolExecutor(NUMBERS[-1]) as threads:
         ours: list[Guest] = []
-        theirs: list[BareVm] = []
         for number in NUMBERS:
-            while len(ours) < number:
-                ours.append(here.guest(f"web{len(ours)}", SIZE_MIB))
-                theirs.append(bare_vms.enter_context(here.bare(f"bare{len(theirs)}", SIZE_MIB)))
-            for _ in range(ROUNDS):
-                with standing_still(guest.pid for guest in ours):
+            ours += [here.guest(f"web{one}", SIZE_MIB) for one in range(len(ours), number)]
+            for this in range(ROUNDS):
+                with standing_still(guest.pid for guest in ours), ExitStack() as vms:
+                    theirs = [vms.enter_context(here.bare(f"bare{number}-{this}-{one}", SIZE_MIB)) for one in range(number)]
                     _bare_round(bare[number], theirs, threads)
-                with standing_still(vm.pid for vm in theirs):
-                    wall_s, pauses = here.save_and_load_all(number)
+                wall_s, pauses = here.save_and_load_all(number)  # on a host whose QEMUs are all the agent's
                 agent[number].wall.append(wall_s)
                 agent[number].pause.append(mean(pauses))
         for guest in ours:

@@ -421,7 +421,9 @@ class VmBase:
 
     async def _launch(self, launch: Launch) -> Qemu:
         """Start QEMU and speak to it, or leave nothing of it. Raises QemuFailed with what QEMU said."""
-        self._set(VmState.STARTING if launch.kind == "start" else VmState.LOADING)
+        state = VmState.STARTING if launch.kind == "start" else VmState.LOADING
+        if self.state is not state:  # each that is told costs other guests time
+            self._set(state)
         try:
             await self._ports.runner.start(launch)
             self.pid = await self._ports.runner.active(self.name)
