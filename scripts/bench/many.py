@@ -47,7 +47,8 @@ def figures() -> Iterator[Figure]:
             ours += [here.guest(f"web{one}", SIZE_MIB) for one in range(len(ours), number)]
             for this in range(ROUNDS):
                 with standing_still(guest.pid for guest in ours), ExitStack() as vms:
-                    theirs = [vms.enter_context(here.bare(f"bare{number}-{this}-{one}", SIZE_MIB)) for one in range(number)]
+                    names = (f"bare{number}-{this}-{one}" for one in range(number))
+                    theirs = list(threads.map(lambda name: vms.enter_context(here.bare(name, SIZE_MIB)), names))
                     _bare_round(bare[number], theirs, threads)
                 wall_s, pauses = here.save_and_load_all(number)  # on a host whose QEMUs are all the agent's
                 agent[number].wall.append(wall_s)
