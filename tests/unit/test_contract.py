@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import subprocess
 import sys
 from pathlib import Path
 from typing import cast
@@ -93,6 +94,15 @@ def test_one_package_imports_each_library() -> None:
                 if package == "core":
                     own = ("cpr_agent", "__future__", "msgspec")  # ADR 14
                     assert library in own or library in sys.stdlib_module_names
+
+
+def test_the_agents_start_takes_nothing_along_that_no_guest_waits_for() -> None:
+    """Each of these was imported once, by a library or for what comes later: at boot guests wait for an import."""
+    needless = {"argparse", "click", "gi", "jinja2", "lxml", "rich", "tenacity", "cpr_agent.report.story", "pystemd.base"}
+    program = "import cpr_agent.daemon, sys; print(*(name for name, module in sys.modules.items() if module))"
+    found = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert "cpr_agent.core.manager" in found
+    assert needless.isdisjoint(found)
 
 
 DEFINITION = Definition(
