@@ -20,7 +20,7 @@ from cpr_agent.core.ports import Qemu
 from cpr_agent.store.atomic import make_private_directory, write_atomically
 from cpr_agent.store.schema import read_launch
 from cpr_agent.vm.launch import TICKET
-from cpr_agent.vm.qemu import LiveQemu, Program
+from cpr_agent.vm.qemu import LiveQemu
 
 LOG_TAIL_BYTES = 2000
 
@@ -41,7 +41,6 @@ class BaseRunner(ABC):
         self._in_second = {path.name for path in (run_dir / "second").glob("*")}
         self._launched = run_dir / "launched"
         self._read: dict[str, tuple[tuple[int, int], Launch]] = {}
-        self._programs: dict[tuple[tuple[int, ...], ...], Program] = {}
 
     async def active(self, name: str, *, beside: bool = False) -> int:
         return await self._main_pid(self._place(name, beside=beside))
@@ -51,15 +50,7 @@ class BaseRunner(ABC):
 
     async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu:
         place = self._place(name, beside=beside)
-        qemu = await LiveQemu.connect(name, self._directory(place) / "agent.sock", timeout_s)
-        launch = self.launched(name, beside=beside)
-        files = (f"/proc/{await self._main_pid(place)}/exe", launch.argv[0] if launch else "")
-        with contextlib.suppress(OSError):
-            # A QEMU has greeted: exe is no launcher any more. Both, for what is run by an interpreter.
-            infos = [os.stat(path) for path in files]  # noqa: PTH116 - guests wait
-            identity = tuple((info.st_dev, info.st_ino, info.st_mtime_ns, info.st_size) for info in infos)
-            qemu.program = self._programs.setdefault(identity, qemu.program)
-        return qemu
+        return await LiveQemu.connect(name, self._directory(place) / "agent.sock", timeout_s)
 
     def adopt(self, name: str) -> None:
         marker = self._run_dir / "second" / name

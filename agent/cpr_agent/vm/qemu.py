@@ -28,21 +28,14 @@ _SETTLE_S = 30.0
 """After MIGRATION says completed, the run state follows within milliseconds; this is for a host in trouble."""
 
 
-class Program:
-    """What a QEMU says of its binary: asked once for all processes of that, as guests wait for the answers."""
-
-    def __init__(self) -> None:
-        self.dialect: Dialect | None = None
-        self.transfers: bool | None = None
-        self.version = ""
-
-
 class LiveQemu:
     """See core.ports.Qemu. Built by a Runner once the sockets accept."""
 
     def __init__(self, qmp: Qmp) -> None:
         self._qmp = qmp
-        self.program = Program()
+        self._dialect: Dialect | None = None
+        self._transfers: bool | None = None
+        self._version = ""
 
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float) -> LiveQemu:
@@ -58,9 +51,9 @@ class LiveQemu:
         return status
 
     async def dialect(self) -> Dialect:
-        if self.program.dialect is None:
-            self.program.dialect = await choose(self._qmp)
-        return self.program.dialect
+        if self._dialect is None:
+            self._dialect = await choose(self._qmp)
+        return self._dialect
 
     async def facts(self, launch: Launch) -> QemuFacts:
         cpu = await self._cpu()
@@ -103,12 +96,12 @@ class LiveQemu:
         return out
 
     async def version(self) -> str:
-        if not self.program.version:
+        if not self._version:
             version = await self._qmp.execute("query-version")
             number = version["qemu"]
             package = f" ({version['package']})" if version["package"] else ""
-            self.program.version = f"{number['major']}.{number['minor']}.{number['micro']}{package}"
-        return self.program.version
+            self._version = f"{number['major']}.{number['minor']}.{number['micro']}{package}"
+        return self._version
 
     async def _machine_type(self) -> str:
         machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
@@ -281,9 +274,9 @@ class LiveQemu:
         dialect = await self.dialect()
         if not isinstance(dialect, CprReboot):
             return None
-        if self.program.transfers is None:
-            self.program.transfers = await dialect.transfers(self._qmp)
-        return dialect if self.program.transfers else None
+        if self._transfers is None:
+            self._transfers = await dialect.transfers(self._qmp)
+        return dialect if self._transfers else None
 
     async def _prepare_transfer(self) -> None:
         dialect = await self._transferring()
