@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
-from qemu.qmp.qmp_client import GreetingError
+from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from cpr_agent.errors import QemuFailed
 
 COMMAND_TIMEOUT_S = 30.0
 """QEMU answers in milliseconds; only a stuck one, or a host in deep trouble, needs more than this."""
+ATTEMPTS = 5
+"""At a connection that an event disturbs, of which a QEMU has few as it comes up."""
 
 Event = dict[str, Any]
 
@@ -54,13 +56,7 @@ class Qmp:
         """Connect and negotiate. Raises QemuFailed: nobody listens, no greeting in time, or not QMP at all."""
         try:
             async with asyncio.timeout(timeout_s):
-                try:
-                    client = await _connected(vm, path)
-                except ConnectError as error:
-                    if not isinstance(error.exc, GreetingError):
-                        raise
-                    # A QEMU that comes up can tell of an event, such as RESUME, before it greets: asked anew it greets.
-                    client = await _connected(vm, path)
+                client = await _connected(vm, path)
         except TimeoutError:
             raise QemuFailed(
                 f"QEMU did not greet on {path} within {timeout_s:.0f} s", vm=vm, remedy="another client may hold it"
@@ -149,6 +145,18 @@ class Qmp:
 
 
 async def _connected(vm: str, path: Path) -> QMPClient:
+    """A QEMU that comes up can tell of an event, such as RESUME, where qemu.qmp expects its greeting, or the answer to
+    qmp_capabilities: asked anew it has both."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return await _negotiated(vm, path)
+        except ConnectError as error:
+            if not isinstance(error.exc, (GreetingError, NegotiationError)):
+                raise
+    return await _negotiated(vm, path)
+
+
+async def _negotiated(vm: str, path: Path) -> QMPClient:
     client = _Client(vm)
     client.logger.disabled = True  # its errors reach us as exceptions
     try:
