@@ -16,8 +16,8 @@ RESUME = {"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}}
 
 
 async def connect(path: Path, *connections: tuple[object, ...]) -> int:
-    """To a peer that in each connection says the first of these at once, and the others before its first answer; the last of
-    all again and again. Returns how many it took."""
+    """To a peer that in each connection says the first of these at once, and the others before its first answer; the last
+    of all again and again. Returns how many it took."""
     taken = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
