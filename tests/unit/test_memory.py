@@ -9,8 +9,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from cpr_agent.memory.backends import HostMemory, filesystem_of
 from cpr_agent.memory.witness import PAGE, chosen_pages, new_witness, prepared_witness, take_witness
 from cpr_agent.vm.launch import RefusedError, open_memory, take_ticket
 from tests.fakes import FakeDevices
+from tests.processes import holding
 from tests.samples import DEVDAX, FILE
 
 DEVICE = DaxDevice(
@@ -318,19 +318,6 @@ def test_a_census_answers_all_who_ask_by_few_walks(tmp_path: Path, monkeypatch: 
     assert walks == [1, 20]
     assert [len(answer) for answer in answers] == [int(number == 7) for number in range(20)]
     assert answers[7][0][1] == holder.pid
-
-
-HOLDER = "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
-
-
-@contextmanager
-def holding(path: Path, program: str = HOLDER) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has it open."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", program, path], stdin=pipe, stdout=pipe) as holder:
-        assert holder.stdout
-        holder.stdout.readline()
-        yield holder
 
 
 def test_a_census_leaves_out_only_whom_all_who_ask_know(tmp_path: Path) -> None:

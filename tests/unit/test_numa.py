@@ -42,6 +42,7 @@ from cpr_agent.vm.launch import EXIT_REFUSED
 from cpr_agent.vm.qemu import LiveQemu
 from tests.bench import RAM_BYTES, Bench
 from tests.fakes import FakeDevices
+from tests.processes import holding
 from tests.samples import DEVDAX, FILE, launch, manifest
 
 OTHER = replace(DEVDAX, uuid="another", object_id="cpr-ram-1")
@@ -394,14 +395,11 @@ def test_either_may_be_nobody_elses(saved: Bench) -> None:
 
 
 def test_either_may_be_in_no_other_process(saved: Bench) -> None:
-    program = "import sys; f = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", program, saved.root / "b.ram"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdin and holder.stdout
-        holder.stdout.readline()
-        with pytest.raises(MemoryInUse, match=rf"b\.ram is in use by .*\({holder.pid}\)"):
-            saved.vm(load)
-        holder.stdin.close()
+    with (
+        holding(saved.root / "b.ram") as holder,
+        pytest.raises(MemoryInUse, match=rf"b\.ram is in use by .*\({holder.pid}\)"),
+    ):
+        saved.vm(load)
     saved.vm(load)
 
 
