@@ -15,9 +15,9 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Manifest, Seconds, Vmstate
 from cpr_agent.core.ports import Host, Ports
 from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm import Vm
 from cpr_agent.memory.backends import HostMemory
-from cpr_agent.report.timeline import GuestTimeline
 from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.report.story import Story, tell
-from cpr_agent.report.timeline import GuestTimeline
 
 T0 = 1_790_000_000.0
 UPGRADE = "a5c17d40e0f14f6c9e0b6c2a4a1d9f00"

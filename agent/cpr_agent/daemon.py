@@ -17,7 +17,6 @@ from cpr_agent import __version__
 from cpr_agent.bus.service import Service
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
-from cpr_agent.core.publisher import Publisher, Write
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.host.hooks import HookDirectory
@@ -30,6 +29,7 @@ from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watch
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
+from cpr_agent.report.publisher import Publisher, Write
 from cpr_agent.report.words import counted
 from cpr_agent.store.atomic import locked, make_private_directory, write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore

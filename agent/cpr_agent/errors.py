@@ -38,10 +38,18 @@ A message names the VM, what failed, what state that left, and what to do next; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, NamedTuple
 
-if TYPE_CHECKING:
-    from cpr_agent.core.model import Difference
+
+class Difference(NamedTuple):
+    """One thing that a proof compared, and that is not what it was."""
+
+    what: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.what} was {self.expected}, is {self.found}"
 
 
 class CprError(Exception):

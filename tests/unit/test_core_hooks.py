@@ -8,7 +8,7 @@ import pytest
 
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Finding, Manifest, Survives
+from cpr_agent.core.model import Finding, Manifest, Policy, Survives
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Blocked, SaveFailed
 from tests.bench import Bench, ended
@@ -114,7 +114,7 @@ def test_a_guest_whose_pre_save_hook_fails_is_shut_down_where_the_policy_says_so
     bench.hooks.failing["pre-save", "web1"] = "could not flush"
 
     async def skip(manager: Manager) -> Job:
-        return await ended(manager, manager.save_all(Survives.QEMU_RESTART, "skip-unsaveable"))
+        return await ended(manager, manager.save_all(Survives.QEMU_RESTART, Policy.SKIP_UNSAVEABLE))
 
     assert bench.run(skip).state is JobState.DONE
     assert set(bench.runner.qemus) == {"web2"}

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.ledger import EVENT, IN_FLIGHT, NEXT, Phase
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Survives, VmState
+from cpr_agent.core.model import Policy, Survives, VmState
 from cpr_agent.core.preflight import Wish
 from cpr_agent.errors import CprError, QemuFailed
 from tests.bench import Bench
@@ -40,7 +40,7 @@ def through(start: Callable[[Manager], Job]) -> Act:
 
 JOBS: dict[str, Act] = {
     "upgrade": through(lambda manager: manager.upgrade(Wish())),
-    "skip": through(lambda manager: manager.upgrade(Wish(policy="skip-unsaveable"))),
+    "skip": through(lambda manager: manager.upgrade(Wish(policy=Policy.SKIP_UNSAVEABLE))),
     "drill": through(lambda manager: manager.upgrade(Wish(drill=True))),
     "save all": through(lambda manager: manager.save_all(Survives.KEXEC)),
     "load all": through(lambda manager: manager.load_all(autostart=False)),

@@ -13,10 +13,10 @@ from msgspec.structs import replace
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.ledger import Phase
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Difference, Finding, Kernel, Survives, VmState
+from cpr_agent.core.model import Difference, Finding, Kernel, Policy, Survives, VmState
 from cpr_agent.core.preflight import Wish, predict
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import Busy, InvalidArgument, KernelRefused, QemuFailed, SaveFailed, WrongState
-from cpr_agent.report.timeline import GuestTimeline
 from tests.bench import Bench, ended
 from tests.fakes import AgentKilled, Gate
 
@@ -375,10 +375,10 @@ def test_cancel_is_refused_after_the_commit(bench: Bench) -> None:
 # -- policies -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["skip-unsaveable", "force"])
-def test_what_cannot_be_saved_is_shut_down_and_started_again(bench: Bench, policy: str) -> None:
+@pytest.mark.parametrize("policy", [Policy.SKIP_UNSAVEABLE, Policy.FORCE])
+def test_what_cannot_be_saved_is_shut_down_and_started_again(bench: Bench, policy: Policy) -> None:
     bench.runner.blocked["web2"] = ["it plays the piano"]
-    bench.run(until_kexec(bench, Wish(policy=policy)))  # type: ignore[arg-type]  # one of them
+    bench.run(until_kexec(bench, Wish(policy=policy)))
     assert set(bench.runner.qemus) == {"web1", "web3"}
     bench.runner.blocked.clear()
     bench.reboot()
@@ -390,7 +390,7 @@ def test_a_roll_back_starts_again_what_was_shut_down(bench: Bench) -> None:
     bench.runner.blocked["web2"] = ["it plays the piano"]
 
     async def call_off(manager: Manager) -> Job:
-        job = manager.upgrade(Wish(policy="skip-unsaveable"))
+        job = manager.upgrade(Wish(policy=Policy.SKIP_UNSAVEABLE))
         await bench.kexec.started.wait()
         bench.kexec.fail()
         return await ended(manager, job)
@@ -404,7 +404,7 @@ def test_a_plan_says_first_what_it_would_shut_down(bench: Bench) -> None:
     bench.runner.blocked["web2"] = ["it plays the piano"]
 
     async def ask(manager: Manager) -> list[Finding]:
-        return await manager.plan_findings(manager.plan(Wish(policy="skip-unsaveable")))
+        return await manager.plan_findings(manager.plan(Wish(policy=Policy.SKIP_UNSAVEABLE)))
 
     (found,) = [finding for finding in bench.run(ask) if finding.code == "will-be-shut-down"]
     assert (found.severity, found.vm) == ("warning", "web2")
@@ -413,8 +413,8 @@ def test_a_plan_says_first_what_it_would_shut_down(bench: Bench) -> None:
 
 def test_only_force_ends_a_qemu_that_does_not_answer(bench: Bench) -> None:
     bench.runner.faults["web2", "run_state"] = QemuFailed("no answer", vm="web2")
-    assert "does not answer" in bench.run(refused_upgrade(Wish(policy="skip-unsaveable"))).result
-    bench.run(until_kexec(bench, Wish(policy="force")))
+    assert "does not answer" in bench.run(refused_upgrade(Wish(policy=Policy.SKIP_UNSAVEABLE))).result
+    bench.run(until_kexec(bench, Wish(policy=Policy.FORCE)))
     assert set(bench.runner.qemus) == {"web1", "web3"}
     assert bench.kexec.promised
 
@@ -544,7 +544,7 @@ def test_an_upgrade_that_a_power_cut_ends_while_it_loads_is_still_one(bench: Ben
 def test_a_power_cut_in_the_middle_of_a_load_leaves_no_guest_out_of_the_upgrade(bench: Bench) -> None:
     """The next boot loads them all, and starts what was shut down, not just the one whose load was cut off."""
     bench.runner.blocked["web2"] = ["it plays the piano"]
-    bench.run(until_kexec(bench, Wish(policy="skip-unsaveable")))
+    bench.run(until_kexec(bench, Wish(policy=Policy.SKIP_UNSAVEABLE)))
     bench.runner.blocked.clear()
     bench.reboot()
     bench.runner.die_at = "after load-begin"

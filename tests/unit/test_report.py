@@ -14,12 +14,12 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import InvalidArgument, NoSuchReport
 from cpr_agent.report import render as render_module
 from cpr_agent.report.picture import css_class, draw, ticks
 from cpr_agent.report.render import render, verdict
 from cpr_agent.report.story import Story, tell
-from cpr_agent.report.timeline import GuestTimeline
 from cpr_agent.report.words import length, size
 from cpr_agent.store.history import History
 from tests.stories import T0, UPGRADE, told, upgrade

@@ -14,11 +14,11 @@ from cpr_agent.bus.options import take_options, vardict
 from cpr_agent.core.allocation import Range, free, used
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import POLICIES, DaxDevice, Finding, Policy, Survives, survives
+from cpr_agent.core.model import DaxDevice, Finding, Policy, Survives, survives
 from cpr_agent.core.preflight import Wish
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
-from cpr_agent.report.timeline import GuestTimeline
 
 Result = Awaitable[list[Any]]
 
@@ -340,9 +340,13 @@ def _wish(options: dict[str, Variant]) -> Wish:
 
 
 def _policy(options: dict[str, Any]) -> Policy | None:
-    if options.get("policy", POLICIES[0]) not in POLICIES:
-        raise InvalidArgument(f"there is no policy {options['policy']!r}", remedy=f"known are: {', '.join(POLICIES)}")
-    return options.get("policy")
+    if "policy" not in options:
+        return None
+    try:
+        return Policy(options["policy"])
+    except ValueError as error:
+        what, remedy = f"there is no policy {options['policy']!r}", f"known are: {', '.join(Policy)}"
+        raise InvalidArgument(what, remedy=remedy) from error
 
 
 def _finding(finding: Finding) -> dict[str, Variant]:

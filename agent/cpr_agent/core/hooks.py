@@ -11,9 +11,9 @@ import logging
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.model import HookPhase
 from cpr_agent.core.ports import Ports
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm_base import VmBase
 from cpr_agent.errors import SaveFailed
-from cpr_agent.report.timeline import GuestTimeline
 
 log = logging.getLogger(__name__)
 

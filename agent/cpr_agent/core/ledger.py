@@ -73,7 +73,7 @@ class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
     kernel_from: str
     command_line_from: str = ""
     kernel_to: str = ""
-    policy: Policy = "all-or-nothing"
+    policy: Policy = Policy.ALL_OR_NOTHING
     shut_down: tuple[str, ...] = ()
     """VMs that it shut down because they could not be saved; they are started again at its end."""
     failures: tuple[str, ...] = ()
@@ -183,6 +183,8 @@ def _replayed(before: Upgrade | None, record: Mapping[str, Any]) -> Upgrade:
     facts: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in _FACTS
     }
+    if "policy" in facts:
+        facts["policy"] = Policy(facts["policy"])
     if before is None or before.id != record["upgrade"]:
         return Upgrade(
             id=record["upgrade"],

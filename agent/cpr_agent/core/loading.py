@@ -33,6 +33,7 @@ from cpr_agent.core.proof import (
     refuse_overlap,
     refuse_spent,
 )
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.turns import NO_TURN, Turn
 from cpr_agent.core.vm_base import VmBase
 from cpr_agent.errors import (
@@ -42,7 +43,6 @@ from cpr_agent.errors import (
     ProofFailed,
     QemuFailed,
 )
-from cpr_agent.report.timeline import GuestTimeline
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from cpr_agent.core.model import (
     Vmstate,
     Witness,
 )
-from cpr_agent.report.timeline import GuestTimeline
+from cpr_agent.core.timeline import GuestTimeline
 
 
 class Qemu(Protocol):

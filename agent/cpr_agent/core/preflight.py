@@ -14,9 +14,9 @@ from cpr_agent.core.model import Finding, Kernel, Policy
 from cpr_agent.core.paths import doubt
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import Settings
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import InvalidArgument, KernelRefused
-from cpr_agent.report.timeline import GuestTimeline
 
 STATE_BYTES = 16 << 20
 """Room to ask for a VM's device state: some hundred KB are usual, and many vCPUs or devices take a few MB."""

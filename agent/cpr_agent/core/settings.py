@@ -26,7 +26,7 @@ class WitnessSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpgradeSection(msgspec.Struct, frozen=True, kw_only=True):
-    policy: Policy = "all-or-nothing"
+    policy: Policy = Policy.ALL_OR_NOTHING
 
 
 class HooksSection(msgspec.Struct, frozen=True, kw_only=True):

@@ -240,7 +240,7 @@ class Transaction:
     async def _shut_down(self, vms: list[Vm], policy: Policy) -> None:
         """In order, and with the policy ``force`` also what does not answer."""
         for _, group in groupby(sorted(vms, key=_order, reverse=True), key=_order):
-            await asyncio.gather(*(vm.shut_down(forced=policy == "force") for vm in group))
+            await asyncio.gather(*(vm.shut_down(forced=policy is Policy.FORCE) for vm in group))
 
     async def _commit(self, job: Job) -> None:
         """The point of no return: from here on guests may not run in this boot, whoever asks."""

@@ -146,7 +146,7 @@ class VmBase:
 
     def may_shut_down(self, policy: Policy) -> bool:
         """Whether it may be shut down in order when it cannot be saved."""
-        return policy != "all-or-nothing" or "shut-down" in self._ladder()
+        return policy is not Policy.ALL_OR_NOTHING or "shut-down" in self._ladder()
 
     @property
     def witness_kind(self) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from cpr_agent import __version__
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import NoSuchReport
-from cpr_agent.report.timeline import GuestTimeline
 
 Record = Mapping[str, Any]
 EVENT = "upgrade-"

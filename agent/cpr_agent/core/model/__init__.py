@@ -1,0 +1,78 @@
+"""The nouns that all layers share: definitions, identities, manifests. Plain frozen data.
+
+They are structs of msgspec: Python takes a hundred times as long to make a dataclass, and at each boot guests would wait
+for that.
+"""
+
+from cpr_agent.core.model.checkpoint import (
+    MANIFEST_SCHEMA,
+    CpuFacts,
+    DiskIdentity,
+    FileDigest,
+    Held,
+    Launch,
+    Manifest,
+    QemuFacts,
+    SaveTimes,
+    Vmstate,
+    Witness,
+)
+from cpr_agent.core.model.definition import (
+    VM_NAME,
+    Definition,
+    Imported,
+    LoadSection,
+    MemoryNode,
+    MemorySection,
+    Note,
+    SaveSection,
+    VmSection,
+)
+from cpr_agent.core.model.finding import Finding, HookFailure, HookPhase, Kernel
+from cpr_agent.core.model.memory import RAM_ID, DaxDevice, Located, MemoryIdentity, Ram, overlapping, ram_of, survives
+from cpr_agent.core.model.states import SAVEABLE, Policy, RunState, Survives, VmState
+from cpr_agent.core.model.units import Bytes, Seconds
+from cpr_agent.errors import Difference
+
+__all__ = [
+    "MANIFEST_SCHEMA",
+    "RAM_ID",
+    "SAVEABLE",
+    "VM_NAME",
+    "Bytes",
+    "CpuFacts",
+    "DaxDevice",
+    "Definition",
+    "Difference",
+    "DiskIdentity",
+    "FileDigest",
+    "Finding",
+    "Held",
+    "HookFailure",
+    "HookPhase",
+    "Imported",
+    "Kernel",
+    "Launch",
+    "LoadSection",
+    "Located",
+    "Manifest",
+    "MemoryIdentity",
+    "MemoryNode",
+    "MemorySection",
+    "Note",
+    "Policy",
+    "QemuFacts",
+    "Ram",
+    "RunState",
+    "SaveSection",
+    "SaveTimes",
+    "Seconds",
+    "Survives",
+    "VmSection",
+    "VmState",
+    "Vmstate",
+    "Witness",
+    "overlapping",
+    "ram_of",
+    "survives",
+]
