@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Manifest, Seconds, Vmstate
+from cpr_agent.core.past import Record
 from cpr_agent.core.ports import Host, Ports
 from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
 from cpr_agent.core.timeline import GuestTimeline
@@ -46,10 +47,11 @@ class MortalJournal(FileJournal):
         super().__init__(path, host)
         self._point = point
 
-    def append(self, event: str, **facts: object) -> None:
+    def append(self, event: str, **facts: object) -> Record:
         self._point(f"before {event}")
-        super().append(event, **facts)
+        record = super().append(event, **facts)
         self._point(f"after {event}")
+        return record
 
 
 class MortalState:
@@ -207,7 +209,7 @@ class Bench:
             self.vm(work, name)
         self.runner.die_at = ""
 
-    def journal(self) -> list[dict[str, object]]:
+    def journal(self) -> list[dict[str, Any]]:
         journal = FileJournal(self.root / "journal", self.host)
         journal.close()
         return journal.records()

@@ -141,8 +141,7 @@ class Ledger:
         self._append(self.current.id, phase, **facts)
 
     def _append(self, upgrade: str, phase: Phase, **facts: object) -> None:
-        self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts)
-        _tell(self._replay(self._journal.records()[-1]))
+        _tell(self._replay(self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts)))
         self.changed()
 
     def _replay(self, record: Mapping[str, Any]) -> Upgrade:

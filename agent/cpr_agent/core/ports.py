@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -28,6 +28,7 @@ from cpr_agent.core.model import (
     Vmstate,
     Witness,
 )
+from cpr_agent.core.past import Past, Record
 from cpr_agent.core.timeline import GuestTimeline
 
 
@@ -270,10 +271,14 @@ class Store(Protocol):
 
 
 class Journal(Protocol):
-    def append(self, event: str, **facts: object) -> None:
-        """Make a record durable before returning. Blocking; a few milliseconds."""
+    def append(self, event: str, **facts: object) -> Record:
+        """Make a record durable before returning it. Blocking; a few milliseconds."""
 
-    def records(self) -> list[dict[str, object]]: ...
+    def past(self, vm: str) -> Past:
+        """What the records say of this VM; it changes with each that is appended."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """For reports, oldest first."""
 
 
 class Host(Protocol):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from cpr_agent.core.past import Past, Pasts, Record
 from cpr_agent.core.ports import Host
 from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory
 
@@ -20,8 +22,11 @@ class FileJournal:
     def __init__(self, path: Path, host: Host) -> None:
         self._path = path
         self._host = host
+        self._pasts = Pasts()
         make_private_directory(path.parent)
         intact, self._records, damaged = _read(path)
+        for record in self._records:
+            self._pasts.fold(record)
         if damaged:
             rename_aside(path, f"damaged-{int(host.now())}")
             intact = 0
@@ -32,8 +37,8 @@ class FileJournal:
         if created:
             sync_directory(path.parent)
 
-    def append(self, event: str, **facts: object) -> None:
-        record = {
+    def append(self, event: str, **facts: object) -> Record:
+        record: dict[str, Any] = {
             "n": len(self._records),
             "at": self._host.now(),
             "boot": self._host.boot_id(),
@@ -44,8 +49,13 @@ class FileJournal:
         os.write(self._fd, _checksum(body) + b" " + body + b"\n")
         os.fsync(self._fd)
         self._records.append(record)
+        self._pasts.fold(record)
+        return record
 
-    def records(self) -> list[dict[str, object]]:
+    def past(self, vm: str) -> Past:
+        return self._pasts.of(vm)
+
+    def records(self) -> list[dict[str, Any]]:
         return list(self._records)
 
     def close(self) -> None:
@@ -56,13 +66,13 @@ def _checksum(body: bytes) -> bytes:
     return hashlib.sha256(body).hexdigest()[:_CHECKSUM_CHARS].encode()
 
 
-def _read(path: Path) -> tuple[int, list[dict[str, object]], bool]:
+def _read(path: Path) -> tuple[int, list[dict[str, Any]], bool]:
     """Bytes that are intact, their records, and whether something other than the last line is damaged."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return 0, [], False
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     intact = 0
     for line in data.splitlines(keepends=True):
         checksum, _, body = line.rstrip(b"\n").partition(b" ")
