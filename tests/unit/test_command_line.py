@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpr_agent.core.command_line import blacklisted, lost_and_added, memory_arguments, without_boot_loader
+from cpr_agent.core.upgrade.command_line import blacklisted, lost_and_added, memory_arguments, without_boot_loader
 
 LINE = "BOOT_IMAGE=/boot/vmlinuz-6.12 root=UUID=a ro quiet memmap=4G!8G hugepagesz=1G hugepages=4 nfit.force_enable_dimms=1"
 PLAIN = ("quiet", "ro", "root=/dev/sda1", "numa_balancing=0", "acpi=noirq", "memtest=1", "console=ttyS0,115200")

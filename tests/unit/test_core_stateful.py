@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cpr_agent.core.jobs import Job
-from cpr_agent.core.ledger import EVENT, IN_FLIGHT, NEXT, Phase
+from cpr_agent.core.upgrade.ledger import EVENT, IN_FLIGHT, NEXT, Phase
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Policy, Survives, VmState
-from cpr_agent.core.preflight import Wish
+from cpr_agent.core.upgrade.preflight import Wish
 from cpr_agent.errors import CprError, QemuFailed
 from tests.bench import Bench
 from tests.fakes import AgentKilled

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cpr_agent.core import transaction, turns
+from cpr_agent.core import turns
+from cpr_agent.core.upgrade import transaction
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Survives
 from cpr_agent.core.turns import Turns

@@ -11,10 +11,10 @@ import pytest
 from msgspec.structs import replace
 
 from cpr_agent.core.jobs import Job, JobState
-from cpr_agent.core.ledger import Phase
+from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Difference, Finding, Kernel, Policy, Survives, VmState
-from cpr_agent.core.preflight import Wish, predict
+from cpr_agent.core.upgrade.preflight import Wish, predict
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import Busy, InvalidArgument, KernelRefused, QemuFailed, SaveFailed, WrongState
 from tests.bench import Bench, ended
@@ -806,7 +806,7 @@ def test_the_memory_of_the_guests_decides_which_drivers_the_kernel_needs(bench: 
 
 
 def test_phases_follow_a_table() -> None:
-    from cpr_agent.core.ledger import IN_FLIGHT, NEXT
+    from cpr_agent.core.upgrade.ledger import IN_FLIGHT, NEXT
 
     assert set(NEXT) == set(Phase)
     reachable = {Phase.CHECKING} | set().union(*NEXT.values())

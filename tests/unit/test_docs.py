@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cpr_agent.core.ledger import Phase
+from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.errors import CprError
 from cpr_agent.memory.witness import DEFAULT_PAGES
 

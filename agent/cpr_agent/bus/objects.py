@@ -15,7 +15,7 @@ from cpr_agent.core.allocation import Range, free, used
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Finding, Policy, Survives, survives
-from cpr_agent.core.preflight import Wish
+from cpr_agent.core.upgrade.preflight import Wish
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument

@@ -11,12 +11,12 @@ from msgspec.structs import replace
 from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_vm
 from cpr_agent.core.jobs import Job, Jobs
-from cpr_agent.core.ledger import Ledger, Phase
+from cpr_agent.core.upgrade.ledger import Ledger, Phase
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.preflight import Plan, Wish, check_host, plan
+from cpr_agent.core.upgrade.preflight import Plan, Wish, check_host, plan
 from cpr_agent.core.settings import Settings
-from cpr_agent.core.transaction import Transaction
+from cpr_agent.core.upgrade.transaction import Transaction
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM
 

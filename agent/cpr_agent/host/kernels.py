@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from cpr_agent.core.command_line import without_boot_loader
+from cpr_agent.core.upgrade.command_line import without_boot_loader
 from cpr_agent.core.model import Finding, Kernel
 from cpr_agent.errors import KernelRefused
 

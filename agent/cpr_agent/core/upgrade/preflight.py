@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from cpr_agent.core.command_line import blacklisted, lost_and_added
-from cpr_agent.core.ledger import Kind, Upgrade
+from cpr_agent.core.upgrade.command_line import blacklisted, lost_and_added
+from cpr_agent.core.upgrade.ledger import Kind, Upgrade
 from cpr_agent.core.model import Finding, Kernel, Policy
 from cpr_agent.core.paths import doubt
 from cpr_agent.core.ports import Ports

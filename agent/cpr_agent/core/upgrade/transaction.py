@@ -12,10 +12,10 @@ import msgspec
 
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.jobs import Job
-from cpr_agent.core.ledger import Kind, Ledger, Phase, Upgrade
+from cpr_agent.core.upgrade.ledger import Kind, Ledger, Phase, Upgrade
 from cpr_agent.core.model import Finding, Policy, Survives, VmState
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.preflight import Plan
+from cpr_agent.core.upgrade.preflight import Plan
 from cpr_agent.core.turns import Turns, at_once
 from cpr_agent.core.vm import Vm
 from cpr_agent.core.vm_base import SAVEABLE

@@ -1,0 +1,1 @@
+"""All guests of a host through a kexec, or not at all: check, save, commit, roll back, load."""
