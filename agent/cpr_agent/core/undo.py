@@ -1,0 +1,61 @@
+"""How an act that fails is taken back: to its end, however often its caller is cancelled meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+async def uninterrupted(work: Awaitable[T]) -> T:
+    """Run ``work`` to its end, however often the caller is cancelled meanwhile; then raise the cancellation (the last one),
+    if there was one."""
+    task = asyncio.ensure_future(work)
+    cancellation: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if cancellation:
+        raise cancellation from (None if task.cancelled() else task.exception())
+    return task.result()
+
+
+class Undo:
+    """Runs what was pushed, in reverse order, unless the block came to its ``done``. The block's error wins over those of
+    the steps, which are logged; without one the first error of a step is raised."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], Awaitable[object]]] = []
+
+    def push(self, step: Callable[[], Awaitable[object]]) -> None:
+        self._steps.append(step)
+
+    def done(self) -> None:
+        self._steps.clear()
+
+    async def __aenter__(self) -> Undo:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failure = await uninterrupted(self._run())
+        if failure and error is None:
+            raise failure
+
+    async def _run(self) -> BaseException | None:
+        first: BaseException | None = None
+        while self._steps:
+            try:
+                await self._steps.pop()()
+            except BaseException as error:
+                log.error("an undo step failed", exc_info=error)
+                first = first or error
+        return first
