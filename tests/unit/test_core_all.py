@@ -39,7 +39,7 @@ async def save_all(manager: Manager) -> Job:
 
 
 async def load_all(manager: Manager) -> Job:
-    return await ended(manager, manager.load_all(autostart=True))
+    return await ended(manager, manager.load_and_start_all())
 
 
 def statuses(bench: Bench) -> dict[str, str]:
@@ -121,7 +121,7 @@ def test_a_load_that_is_cancelled_keeps_the_checkpoints(bench: Bench) -> None:
     gate = bench.runner.gates["middle", "load"] = Gate()
 
     async def cancel(manager: Manager) -> Job:
-        job = manager.load_all(autostart=False)
+        job = manager.load_all()
         await gate.entered.wait()
         manager.jobs.cancel(job.id)
         return await ended(manager, job)
@@ -221,7 +221,7 @@ def test_two_loads_of_all_do_not_meet(bench: Bench) -> None:
     bench.run(save_all)
 
     async def twice(manager: Manager) -> list[str]:
-        jobs = [manager.load_all(autostart=False) for _ in range(2)]
+        jobs = [manager.load_all() for _ in range(2)]
         await manager.jobs.drain(10)
         return [job.result for job in jobs]
 

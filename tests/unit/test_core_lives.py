@@ -27,7 +27,7 @@ async def save_all(manager: Manager) -> None:
 
 
 async def load_all(manager: Manager) -> None:
-    manager.load_all(autostart=False)
+    manager.load_all()
     await manager.jobs.drain(PATIENCE_S)
 
 

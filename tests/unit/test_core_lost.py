@@ -181,7 +181,7 @@ def test_a_file_in_ram_that_is_gone_in_the_same_boot_is_a_doubt(tmp_path: Path, 
 
 
 async def load_all(manager: Manager) -> Job:
-    return await ended(manager, manager.load_all(autostart=False))
+    return await ended(manager, manager.load_all())
 
 
 def test_a_load_of_all_tells_who_was_started_afresh(tmp_path: Path) -> None:

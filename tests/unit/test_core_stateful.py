@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cpr_agent.core.jobs import Job
-from cpr_agent.core.upgrade.ledger import EVENT, IN_FLIGHT, NEXT, Phase
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Policy, Survives, VmState
-from cpr_agent.core.upgrade.preflight import Wish
+from cpr_agent.core.upgrade.ledger import EVENT, IN_FLIGHT, NEXT, Phase
+from cpr_agent.core.upgrade.preflight import UpgradeRequest
 from cpr_agent.errors import CprError, QemuFailed
 from tests.bench import Bench
 from tests.fakes import AgentKilled
@@ -39,11 +39,11 @@ def through(start: Callable[[Manager], Job]) -> Act:
 
 
 JOBS: dict[str, Act] = {
-    "upgrade": through(lambda manager: manager.upgrade(Wish())),
-    "skip": through(lambda manager: manager.upgrade(Wish(policy=Policy.SKIP_UNSAVEABLE))),
-    "drill": through(lambda manager: manager.upgrade(Wish(drill=True))),
+    "upgrade": through(lambda manager: manager.upgrade(UpgradeRequest())),
+    "skip": through(lambda manager: manager.upgrade(UpgradeRequest(policy=Policy.SKIP_UNSAVEABLE))),
+    "drill": through(lambda manager: manager.upgrade(UpgradeRequest(drill=True))),
     "save all": through(lambda manager: manager.save_all(Survives.KEXEC)),
-    "load all": through(lambda manager: manager.load_all(autostart=False)),
+    "load all": through(lambda manager: manager.load_all()),
     "rollback": through(lambda manager: manager.rollback()),
     "refresh all": through(lambda manager: manager.refresh_all()),
 }

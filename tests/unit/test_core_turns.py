@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.core import turns
-from cpr_agent.core.upgrade import transaction
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Survives
 from cpr_agent.core.turns import Turns
@@ -93,7 +92,7 @@ class LateDevices(FakeDevices):
 
 
 def test_a_device_that_is_awaited_takes_no_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transaction, "at_once", lambda: 1)
+    monkeypatch.setattr(turns, "at_once", lambda: 1)
     bench = Bench(tmp_path)
     names = ("first", "second", "third")
     for name in names:
@@ -111,7 +110,7 @@ def test_a_device_that_is_awaited_takes_no_turn(tmp_path: Path, monkeypatch: pyt
 
     async def load(manager: Manager) -> None:
         others = [bench.runner.gates.setdefault((name, "after-cont"), Gate()) for name in names[1:]]
-        job = manager.load_all(autostart=False)
+        job = manager.load_all()
         await late.gate.entered.wait()
         for gate in others:
             gate.go.set()  # here to tell, not to wait

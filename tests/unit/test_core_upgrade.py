@@ -11,11 +11,11 @@ import pytest
 from msgspec.structs import replace
 
 from cpr_agent.core.jobs import Job, JobState
-from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Difference, Finding, Kernel, Policy, Survives, VmState
-from cpr_agent.core.upgrade.preflight import Wish, predict
 from cpr_agent.core.timeline import GuestTimeline
+from cpr_agent.core.upgrade.ledger import Phase
+from cpr_agent.core.upgrade.preflight import UpgradeRequest, predict
 from cpr_agent.errors import Busy, InvalidArgument, KernelRefused, QemuFailed, SaveFailed, WrongState
 from tests.bench import Bench, ended
 from tests.fakes import AgentKilled, Gate
@@ -40,11 +40,11 @@ def bench(tmp_path: Path) -> Bench:
     return bench
 
 
-def until_kexec(bench: Bench, wish: Wish | None = None) -> Callable[[Manager], Awaitable[Job]]:
+def until_kexec(bench: Bench, request: UpgradeRequest | None = None) -> Callable[[Manager], Awaitable[Job]]:
     """An upgrade, up to where systemd takes the host down; the agent ends then."""
 
     async def act(manager: Manager) -> Job:
-        job = manager.upgrade(wish or Wish())
+        job = manager.upgrade(request or UpgradeRequest())
         waits = {asyncio.ensure_future(bench.kexec.started.wait()), asyncio.ensure_future(ended(manager, job))}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
@@ -54,15 +54,15 @@ def until_kexec(bench: Bench, wish: Wish | None = None) -> Callable[[Manager], A
     return act
 
 
-def refused_upgrade(wish: Wish | None = None) -> Callable[[Manager], Awaitable[Job]]:
+def refused_upgrade(request: UpgradeRequest | None = None) -> Callable[[Manager], Awaitable[Job]]:
     async def act(manager: Manager) -> Job:
-        return await ended(manager, manager.upgrade(wish or Wish()))
+        return await ended(manager, manager.upgrade(request or UpgradeRequest()))
 
     return act
 
 
 async def load_all(manager: Manager) -> Job:
-    return await ended(manager, manager.load_all(autostart=False))
+    return await ended(manager, manager.load_all())
 
 
 async def look(manager: Manager) -> dict[str, VmState]:
@@ -127,7 +127,7 @@ def test_a_qemu_that_dies_while_it_saves_costs_no_other_guest(bench: Bench) -> N
     gate = bench.runner.gates["web2", "save"] = Gate()
 
     async def die(manager: Manager) -> Job:
-        job = manager.upgrade(Wish())
+        job = manager.upgrade(UpgradeRequest())
         await gate.entered.wait()
         bench.runner.end("web2")
         bench.runner.faults["web2", "save"] = QemuFailed("QEMU is gone", vm="web2")
@@ -152,7 +152,7 @@ def test_a_state_that_does_not_read_back_as_it_was_written_takes_all_back(bench:
             verify(manifest)  # type: ignore[arg-type]
 
         store.verify = damaged  # type: ignore[method-assign]
-        return await ended(manager, manager.upgrade(Wish()))
+        return await ended(manager, manager.upgrade(UpgradeRequest()))
 
     assert "is not the state that was saved" in bench.run(spoil).result
     assert_all_run(bench)
@@ -180,32 +180,34 @@ def test_what_stops_an_upgrade_is_found_before_a_guest_stops(bench: Bench, place
 
 
 def test_a_command_line_that_drops_the_memory_is_refused_with_the_difference(bench: Bench) -> None:
-    job = bench.run(refused_upgrade(Wish(append="root=/dev/sda quiet")))
+    job = bench.run(refused_upgrade(UpgradeRequest(append="root=/dev/sda quiet")))
     assert "lacks memmap=4G!8G" in job.result
     assert "--reuse-cmdline" in job.result
     assert_all_run(bench)
 
 
 def test_words_can_be_added_to_the_command_line(bench: Bench) -> None:
-    bench.run(until_kexec(bench, Wish(append="debug", reuse_cmdline=True)))
+    bench.run(until_kexec(bench, UpgradeRequest(append="debug", reuse_cmdline=True)))
     assert bench.kernels.is_loaded == ("6.12.2", f"{bench.kernels.line} debug")
 
 
 @pytest.mark.parametrize(
-    ("wish", "error", "words"),
+    ("request_", "error", "words"),
     [
-        (Wish(kernel="5.0"), KernelRefused, "kernel 5.0 is not installed"),
-        (Wish(back=True), KernelRefused, "no earlier upgrade"),
-        (Wish(back=True, drill=True), InvalidArgument, "exclude each other"),
-        (Wish(initrd="/boot/initrd.img"), InvalidArgument, "without a kernel image"),
-        (Wish(kernel_image="/etc/passwd"), InvalidArgument, "not below a directory"),
-        (Wish(kernel_image="/boot/../etc/passwd"), InvalidArgument, "not below a directory"),
+        (UpgradeRequest(kernel="5.0"), KernelRefused, "kernel 5.0 is not installed"),
+        (UpgradeRequest(back=True), KernelRefused, "no earlier upgrade"),
+        (UpgradeRequest(back=True, drill=True), InvalidArgument, "exclude each other"),
+        (UpgradeRequest(initrd="/boot/initrd.img"), InvalidArgument, "without a kernel image"),
+        (UpgradeRequest(kernel_image="/etc/passwd"), InvalidArgument, "not below a directory"),
+        (UpgradeRequest(kernel_image="/boot/../etc/passwd"), InvalidArgument, "not below a directory"),
     ],
 )
-def test_a_wish_that_makes_no_sense_is_refused_at_once(bench: Bench, wish: Wish, error: type, words: str) -> None:
+def test_a_request_that_makes_no_sense_is_refused_at_once(
+    bench: Bench, request_: UpgradeRequest, error: type, words: str
+) -> None:
     async def ask(manager: Manager) -> None:
         with pytest.raises(error, match=words):
-            manager.upgrade(wish)
+            manager.upgrade(request_)
         assert manager.jobs.current == {}
 
     bench.run(ask)
@@ -213,7 +215,7 @@ def test_a_wish_that_makes_no_sense_is_refused_at_once(bench: Bench, wish: Wish,
 
 def test_a_dry_run_stops_no_guest_and_leaves_no_kernel(bench: Bench) -> None:
     old = dict(bench.runner.qemus)
-    job = bench.run(refused_upgrade(Wish(dry_run=True)))
+    job = bench.run(refused_upgrade(UpgradeRequest(dry_run=True)))
     assert job.result == "done"
     assert phases(bench) == ["checking", "checked"]
     assert bench.runner.qemus == old
@@ -222,13 +224,13 @@ def test_a_dry_run_stops_no_guest_and_leaves_no_kernel(bench: Bench) -> None:
 
 def test_a_dry_run_leaves_a_kernel_that_somebody_loaded(bench: Bench) -> None:
     bench.kernels.is_loaded = ("6.12.9", "theirs")
-    assert bench.run(refused_upgrade(Wish(dry_run=True))).result == "done"
+    assert bench.run(refused_upgrade(UpgradeRequest(dry_run=True))).result == "done"
     assert bench.kernels.is_loaded == ("6.12.9", "theirs")
 
 
 def test_a_kexec_that_is_called_off_is_taken_back(bench: Bench) -> None:
     async def call_off(manager: Manager) -> Job:
-        job = manager.upgrade(Wish())
+        job = manager.upgrade(UpgradeRequest())
         await bench.kexec.started.wait()
         bench.kexec.fail("canceled")
         return await ended(manager, job)
@@ -269,8 +271,8 @@ def test_between_commit_and_kexec_no_guest_is_let_run(bench: Bench, act: str) ->
         vm = manager.vm("web4" if act == "start" else "web1")
         with pytest.raises(Busy, match="on its way into another kernel"):
             await {"start": vm.start, "load": lambda: vm.load(""), "resume": vm.resume, "discard": vm.discard}[act]()
-        assert "on its way" in (await ended(manager, manager.load_all(autostart=True))).result
-        assert "is under way (committing)" in (await ended(manager, manager.upgrade(Wish()))).result
+        assert "on its way" in (await ended(manager, manager.load_and_start_all())).result
+        assert "is under way (committing)" in (await ended(manager, manager.upgrade(UpgradeRequest()))).result
 
     bench.run(meddle)
     assert bench.kexec.promised
@@ -280,8 +282,12 @@ def test_two_upgrades_at_once(bench: Bench) -> None:
     """The second is refused, whichever act it is, and the first goes on as if there were none."""
 
     async def both(manager: Manager) -> None:
-        manager.upgrade(Wish())
-        for other in (manager.upgrade(Wish()), manager.save_all(Survives.KEXEC), manager.upgrade(Wish())):
+        manager.upgrade(UpgradeRequest())
+        for other in (
+            manager.upgrade(UpgradeRequest()),
+            manager.save_all(Survives.KEXEC),
+            manager.upgrade(UpgradeRequest()),
+        ):
             await other.parked.wait()
             assert isinstance(other.error, Busy), other
         await bench.kexec.started.wait()
@@ -309,7 +315,7 @@ def test_a_guest_that_is_started_during_the_save_is_found_before_the_commit(benc
     gate = bench.runner.gates["web3", "save"] = Gate()
 
     async def meanwhile(manager: Manager) -> Job:
-        job = manager.upgrade(Wish())
+        job = manager.upgrade(UpgradeRequest())
         await gate.entered.wait()
         await manager.vm("web4").start()
         gate.go.set()
@@ -324,7 +330,7 @@ def test_a_kernel_that_is_unloaded_meanwhile_is_noticed(bench: Bench) -> None:
     gate = bench.runner.gates["web3", "save"] = Gate()
 
     async def meanwhile(manager: Manager) -> Job:
-        job = manager.upgrade(Wish())
+        job = manager.upgrade(UpgradeRequest())
         await gate.entered.wait()
         bench.kernels.is_loaded = None
         gate.go.set()
@@ -338,9 +344,9 @@ def test_one_upgrade_at_a_time(bench: Bench) -> None:
     gate = bench.runner.gates["web3", "save"] = Gate()
 
     async def two(manager: Manager) -> tuple[Job, Job]:
-        first = manager.upgrade(Wish())
+        first = manager.upgrade(UpgradeRequest())
         await gate.entered.wait()
-        second = await ended(manager, manager.upgrade(Wish()))
+        second = await ended(manager, manager.upgrade(UpgradeRequest()))
         gate.go.set()
         await bench.kexec.started.wait()
         return first, second
@@ -353,7 +359,7 @@ def test_cancel_takes_all_back_until_the_commit(bench: Bench) -> None:
     gate = bench.runner.gates["web3", "save"] = Gate()
 
     async def cancel(manager: Manager) -> Job:
-        job = manager.upgrade(Wish())
+        job = manager.upgrade(UpgradeRequest())
         await gate.entered.wait()
         manager.jobs.cancel(job.id)
         return await ended(manager, job)
@@ -378,7 +384,7 @@ def test_cancel_is_refused_after_the_commit(bench: Bench) -> None:
 @pytest.mark.parametrize("policy", [Policy.SKIP_UNSAVEABLE, Policy.FORCE])
 def test_what_cannot_be_saved_is_shut_down_and_started_again(bench: Bench, policy: Policy) -> None:
     bench.runner.blocked["web2"] = ["it plays the piano"]
-    bench.run(until_kexec(bench, Wish(policy=policy)))
+    bench.run(until_kexec(bench, UpgradeRequest(policy=policy)))
     assert set(bench.runner.qemus) == {"web1", "web3"}
     bench.runner.blocked.clear()
     bench.reboot()
@@ -390,7 +396,7 @@ def test_a_roll_back_starts_again_what_was_shut_down(bench: Bench) -> None:
     bench.runner.blocked["web2"] = ["it plays the piano"]
 
     async def call_off(manager: Manager) -> Job:
-        job = manager.upgrade(Wish(policy=Policy.SKIP_UNSAVEABLE))
+        job = manager.upgrade(UpgradeRequest(policy=Policy.SKIP_UNSAVEABLE))
         await bench.kexec.started.wait()
         bench.kexec.fail()
         return await ended(manager, job)
@@ -404,7 +410,7 @@ def test_a_plan_says_first_what_it_would_shut_down(bench: Bench) -> None:
     bench.runner.blocked["web2"] = ["it plays the piano"]
 
     async def ask(manager: Manager) -> list[Finding]:
-        return await manager.plan_findings(manager.plan(Wish(policy=Policy.SKIP_UNSAVEABLE)))
+        return await manager.plan_findings(manager.plan(UpgradeRequest(policy=Policy.SKIP_UNSAVEABLE)))
 
     (found,) = [finding for finding in bench.run(ask) if finding.code == "will-be-shut-down"]
     assert (found.severity, found.vm) == ("warning", "web2")
@@ -413,8 +419,8 @@ def test_a_plan_says_first_what_it_would_shut_down(bench: Bench) -> None:
 
 def test_only_force_ends_a_qemu_that_does_not_answer(bench: Bench) -> None:
     bench.runner.faults["web2", "run_state"] = QemuFailed("no answer", vm="web2")
-    assert "does not answer" in bench.run(refused_upgrade(Wish(policy=Policy.SKIP_UNSAVEABLE))).result
-    bench.run(until_kexec(bench, Wish(policy=Policy.FORCE)))
+    assert "does not answer" in bench.run(refused_upgrade(UpgradeRequest(policy=Policy.SKIP_UNSAVEABLE))).result
+    bench.run(until_kexec(bench, UpgradeRequest(policy=Policy.FORCE)))
     assert set(bench.runner.qemus) == {"web1", "web3"}
     assert bench.kexec.promised
 
@@ -439,7 +445,7 @@ def test_a_blocker_that_goes_away_in_time_is_waited_for(bench: Bench) -> None:
     gate = bench.runner.gates["web2", "until_saveable"] = Gate()
 
     async def finish(manager: Manager) -> None:
-        job = manager.upgrade(Wish())
+        job = manager.upgrade(UpgradeRequest())
         await gate.entered.wait()
         assert statuses(bench) == {"running"}, "nobody is stopped while one is waited for"
         bench.runner.blocked.clear()
@@ -454,7 +460,7 @@ def test_a_late_blocker_takes_all_back(bench: Bench) -> None:
     gate = bench.runner.gates["web2", "save"] = Gate()
 
     async def block(manager: Manager) -> Job:
-        job = manager.upgrade(Wish())
+        job = manager.upgrade(UpgradeRequest())
         await gate.entered.wait()
         bench.runner.faults["web2", "save"] = SaveFailed("blocked: it plays the piano", vm="web2")
         gate.go.set()
@@ -476,7 +482,7 @@ def test_guests_that_the_new_kernel_cannot_load_go_back_to_the_old_one(bench: Be
     assert "1 of 3 run" in bench.run(load_all).result
     assert phases(bench)[-1] == "held"
     assert bench.files("web1")[0] == "manifest.json"
-    bench.run(until_kexec(bench, Wish(back=True)))
+    bench.run(until_kexec(bench, UpgradeRequest(back=True)))
     assert bench.kernels.is_loaded == ("6.12.1", bench.kernels.line)
     bench.reboot()
     bench.runner.faults.clear()
@@ -489,14 +495,14 @@ def test_the_way_back_is_known_after_dry_runs_refusals_and_drills(bench: Bench) 
     bench.run(until_kexec(bench))
     bench.reboot()
     bench.run(load_all)
-    assert bench.run(refused_upgrade(Wish(dry_run=True))).result == "done"
+    assert bench.run(refused_upgrade(UpgradeRequest(dry_run=True))).result == "done"
     bench.runner.blocked["web1"] = ["a blocker"]
     assert "a blocker" in bench.run(refused_upgrade()).result
     bench.runner.blocked.clear()
-    bench.run(until_kexec(bench, Wish(drill=True)))
+    bench.run(until_kexec(bench, UpgradeRequest(drill=True)))
     bench.reboot()
     bench.run(load_all)
-    bench.run(until_kexec(bench, Wish(back=True)))
+    bench.run(until_kexec(bench, UpgradeRequest(back=True)))
     assert bench.kernels.is_loaded == ("6.12.1", bench.kernels.line)
 
 
@@ -525,7 +531,7 @@ def test_an_upgrade_that_a_power_cut_ended_was_none(bench: Bench) -> None:
 
     async def predicted(manager: Manager) -> str:
         await manager.jobs.drain(10)
-        (found,) = [f for f in await manager.plan_findings(manager.plan(Wish())) if f.code == "predicted-pause"]
+        (found,) = [f for f in await manager.plan_findings(manager.plan(UpgradeRequest())) if f.code == "predicted-pause"]
         return found.what
 
     assert "is not known" in bench.run(predicted)
@@ -544,7 +550,7 @@ def test_an_upgrade_that_a_power_cut_ends_while_it_loads_is_still_one(bench: Ben
 def test_a_power_cut_in_the_middle_of_a_load_leaves_no_guest_out_of_the_upgrade(bench: Bench) -> None:
     """The next boot loads them all, and starts what was shut down, not just the one whose load was cut off."""
     bench.runner.blocked["web2"] = ["it plays the piano"]
-    bench.run(until_kexec(bench, Wish(policy=Policy.SKIP_UNSAVEABLE)))
+    bench.run(until_kexec(bench, UpgradeRequest(policy=Policy.SKIP_UNSAVEABLE)))
     bench.runner.blocked.clear()
     bench.reboot()
     bench.runner.die_at = "after load-begin"
@@ -704,7 +710,7 @@ def test_an_agent_that_is_killed_anywhere_loses_no_guest(tmp_path: Path, story: 
             bench.reboot()
         bench.run(look)
         if end == "power-cut" or bench.host.boot > 1:
-            bench.run(lambda manager: ended(manager, manager.load_all(autostart=True)))
+            bench.run(lambda manager: ended(manager, manager.load_and_start_all()))
         if story == "by hand" and end == "restart":
 
             async def take_back(manager: Manager) -> None:
@@ -764,7 +770,7 @@ def test_a_pause_that_is_too_long_or_not_known_is_refused(bench: Bench, known: b
     async def ask(manager: Manager) -> Job:
         if known:
             manager.ports.history.add(timeline("web1", 20.0))
-        return await ended(manager, manager.upgrade(Wish(max_pause=10.0)))
+        return await ended(manager, manager.upgrade(UpgradeRequest(max_pause=10.0)))
 
     assert words in bench.run(ask).result
     assert_all_run(bench)
@@ -775,7 +781,7 @@ def test_a_pause_is_measured_right_though_the_clock_is_stepped(bench: Bench, ste
     async def save_step_load(manager: Manager) -> list[float]:
         await ended(manager, manager.save_all(Survives.KEXEC))
         bench.host.stepped_s = step_s
-        await ended(manager, manager.load_all(autostart=False))
+        await ended(manager, manager.load_all())
         return [timeline.pause_s for timeline in manager.ports.history.all()]
 
     pauses = bench.run(save_step_load)
@@ -786,7 +792,7 @@ def test_a_pause_is_measured_right_though_the_clock_is_stepped(bench: Bench, ste
 def test_no_room_for_state_is_found(bench: Bench) -> None:
     async def ask(manager: Manager) -> list[Finding]:
         manager.ports.store.room_bytes = lambda: 1 << 20  # type: ignore[method-assign]
-        return await manager.plan_findings(manager.plan(Wish()))
+        return await manager.plan_findings(manager.plan(UpgradeRequest()))
 
     (found,) = [finding for finding in bench.run(ask) if finding.code == "no-room"]
     assert "1 MiB are free for the device state of 3 VMs" in found.what
@@ -801,7 +807,7 @@ def test_the_memory_of_the_guests_decides_which_drivers_the_kernel_needs(bench: 
         return []
 
     bench.kernels.findings = findings  # type: ignore[method-assign, assignment]
-    bench.run(refused_upgrade(Wish(dry_run=True)))
+    bench.run(refused_upgrade(UpgradeRequest(dry_run=True)))
     assert asked == [{"device_dax", "nfit"}]
 
 

@@ -15,8 +15,8 @@ from cpr_agent.core.allocation import Range, free, used
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Finding, Policy, Survives, survives
-from cpr_agent.core.upgrade.preflight import Wish
 from cpr_agent.core.timeline import GuestTimeline
+from cpr_agent.core.upgrade.preflight import UpgradeRequest
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
 
@@ -58,21 +58,23 @@ class ManagerObject(BusObject):
 
     async def call_LoadAll(self, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"autostart": "b", "wait": "b"})
-        return await _job(self._manager.load_all(taken.get("autostart", False)), taken)
+        load = self._manager.load_and_start_all if taken.get("autostart") else self._manager.load_all
+        return await _job(load(), taken)
 
     async def call_RefreshAll(self, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"in-turn": "b", "wait": "b"})
-        return await _job(self._manager.refresh_all(in_turn=taken.get("in-turn", False)), taken)
+        refresh = self._manager.refresh_all_in_turn if taken.get("in-turn") else self._manager.refresh_all
+        return await _job(refresh(), taken)
 
     async def call_Upgrade(self, options: dict[str, Variant]) -> list[Any]:
-        return [job_path(self._manager.upgrade(_wish(options)))]
+        return [job_path(self._manager.upgrade(_request(options)))]
 
     async def call_Rollback(self) -> list[Any]:
         return [job_path(self._manager.rollback())]
 
     async def call_Check(self, options: dict[str, Variant]) -> list[Any]:
         manager = self._manager
-        found = await (manager.plan_findings(manager.plan(_wish(options))) if options else manager.findings())
+        found = await (manager.plan_findings(manager.plan(_request(options))) if options else manager.findings())
         return [[_finding(finding) for finding in found]]
 
     async def call_ListVMs(self) -> list[Any]:
@@ -326,17 +328,17 @@ def _survives(options: dict[str, Any], default: Survives) -> Survives:
         raise InvalidArgument(str(error), remedy="survives is kexec or qemu-restart") from None
 
 
-_WISHES = {
+_UPGRADE_OPTIONS = {
     **dict.fromkeys(("kernel", "kernel-image", "initrd", "append", "policy"), "s"),
     **dict.fromkeys(("reuse-cmdline", "dry-run", "back", "drill"), "b"),
     "max-pause": "d",
 }
 
 
-def _wish(options: dict[str, Variant]) -> Wish:
-    taken = take_options(options, _WISHES)
+def _request(options: dict[str, Variant]) -> UpgradeRequest:
+    taken = take_options(options, _UPGRADE_OPTIONS)
     policy = _policy(taken)
-    return Wish(**{**{name.replace("-", "_"): value for name, value in taken.items()}, "policy": policy})
+    return UpgradeRequest(**{**{name.replace("-", "_"): value for name, value in taken.items()}, "policy": policy})
 
 
 def _policy(options: dict[str, Any]) -> Policy | None:

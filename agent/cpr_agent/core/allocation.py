@@ -1,4 +1,4 @@
-"""Which range of which device is whose, and where a guest's RAM can go."""
+"""The ranges of dax devices: which VM has them, and where a guest's RAM can go."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cpr_agent.errors import InvalidArgument, MemoryUnusable
 
 
 class Range(NamedTuple):
-    """Bytes of a device; ``vm`` is "" for those that nobody has."""
+    """Bytes of a device; ``vm`` is "" for a free range."""
 
     offset: int
     size: int
@@ -18,14 +18,14 @@ class Range(NamedTuple):
 
 
 def used(device: DaxDevice, claims: Iterable[tuple[str, MemoryIdentity]]) -> list[Range]:
-    """In order of their offsets."""
+    """The ranges of VMs, in order of their offsets."""
     return sorted(
         Range(memory.offset_bytes, memory.size_bytes, vm) for vm, memory in claims if memory.uuid == device.uuid != ""
     )
 
 
 def free(device: DaxDevice, taken: Iterable[Range]) -> list[Range]:
-    """What lies between the ``taken`` ranges (sorted), in whole units of the device's alignment."""
+    """The ranges between the ``taken`` ones (sorted), in whole units of the device's alignment."""
     align = device.align_bytes or 1
     out, at = [], 0
     for end, after in [*((one.offset, one.offset + one.size) for one in taken), (device.size_bytes, 0)]:

@@ -1,4 +1,4 @@
-"""What would stop a save, or a load after a kexec, now. Looks, and touches nothing that a guest could notice."""
+"""Reasons why a save, or a load after a kexec, would fail now. Looks, and touches nothing that a guest could notice."""
 
 from __future__ import annotations
 
@@ -13,16 +13,9 @@ from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
 MEMORY_SURVIVES = "memory-survives"
 
 
-async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]], *, hooks: bool = True) -> list[Finding]:
-    """Each finding with what is so, why it matters and how to mend it. ``claims``: the memory of the other VMs. ``hooks``:
-    ask those of the admin."""
-    found: list[Finding] = []
-    if vm.definition is None:
-        what, why = str(vm.problem or "its definition is gone"), "it could not be started again"
-        found.append(Finding(severity="error", code="definition", what=what, why=why, vm=vm.name))
-    if held := vm.held():
-        why, remedy = "the guest waits in its memory", f"cprctl status {vm.name}"
-        found.append(Finding(severity="error", code="held", what=held.reason, why=why, remedy=remedy, vm=vm.name))
+async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
+    """Each finding says what is so, why it matters and how to mend it. ``claims``: the memory of the other VMs."""
+    found = _definition_findings(vm)
     launch, manifest = vm.launched(), _live_checkpoint(vm, found)
     memory = launch.memory if launch else manifest.memory if manifest else await _defined_memory(vm, ports, found)
     if memory:
@@ -30,35 +23,57 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
     if launch and vm.definition and launch.definition_digest != vm.definition.digest:
         what, why = "its definition changed since it was started", "a load uses what it was started with"
         found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))
-    if vm.qemu and launch and vm.run_state in SAVEABLE:
-        why = "QEMU or the agent would refuse to save it"
-        found += [
-            Finding(severity="error", code="blocked", what=reason, why=why, vm=vm.name)
-            for reason in await vm.blocked_reasons()
-        ]
-        found += [
-            Finding(
-                severity="error",
-                code="successor",
-                what=reason,
-                why="after a kexec its guest would be held, and not run until a QEMU is installed that can load it",
-                remedy=f"install the QEMU that it runs in, or a newer one, as {launch.base_argv[0]}",
-                vm=vm.name,
-            )
-            for reason in await vm.successor_reasons()
-        ]
-        if hooks:
-            why, remedy = "an upgrade or a save would be refused", "see docs/insight.md, hooks"
-            found += [
-                Finding(severity="error", code="hook", what=said, why=why, remedy=remedy, vm=vm.name)
-                for said in await vetoes(ports, vm)
-            ]
+    if launch and _has_live_guest(vm):
+        found += await _guest_findings(vm, launch)
         found += await _witness_findings(vm, ports, launch)
     return found
 
 
+async def check_hooks(vm: Vm, ports: Ports) -> list[Finding]:
+    """Reasons that the admin's hooks have against a save."""
+    if not _has_live_guest(vm):
+        return []
+    why, remedy = "an upgrade or a save would be refused", "see docs/insight.md, hooks"
+    return [
+        Finding(severity="error", code="hook", what=said, why=why, remedy=remedy, vm=vm.name)
+        for said in await vetoes(ports, vm)
+    ]
+
+
+def _has_live_guest(vm: Vm) -> bool:
+    return vm.qemu is not None and vm.launched() is not None and vm.run_state in SAVEABLE
+
+
+def _definition_findings(vm: Vm) -> list[Finding]:
+    found = []
+    if vm.definition is None:
+        what, why = str(vm.problem or "its definition is gone"), "it could not be started again"
+        found.append(Finding(severity="error", code="definition", what=what, why=why, vm=vm.name))
+    if held := vm.held():
+        why, remedy = "the guest waits in its memory", f"cprctl status {vm.name}"
+        found.append(Finding(severity="error", code="held", what=held.reason, why=why, remedy=remedy, vm=vm.name))
+    return found
+
+
+async def _guest_findings(vm: Vm, launch: Launch) -> list[Finding]:
+    """Reasons why its QEMU could not save it, or the installed QEMU could not load it."""
+    refused = "QEMU or the agent would refuse to save it"
+    held = "after a kexec its guest would be held, and not run until a QEMU is installed that can load it"
+    newer = f"install the QEMU that it runs in, or a newer one, as {launch.base_argv[0]}"
+    return [
+        *(
+            Finding(severity="error", code="blocked", what=reason, why=refused, vm=vm.name)
+            for reason in await vm.blocked_reasons()
+        ),
+        *(
+            Finding(severity="error", code="successor", what=reason, why=held, remedy=newer, vm=vm.name)
+            for reason in await vm.successor_reasons()
+        ),
+    ]
+
+
 async def _witness_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
-    """What the proof of the RAM's contents adds to the guest's pause, twice: measured here and now."""
+    """The time that the proof of the RAM's contents adds to the guest's pause, twice: measured here and now."""
     try:
         located = await ports.memory.relocate(launch.memory, 0.5)
         kind, seconds = await ports.memory.witness_cost_s(located, vm.witness_kind)

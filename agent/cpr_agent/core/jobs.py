@@ -1,4 +1,4 @@
-"""Long acts on the whole host, as objects that a caller can watch and that go on without it."""
+"""Long acts on the whole host, as objects that a caller can watch. They go on without their caller."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class JobState(enum.StrEnum):
 
 
 class Job(msgspec.Struct):
-    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done", "nothing to do", or what went
-    wrong, which is in ``error`` too.
+    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done", "nothing to do", or the text of ``error``.
 
-    ``parked`` is set while it only waits for the host to go down, and at its end: the agent's own end need not wait for it.
+    ``parked`` is set while the job only waits for the host to go down, and at its end: the agent need not wait for the job
+    then before it ends.
     """
 
     id: int
@@ -55,7 +55,7 @@ class Job(msgspec.Struct):
 
 
 class Jobs:
-    """Runs jobs; ``added`` and ``removed`` tell the bus."""
+    """Runs jobs; ``added`` and ``removed`` are called with each."""
 
     def __init__(self) -> None:
         self.added: Callable[[Job], None] = lambda job: None
@@ -64,11 +64,20 @@ class Jobs:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._last = 0
 
-    def start(self, kind: str, work: Callable[[Job], Awaitable[None]], *, parked: bool = False) -> Job:
+    def start(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
+        return self._start(Job(self._next_id(), kind), work)
+
+    def watch(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
+        """A job that only waits for the host to go down: it is parked from the beginning, and can't be cancelled."""
+        job = Job(self._next_id(), kind, cancellable=False)
+        job.parked.set()
+        return self._start(job, work)
+
+    def _next_id(self) -> int:
         self._last += 1
-        job = Job(self._last, kind, cancellable=not parked)
-        if parked:
-            job.parked.set()
+        return self._last
+
+    def _start(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> Job:
         self.current[job.id] = job
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job, work))
         self.added(job)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from cpr_agent.core.allocation import Range, allocate
-from cpr_agent.core.checks import MEMORY_SURVIVES, check_vm
+from cpr_agent.core.checks import MEMORY_SURVIVES, check_hooks, check_vm
 from cpr_agent.core.jobs import Job, Jobs
-from cpr_agent.core.upgrade.ledger import Ledger, Phase
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.upgrade.preflight import Plan, Wish, check_host, plan
 from cpr_agent.core.settings import Settings
+from cpr_agent.core.upgrade.ledger import Ledger, Phase
+from cpr_agent.core.upgrade.preflight import Plan, UpgradeRequest, check_host, plan
+from cpr_agent.core.upgrade.sort import triage
 from cpr_agent.core.upgrade.transaction import Transaction
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM
@@ -98,9 +99,9 @@ class Manager:
                 await vm.recover()
             except CprError as error:
                 log.error("VM %s: could not be recovered: %s", vm.name, error)
-        if unfinished := await self._transaction.recover():
-            self.jobs.start("recover", unfinished, parked=unfinished == self._transaction.watch_kexec)
-        elif self.ledger.phase is Phase.BOOTED:
+        if await self._transaction.recover(self.jobs):
+            return
+        if self.ledger.phase is Phase.BOOTED:
             pass  # cpr-load.service asks for the load of all
         elif interrupted := [vm for vm in self.vms.values() if vm.load_interrupted()]:
             self.jobs.start("recover", lambda job: self._transaction.load_again(job, interrupted))
@@ -135,23 +136,26 @@ class Manager:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    async def findings(self, *, hooks: bool = True) -> list[Finding]:
-        return [finding for name in self.vms for finding in await self.vm_findings(name, hooks=hooks)]
+    async def findings(self) -> list[Finding]:
+        return [finding for name in self.vms for finding in await self.vm_findings(name)]
 
-    async def vm_findings(self, name: str, *, hooks: bool = True) -> list[Finding]:
+    async def vm_findings(self, name: str) -> list[Finding]:
         vm = self.vm(name)
-        return await check_vm(vm, self.ports, await self._claims(vm.name, True), hooks=hooks)
+        return [*await self._own_findings(vm), *await check_hooks(vm, self.ports)]
 
-    def plan(self, wish: Wish) -> Plan:
+    async def _own_findings(self, vm: Vm) -> list[Finding]:
+        return await check_vm(vm, self.ports, await self._claims(vm.name, True))
+
+    def plan(self, request: UpgradeRequest) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
-        return plan(wish, self.ports, self._settings, self.ledger.booted)
+        return plan(request, self.ports, self._settings, self.ledger.booted)
 
     async def plan_findings(self, the_plan: Plan) -> list[Finding]:
-        """Everything about the host and its VMs that matters to the plan. An error is what would stop it."""
+        """Everything about the host and its VMs that matters to the plan. An error would stop it."""
         out = await check_host(the_plan, self.ports, self.vms.values())
-        sorted_out = await self._transaction.sort_out(Survives.KEXEC, the_plan.policy, wait=False)
-        decided = {vm.name for vm, _ in (*sorted_out.refused, *sorted_out.unsaveable)}
-        for vm, error in sorted_out.refused:
+        found = await triage(list(self.vms.values()), Survives.KEXEC, the_plan.policy)
+        decided = {vm.name for vm, _ in (*found.refused, *found.unsaveable)}
+        for vm, error in found.refused:
             waits = vm.waits
             out.append(
                 Finding(
@@ -163,12 +167,13 @@ class Manager:
                     vm=vm.name,
                 )
             )
-        for vm, error in sorted_out.unsaveable:
+        for vm, error in found.unsaveable:
             what = f"it will be shut down, because it {error.what}"
             out.append(
                 Finding(severity="warning", code="will-be-shut-down", what=what, why="its guest boots anew", vm=vm.name)
             )
-        for finding in await self.findings(hooks=False):  # what they say decides already
+        # The triage has asked the hooks already.
+        for finding in [finding for vm in self.vms.values() for finding in await self._own_findings(vm)]:
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
             elif finding.code != MEMORY_SURVIVES and (finding.code != "volatile-memory" or finding.vm not in decided):
@@ -189,21 +194,33 @@ class Manager:
         watched = self.ledger.committed
         await self._transaction.before_kexec(job, self._policy(None))
         if not watched:
-            self.jobs.start("kexec", self._transaction.watch_kexec, parked=True)
+            self.jobs.watch("kexec", self._transaction.watch_kexec)
 
-    def load_all(self, autostart: bool) -> Job:
-        """Load every live checkpoint; one that fails does not stop the others. ``autostart``: then start the rest."""
+    def load_all(self) -> Job:
+        """Load every live checkpoint; one that fails does not stop the others."""
         vms = self.vms.values()
-        return self.jobs.start("load-all", lambda job: self._transaction.load_all(job, vms, autostart))
+        return self.jobs.start("load-all", lambda job: self._transaction.load_all(job, vms))
 
-    def refresh_all(self, *, in_turn: bool = False) -> Job:
+    def load_and_start_all(self) -> Job:
+        """Likewise, then start the VMs that are to start with the host."""
+        vms = self.vms.values()
+        return self.jobs.start("load-all", lambda job: self._transaction.load_and_start_all(job, vms))
+
+    def refresh_all(self) -> Job:
         """A new QEMU for every live guest, of the program that is installed now; the host stays."""
-        vms = self.vms.values()
-        return self.jobs.start("refresh-all", lambda job: self._transaction.refresh_all(job, vms, in_turn=in_turn))
+        return self._refresh_all(lambda vm: vm.replace_qemu())
 
-    def upgrade(self, wish: Wish) -> Job:
+    def refresh_all_in_turn(self) -> Job:
+        """Likewise, and each old QEMU ends before the new one starts."""
+        return self._refresh_all(lambda vm: vm.replace_qemu(in_turn=True))
+
+    def _refresh_all(self, replace_qemu: Callable[[Vm], Awaitable[object]]) -> Job:
+        vms = self.vms.values()
+        return self.jobs.start("refresh-all", lambda job: self._transaction.refresh_all(job, vms, replace_qemu))
+
+    def upgrade(self, request: UpgradeRequest) -> Job:
         """The host into another kernel, and its guests with it. Raises InvalidArgument, KernelRefused."""
-        the_plan = self.plan(wish)
+        the_plan = self.plan(request)
         return self.jobs.start(
             the_plan.kind, lambda job: self._transaction.upgrade(job, the_plan, lambda: self.plan_findings(the_plan))
         )

@@ -20,8 +20,8 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from cpr_agent.core.upgrade.command_line import without_boot_loader
 from cpr_agent.core.model import Finding, Kernel
+from cpr_agent.core.upgrade.command_line import without_boot_loader
 from cpr_agent.errors import KernelRefused
 
 KEXEC_TIMEOUT_S = 60.0

@@ -1,8 +1,7 @@
 """The upgrade as one transaction: its phases, and which may follow which. Each is durable before it is acted on.
 
-Nothing of it is remembered but in the journal: after a crash at any instant the ledger is what its records say
-(invariant 5). Verifying, loading and resuming are phases not of the host but of each guest, which waits for no other
-(ADR 6).
+The journal is its only memory: after a crash at any instant the ledger is what the journal's records say (invariant 5).
+Verifying, loading and resuming are phases of each guest, which waits for no other, and not of the host (ADR 6).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import enum
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -52,16 +51,38 @@ NEXT: Mapping[Phase, frozenset[Phase]] = {
     Phase.HELD: frozenset({Phase.LOADING}),
     **dict.fromkeys((Phase.CHECKED, Phase.REFUSED, Phase.ROLLED_BACK, Phase.DONE), frozenset()),
 }
-"""Within one boot. What a new boot finds ``IN_FLIGHT`` becomes BOOTED."""
+"""Within one boot. An upgrade that a new boot finds ``IN_FLIGHT`` becomes BOOTED."""
 
 IN_FLIGHT = frozenset({Phase.SAVING, Phase.SAVED, Phase.COMMITTING, Phase.ROLLING_BACK, Phase.BOOTED, Phase.LOADING})
 
-Kind = Literal["upgrade", "drill", "back", "kexec", "save-all"]
-"""``kexec``: somebody typed `systemctl kexec`. ``save-all``: an admin's own save, which no crash takes back."""
+TAKEN_BACK = frozenset({Phase.SAVING, Phase.SAVED, Phase.COMMITTING, Phase.ROLLING_BACK})
+"""From these phases an upgrade can be rolled back, within one boot."""
+
+OVER = frozenset({Phase.CHECKED, Phase.REFUSED, Phase.ROLLED_BACK, Phase.DONE})
+"""No phase follows these."""
+
+
+class Kind(enum.StrEnum):
+    """How an upgrade began."""
+
+    UPGRADE = "upgrade"
+    DRILL = "drill"
+    """A kexec into the kernel that runs."""
+    BACK = "back"
+    """A kexec into the kernel before the last upgrade."""
+    KEXEC = "kexec"
+    """A `systemctl kexec` that an admin typed."""
+    SAVE_ALL = "save-all"
+    """An admin's own save, which no crash takes back."""
+
+    @property
+    def loads_kernel(self) -> bool:
+        """Whether the upgrade loads the kernel itself, and so unloads it in a rollback."""
+        return self in (Kind.UPGRADE, Kind.DRILL, Kind.BACK)
 
 
 class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
-    """What the journal says of one transaction. ``boot`` is the one in which its phase was entered; times in epoch s."""
+    """One transaction. ``boot`` is the boot in which its phase was entered; times in epoch s."""
 
     id: str
     kind: Kind
@@ -75,19 +96,24 @@ class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
     kernel_to: str = ""
     policy: Policy = Policy.ALL_OR_NOTHING
     shut_down: tuple[str, ...] = ()
-    """VMs that it shut down because they could not be saved; they are started again at its end."""
+    """VMs that were shut down because they could not be saved; they are started again at the end."""
     failures: tuple[str, ...] = ()
     loaded: tuple[str, ...] = ()
     cold_started: tuple[str, ...] = ()
-    """VMs whose memory was lost, with why."""
+    """VMs whose memory was lost, each with the reason."""
     longest_pause_s: float = 0.0
     reason: str = ""
     interrupted: str = ""
-    """What ended the boot before, if that was no kexec."""
+    """Why the boot before ended, if that was no kexec."""
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether it is an admin's own save that is complete: it waits for the admin, and for no kexec."""
+        return self.kind is Kind.SAVE_ALL and self.phase is Phase.SAVED
 
 
 class Ledger:
-    """The current upgrade, from the journal and into it; ``changed`` tells the bus."""
+    """The current upgrade, from the journal and into it; ``changed`` is called after each phase."""
 
     def __init__(self, journal: Journal, host: Host) -> None:
         self._journal = journal
@@ -95,7 +121,7 @@ class Ledger:
         self.changed: Callable[[], None] = lambda: None
         self.current: Upgrade | None = None
         self.booted: Upgrade | None = None
-        """The last that started another kernel; dry runs, and upgrades that were refused, have come since perhaps."""
+        """The last upgrade that started another kernel; dry runs and refused upgrades may have come since."""
         for record in journal.records():
             if str(record["event"]).startswith(EVENT):
                 self._replay(record)
@@ -117,41 +143,44 @@ class Ledger:
     @property
     def free(self) -> bool:
         """Whether a new transaction may begin. Guests that an earlier one left saved are carried along."""
-        by_hand = self.current is not None and (self.current.kind, self.phase) == ("save-all", Phase.SAVED)
-        return by_hand or self.phase not in (
-            Phase.CHECKING,
-            Phase.SAVING,
-            Phase.SAVED,
-            Phase.COMMITTING,
-            Phase.ROLLING_BACK,
-        )
+        current = self.current
+        return current is None or current.by_hand or current.phase not in {Phase.CHECKING, *TAKEN_BACK}
 
-    def begin(self, kind: Kind, **facts: object) -> Upgrade:
-        """Open a new transaction in CHECKING."""
-        assert self.free
-        self._append(uuid.uuid4().hex, Phase.CHECKING, kind=kind, kernel_from=self._host.kernel(), **facts)
-        assert self.current
+    def require_current(self) -> Upgrade:
+        """Raises RuntimeError if the journal knows of no upgrade."""
+        if self.current is None:
+            raise RuntimeError("there is no upgrade")
         return self.current
 
-    def enter(self, phase: Phase, **facts: object) -> None:
-        """Make ``phase`` durable. The table is checked here and nowhere else."""
-        assert self.current
-        allowed = {Phase.BOOTED} if self.rebooted and self.phase in IN_FLIGHT else NEXT[self.current.phase]
-        assert phase in allowed, f"{self.current.phase} -> {phase}"
-        self._append(self.current.id, phase, **facts)
+    def begin(self, kind: Kind, **facts: object) -> Upgrade:
+        """Open a new transaction in CHECKING. Raises RuntimeError unless ``free``."""
+        if not self.free:
+            raise RuntimeError(f"an upgrade can't begin while another one is in {self.phase}")
+        return self._append(uuid.uuid4().hex, Phase.CHECKING, kind=kind, kernel_from=self._host.kernel(), **facts)
 
-    def _append(self, upgrade: str, phase: Phase, **facts: object) -> None:
-        _tell(self._replay(self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts)))
+    def enter(self, phase: Phase, **facts: object) -> Upgrade:
+        """Make ``phase`` durable. The table is checked here and nowhere else. Raises RuntimeError if ``phase`` may not
+        follow the current one."""
+        current = self.require_current()
+        allowed = {Phase.BOOTED} if self.rebooted and current.phase in IN_FLIGHT else NEXT[current.phase]
+        if phase not in allowed:
+            raise RuntimeError(f"phase {phase} can't follow {current.phase}")
+        return self._append(current.id, phase, **facts)
+
+    def _append(self, upgrade: str, phase: Phase, **facts: object) -> Upgrade:
+        current = self._replay(self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts))
+        _log_phase(current)
         self.changed()
+        return current
 
     def _replay(self, record: Mapping[str, Any]) -> Upgrade:
         self.current = _replayed(self.current, record)
-        if self.phase is Phase.BOOTED and self.current.kind != "drill":
+        if self.phase is Phase.BOOTED and self.current.kind is not Kind.DRILL:
             self.booted = self.current
         return self.current
 
 
-_TOLD = {
+_EVENTS = {
     Phase.CHECKING: (logging.INFO, Event.UPGRADE_BEGUN),
     Phase.REFUSED: (logging.WARNING, Event.UPGRADE_REFUSED),
     Phase.COMMITTING: (logging.INFO, Event.UPGRADE_COMMITTED),
@@ -159,11 +188,11 @@ _TOLD = {
     Phase.DONE: (logging.INFO, Event.UPGRADE_DONE),
     Phase.HELD: (logging.ERROR, Event.UPGRADE_HELD),
 }
-"""Phases that the system's journal has an event of its own for."""
+"""Phases for which the system's journal has an event of its own."""
 
 
-def _tell(upgrade: Upgrade) -> None:
-    level, event = _TOLD.get(upgrade.phase, (logging.INFO, None))
+def _log_phase(upgrade: Upgrade) -> None:
+    level, event = _EVENTS.get(upgrade.phase, (logging.INFO, None))
     facts = {
         "upgrade": upgrade.id,
         "kind": upgrade.kind,
@@ -184,6 +213,8 @@ def _replayed(before: Upgrade | None, record: Mapping[str, Any]) -> Upgrade:
     }
     if "policy" in facts:
         facts["policy"] = Policy(facts["policy"])
+    if "kind" in facts:
+        facts["kind"] = Kind(facts["kind"])
     if before is None or before.id != record["upgrade"]:
         return Upgrade(
             id=record["upgrade"],

@@ -1,4 +1,4 @@
-"""The host's part of the check, and the plan of an upgrade. Looks, and changes nothing."""
+"""The plan of an upgrade, and the host's part of its check. Looks, and changes nothing."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from pathlib import Path
 
 import msgspec
 
-from cpr_agent.core.upgrade.command_line import blacklisted, lost_and_added
-from cpr_agent.core.upgrade.ledger import Kind, Upgrade
 from cpr_agent.core.model import Finding, Kernel, Policy
 from cpr_agent.core.paths import doubt
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.timeline import GuestTimeline
+from cpr_agent.core.upgrade.command_line import blacklisted, lost_and_added
+from cpr_agent.core.upgrade.ledger import Kind, Upgrade
+from cpr_agent.core.upgrade.scope import UNTOUCHED
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import InvalidArgument, KernelRefused
+from cpr_agent.errors import InvalidArgument, KernelRefused, UpgradeRefused
 
 STATE_BYTES = 16 << 20
-"""Room to ask for a VM's device state: some hundred KB are usual, and many vCPUs or devices take a few MB."""
+"""Room that a VM's device state may need: some hundred KB are usual, and many vCPUs or devices take a few MB."""
 RECENT = 5
+"""So many last pauses of a VM predict the next one."""
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True):
-    """What the caller of an upgrade asked for; the fields are the options of Manager.Upgrade."""
+class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of Manager.Upgrade; the fields are its options."""
 
     kernel: str = ""
     kernel_image: str = ""
@@ -46,47 +48,68 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_pause_s: float | None = None
     dry_run: bool = False
 
+    @property
+    def target(self) -> str:
+        """The kernel's version, or its image if the version is not known."""
+        return self.kernel.version or self.kernel.image
 
-def plan(wish: Wish, ports: Ports, settings: Settings, last: Upgrade | None) -> Plan:
-    """Which kernel, with which command line. Raises InvalidArgument, KernelRefused."""
+
+def plan(request: UpgradeRequest, ports: Ports, settings: Settings, last: Upgrade | None) -> Plan:
+    """Which kernel, with which command line; ``last`` is the upgrade to go back from. Raises InvalidArgument,
+    KernelRefused."""
     if not ports.kexec.possible:
         raise KernelRefused(
             "the agent does not run under systemd: it can replace QEMU, but start no other kernel",
             left="nothing was done",
             remedy="run it as cpr-agent.service",
         )
-    chosen = [name for name in ("kernel", "kernel_image", "back", "drill") if getattr(wish, name)]
-    if len(chosen) > 1:
-        raise InvalidArgument(f"{' and '.join(chosen).replace('_', '-')} exclude each other", left="nothing was done")
-    if wish.initrd and not wish.kernel_image:
-        raise InvalidArgument("an initrd was named without a kernel image", left="nothing was done")
-    running = ports.kernels.command_line()
-    command_line = f"{running} {wish.append}".strip() if wish.reuse_cmdline or not wish.append else wish.append
-    kind: Kind = "upgrade"
-    if wish.kernel_image:
-        image, initrd = (_justified(name, settings) if name else "" for name in (wish.kernel_image, wish.initrd))
-        known = [k for k in ports.kernels.installed() if Path(k.image).resolve() == Path(image)]
-        kernel = Kernel(
-            version=known[0].version if known else "", image=image, initrd=initrd, config=known[0].config if known else ""
-        )
-    elif wish.back:
-        if last is None or not last.kernel_from:
-            raise KernelRefused("there is no earlier upgrade to go back from", left="nothing was done")
-        kind, kernel = "back", _installed(last.kernel_from, ports)
-        command_line = last.command_line_from or command_line
-    elif wish.drill:
-        kind, kernel = "drill", _installed(ports.host.kernel(), ports)
-    else:
-        kernel = _installed(wish.kernel, ports)
-    policy = wish.policy or settings.upgrade.policy
+    _refuse_contradiction(request)
+    kind, kernel = _chosen(request, ports, settings, last)
     return Plan(
         kind=kind,
         kernel=kernel,
-        command_line=command_line,
-        policy=policy,
-        max_pause_s=wish.max_pause,
-        dry_run=wish.dry_run,
+        command_line=_command_line(request, ports, last),
+        policy=request.policy or settings.upgrade.policy,
+        max_pause_s=request.max_pause,
+        dry_run=request.dry_run,
     )
+
+
+def _refuse_contradiction(request: UpgradeRequest) -> None:
+    chosen = [name for name in ("kernel", "kernel_image", "back", "drill") if getattr(request, name)]
+    if len(chosen) > 1:
+        raise InvalidArgument(f"{' and '.join(chosen).replace('_', '-')} exclude each other", left="nothing was done")
+    if request.initrd and not request.kernel_image:
+        raise InvalidArgument("an initrd was named without a kernel image", left="nothing was done")
+
+
+def _chosen(request: UpgradeRequest, ports: Ports, settings: Settings, last: Upgrade | None) -> tuple[Kind, Kernel]:
+    if request.kernel_image:
+        return Kind.UPGRADE, _from_image(request, ports, settings)
+    if request.drill:
+        return Kind.DRILL, _installed(ports.host.kernel(), ports)
+    if not request.back:
+        return Kind.UPGRADE, _installed(request.kernel, ports)
+    if last is None or not last.kernel_from:
+        raise KernelRefused("there is no earlier upgrade to go back from", left="nothing was done")
+    return Kind.BACK, _installed(last.kernel_from, ports)
+
+
+def _command_line(request: UpgradeRequest, ports: Ports, last: Upgrade | None) -> str:
+    running = ports.kernels.command_line()
+    if request.back and last and last.command_line_from:
+        return last.command_line_from
+    return f"{running} {request.append}".strip() if request.reuse_cmdline or not request.append else request.append
+
+
+def _from_image(request: UpgradeRequest, ports: Ports, settings: Settings) -> Kernel:
+    """A kernel by its file; its version is known if it is an installed one."""
+    image = _justified(request.kernel_image, settings)
+    initrd = _justified(request.initrd, settings) if request.initrd else ""
+    known = [kernel for kernel in ports.kernels.installed() if Path(kernel.image).resolve() == Path(image)]
+    if known:
+        return Kernel(version=known[0].version, image=image, initrd=initrd, config=known[0].config)
+    return Kernel(version="", image=image, initrd=initrd)
 
 
 def _installed(version: str, ports: Ports) -> Kernel:
@@ -126,8 +149,19 @@ def _justified(name: str, settings: Settings) -> str:
     return str(resolved)
 
 
+def refuse(findings: list[Finding]) -> None:
+    """Raises UpgradeRefused with every error among the findings about the host. The policy decides about those of a VM."""
+    errors = [finding for finding in findings if finding.severity == "error" and not finding.vm]
+    if errors:
+        raise UpgradeRefused(
+            "the host can't be upgraded: " + "; ".join(finding.what for finding in errors),
+            left=UNTOUCHED,
+            remedy="; ".join(dict.fromkeys(finding.remedy for finding in errors if finding.remedy)),
+        )
+
+
 async def check_host(the_plan: Plan, ports: Ports, vms: Collection[Vm]) -> list[Finding]:
-    """What of the host and of the new kernel speaks against the plan, and how long guests would pause."""
+    """Find reasons against the plan in the host and in the new kernel, and predict how long guests will pause."""
     drivers = ports.memory.drivers(tuple(memory for vm in vms for memory in vm.occupied_memory()))
     return [
         *ports.kexec.findings(),
@@ -175,10 +209,11 @@ def _room_findings(ports: Ports, live: list[Vm]) -> list[Finding]:
 
 
 def predict(vms: list[str], history: list[GuestTimeline]) -> tuple[float, int] | None:
-    """The longest pause that any of ``vms`` must expect (s), and of how many kexecs that is known; None if of none.
+    """The longest pause that any of ``vms`` must expect (s), and how many kexecs of this host are on record; None if there
+    are none.
 
-    A VM's own last kexecs count, or those of all where it has none. A median: a clock that was stepped on the way must
-    not decide.
+    A VM's own last kexecs count, or those of all VMs if it has none. Their median is taken: a clock that was stepped on the
+    way must not decide.
     """
     kexecs = [timeline for timeline in history if timeline.userspace_at and timeline.by_kexec and timeline.pause_s > 0]
     if not kexecs or not vms:

@@ -1,0 +1,39 @@
+"""The kernel that an upgrade loads for its kexec, and takes away if the kexec does not come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from cpr_agent.core.jobs import Job
+from cpr_agent.core.ports import Kernels
+from cpr_agent.core.undo import uninterrupted
+from cpr_agent.core.upgrade.preflight import Plan
+from cpr_agent.errors import KernelRefused
+
+log = logging.getLogger(__name__)
+
+
+async def load(kernels: Kernels, job: Job, plan: Plan) -> None:
+    """Raises KernelRefused. A load that is cancelled leaves no kernel."""
+    job.advance(0, 1, f"loading kernel {plan.target}")
+    try:
+        await kernels.load(plan.kernel, plan.command_line)
+    except asyncio.CancelledError:
+        await uninterrupted(unload(kernels))
+        raise
+
+
+async def try_out(kernels: Kernels, job: Job, plan: Plan) -> None:
+    """Load the kernel and take it away again; not where that would take away a kernel that somebody else has loaded."""
+    if not kernels.loaded():
+        await load(kernels, job, plan)
+        await uninterrupted(unload(kernels))
+
+
+async def unload(kernels: Kernels) -> None:
+    if kernels.loaded():
+        try:
+            await kernels.unload()
+        except KernelRefused as error:  # no guest depends on it
+            log.warning("%s", error)

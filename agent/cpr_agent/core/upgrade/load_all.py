@@ -1,0 +1,89 @@
+"""All guests after a boot: each checkpoint is loaded, and each guest that was shut down is started again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from cpr_agent.core.jobs import Job
+from cpr_agent.core.model import VmState
+from cpr_agent.core.ports import Ports
+from cpr_agent.core.turns import places
+from cpr_agent.core.upgrade.ledger import Phase, Upgrade
+from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all, on_each
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import LoadFailed
+
+_ENDED_BY_LOADING = (Phase.SAVED, Phase.BOOTED, Phase.LOADING, Phase.HELD)
+
+
+class Loaded(msgspec.Struct):
+    """How many VMs there were to load or to start, which of them failed, and which were started afresh because their memory
+    is lost."""
+
+    total: int
+    failures: list[Failure] = msgspec.field(default_factory=list)
+    cold_started: list[str] = msgspec.field(default_factory=list)
+
+    def require_no_failure(self) -> None:
+        """Raises LoadFailed."""
+        if self.failures:
+            left = f"{self.total - len(self.failures)} of {self.total} run"
+            raise LoadFailed("; ".join(map(str, self.failures)), left=left)
+
+
+async def load_all(scope: Scope, job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool]) -> Loaded:
+    """Load every live checkpoint, then start the VMs that were shut down because they could not be saved, and those that
+    ``starts_too`` picks. One that fails does not stop the others. It ends the upgrade that saved them, if there is one."""
+    ledger = scope.ledger
+    if ledger.phase not in _ENDED_BY_LOADING:
+        return await load_each(job, vms, starts_too)
+    current = ledger.enter(Phase.LOADING)
+    out = await load_each(job, vms, lambda vm: vm.name in current.shut_down or starts_too(vm))
+    through = [pause for pause in scope.ports.history.all() if pause.upgrade == current.id]
+    ended = Phase.ROLLED_BACK if current.interrupted else Phase.DONE
+    ledger.enter(
+        Phase.HELD if out.failures else ended,
+        failures=list(map(str, out.failures)),
+        loaded=sorted(pause.vm for pause in through),
+        cold_started=[*current.cold_started, *out.cold_started],
+        longest_pause_s=max((pause.pause_s for pause in through), default=0.0),
+        reason=current.interrupted or _surprise(current, scope.ports),
+    )
+    return out
+
+
+async def load_each(job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool]) -> Loaded:
+    """Guests of a low order first; few at a time, so that none stands still until the last is loaded."""
+    vms = list(vms)
+    await on_all(vms, lambda vm: vm.refresh())
+    waiting = [vm for vm in vms if vm.checkpointed]
+    fresh = [
+        vm for vm in vms if vm.definition and vm.state is VmState.STOPPED and (vm.awaits_cold_start() or starts_too(vm))
+    ]
+    out = Loaded(len(waiting) + len(fresh))
+    free = places()
+
+    async def load(vm: Vm) -> None:
+        if lost := await vm.load("", free):
+            out.cold_started.append(f"{vm.name}: {lost}")
+
+    done = 0
+    for group in in_turn(waiting):
+        job.advance(done, out.total, f"loading {names(group)}")
+        out.failures += await on_each(group, load)
+        done += len(group)
+    if fresh:
+        job.advance(done, out.total, f"starting {names(fresh)}")
+        out.failures += await on_each(fresh, lambda vm: vm.start())
+    await on_all(waiting, lambda vm: vm.settled())
+    return out
+
+
+def _surprise(current: Upgrade, ports: Ports) -> str:
+    """What was not as planned, though guests are loaded on proof alone and not on plans."""
+    kernel = ports.host.kernel()
+    if current.kernel_to and current.kernel_to != kernel and not current.kernel_to.startswith("/"):
+        return f"the host runs kernel {kernel}, planned was {current.kernel_to}"
+    return ""

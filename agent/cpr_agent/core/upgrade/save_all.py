@@ -1,0 +1,95 @@
+"""All guests are saved, or none is: from the first that stops to the point of no return."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cpr_agent.core.jobs import Job
+from cpr_agent.core.model import Policy, Survives, VmState
+from cpr_agent.core.turns import Turns
+from cpr_agent.core.upgrade.ledger import Phase
+from cpr_agent.core.upgrade.roll_back import or_roll_back
+from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all, on_each
+from cpr_agent.core.upgrade.sort import Triage
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import CprError, KernelRefused, SaveFailed
+
+
+async def save(scope: Scope, job: Job, found: Triage, need: Survives) -> int:
+    """From CHECKING to SAVED; or everything is taken back and it raises SaveFailed. Returns how many guests it stopped."""
+    live, unsaveable = found.saveable, [vm for vm, _ in found.unsaveable]
+    scope.ledger.enter(Phase.SAVING, shut_down=[vm.name for vm in unsaveable])
+    async with or_roll_back(scope, job, "mend the cause, or shut the VM down first"):
+        if unsaveable:
+            job.advance(0, len(live), f"shutting down {names(unsaveable)}, which cannot be saved")
+            await _shut_down(unsaveable, found.policy)
+        await _save_each(scope, job, found, need)
+        job.advance(len(live), len(live), "verifying what was written")
+        await on_all(live, lambda vm: asyncio.to_thread(_verify, scope, vm))
+        scope.ledger.enter(Phase.SAVED)
+    job.advance(len(live), len(live), "saved")
+    return len(live) + len(unsaveable)
+
+
+async def commit(scope: Scope, job: Job) -> None:
+    """The point of no return: from here on no guest may run in this boot. Raises SaveFailed after a rollback."""
+    job.cancellable = False
+    current = scope.ledger.enter(Phase.COMMITTING)
+    async with or_roll_back(scope, job, "mend the cause and try again"):
+        if current.kind.loads_kernel and not scope.ports.kernels.loaded():
+            raise KernelRefused("the kernel that was loaded is not loaded any more")
+        await promise(scope)
+
+
+async def promise(scope: Scope) -> None:
+    """Tell the gate that each guest is saved. Raises SaveFailed if one is not."""
+    await on_all(scope.vms(), lambda vm: vm.refresh())
+    if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.off and vm.state is not VmState.SAVED]:
+        raise SaveFailed(f"not saved: {', '.join(f'{vm.name} ({vm.state})' for vm in unsaved)}")
+    scope.ports.kexec.promise()
+
+
+async def _save_each(scope: Scope, job: Job, found: Triage, need: Survives) -> None:
+    """Guests of a low order stop last."""
+    done, total = 0, len(found.saveable)
+    for vms in reversed(in_turn(found.saveable)):
+        job.advance(done, total, f"saving {names(vms)}")
+        given_up = await _save_at_once(scope, vms, need, found.policy)
+        if given_up:
+            job.advance(done, total, f"shutting down {names(given_up)}, which could not be saved")
+            shut_down = [*scope.ledger.require_current().shut_down, *(vm.name for vm in given_up)]
+            scope.ledger.enter(Phase.SAVING, shut_down=shut_down)
+            await _shut_down(given_up, found.policy)
+        done += len(vms)
+
+
+async def _save_at_once(scope: Scope, vms: list[Vm], need: Survives, policy: Policy) -> list[Vm]:
+    """Save these; no guest stops while QEMU or a hook is still being asked whether another one can be saved. Returns the
+    VMs that could not be saved and may be shut down. Raises SaveFailed with all the others."""
+    upgrade = scope.ledger.require_current().id
+    turns = Turns(vm.name for vm in vms)
+
+    async def save_in_turn(vm: Vm) -> None:
+        try:
+            await vm.save("", "reboot", need, upgrade, turns.turn(vm.name))
+        finally:
+            turns.no_longer_awaited(vm.name)
+
+    def is_fatal(failure: Failure) -> bool:
+        return not (isinstance(failure.error, CprError) and failure.vm.may_shut_down(policy))
+
+    failures = await on_each(vms, save_in_turn)
+    if fatal := [failure for failure in failures if is_fatal(failure)]:
+        raise SaveFailed("; ".join(map(str, fatal)))
+    return [failure.vm for failure in failures]
+
+
+async def _shut_down(vms: list[Vm], policy: Policy) -> None:
+    """Guests of a low order last. The policy ``force`` also ends a QEMU that does not answer."""
+    for group in reversed(in_turn(vms)):
+        await on_all(group, lambda vm: vm.shut_down(forced=policy is Policy.FORCE))
+
+
+def _verify(scope: Scope, vm: Vm) -> None:
+    if manifest := vm.live_checkpoint():
+        scope.ports.store.verify(manifest)

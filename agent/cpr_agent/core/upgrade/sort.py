@@ -1,0 +1,87 @@
+"""Which VMs can be saved, and what becomes of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+
+import msgspec
+
+from cpr_agent.core.hooks import before_save
+from cpr_agent.core.model import Policy, Survives
+from cpr_agent.core.upgrade.scope import UNTOUCHED, Failure, Scope, on_all, on_each
+from cpr_agent.core.vm import Vm
+from cpr_agent.core.vm_base import SAVEABLE
+from cpr_agent.errors import CprError, SaveFailed, SaveRefused, WrongState
+
+Check = Callable[[Vm], Awaitable[object]]
+
+
+class Triage(msgspec.Struct):
+    """All VMs that a kexec would end: those to save, those to shut down because they can't be saved, and those for which
+    the policy allows neither."""
+
+    policy: Policy
+    saveable: list[Vm] = msgspec.field(default_factory=list)
+    unsaveable: list[tuple[Vm, CprError]] = msgspec.field(default_factory=list)
+    refused: list[tuple[Vm, CprError]] = msgspec.field(default_factory=list)
+
+    def give_up(self, failure: Failure) -> None:
+        """Put a VM that can't be saved where the policy wants it. Raises an error that is no CprError: a fault of ours."""
+        vm, error = failure
+        if not isinstance(error, CprError):
+            raise error
+        (self.unsaveable if vm.may_shut_down(self.policy) else self.refused).append((vm, error))
+
+    def require_none_refused(self) -> None:
+        """Raises SaveRefused."""
+        if self.refused:
+            raise SaveRefused(
+                "; ".join(str(Failure(vm, error)) for vm, error in self.refused),
+                left=UNTOUCHED,
+                remedy="mend the cause, shut the VM down first, or choose another policy",
+            )
+
+
+async def triage(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
+    """As the VMs are now. Stops no guest, and waits for none."""
+    return await _triage(vms, need, policy, lambda vm: vm.require_saveable(need))
+
+
+async def triage_patiently(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
+    """Likewise, after what blocks a save is over, for VMs whose definition says to wait for that."""
+    return await _triage(vms, need, policy, lambda vm: vm.require_saveable(need, wait=True))
+
+
+async def _triage(vms: Collection[Vm], need: Survives, policy: Policy, check: Check) -> Triage:
+    await on_all(vms, lambda vm: vm.refresh())
+    out = Triage(policy)
+    for vm in vms:
+        if vm.saved_in_volatile(need):
+            what = f"is saved already, in RAM that does not survive a {need}"
+            out.refused.append((vm, SaveFailed(what, vm=vm.name, remedy=f"cprctl load {vm.name}")))
+    live = [vm for vm in vms if vm.run_state in SAVEABLE]
+    failures = await on_each(live, check)
+    failures += [
+        Failure(vm, WrongState(f"can't be saved: {vm.trouble}", vm=vm.name))
+        for vm in vms
+        if vm.pid and vm not in live and not vm.off and not vm.checkpointed
+    ]
+    for failure in failures:
+        out.give_up(failure)
+    failed = {failure.vm for failure in failures}
+    out.saveable = [vm for vm in live if vm not in failed]
+    return out
+
+
+async def prepare(scope: Scope, need: Survives, policy: Policy) -> Triage:
+    """Sort the VMs, and run the admin's pre-save hooks of all guests before the first guest stops: no guest stands still
+    for another one's hook. Raises SaveRefused."""
+    out = await triage_patiently(scope.vms(), need, policy)
+    out.require_none_refused()
+    upgrade = scope.ledger.require_current().id
+    failures = await on_each(out.saveable, lambda vm: before_save(scope.ports, vm, upgrade))
+    for failure in failures:
+        out.saveable.remove(failure.vm)
+        out.give_up(failure)
+    out.require_none_refused()
+    return out
