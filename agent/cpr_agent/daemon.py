@@ -19,6 +19,7 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import CprError, InvalidDefinition
+from cpr_agent.files import locked, make_private_directory, write_atomically
 from cpr_agent.host.hooks import HookDirectory
 from cpr_agent.host.journald import LogControl
 from cpr_agent.host.kernels import InstalledKernels
@@ -30,12 +31,11 @@ from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
 from cpr_agent.report.publisher import Publisher, Write
-from cpr_agent.report.words import counted
-from cpr_agent.store.atomic import locked, make_private_directory, write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
 from cpr_agent.vm.definition import DefinitionDirectory, decode_toml
+from cpr_agent.words import counted
 
 if TYPE_CHECKING:
     import argparse

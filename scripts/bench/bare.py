@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpr_agent.store.atomic import sync_directory
+from cpr_agent.files import sync_directory
 
 PATIENCE_S = 120.0
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]

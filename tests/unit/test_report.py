@@ -20,8 +20,8 @@ from cpr_agent.report import render as render_module
 from cpr_agent.report.picture import css_class, draw, ticks
 from cpr_agent.report.render import render, verdict
 from cpr_agent.report.story import Story, tell
-from cpr_agent.report.words import length, size
 from cpr_agent.store.history import History
+from cpr_agent.words import length, size
 from tests.stories import T0, UPGRADE, told, upgrade
 
 SVG = "{http://www.w3.org/2000/svg}"

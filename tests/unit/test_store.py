@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from cpr_agent.core.model import MANIFEST_SCHEMA, Difference, Held, Manifest, Vmstate
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
+from cpr_agent.files import write_atomically
 from cpr_agent.host.processes import ProcessRunner
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.store import vmstate
-from cpr_agent.store.atomic import write_atomically
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.journal import FileJournal
 from tests.samples import launch, manifest

@@ -93,9 +93,11 @@ class ManagerObject(BusObject):
         return [[_timeline(timeline) for timeline in self._manager.ports.history.all()]]
 
     async def call_Report(self, wanted: str, form: str) -> list[Any]:
-        story = self._manager.story(wanted)
-        from cpr_agent.report.render import render  # what no guest waits for is not in the agent's start
+        from cpr_agent.report.render import render  # here: the agent's start, for which guests wait, goes without them
+        from cpr_agent.report.story import tell
 
+        ports = self._manager.ports
+        story = tell(wanted, ports.journal.records(), ports.history.all(), ports.host.name())
         return [await asyncio.to_thread(render, story, form)]
 
     async def call_Reload(self) -> list[Any]:

@@ -20,7 +20,7 @@ import click
 from cpr_agent.bus.client import CallError, Client, options, plain
 from cpr_agent.cli.completion import vm_argument
 from cpr_agent.cli.session import EXIT_FAILED, json_option, pass_context, run, show, tell_error
-from cpr_agent.store.atomic import write_atomically
+from cpr_agent.files import write_atomically
 
 NEW_MODE = 0o644
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cpr_agent.report.words import counted
+from cpr_agent.words import counted
 
 WIDE = 1 << 16
 STYLES = {

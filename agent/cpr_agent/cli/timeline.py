@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cpr_agent.report.words import length
+from cpr_agent.words import length
 
 PIPE_WIDTH = 120
 MIN_BAR = 20

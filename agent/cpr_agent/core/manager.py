@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -20,9 +19,6 @@ from cpr_agent.core.upgrade.sort import triage
 from cpr_agent.core.upgrade.transaction import Transaction
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM
-
-if TYPE_CHECKING:
-    from cpr_agent.report.story import Story
 
 log = logging.getLogger(__name__)
 
@@ -125,14 +121,6 @@ class Manager:
         except ValueError as error:
             raise InvalidArgument(str(error), vm=vm, left="nothing was allocated") from error
         return allocate(vm, wanted, self.ports.memory.devices(), await self.claims(), device.removeprefix("uuid:"))
-
-    # -- what happened ------------------------------------------------------------------------------------------------
-
-    def story(self, wanted: str) -> Story:
-        """Of the upgrade or load with this id; "" is the last one. Raises NoSuchReport."""
-        from cpr_agent.report.story import tell  # what no guest waits for is not in the agent's start
-
-        return tell(wanted, self.ports.journal.records(), self.ports.history.all(), self.ports.host.name())
 
     # -- checks -------------------------------------------------------------------------------------------------------
 

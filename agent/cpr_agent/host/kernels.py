@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from cpr_agent.core.model import Finding, Kernel
 from cpr_agent.core.upgrade.command_line import without_boot_loader
 from cpr_agent.errors import KernelRefused
+from cpr_agent.mounts import mounts
 
 KEXEC_TIMEOUT_S = 60.0
 LIST_INITRD_TIMEOUT_S = 60.0
@@ -244,11 +245,8 @@ class InstalledKernels:
             )
 
     def _pmem_under_root(self) -> str:
-        """proc_pid_mountinfo(5). The last mount on a mount point is the one that shows."""
-        shown = {}
-        for line in self._text("proc/self/mountinfo").splitlines():
-            before, _, after = line.partition(" - ")
-            shown[before.split()[4]] = after.split()[1]
+        mountinfo = self._root / "proc/self/mountinfo"
+        shown = {mount.point: mount.source for mount in mounts(mountinfo)} if mountinfo.exists() else {}
         return next((shown[at] for at in ("/", "/usr") if shown.get(at, "").startswith("/dev/pmem")), "")
 
     def _modules(self, kernel: Kernel) -> _Modules | None:

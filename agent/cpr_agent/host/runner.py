@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from cpr_agent.core.model import Launch
 from cpr_agent.core.ports import Qemu
-from cpr_agent.store.atomic import make_private_directory, write_atomically
+from cpr_agent.files import make_private_directory, write_atomically
 from cpr_agent.store.schema import read_launch
 from cpr_agent.vm.launch import TICKET
 from cpr_agent.vm.qemu import LiveQemu

@@ -31,8 +31,8 @@ from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory.devices import Devices
 from cpr_agent.memory.users import Census
 from cpr_agent.memory.witness import is_blank, measure_witness, new_witness, prepared_witness, take_witness
+from cpr_agent.mounts import mounts
 
-MOUNTS = Path("/proc/self/mountinfo")
 PAGE = 4096
 T = TypeVar("T")
 KEPT = "the checkpoint and the memory are kept as they are"
@@ -322,18 +322,13 @@ def _page_bytes(filesystem: str, path: Path, size: int, offset: int) -> int:
     return page_bytes
 
 
-def filesystem_of(st_dev: int) -> tuple[str, set[str]]:
-    """Type and options of the mounted file system with this device number (proc(5), mountinfo); "" if not found."""
-    wanted = f"{os.major(st_dev)}:{os.minor(st_dev)}"
-    for line in MOUNTS.read_text().splitlines():
-        head, _, tail = line.partition(" - ")
-        if head.split()[2] == wanted:
-            kind, _, options = tail.split(" ", 2)
-            return kind, set(head.split()[5].split(",")) | set(options.split(","))
-    return "", set()
+def filesystem_of(st_dev: int) -> tuple[str, frozenset[str]]:
+    """Type and options of the mounted file system with this device number; "" if it is not mounted."""
+    device = f"{os.major(st_dev)}:{os.minor(st_dev)}"
+    return next(((mount.kind, mount.options) for mount in mounts() if mount.device == device), ("", frozenset()))
 
 
-def _survives(filesystem: str, options: set[str]) -> Survives:
+def _survives(filesystem: str, options: frozenset[str]) -> Survives:
     """DESIGN.md, "What counts as persistent". An ordinary disk file is written back before a kexec, but slowly and
     unproved: it counts as lost."""
     if filesystem == "tmpfs" and any(option.startswith("pkram") for option in options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cpr_agent.report.words import counted, length, moment, printable
+from cpr_agent.words import counted, length, moment, printable
 
 _WORDS = {
     "done": "{guests} went on, longest pause {pause}",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpr_agent.report.story import GuestStory, Span, Story
-from cpr_agent.report.words import length
+from cpr_agent.words import length
 
 WIDTH = 1280
 MARGIN = 28

@@ -14,7 +14,7 @@ import msgspec
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.report.picture import css_class, draw
 from cpr_agent.report.story import GuestStory, Story
-from cpr_agent.report.words import length, moment, printable, size
+from cpr_agent.words import length, moment, printable, size
 
 FORMATS = ("json", "svg", "html")
 KINDS = {

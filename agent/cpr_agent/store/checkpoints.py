@@ -17,8 +17,8 @@ from msgspec.structs import replace
 from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
 from cpr_agent.core.paths import doubt
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
+from cpr_agent.files import make_private_directory, rename_aside, sync_directory, write_atomically
 from cpr_agent.store import vmstate
-from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory, write_atomically
 from cpr_agent.store.schema import read_manifest
 
 _HELD = msgspec.json.Decoder(Held)

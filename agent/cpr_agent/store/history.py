@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from cpr_agent.core.timeline import GuestTimeline
-from cpr_agent.store.atomic import make_private_directory, write_atomically
+from cpr_agent.files import make_private_directory, write_atomically
 
 _TIMELINE = msgspec.json.Decoder(GuestTimeline)
 """See store/schema.py, READ."""

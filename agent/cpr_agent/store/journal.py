@@ -11,7 +11,7 @@ import msgspec
 
 from cpr_agent.core.past import Past, Pasts, Record
 from cpr_agent.core.ports import Host
-from cpr_agent.store.atomic import make_private_directory, rename_aside, sync_directory
+from cpr_agent.files import make_private_directory, rename_aside, sync_directory
 
 _CHECKSUM_CHARS = 16
 

@@ -30,8 +30,8 @@ from cpr_agent.core.model.definition import (
 )
 from cpr_agent.core.model.finding import Finding, HookFailure, HookPhase, Kernel
 from cpr_agent.core.model.memory import RAM_ID, DaxDevice, Located, MemoryIdentity, Ram, overlapping, ram_of, survives
-from cpr_agent.core.model.states import SAVEABLE, Policy, RunState, Survives, VmState
 from cpr_agent.core.model.units import Bytes, Seconds
+from cpr_agent.core.states import SAVEABLE, Policy, RunState, Survives, VmState
 from cpr_agent.errors import Difference
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from cpr_agent.core.model.memory import Ram
-from cpr_agent.core.model.states import Survives
+from cpr_agent.core.states import Survives
 from cpr_agent.errors import Difference
 
 MANIFEST_SCHEMA = 3
