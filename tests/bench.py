@@ -122,7 +122,7 @@ class Bench:
         self.definitions.mkdir()
 
     def define(
-        self, name: str, device: str = "", order: int = 100, autostart: bool = False, on_lost_memory: str = "hold"
+        self, name: str, device: str = "", order: int = 100, *, autostart: bool = False, on_lost_memory: str = "hold"
     ) -> None:
         (self.definitions / f"{name}.toml").write_text(
             f'[vm]\nuser = "root"\nautostart = {"true" if autostart else "false"}\n[save]\norder = {order}\n'

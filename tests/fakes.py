@@ -572,7 +572,7 @@ class FakeRunner:
 
     def put(self, launch: Launch, status: str, **changes: object) -> FakeQemu:
         """A QEMU that an earlier agent left behind."""
-        launch = replace(launch, **changes)  # type: ignore[arg-type]  # the test's fields
+        launch = replace(launch, **changes)
         self._launches[launch.vm] = launch
         self.qemus[launch.vm] = qemu = FakeQemu(self, replace(launch, kind="load"))
         qemu.status = status

@@ -142,7 +142,7 @@ def test_a_guest_survives_any_lives_of_agents(history: list[Life]) -> None:
 
 @pytest.mark.parametrize("act", ["save", "load", "resume", "save all", "load all", "end the saved QEMU"])
 @pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
-def test_a_guest_survives_an_agent_that_is_killed_anywhere_in(act: str, paused: bool) -> None:
+def test_a_guest_survives_an_agent_that_is_killed_anywhere_in(act: str, *, paused: bool) -> None:
     """Wherever it is killed: the next agent brings the guest back, and if QEMU died as well, what is left is not loaded
     onto RAM that has moved on. No witness would notice it here: the order of things alone must do."""
     for points in range(1, 200):

@@ -124,7 +124,7 @@ def test_another_device_is_a_doubt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by_kexec", [False, True])
-def test_ordinary_ram_is_lost_by_a_power_cut_and_by_nothing_else(tmp_path: Path, by_kexec: bool) -> None:
+def test_ordinary_ram_is_lost_by_a_power_cut_and_by_nothing_else(tmp_path: Path, *, by_kexec: bool) -> None:
     bench = saved(tmp_path, provider="e820")
     bench.host.by_kexec = by_kexec
     change(bench)

@@ -56,7 +56,7 @@ def test_a_checkpoint_without_qemu_waits(bench: Bench) -> None:
 
 @pytest.mark.parametrize("act", ["load", "resume", "discard"])
 @pytest.mark.parametrize("next_agent", [False, True])
-def test_a_saved_qemu_that_does_not_answer_is_not_replaced(bench: Bench, act: str, next_agent: bool) -> None:
+def test_a_saved_qemu_that_does_not_answer_is_not_replaced(bench: Bench, act: str, *, next_agent: bool) -> None:
     """On another socket its guest may have been let run, which ends its checkpoint."""
 
     async def refused(vm: Vm) -> None:

@@ -48,7 +48,7 @@ JOBS: dict[str, Act] = {
     "refresh all": through(lambda manager: manager.refresh_all()),
 }
 ANNOUNCED = ("resume", "rollback", "save-undone")
-FAULTS = (
+FAULTS: tuple[str, ...] = (
     "start",
     "connect",
     "run_state",
@@ -155,7 +155,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.bench.runner.end(vm)
 
     @rule(vm=names, paused=st.booleans())
-    def a_hand_on_the_admins_socket(self, vm: str, paused: bool) -> None:
+    def a_hand_on_the_admins_socket(self, vm: str, *, paused: bool) -> None:
         """Of a QEMU that answers the agent, too: what a hand does to any other the witness must tell, and there is none."""
         qemu, faults = self.bench.runner.qemus.get(vm), self.bench.runner.faults
         if not {(vm, "connect"), (vm, "run_state")}.isdisjoint(faults):
@@ -174,11 +174,11 @@ class AnyHistory(RuleBasedStateMachine):
         runner.faults = {(vm, fault): QemuFailed(f"{fault} failed", vm=vm)} if fault else {}
 
     @rule(vm=names, blocked=st.booleans())
-    def a_blocker(self, vm: str, blocked: bool) -> None:
+    def a_blocker(self, vm: str, *, blocked: bool) -> None:
         self.bench.runner.blocked = {vm: ["it plays the piano"]} if blocked else {}
 
     @rule(vm=names, has=st.booleans())
-    def a_device_of_the_host(self, vm: str, has: bool) -> None:
+    def a_device_of_the_host(self, vm: str, *, has: bool) -> None:
         """A guest that has one sleeps while it is saved."""
         self.bench.runner.vfio = {vm: ["net0 (vfio-pci)"]} if has else {}
 

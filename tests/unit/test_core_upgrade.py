@@ -429,7 +429,7 @@ def test_only_force_ends_a_qemu_that_does_not_answer(bench: Bench) -> None:
     ("ladder", "refused"),
     [('["shut-down"]', False), ('["wait", "shut-down"]', False), ('["refuse", "shut-down"]', True), ('["wait"]', True)],
 )
-def test_a_vm_has_a_ladder_of_its_own(bench: Bench, ladder: str, refused: bool) -> None:
+def test_a_vm_has_a_ladder_of_its_own(bench: Bench, ladder: str, *, refused: bool) -> None:
     path = bench.definitions / "web2.toml"
     path.write_text(path.read_text().replace("[save]", f"[save]\nwhen-blocked = {ladder}"))
     bench.runner.blocked["web2"] = ["it plays the piano"]
@@ -766,7 +766,7 @@ def test_a_clock_that_was_stepped_does_not_decide() -> None:
 
 
 @pytest.mark.parametrize(("known", "words"), [(True, "expected are 20.0 s"), (False, "none that were measured")])
-def test_a_pause_that_is_too_long_or_not_known_is_refused(bench: Bench, known: bool, words: str) -> None:
+def test_a_pause_that_is_too_long_or_not_known_is_refused(bench: Bench, words: str, *, known: bool) -> None:
     async def ask(manager: Manager) -> Job:
         if known:
             manager.ports.history.add(timeline("web1", 20.0))
