@@ -463,6 +463,60 @@ class FakeQemu:
         self._callbacks.clear()
 
 
+class FakePlace:
+    """Implements core.ports.Place, by the place's role: unlike a real one it can't be held over an adoption."""
+
+    def __init__(self, runner: FakeRunner, name: str, qemus: dict[str, FakeQemu], launches: dict[str, Launch]) -> None:
+        self._runner = runner
+        self._name = name
+        self._qemus = qemus
+        self._launches = launches
+
+    @property
+    def directory(self) -> str:
+        return f"/run/cpr-agent/vm/{self._name}{'' if self._qemus is self._runner.qemus else ':b'}"
+
+    async def start(self, launch: Launch) -> None:
+        runner = self._runner
+        runner.point()
+        runner.started.append((launch.vm, launch.kind))
+        self._launches[launch.vm] = launch
+        if gate := runner.gates.get((launch.vm, "start")):
+            gate.entered.set()
+            await gate.go.wait()
+        if fault := runner.faults.get((launch.vm, "start")):
+            raise fault
+        if runner.broken.get(launch.argv[0]) == "start":
+            raise QemuFailed("the program is broken", vm=launch.vm)
+        assert launch.vm not in self._qemus, "two QEMUs in one place"
+        self._qemus[launch.vm] = FakeQemu(runner, launch)
+
+    async def connect(self, timeout_s: float) -> Qemu:  # noqa: ARG002
+        runner = self._runner
+        runner.point()
+        if gate := runner.gates.get((self._name, "connect")):
+            gate.entered.set()
+            await gate.go.wait()
+        if fault := runner.faults.get((self._name, "connect")):
+            raise fault
+        return self._qemus[self._name]
+
+    async def pid(self) -> int:
+        """This process's own PID stands for all: /proc has it."""
+        self._runner.point()
+        return os.getpid() if self._name in self._qemus else 0
+
+    async def wait_exit(self, timeout_s: float) -> bool:  # noqa: ARG002
+        return self._name not in self._qemus
+
+    async def kill(self) -> None:
+        self._runner.point()
+        self._qemus.pop(self._name, None)
+
+    def log_tail(self) -> str:
+        return ""
+
+
 class FakeRunner:
     """Implements core.ports.Runner, and is the world that outlives an agent: its QEMUs go on when the agent is replaced.
 
@@ -510,17 +564,11 @@ class FakeRunner:
     def end(self, name: str) -> None:
         self.qemus.pop(name, None)
 
-    async def start(self, launch: Launch, *, beside: bool = False) -> None:
-        self.point()
-        self.started.append((launch.vm, launch.kind))
-        launches, qemus = (self._beside, self.beside) if beside else (self._launches, self.qemus)
-        launches[launch.vm] = launch
-        if fault := self.faults.get((launch.vm, "start")):
-            raise fault
-        if self.broken.get(launch.argv[0]) == "start":
-            raise QemuFailed("the program is broken", vm=launch.vm)
-        assert launch.vm not in qemus, "two QEMUs in one place"
-        qemus[launch.vm] = FakeQemu(self, launch)
+    def own(self, name: str) -> FakePlace:
+        return FakePlace(self, name, self.qemus, self._launches)
+
+    def spare(self, name: str) -> FakePlace:
+        return FakePlace(self, name, self.beside, self._beside)
 
     def adopt(self, name: str) -> None:
         self.point("adopt")
@@ -528,30 +576,6 @@ class FakeRunner:
             for place, taken in ((one, other.pop(name, None)), (other, one.pop(name, None))):
                 if taken:
                     place[name] = taken  # type: ignore[assignment]  # QEMUs, then launches
-
-    def directory(self, name: str, *, beside: bool = False) -> str:
-        return f"/run/cpr-agent/vm/{name}{':b' if beside else ''}"
-
-    async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu:  # noqa: ARG002
-        self.point()
-        if gate := self.gates.get((name, "connect")):
-            gate.entered.set()
-            await gate.go.wait()
-        if fault := self.faults.get((name, "connect")):
-            raise fault
-        return (self.beside if beside else self.qemus)[name]
-
-    async def active(self, name: str, *, beside: bool = False) -> int:
-        """This process's own PID stands for all: /proc has it."""
-        self.point()
-        return os.getpid() if name in (self.beside if beside else self.qemus) else 0
-
-    async def wait_exit(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002
-        return name not in self.qemus
-
-    async def kill(self, name: str, *, beside: bool = False) -> None:
-        self.point()
-        (self.beside if beside else self.qemus).pop(name, None)
 
     def forget_launches(self) -> None:
         """/run is empty after a reboot."""
@@ -563,9 +587,6 @@ class FakeRunner:
 
     def launched_all(self) -> list[str]:
         return sorted(self._launches)
-
-    def log_tail(self, name: str, *, beside: bool = False) -> str:  # noqa: ARG002
-        return ""
 
     def unit(self, name: str) -> str:  # noqa: ARG002
         return ""

@@ -26,6 +26,7 @@ from cpr_agent.host.kernels import InstalledKernels
 from cpr_agent.host.kexec import NoKexec, SystemdKexec
 from cpr_agent.host.processes import ProcessRunner
 from cpr_agent.host.programs import KeptPrograms
+from cpr_agent.host.runner import Programs, RunFiles
 from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watchdog_interval_s
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
@@ -34,13 +35,19 @@ from cpr_agent.report.publisher import Publisher, Write
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
+from cpr_agent.store.schema import read_launch
+from cpr_agent.vm import launch
 from cpr_agent.vm.definition import DefinitionDirectory, decode_toml
+from cpr_agent.vm.qemu import LiveQemu
 from cpr_agent.words import counted
 
 if TYPE_CHECKING:
     import argparse
 
 log = logging.getLogger("cpr_agent")
+
+
+PROGRAMS = Programs(LiveQemu.connect, read_launch, launch.TICKET, launch.__file__)
 
 
 class Paths(msgspec.Struct, frozen=True):
@@ -91,7 +98,8 @@ class Paths(msgspec.Struct, frozen=True):
 def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
     """The agent without its bus."""
     host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
-    runner: Runner = SystemdRunner(paths.run, paths.logs, systemd) if systemd else ProcessRunner(paths.run, paths.logs)
+    files = RunFiles(paths.run, paths.logs, PROGRAMS)
+    runner: Runner = SystemdRunner(files, systemd) if systemd else ProcessRunner(files)
     ports = Ports(
         definitions=DefinitionDirectory(paths.definitions, paths.run, paths.logs),
         runner=runner,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import (
@@ -38,7 +39,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 async def save(vm: Vm) -> None:
-    await vm.save("", "reboot")
+    await vm.save(SaveRequest())
 
 
 async def until_cancelled(gate: Gate, act: Awaitable[object]) -> None:
@@ -55,7 +56,7 @@ def test_a_save_is_announced_before_and_told_after(bench: Bench) -> None:
     assert bench.records() == ["start", "save-begin", "saved"]
     assert bench.qemu().status == "postmigrate"
     assert bench.files() == SAVED
-    bench.vm(lambda vm: vm.load(""))
+    bench.vm(lambda vm: vm.load(LoadRequest()))
     assert bench.records()[3:] == ["load-begin", "resume", "resumed"]
     assert bench.qemu().status == "running"
     assert bench.files() == CONSUMED
@@ -132,11 +133,11 @@ def test_a_cancelled_load_can_be_repeated(bench: Bench, point: str) -> None:
 
     async def cancel_and_repeat(vm: Vm) -> None:
         gate = bench.runner.gates["web1", point] = Gate()
-        await until_cancelled(gate, vm.load(""))
+        await until_cancelled(gate, vm.load(LoadRequest()))
         assert "web1" not in bench.runner.qemus
         assert vm.state is VmState.SAVED
         del bench.runner.gates["web1", point]
-        await vm.load("")
+        await vm.load(LoadRequest())
 
     bench.vm(cancel_and_repeat)
     assert bench.qemu().status == "running"
@@ -150,12 +151,12 @@ def test_a_load_that_fails_before_the_guest_ran_can_be_repeated(bench: Bench, po
     async def fail_and_repeat(vm: Vm) -> None:
         bench.runner.faults["web1", point] = QemuFailed("something broke", vm="web1")
         with pytest.raises(LoadFailed, match="something broke.*can be repeated"):
-            await vm.load("")
+            await vm.load(LoadRequest())
         assert "web1" not in bench.runner.qemus
         assert vm.state is VmState.SAVED
         assert bench.files() == SAVED
         bench.runner.faults.clear()
-        await vm.load("")
+        await vm.load(LoadRequest())
 
     bench.vm(fail_and_repeat)
     assert bench.qemu().status == "running"
@@ -169,10 +170,10 @@ def test_a_load_that_fails_at_the_end_can_not_be_repeated(bench: Bench, point: s
     async def fail(vm: Vm) -> None:
         bench.runner.faults["web1", point] = QemuFailed("something broke", vm="web1")
         with pytest.raises(QemuFailed, match="something broke"):
-            await vm.load("")
+            await vm.load(LoadRequest())
         assert bench.files() == CONSUMED
         with pytest.raises(AlreadyRunning):
-            await vm.load("")
+            await vm.load(LoadRequest())
 
     bench.vm(fail)
     assert bench.qemu().status in ("paused", "running")
@@ -185,7 +186,7 @@ def test_a_proof_that_fails_leaves_the_old_qemu_for_a_rollback(bench: Bench) -> 
     content = ram.read_bytes()
     ram.write_bytes(content[:-1] + b"!")
     with pytest.raises(MemoryChanged, match="its RAM is not what it was"):
-        bench.vm(lambda vm: vm.load(""))
+        bench.vm(lambda vm: vm.load(LoadRequest()))
     assert bench.qemu() is old
     assert bench.files() == ["held", *SAVED]
     ram.write_bytes(content)
@@ -225,7 +226,7 @@ def test_blocked_guests_are_not_touched(bench: Bench) -> None:
 
 ACTS: list[Callable[[Vm], Awaitable[object]]] = [
     save,
-    lambda vm: vm.load(""),
+    lambda vm: vm.load(LoadRequest()),
     lambda vm: vm.start(),
     lambda vm: vm.stop("hard"),
     lambda vm: vm.resume(),
@@ -255,7 +256,7 @@ def test_what_is_saved_is_neither_saved_nor_started_again(bench: Bench) -> None:
         with pytest.raises(AlreadySaved):
             bench.vm(act)
     with pytest.raises(NoCheckpoint):
-        bench.vm(lambda vm: vm.discard(), name="web1") or bench.vm(lambda vm: vm.load(""))
+        bench.vm(lambda vm: vm.discard(), name="web1") or bench.vm(lambda vm: vm.load(LoadRequest()))
 
 
 def test_a_start_that_fails_leaves_nothing(bench: Bench) -> None:

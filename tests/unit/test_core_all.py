@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
@@ -177,7 +178,7 @@ def test_a_guest_that_is_saved_in_volatile_ram_stops_no_other(bench: Bench) -> N
     bench.run(lambda manager: start(manager, "volatile"))
 
     async def save_both_ways(manager: Manager) -> Job:
-        await manager.vm("volatile").save("", "reboot")
+        await manager.vm("volatile").save(SaveRequest())
         return await save_all(manager)
 
     job = bench.run(save_both_ways)
@@ -210,7 +211,7 @@ def test_a_guest_that_has_shut_itself_down_is_no_obstacle(bench: Bench) -> None:
 
 def test_what_is_saved_already_is_part_of_all(bench: Bench) -> None:
     async def save_one_then_all(manager: Manager) -> Job:
-        await manager.vm("middle").save("", "reboot")
+        await manager.vm("middle").save(SaveRequest())
         return await save_all(manager)
 
     assert bench.run(save_one_then_all).result == "done"

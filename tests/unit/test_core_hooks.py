@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Finding, Manifest, Policy, Survives
@@ -32,11 +33,11 @@ def bench(tmp_path: Path) -> Bench:
 
 
 async def save(vm: Vm) -> Manifest:
-    return await vm.save("", "reboot")
+    return await vm.save(SaveRequest())
 
 
 async def load(vm: Vm) -> str:
-    await vm.load("")
+    await vm.load(LoadRequest())
     await vm.settled()
     return vm.run_state
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
 from cpr_agent.core.vm import Vm
@@ -55,8 +56,8 @@ def by_hand(wanted: str, *allowed: str) -> Callable[[Manager], Awaitable[object]
 
 
 ACTS: dict[str, Callable[[Manager], Awaitable[object]]] = {
-    "save": with_vm(lambda vm: vm.save("", "reboot")),
-    "load": with_vm(lambda vm: vm.load("")),
+    "save": with_vm(lambda vm: vm.save(SaveRequest())),
+    "load": with_vm(lambda vm: vm.load(LoadRequest())),
     "resume": with_vm(lambda vm: vm.resume()),
     "start": with_vm(lambda vm: vm.start()),
     "save all": save_all,
@@ -107,7 +108,7 @@ async def bring_it_back(manager: Manager, *, paused: bool) -> None:
     vm = manager.vm("web1")
     assert paused or vm.state is not VmState.PAUSED
     if vm.state is VmState.SAVED:
-        await vm.load("")
+        await vm.load(LoadRequest())
     if vm.run_state == "postmigrate":  # a paused guest whose save failed
         await ACTS["continue by hand"](manager)
     if vm.state is VmState.PAUSED:

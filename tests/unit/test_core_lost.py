@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 from msgspec.structs import replace
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.events import Event
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
@@ -36,7 +37,7 @@ def saved(
     bench = Bench(root, witness)
     bench.define("web1", device or bench.define_device("web1", provider), on_lost_memory=on_lost_memory)
     bench.vm(lambda vm: vm.start())
-    bench.vm(lambda vm: vm.save("", "reboot"))
+    bench.vm(lambda vm: vm.save(SaveRequest()))
     bench.reboot()
     bench.host.by_kexec = True
     return bench
@@ -51,7 +52,7 @@ def change(bench: Bench) -> None:
 
 
 async def load(vm: Vm) -> str:
-    return await vm.load("")
+    return await vm.load(LoadRequest())
 
 
 async def held(vm: Vm) -> Held | None:
@@ -147,7 +148,7 @@ def test_ordinary_ram_that_outlived_a_reset_is_loaded(tmp_path: Path) -> None:
 def test_ordinary_ram_after_a_power_cut_is_never_taken_on_trust(tmp_path: Path) -> None:
     bench = saved(tmp_path, "hold", provider="e820", witness="off")
     bench.host.by_kexec = False
-    with pytest.raises(MemoryChanged, match="no witness proves it"):
+    with pytest.raises(MemoryChanged, match="the checkpoint has no witness"):
         bench.vm(load)
     assert_held(bench)
     bench.host.by_kexec = True

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, LoadFailed, QemuFailed, SaveFailed
@@ -27,7 +28,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 async def save(vm: Vm) -> None:
-    await vm.save("", "reboot")
+    await vm.save(SaveRequest())
 
 
 def recover(bench: Bench) -> VmState:
@@ -63,7 +64,7 @@ def test_a_saved_qemu_that_does_not_answer_is_not_replaced(bench: Bench, act: st
         bench.runner.faults["web1", "run_state"] = QemuFailed("no answer", vm="web1")
         bench.qemu().by_hand("running")
         with pytest.raises(QemuFailed, match="does not answer"):
-            await (vm.load("") if act == "load" else getattr(vm, act)())
+            await (vm.load(LoadRequest()) if act == "load" else getattr(vm, act)())
 
     async def save_and_go_on(vm: Vm) -> None:
         await save(vm)
@@ -97,7 +98,7 @@ def test_a_checkpoint_whose_guest_was_resumed_by_hand_is_retired(bench: Bench, s
 @pytest.mark.parametrize("status", ["inmigrate", "paused", "prelaunch"])
 def test_a_load_that_was_interrupted_before_its_guest_ran_is_repeated_in_a_new_qemu(bench: Bench, status: str) -> None:
     bench.vm(save)
-    bench.dies("after load-begin", lambda vm: vm.load(""))
+    bench.dies("after load-begin", lambda vm: vm.load(LoadRequest()))
     manifest = CheckpointStore(bench.root / "checkpoints", ()).live("web1")
     assert manifest
     old = bench.runner.put(bench.qemu().launch, status, kind="load", checkpoint=manifest.id)
@@ -110,12 +111,12 @@ def test_a_load_that_was_interrupted_before_its_guest_ran_is_repeated_in_a_new_q
 def test_a_load_that_never_gets_done_is_left_to_the_admin(bench: Bench) -> None:
     """It may be what kills the agent."""
     bench.vm(save)
-    bench.dies("after load-begin", lambda vm: vm.load(""))
+    bench.dies("after load-begin", lambda vm: vm.load(LoadRequest()))
     for _ in range(2):
         bench.dies("after load-begin", live_checkpoint)
     assert recover(bench) is VmState.SAVED
     assert bench.records().count("load-begin") == 3
-    bench.vm(lambda vm: vm.load(""))
+    bench.vm(lambda vm: vm.load(LoadRequest()))
     assert bench.qemu().status == "running"
 
 
@@ -123,7 +124,7 @@ def test_a_load_that_failed_is_not_repeated_by_itself(bench: Bench) -> None:
     bench.vm(save)
     bench.runner.faults["web1", "load"] = LoadFailed("no", vm="web1")
     with pytest.raises(LoadFailed):
-        bench.vm(lambda vm: vm.load(""))
+        bench.vm(lambda vm: vm.load(LoadRequest()))
     bench.runner.faults.clear()
     assert recover(bench) is VmState.SAVED
 
@@ -170,7 +171,7 @@ def test_the_state_of_a_guest_that_did_not_run_is_stored_after_an_interrupted_sa
     assert bench.qemu() is qemu
     assert getattr(bench.vm(live_checkpoint), "run_state", "") == status
     bench.runner.end("web1")
-    bench.vm(lambda vm: vm.load(""))
+    bench.vm(lambda vm: vm.load(LoadRequest()))
     assert bench.runner.violations == []
 
 
@@ -194,7 +195,7 @@ def test_a_load_that_was_interrupted_after_its_checkpoint_was_spent_is_finished(
     """Only this QEMU has the guest; one that ran before the save must run."""
     bench.qemu().by_hand(status)
     bench.vm(save)
-    bench.dies("before resumed", lambda vm: vm.load(""))
+    bench.dies("before resumed", lambda vm: vm.load(LoadRequest()))
     qemu = bench.qemu()
     qemu.status = "paused"
     assert recover(bench) == status
@@ -223,7 +224,7 @@ def test_a_guest_that_an_admin_migrated_away_is_not_resumed(bench: Bench) -> Non
 
 def test_a_guest_that_an_admin_migrated_away_is_not_resumed_for_an_old_saves_sake(bench: Bench) -> None:
     bench.vm(save)
-    bench.vm(lambda vm: vm.load(""))
+    bench.vm(lambda vm: vm.load(LoadRequest()))
     bench.qemu().status = "postmigrate"
     assert recover(bench) is VmState.PAUSED
     assert bench.qemu().status == "postmigrate"
@@ -237,11 +238,11 @@ def test_a_guest_whose_checkpoint_can_not_be_read_is_not_resumed(bench: Bench) -
     manifest.write_bytes(content[:-5])
     recover(bench)
     assert bench.qemu().status == "postmigrate"
-    for act in (lambda vm: vm.resume(), lambda vm: vm.load(""), save):
+    for act in (lambda vm: vm.resume(), lambda vm: vm.load(LoadRequest()), save):
         with pytest.raises(CheckpointUnreadable):
             bench.vm(act)
     manifest.write_bytes(content)
     bench.vm(lambda vm: vm.resume())
     assert bench.qemu().status == "running"
     with pytest.raises(CprError):
-        bench.vm(lambda vm: vm.load(""))
+        bench.vm(lambda vm: vm.load(LoadRequest()))

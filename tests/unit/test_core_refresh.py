@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Difference, VmState
 from cpr_agent.core.vm import Vm
@@ -71,7 +72,7 @@ def test_what_two_must_not_open_is_refused_before_the_new_one_starts(tmp_path: P
     assert bench.qemu() is old
     assert old.status == "running"
     bench.runner.faults.clear()
-    assert bench.vm(lambda vm: vm.replace_qemu(in_turn=True)) == "in-turn"
+    assert bench.vm(lambda vm: vm.replace_qemu(Replacement.IN_TURN)) == "in-turn"
 
 
 @pytest.mark.parametrize("fault", ["start", "connect", "differences", "load", "after-load"])
@@ -149,7 +150,7 @@ def test_a_guest_that_does_not_run_gets_it_in_turn(bench: Bench, status: str) ->
 
 
 def in_turn(vm: Vm) -> Awaitable[str]:
-    return vm.replace_qemu(in_turn=True)
+    return vm.replace_qemu(Replacement.IN_TURN)
 
 
 def kept(bench: Bench) -> list[str]:
@@ -190,7 +191,7 @@ def test_memory_that_has_changed_is_not_run_on_in_the_old_one(bench: Bench) -> N
         bench.vm(refresh)
     bench.runner.at.clear()
     assert (bench.qemu(), old.status) == (old, "postmigrate")
-    assert state(bench) is VmState.SAVED
+    assert state(bench) is VmState.HELD
     assert bench.runner.beside == {}
     assert bench.runner.violations == []
 
@@ -210,7 +211,7 @@ def test_in_turn_what_both_fail_leaves_it_saved(bench: Bench) -> None:
     assert state(bench) is VmState.SAVED
     bench.runner.faults.clear()
     bench.runner.broken[QEMU] = "load"
-    assert bench.vm(lambda vm: vm.load("")) == ""
+    assert bench.vm(lambda vm: vm.load(LoadRequest())) == ""
     assert bench.qemu().status == "running"
     assert bench.runner.violations == []
 
@@ -220,7 +221,7 @@ def refresh_while(bench: Bench, operation: str, change: Callable[[], object]) ->
 
     async def act(vm: Vm) -> None:
         gate = bench.runner.gates["web1", operation] = Gate()
-        refreshing = asyncio.ensure_future(vm.replace_qemu(in_turn=True))
+        refreshing = asyncio.ensure_future(vm.replace_qemu(Replacement.IN_TURN))
         await gate.entered.wait()
         change()
         gate.go.set()
@@ -251,7 +252,7 @@ def test_in_turn_without_the_old_one_it_stays_saved(bench: Bench, lost: str) -> 
     assert error.left.endswith(", and the load can be repeated")
     assert state(bench) is VmState.SAVED
     bench.runner.broken.clear()
-    bench.vm(lambda vm: vm.load(""))
+    bench.vm(lambda vm: vm.load(LoadRequest()))
     assert bench.runner.violations == []
 
 
@@ -259,12 +260,12 @@ def test_memory_that_has_changed_is_not_proved_by_the_old_one_either(bench: Benc
     bench.runner.broken[QEMU] = "load"
     error = refresh_while(bench, "load", lambda: spoil(bench))
     assert "brought back, failed too: its RAM is not what it was" in error.what
-    assert state(bench) is VmState.SAVED
+    assert state(bench) is VmState.HELD
     assert bench.runner.violations == []
 
 
 def test_what_is_saved_or_stopped_is_refused(bench: Bench) -> None:
-    bench.vm(lambda vm: vm.save("", "reboot"))
+    bench.vm(lambda vm: vm.save(SaveRequest()))
     with pytest.raises(AlreadySaved):
         bench.vm(refresh)
     bench.vm(lambda vm: vm.resume())
@@ -282,7 +283,7 @@ def test_killed_anywhere_the_guest_goes_on(tmp_path: Path, how: str) -> None:
             with pytest.raises(LoadFailed, match="goes on in the QEMU that it had"):
                 await in_turn(vm)
         else:
-            assert await vm.replace_qemu(in_turn=how == "in-turn") == how
+            assert await vm.replace_qemu(Replacement.IN_TURN if how == "in-turn" else None) == how
 
     points, ended = 0, False
     while not ended:
@@ -309,7 +310,7 @@ def test_killed_anywhere_the_guest_goes_on(tmp_path: Path, how: str) -> None:
 
 def save_of_an_admin_is_left_alone(bench: Bench) -> None:
     """A refresh that was killed is over once the guest goes on."""
-    bench.vm(lambda vm: vm.save("", "reboot"))
+    bench.vm(lambda vm: vm.save(SaveRequest()))
     assert state(bench) is VmState.SAVED
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Blocked, CprError, GuestAgentFailed, SaveFailed
@@ -27,7 +28,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 async def save(vm: Vm) -> None:
-    await vm.save("", "reboot")
+    await vm.save(SaveRequest())
 
 
 def suspend_is(bench: Bench, wanted: str) -> None:
@@ -51,7 +52,7 @@ def test_it_sleeps_while_it_is_saved_and_is_woken_after(bench: Bench, suspend: s
     bench.vm(save)
     assert bench.qemu().status == "postmigrate"
     assert state(bench) is VmState.SAVED
-    bench.vm(lambda vm: vm.load("") if act == "load" else vm.resume())
+    bench.vm(lambda vm: vm.load(LoadRequest()) if act == "load" else vm.resume())
     assert bench.qemu().status == "running"
     assert bench.runner.violations == []
     told = [event for event in bench.records() if event in ("suspend", "save-begin", "resume", "resumed", "woken")]
@@ -61,7 +62,7 @@ def test_it_sleeps_while_it_is_saved_and_is_woken_after(bench: Bench, suspend: s
 def test_a_guest_that_its_user_put_to_sleep_is_not_woken(bench: Bench) -> None:
     bench.qemu().by_hand("suspended")
     bench.vm(save)
-    bench.vm(lambda vm: vm.load(""))
+    bench.vm(lambda vm: vm.load(LoadRequest()))
     assert bench.qemu().status == "suspended"
     assert "woken" not in bench.records()
 
@@ -128,7 +129,7 @@ def test_one_that_goes_to_sleep_when_nobody_waits_any_more_is_woken(bench: Bench
 
 def journal_points(bench: Bench) -> list[str]:
     bench.vm(save)
-    bench.vm(lambda vm: vm.load(""))
+    bench.vm(lambda vm: vm.load(LoadRequest()))
     return [f"{when} {event}" for event in dict.fromkeys(bench.records()) for when in ("before", "after")]
 
 
@@ -145,11 +146,11 @@ def test_killed_at_each_record_it_does_not_stay_asleep(tmp_path: Path) -> None:
 
     async def save_and_load(vm: Vm) -> None:
         await save(vm)
-        await vm.load("")
+        await vm.load(LoadRequest())
 
     async def to_the_end(vm: Vm) -> None:
         if vm.checkpointed:
-            await vm.load("")
+            await vm.load(LoadRequest())
 
     points = [point for point in journal_points(fresh("points")) if not point.endswith(" start")]
     assert "after suspend" in points
@@ -165,7 +166,7 @@ def test_a_guest_that_cannot_be_woken_is_told_of_and_woken_by_the_next_agent(ben
     bench.vm(save)
     bench.runner.faults["web1", "wake"] = GuestAgentFailed("no", vm="web1")
     with pytest.raises(CprError):
-        bench.vm(lambda vm: vm.load(""))
+        bench.vm(lambda vm: vm.load(LoadRequest()))
     assert bench.qemu().status == "suspended"
     bench.runner.faults.clear()
     assert state(bench) is VmState.RUNNING

@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Policy, Survives, VmState
@@ -117,7 +118,13 @@ class AnyHistory(RuleBasedStateMachine):
     def an_act(self, vm: str, act: str, points: int | None) -> None:
         def do(manager: Manager) -> Awaitable[object]:
             one = manager.vm(vm)
-            return one.save("", "reboot") if act == "save" else one.load("") if act == "load" else getattr(one, act)()
+            return (
+                one.save(SaveRequest())
+                if act == "save"
+                else one.load(LoadRequest())
+                if act == "load"
+                else getattr(one, act)()
+            )
 
         self.live(do, points)
 

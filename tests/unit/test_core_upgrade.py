@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Difference, Finding, Kernel, Policy, Survives, VmState
@@ -270,7 +271,9 @@ def test_between_commit_and_kexec_no_guest_is_let_run(bench: Bench, act: str) ->
         await until_kexec(bench)(manager)
         vm = manager.vm("web4" if act == "start" else "web1")
         with pytest.raises(Busy, match="on its way into another kernel"):
-            await {"start": vm.start, "load": lambda: vm.load(""), "resume": vm.resume, "discard": vm.discard}[act]()
+            await {"start": vm.start, "load": lambda: vm.load(LoadRequest()), "resume": vm.resume, "discard": vm.discard}[
+                act
+            ]()
         assert "on its way" in (await ended(manager, manager.load_and_start_all())).result
         assert "is under way (committing)" in (await ended(manager, manager.upgrade(UpgradeRequest()))).result
 
@@ -578,7 +581,7 @@ def test_one_guests_load_that_is_finished_after_a_crash_does_not_end_an_upgrade_
     del bench.runner.faults["web1", "load"]
     bench.runner.die_at = "after load-begin"
     with contextlib.suppress(AgentKilled):
-        bench.run(lambda manager: manager.vm("web1").load(""))
+        bench.run(lambda manager: manager.vm("web1").load(LoadRequest()))
     bench.runner.die_at = ""
     assert bench.run(look) == {"web1": VmState.RUNNING, "web2": VmState.SAVED, "web3": VmState.RUNNING}
     assert bench.run(outcome)[0] == "held"

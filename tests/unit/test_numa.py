@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.checks import check_vm
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import (
@@ -308,11 +309,11 @@ def numa(tmp_path: Path, *files: str, name: str = "web1", bench: Bench | None = 
 
 
 async def save(vm: Vm) -> None:
-    await vm.save("", "reboot")
+    await vm.save(SaveRequest())
 
 
 async def load(vm: Vm) -> None:
-    await vm.load("")
+    await vm.load(LoadRequest())
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from cpr_agent.core.model import MANIFEST_SCHEMA, Difference, Held, Manifest, Vmstate
 from cpr_agent.core.timeline import GuestTimeline
+from cpr_agent.daemon import PROGRAMS
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
 from cpr_agent.files import write_atomically
-from cpr_agent.host.processes import ProcessRunner
+from cpr_agent.host.runner import RunFiles
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.store import vmstate
 from cpr_agent.store.checkpoints import CheckpointStore
@@ -266,7 +267,7 @@ def test_a_checkpoint_of_an_older_agent_is_the_same(store: CheckpointStore) -> N
 def test_a_qemu_that_an_older_agent_started_is_known(tmp_path: Path) -> None:
     (tmp_path / "launched").mkdir()
     (tmp_path / "launched/web1.json").write_bytes((SCHEMA_1 / "launch.json").read_bytes())
-    assert ProcessRunner(tmp_path, tmp_path).launched("web1") == launch()
+    assert RunFiles(tmp_path, tmp_path, PROGRAMS).launch("web1") == launch()
 
 
 def test_a_checkpoint_of_a_newer_agent_is_not_guessed_at(store: CheckpointStore) -> None:

@@ -11,6 +11,7 @@ from dbus_next.signature import Variant
 from cpr_agent import __version__
 from cpr_agent.bus.contract import ROOT, escape
 from cpr_agent.bus.options import take_options, vardict
+from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.allocation import Range, free, used
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
@@ -157,16 +158,17 @@ class VmObject(BusObject):
 
     async def call_CprSave(self, filename: str, mode: str, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"survives": "s"})
-        await self._vm.save(filename, mode, _survives(taken, Survives.QEMU_RESTART))
+        await self._vm.save(SaveRequest(filename, mode, _survives(taken, Survives.QEMU_RESTART)))
         return []
 
     async def call_CprLoad(self, filename: str, options: dict[str, Variant]) -> list[Any]:
         take_options(options, {})
-        await self._vm.load(filename)
+        await self._vm.load(LoadRequest(filename))
         return []
 
     async def call_Refresh(self, options: dict[str, Variant]) -> list[Any]:
-        return [await self._vm.replace_qemu(in_turn=take_options(options, {"in-turn": "b"}).get("in-turn", False))]
+        in_turn = take_options(options, {"in-turn": "b"}).get("in-turn", False)
+        return [await self._vm.replace_qemu(Replacement.IN_TURN if in_turn else None)]
 
     async def call_Start(self) -> list[Any]:
         await self._vm.start()
@@ -203,7 +205,7 @@ class VmObject(BusObject):
         return self._vm.pid
 
     async def get_Memory(self) -> dict[str, Variant]:
-        ram = await self._vm.claimed_memory()
+        ram = await self._vm.machine.claimed_memory()
         defined = self._vm.definition.memory.ranges if self._vm.definition else ()
         if ram:
             ranges = [

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from cpr_agent.core.hooks import vetoes
-from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
+from cpr_agent.core.model import SAVEABLE, Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
 from cpr_agent.core.vm import Vm
-from cpr_agent.core.vm_base import SAVEABLE
 from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
 
 MEMORY_SURVIVES = "memory-survives"
@@ -29,14 +28,14 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
     return found
 
 
-async def check_hooks(vm: Vm, ports: Ports) -> list[Finding]:
+async def check_hooks(vm: Vm) -> list[Finding]:
     """Reasons that the admin's hooks have against a save."""
     if not _has_live_guest(vm):
         return []
     why, remedy = "an upgrade or a save would be refused", "see docs/insight.md, hooks"
     return [
         Finding(severity="error", code="hook", what=said, why=why, remedy=remedy, vm=vm.name)
-        for said in await vetoes(ports, vm)
+        for said in await vetoes(vm.machine)
     ]
 
 
@@ -76,7 +75,7 @@ async def _witness_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Findin
     """The time that the proof of the RAM's contents adds to the guest's pause, twice: measured here and now."""
     try:
         located = await ports.memory.relocate(launch.memory, 0.5)
-        kind, seconds = await ports.memory.witness_cost_s(located, vm.witness_kind)
+        kind, seconds = await ports.memory.witness_cost_s(located, vm.machine.settings.witness.kind)
     except CprError as error:
         return [Finding(severity="error", code=error.kind, what=error.what, remedy=error.remedy, vm=vm.name)]
     what = f"the witness of its RAM ({kind}) takes {seconds:.3f} s, at the save and at the load"
@@ -124,7 +123,7 @@ def _memory_findings(vm: Vm, ram: Ram, claims: list[tuple[str, MemoryIdentity]])
 
 def _survival(vm: str, memory: MemoryIdentity) -> Finding:
     """Whether this memory outlives a kexec, and why."""
-    if memory.survives.covers(Survives.KEXEC):
+    if memory.survives.is_enough_for(Survives.KEXEC):
         what = f"its RAM in {memory.place} survives a kexec"
         return Finding(severity="info", code=MEMORY_SURVIVES, what=what, why=_why_it_survives(memory), vm=vm)
     return Finding(

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable
 
 from msgspec.structs import replace
 
+from cpr_agent.core.acts.requests import Replacement
 from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_hooks, check_vm
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
+from cpr_agent.core.saveable import waits_when_blocked
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.upgrade.ledger import Ledger, Phase
 from cpr_agent.core.upgrade.preflight import Plan, UpgradeRequest, check_host, plan
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Manager:
-    """``vm_added``, ``vm_removed`` and ``vm_changed`` tell the bus."""
+    """Implements core.machine.Neighbours for its VMs. ``vm_added``, ``vm_removed`` and ``vm_changed`` tell the bus."""
 
     def __init__(self, ports: Ports, settings: Settings) -> None:
         self.vms: dict[str, Vm] = {}
@@ -49,7 +51,7 @@ class Manager:
         good, bad = self.ports.definitions.load_all()
         kept = set(self.ports.store.live_all())
         for name in self.ports.runner.launched_all():
-            if await self.ports.runner.active(name):
+            if await self.ports.runner.own(name).pid():
                 kept.add(name)
         names = {*good, *bad, *kept}
         for name in sorted(set(self.vms) - names):
@@ -58,8 +60,8 @@ class Manager:
             self.vm_removed(vm)
         for name in sorted(names):
             known = name in self.vms
-            vm = self.vms.get(name) or self._new_vm(name)
-            vm.definition, vm.problem = good.get(name), bad.get(name)
+            vm = self.vms.get(name) or Vm(name, self.ports, self._settings, self)
+            vm.define(good.get(name), bad.get(name))
             if name in bad:
                 log.warning("VM %s: %s", name, bad[name])
             self.vms[name] = vm
@@ -81,10 +83,6 @@ class Manager:
             return imported, error.text
         return imported, ""
 
-    def _new_vm(self, name: str) -> Vm:
-        admit = self._transaction.refuse_when_committed
-        return Vm(name, self.ports, self._settings, self._changed, self._claims, admit, self._live_pids)
-
     async def recover(self) -> None:
         """Once, after the agent has started: finish or take back what an earlier one left.
 
@@ -105,8 +103,8 @@ class Manager:
     # -- memory -------------------------------------------------------------------------------------------------------
 
     async def claims(self) -> list[tuple[str, MemoryIdentity]]:
-        """The memory of all VMs: what their guests are in, or else what their definitions name."""
-        return await self._claims("", True)
+        """The memory of all VMs: their guests', or else the ranges that their definitions name."""
+        return await self.claimed("")
 
     async def allocate(self, vm: str, size: str, device: str) -> tuple[DaxDevice, Range]:
         """Where the RAM of ``vm`` can go; nothing is reserved. ``size`` "" is that of its definition. Raises
@@ -129,10 +127,10 @@ class Manager:
 
     async def vm_findings(self, name: str) -> list[Finding]:
         vm = self.vm(name)
-        return [*await self._own_findings(vm), *await check_hooks(vm, self.ports)]
+        return [*await self._own_findings(vm), *await check_hooks(vm)]
 
     async def _own_findings(self, vm: Vm) -> list[Finding]:
-        return await check_vm(vm, self.ports, await self._claims(vm.name, True))
+        return await check_vm(vm, self.ports, await self.claimed(vm.name))
 
     def plan(self, request: UpgradeRequest) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
@@ -144,7 +142,7 @@ class Manager:
         found = await triage(list(self.vms.values()), Survives.KEXEC, the_plan.policy)
         decided = {vm.name for vm, _ in (*found.refused, *found.unsaveable)}
         for vm, error in found.refused:
-            waits = vm.waits
+            waits = waits_when_blocked(vm.machine)
             out.append(
                 Finding(
                     severity="warning" if waits else "error",
@@ -200,7 +198,7 @@ class Manager:
 
     def refresh_all_in_turn(self) -> Job:
         """Likewise, and each old QEMU ends before the new one starts."""
-        return self._refresh_all(lambda vm: vm.replace_qemu(in_turn=True))
+        return self._refresh_all(lambda vm: vm.replace_qemu(Replacement.IN_TURN))
 
     def _refresh_all(self, replace_qemu: Callable[[Vm], Awaitable[object]]) -> Job:
         vms = self.vms.values()
@@ -220,21 +218,30 @@ class Manager:
     def _policy(self, policy: Policy | None) -> Policy:
         return policy or self._settings.upgrade.policy
 
-    def _changed(self, name: str) -> None:
+    # -- what the VMs ask of each other -------------------------------------------------------------------------------
+
+    def changed(self, name: str) -> None:
         vm = self.vms.get(name)
         if vm is None:
             return
-        if self.ledger.committed and not vm.off and vm.run_state != "postmigrate":
+        if self.ledger.committed and not vm.machine.powered_off and not vm.machine.stands_saved:
             self.ports.kexec.withdraw()  # its guest was let run behind our back, on another socket: no kexec over it
         self.vm_changed(vm)
 
-    async def _claims(self, asking: str, defined: bool) -> list[tuple[str, MemoryIdentity]]:
-        others = [vm for vm in self.vms.values() if vm.name != asking]
-        claims = [(vm.name, await vm.claimed_memory() if defined else vm.occupied_memory()) for vm in others]
-        return [(name, one) for name, ram in claims for one in ram]
+    def admit(self) -> None:
+        self._transaction.refuse_when_committed()
 
-    def _live_pids(self) -> list[int]:
+    def live_pids(self) -> list[int]:
         return [vm.pid for vm in self.vms.values() if vm.qemu]
+
+    def occupied(self, asking: str) -> list[tuple[str, MemoryIdentity]]:
+        return [(vm.name, one) for vm in self._others(asking) for one in vm.occupied_memory()]
+
+    async def claimed(self, asking: str) -> list[tuple[str, MemoryIdentity]]:
+        return [(vm.name, one) for vm in self._others(asking) for one in await vm.machine.claimed_memory()]
+
+    def _others(self, asking: str) -> list[Vm]:
+        return [vm for vm in self.vms.values() if vm.name != asking]
 
     async def close(self) -> None:
         await self.jobs.drain(60.0)

@@ -111,39 +111,47 @@ class Qemu(Protocol):
     async def close(self) -> None: ...
 
 
+class Place(Protocol):
+    """Where one QEMU process of a VM lives, or may live: a unit of systemd, or a process of its own."""
+
+    @property
+    def directory(self) -> str:
+        """Where its QEMU may make sockets."""
+
+    async def start(self, launch: Launch) -> None:
+        """Start QEMU. Returns when its sockets accept connections; raises QemuFailed with what it said."""
+
+    async def connect(self, timeout_s: float) -> Qemu:
+        """Raises QemuFailed."""
+
+    async def pid(self) -> int:
+        """PID of its QEMU; 0 if there is none."""
+
+    async def wait_exit(self, timeout_s: float) -> bool:
+        """Wait until its QEMU has exited; False on timeout."""
+
+    async def kill(self) -> None:
+        """End its QEMU the hard way, and wait until it is gone."""
+
+    def log_tail(self) -> str:
+        """The last lines that QEMU wrote to stderr."""
+
+
 class Runner(Protocol):
-    """Where QEMU processes live: units of systemd, or processes of their own."""
+    """Each VM has two places for a QEMU: its own, and a spare one for a QEMU that is to take its guest over."""
 
-    async def start(self, launch: Launch, *, beside: bool = False) -> None:
-        """Start QEMU; or one ``beside`` the VM's own, which stays. Returns when its sockets accept connections; raises
-        QemuFailed with what it said."""
+    def own(self, name: str) -> Place: ...
 
-    async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu: ...
+    def spare(self, name: str) -> Place: ...
 
     def adopt(self, name: str) -> None:
-        """From now on the QEMU beside the VM's own is the VM's own, and the one that was is beside it. Atomic, until the
-        host starts anew."""
-
-    def directory(self, name: str, *, beside: bool = False) -> str:
-        """Where the VM's QEMU, or the one beside it, may make sockets."""
-
-    async def active(self, name: str, *, beside: bool = False) -> int:
-        """PID of the VM's QEMU, or of the one beside it; 0 if there is none."""
-
-    async def wait_exit(self, name: str, timeout_s: float) -> bool:
-        """Wait until the VM's QEMU has exited; False on timeout."""
-
-    async def kill(self, name: str, *, beside: bool = False) -> None:
-        """End the VM's QEMU, or the one beside it, the hard way, and wait until it is gone."""
+        """Make the VM's spare place its own, and its own the spare one. Atomic, until the host starts anew."""
 
     def launched(self, name: str) -> Launch | None:
-        """What the VM's live QEMU was started with."""
+        """The command line that the QEMU in the VM's own place was started with, and its memory."""
 
     def launched_all(self) -> list[str]:
         """Names of all VMs started since the host booted."""
-
-    def log_tail(self, name: str, *, beside: bool = False) -> str:
-        """The last thing that QEMU, or the one beside it, said on stderr."""
 
     def unit(self, name: str) -> str:
         """The systemd unit, or "" where systemd does not run it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -41,6 +42,32 @@ DRAM_PROVIDER = "e820"
 _KEPT = "the guest was not started; memory and checkpoint are kept as they are"
 
 
+class Proven(NamedTuple):
+    """The guest of this checkpoint may go on: its memory and disks were compared with it. Only this module makes one."""
+
+    checkpoint: str
+
+
+async def prove(ports: Ports, manifest: Manifest, located: Sequence[Located], own_pids: Collection[int]) -> Proven:
+    """For a load: compare all that it depends on, at once, since a guest waits for it. ``own_pids`` as in
+    ``refuse_other_users``. Raises ProofFailed, MemoryUnusable."""
+    proven, _ = await asyncio.gather(
+        prove_stopped(ports, manifest, located, own_pids), refuse_changed_firmware(ports, manifest)
+    )
+    return proven
+
+
+async def prove_stopped(ports: Ports, manifest: Manifest, located: Sequence[Located], own_pids: Collection[int]) -> Proven:
+    """For a guest that goes on in the QEMU that saved it, which has its firmware loaded. Raises ProofFailed,
+    MemoryUnusable."""
+    await asyncio.gather(
+        refuse_changed_disks(ports, manifest),
+        refuse_other_users(ports, manifest.vm, located, own_pids),
+        refuse_changed_ram(ports, manifest, located),
+    )
+    return Proven(manifest.id)
+
+
 @contextlib.contextmanager
 def naming(vm: str) -> Iterator[None]:
     """Put the VM's name on errors of layers that know memory but no VMs."""
@@ -71,12 +98,12 @@ def refuse_overlap(vm: str, ram: Ram, claims: list[tuple[str, MemoryIdentity]]) 
 
 
 async def refuse_other_users(ports: Ports, vm: str, located: Sequence[Located], own_pids: Collection[int]) -> None:
-    """Nobody but other VMs of this agent (their ranges were compared) may have the memory. Raises MemoryInUse.
+    """Only VMs of this agent, whose ranges were compared, may have the memory open. Raises MemoryInUse.
 
     ``own_pids`` are live QEMUs of the agent, as many as are known without asking."""
     strangers = await _strangers(ports, vm, located, own_pids)
     if strangers:
-        # A QEMU that ended after it was seen was nobody's by the time that its owner was looked for. Nobody sees it again.
+        # A QEMU may exit between the census and the owner lookup. Count again; it will be gone.
         seen = {pid for _, _, pid in strangers}
         strangers = [one for one in await _strangers(ports, vm, located, own_pids) if one[2] in seen]
     if strangers:
@@ -97,34 +124,33 @@ async def _strangers(
     found = await asyncio.gather(*(ports.memory.users(one, own_pids) for one in located))
     # Afterwards: a QEMU may have come up meanwhile, also the VM's own.
     runner = ports.runner
-    own = {*own_pids, await runner.active(vm)}
+    own = {*own_pids, await runner.own(vm).pid()}
     if {pid for users in found for _, pid in users} <= own:
-        return []  # what the agent's other VMs run need not be asked for, which takes long where they are many
+        return []  # the units of many other VMs take long to ask
     names = runner.launched_all()
-    own |= {await runner.active(name) for name in names}
-    own |= {await runner.active(name, beside=True) for name in names if name != vm}
+    own |= {await runner.own(name).pid() for name in names}
+    own |= {await runner.spare(name).pid() for name in names if name != vm}
     pairs = zip(located, found, strict=True)
     return [(one.node, name, pid) for one, users in pairs for name, pid in users if pid not in own]
 
 
 def refuse_spent(ports: Ports, manifest: Manifest) -> None:
     """A checkpoint out of a backup: its guest has run since, and its RAM has moved on (invariant 2). Raises ProofFailed."""
-    for record in ports.journal.records():
-        if record.get("checkpoint") == manifest.id and record["event"] in ("resumed", "resumed-by-hand"):
-            raise ProofFailed(
-                "the guest has run since this checkpoint was made: its RAM is not what belongs to it",
-                vm=manifest.vm,
-                left=_KEPT,
-                remedy=f"give the checkpoint up with: cprctl discard {manifest.vm}",
-                evidence=[Difference(f"checkpoint {manifest.id}", "not resumed", str(record["event"]))],
-            )
+    if event := ports.journal.past(manifest.vm).spent_by(manifest.id):
+        raise ProofFailed(
+            "the guest has run since this checkpoint was made: its RAM is not what belongs to it",
+            vm=manifest.vm,
+            left=_KEPT,
+            remedy=f"give the checkpoint up with: cprctl discard {manifest.vm}",
+            evidence=[Difference(f"checkpoint {manifest.id}", "not resumed", event)],
+        )
 
 
 async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Sequence[Located]) -> None:
     """The witness; and where there is none, what must not be taken on trust. Raises MemoryChanged."""
     if manifest.witness.kind == "off" and _power_was_cut_from(manifest, ports):
         raise MemoryChanged(
-            "its RAM is ordinary memory of the host (memmap=), which was not started by a kexec, and no witness proves it",
+            "its RAM is ordinary memory (memmap=), the host was not started by kexec, and the checkpoint has no witness",
             vm=manifest.vm,
             left=_KEPT,
             remedy=f"give the checkpoint up with `cprctl discard {manifest.vm}`, and let [witness] take them",

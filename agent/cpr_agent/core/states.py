@@ -56,7 +56,7 @@ class Survives(enum.StrEnum):
     QEMU_RESTART = "qemu-restart"
     KEXEC = "kexec"
 
-    def covers(self, need: Survives) -> bool:
+    def is_enough_for(self, need: Survives) -> bool:
         return self is Survives.KEXEC or need is Survives.QEMU_RESTART
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -28,24 +28,30 @@ async def uninterrupted(work: Awaitable[T]) -> T:
 
 
 class Undo:
-    """Runs what was pushed, in reverse order, unless the block came to its ``done``. The block's error wins over those of
-    the steps, which are logged; without one the first error of a step is raised."""
+    """Runs the steps that were pushed, in reverse order, unless the block came to its ``done``. The block's error wins over
+    those of the steps, which are logged; without one the first error of a step is raised.
+
+    ``left`` has what the steps say of the state that they left, each a sentence fit for an admin.
+    """
 
     def __init__(self) -> None:
-        self._steps: list[Callable[[], Awaitable[object]]] = []
+        self.left = ""
+        self._steps: list[Callable[[], Awaitable[str | None]]] = []
 
-    def push(self, step: Callable[[], Awaitable[object]]) -> None:
+    def push(self, step: Callable[[], Awaitable[str | None]]) -> None:
         self._steps.append(step)
 
     def done(self) -> None:
         self._steps.clear()
 
-    async def __aenter__(self) -> Undo:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._steps:
+            return
         failure = await uninterrupted(self._run())
         if failure and error is None:
             raise failure
@@ -54,8 +60,10 @@ class Undo:
         first: BaseException | None = None
         while self._steps:
             try:
-                await self._steps.pop()()
+                said = await self._steps.pop()()
             except BaseException as error:
                 log.error("an undo step failed", exc_info=error)
                 first = first or error
+            else:
+                self.left = "; ".join(filter(None, (self.left, said)))
         return first

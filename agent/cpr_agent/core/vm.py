@@ -1,224 +1,258 @@
-"""The acts that change a VM, which exclude each other: start, save, load, and what takes them back or finishes them."""
+"""One VM: the lock, the act under way, and who may act. The acts themselves are functions, in core/acts."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
+import enum
+from collections.abc import AsyncIterator
 
+from cpr_agent.core import saveable
+from cpr_agent.core.acts import recover, resume, start
+from cpr_agent.core.acts.load import load
+from cpr_agent.core.acts.replace import replace
+from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
+from cpr_agent.core.acts.save import save
+from cpr_agent.core.acts.sleep import wake_late_sleeper
 from cpr_agent.core.hooks import before_save
-from cpr_agent.core.model import (
-    Manifest,
-    Survives,
-)
-from cpr_agent.core.proof import (
-    provably_lost,
-)
-from cpr_agent.core.refreshing import Refreshing
-from cpr_agent.core.turns import NO_TURN, Turn
-from cpr_agent.errors import (
-    AlreadyRunning,
-    AlreadySaved,
-    Blocked,
-    DeviceMissing,
-    InvalidArgument,
-    NoCheckpoint,
-    ProofFailed,
-    QemuFailed,
-    WrongState,
-)
+from cpr_agent.core.machine import Machine, Neighbours
+from cpr_agent.core.model import Definition, Held, Launch, Manifest, Ram, RunState, Survives, VmState
+from cpr_agent.core.ports import Ports, Qemu
+from cpr_agent.core.settings import Settings
+from cpr_agent.core.undo import uninterrupted
+from cpr_agent.errors import Blocked, Busy, CprError, InvalidArgument, QemuFailed, WrongState
 
-log = logging.getLogger(__name__)
+_STATE_EVENTS = ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION")
+"""QMP events after which the state is derived anew."""
 
 
-class Vm(Refreshing):
-    """See the bus's contract for what each act is to its caller."""
+class Act(enum.StrEnum):
+    RECOVER = "recover"
+    START = "start"
+    STOP = "stop"
+    RESUME = "resume"
+    DISCARD = "discard"
+    SAVE = "save"
+    LOAD = "load"
+    REFRESH = "refresh"
 
-    async def recover(self) -> None:
-        """After a start of the agent: finish or take back what an earlier one was in the middle of."""
-        async with self._exclusive("recover"):
-            await self._ports.runner.kill(self.name, beside=True)  # no guest has run in it, or has stopped there for good
-            await self._derive()
-            if self._qemu is None:
-                return
-            if self._in_transfer():
-                await self._qemu.withdraw()
-                await self._derive()
-            if self._in_refresh():
-                await self._settle_sockets()
-            if self.awaits_cold_start():
-                self._ports.journal.append("cold-started", vm=self.name)
-            launch, manifest = self.launched(), self._live_or_none()
-            never_ran = self.run_state in ("inmigrate", "paused", "prelaunch")
-            if manifest and launch and launch.kind == "load" and launch.checkpoint == manifest.id and never_ran:
-                log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", self.name)
-                self._ports.journal.append("load-interrupted", vm=self.name, checkpoint=manifest.id)
-                await self._end_qemu()
-            elif manifest and self._in_refresh() and self.run_state == "postmigrate" and manifest.run_state == "running":
-                log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", self.name)
-                await self._take_back(manifest)
-            elif self._ports.store.checkpointed(self.name):
-                return  # saved, also if nobody can read by what
-            elif self.run_state == "postmigrate" and self._in_transfer():
-                log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", self.name)
-                await self._undo_transfer()
-            elif self.run_state == "postmigrate":
-                await self._finish_interrupted_save()
-            elif self.run_state == "paused" and launch and launch.kind == "load":
-                await self._finish_interrupted_resume(launch.checkpoint)
-            await self._end_sleep()
-            self.end_refresh()
 
-    async def start(self) -> None:
-        """Start the guest afresh. Refused while a live checkpoint holds it. Raises CprError."""
-        async with self._exclusive("start"):
-            self._admit()
-            definition = self.usable_definition()
-            if self.live_checkpoint():
-                raise AlreadySaved(
-                    "is saved, and starting it afresh would destroy the saved guest",
-                    vm=self.name,
-                    left="the checkpoint was not touched",
-                    remedy=f"continue it with `cprctl load {self.name}`, or give it up with `cprctl discard {self.name}`",
-                )
-            await self._require_no_qemu()
-            await self._start(definition)
-            if self.awaits_cold_start():
-                self._ports.journal.append("cold-started", vm=self.name)
+class Vm:
+    """See the bus's contract for the meaning of each act to its caller. ``machine`` has the facts."""
 
-    async def stop(self, how: str) -> None:
-        """``acpi``: press the power button, and after the definition's shutdown-timeout go on as ``hard``: quit QEMU."""
-        if how not in ("acpi", "hard"):
-            raise InvalidArgument(f"unknown way to stop {how!r}", vm=self.name, remedy="use acpi or hard")
-        async with self._exclusive("stop"):
-            await self._derive()
-            if not self.pid:
-                raise WrongState("is not running", vm=self.name)
-            if how == "acpi" and self._qemu is None:
-                raise QemuFailed(
-                    "its QEMU does not answer, so its power button can't be pressed",
-                    vm=self.name,
-                    left="the guest was not touched",
-                    remedy=f"`cprctl stop --hard {self.name}` ends QEMU",
-                )
-            if how == "acpi" and self._qemu and self.run_state in ("running", "suspended"):
-                await self._qemu.powerdown()
-                launch = self.launched()
-                timeout_s = launch.shutdown_timeout_s if launch else 60.0
-                if await self._ports.runner.wait_exit(self.name, timeout_s):
-                    return
-                log.warning("VM %s: did not shut down within %.0f s, going on the hard way", self.name, timeout_s)
-            await self._end_qemu()
+    def __init__(self, name: str, ports: Ports, settings: Settings, neighbours: Neighbours) -> None:
+        self.name = name
+        self.machine = Machine(name, ports, settings, neighbours, self._on_qemu_event)
+        self._successor = saveable.Successor(self.machine)
+        self._lock = asyncio.Lock()
+        self._act: Act | None = None
 
-    async def resume(self) -> None:
-        """Take a save back: the guest goes on where it was saved, in the QEMU that is still there if that is possible.
+    # -- facts that others read -----------------------------------------------------------------------------------------
 
-        ``cont`` does it for a guest that ran. One that was paused or suspended must be loaded (FACTS.md, "Rollback").
-        """
-        async with self._exclusive("resume"):
-            self._admit()
-            await self._derive()
-            manifest = self.live_checkpoint()
-            if manifest is None:
-                if self._qemu is None or self.run_state != "paused":
-                    raise WrongState(f"is {self.state}, there is nothing to resume", vm=self.name)
-                await self._qemu.cont()
-            elif self._qemu and self.run_state == "postmigrate" and manifest.run_state == "running":
-                await self._take_back(manifest)
-            else:
-                self._require_no_silent_qemu("nothing was resumed")
-                await self._load_by_either(manifest)
+    @property
+    def definition(self) -> Definition | None:
+        return self.machine.definition
 
-    async def discard(self) -> None:
-        """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs."""
-        async with self._exclusive("discard"):
-            self._admit()
-            await self._derive()
-            self._require_no_silent_qemu("nothing was discarded")
-            if self.run_state == "postmigrate":
-                raise WrongState(
-                    "is saved and its QEMU still has the guest",
-                    vm=self.name,
-                    left="nothing was discarded",
-                    remedy=f"`cprctl resume {self.name}` continues the guest, `cprctl stop {self.name}` ends QEMU",
-                )
-            if not self._ports.store.checkpointed(self.name):
-                raise NoCheckpoint("has no checkpoint to discard", vm=self.name)
-            self._ports.journal.append("discard", vm=self.name)
-            await asyncio.to_thread(self._ports.store.discard, self.name)
+    def define(self, definition: Definition | None, problem: Exception | None) -> None:
+        """Its definition from now on; or the problem with it, for a VM that stays as long as it runs or is saved."""
+        self.machine.definition, self.machine.problem = definition, problem
 
-    async def save(
-        self,
-        filename: str,
-        mode: str,
-        need: Survives = Survives.QEMU_RESTART,
-        upgrade: str = "",
-        turn: Turn = NO_TURN,
-    ) -> Manifest:
-        """Save device state and leave the RAM where it is; the guest is stopped after, in its ``turn``. Raises CprError; a
-        guest that ran then runs on."""
-        if mode != "reboot":
-            raise InvalidArgument(
-                f"mode {mode!r} is not supported", vm=self.name, left="nothing was saved", remedy='use mode "reboot"'
-            )
-        async with self._exclusive("save"):
-            qemu, launch = await self._require_live(need)
-            if not upgrade:  # which has done that for all its guests, before the first of them stopped
-                await before_save(self._ports, self)
-            return await self._save_asleep_or_not(qemu, launch, filename, mode, upgrade, turn)
+    @property
+    def problem(self) -> Exception | None:
+        return self.machine.problem
 
-    async def load(self, filename: str, turn: Turn = NO_TURN) -> str:
-        """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at
-        which the guest runs the checkpoint stays and the load can be repeated.
+    @property
+    def state(self) -> VmState:
+        return self.machine.state
 
-        Returns "", or why the guest was started afresh: its memory is lost, and the definition wants that.
-        """
-        async with self._exclusive("load"):
-            self._admit()
-            await self._derive()
-            self._require_no_silent_qemu("nothing was loaded")
-            if self.pid and self.run_state != "postmigrate":
-                raise AlreadyRunning(
-                    f"is {self.state}; a checkpoint can't be loaded into a live VM",
-                    vm=self.name,
-                    left="it was not touched",
-                )
-            manifest = self.live_checkpoint()
-            if manifest is None:
-                raise NoCheckpoint("has no checkpoint to load", vm=self.name, remedy=f"`cprctl start {self.name}` boots it")
-            try:
-                await self._load_by_either(manifest, filename, turn)
-            except (ProofFailed, DeviceMissing) as error:
-                if filename:  # a file that the caller named wrongly says nothing about the checkpoint
-                    raise
-                definition = self.definition
-                may_boot = definition is not None and definition.load.on_lost_memory == "cold-start"
-                if definition and may_boot and (lost := await provably_lost(self._ports, manifest, error)):
-                    await self._start_afresh(definition, manifest, lost)
-                    return lost
-                if isinstance(error, ProofFailed):
-                    self._hold(manifest, error)
-                raise
-            return ""
+    @property
+    def run_state(self) -> RunState:
+        return self.machine.run_state
 
-    async def require_saveable(self, need: Survives, *, wait: bool = False) -> None:
-        """Raises what a save would raise now, and stops nothing. ``wait``: if the definition says so, not at once."""
-        if self._qemu is None:
-            raise WrongState(f"is {self.state} and can't be saved", vm=self.name)
-        launch = self.launched()
-        if wait and launch and self.definition and self.waits:
-            await self._qemu.until_saveable(launch, self.definition.save.blocked_wait)
-        await self._require_saveable(need)
+    @property
+    def pid(self) -> int:
+        return self.machine.pid
+
+    @property
+    def error(self) -> str:
+        return self.machine.error
+
+    @property
+    def unit(self) -> str:
+        return self.machine.ports.runner.unit(self.name)
+
+    @property
+    def qemu(self) -> Qemu | None:
+        """The live QEMU, if there is one that answers."""
+        return self.machine.qemu
+
+    @property
+    def checkpointed(self) -> bool:
+        return self.machine.checkpointed
+
+    def live_checkpoint(self) -> Manifest | None:
+        """Raises CheckpointUnreadable."""
+        return self.machine.live_checkpoint()
+
+    def launched(self) -> Launch | None:
+        return self.machine.launched()
+
+    def held(self) -> Held | None:
+        return self.machine.held()
+
+    def occupied_memory(self) -> Ram:
+        return self.machine.occupied_memory()
+
+    # -- questions ------------------------------------------------------------------------------------------------------
+
+    async def blocked_reasons(self) -> list[str]:
+        return await saveable.blocked_reasons(self.machine)
+
+    async def successor_reasons(self) -> list[str]:
+        """Why the QEMU that is installed now could not load its guest after a kexec."""
+        async with self._lock:
+            return await self._successor.reasons()
+
+    async def require_saveable(self, need: Survives) -> None:
+        """Raises the error of a save as it would be now, and stops nothing."""
+        await saveable.require_saveable(self.machine, need)
         if need is Survives.KEXEC and (reasons := await self.successor_reasons()):
             raise Blocked(reasons, vm=self.name)
 
-    async def shut_down(self, *, forced: bool) -> None:
-        """For a guest that can't be saved: its power button; if ``forced`` also an end for a QEMU that doesn't answer."""
+    async def require_saveable_in_time(self, need: Survives) -> None:
+        """Likewise, after a wait for obstacles that pass, where the definition says to wait."""
+        await saveable.until_saveable(self.machine)
+        await self.require_saveable(need)
+
+    def load_interrupted(self) -> bool:
+        """Whether an earlier agent's load of the live checkpoint came to no end, and may be repeated."""
+        manifest = self.machine.readable_checkpoint()
+        return manifest is not None and self.machine.past.load_interrupted(manifest.id)
+
+    # -- acts -----------------------------------------------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Derive the state anew, connecting to a QEMU that is there."""
+        async with self._lock:
+            await self.machine.derive()
+            await wake_late_sleeper(self.machine)
+
+    async def recover(self) -> None:
+        """After a start of the agent: finish or take back what an earlier one was in the middle of. Raises CprError."""
+        async with self._exclusive(Act.RECOVER):
+            await recover.recover(self.machine)
+
+    def end_refresh(self) -> None:
+        recover.end_refresh(self.machine)
+
+    async def start(self) -> None:
+        """Start the guest afresh. Refused while a live checkpoint holds it. Raises CprError."""
+        async with self._admitted(Act.START):
+            await start.start(self.machine)
+
+    async def stop(self, how: str) -> None:
+        """``acpi``: press the power button, and after the definition's shutdown-timeout go on as ``hard``: quit QEMU."""
+        ways = {"acpi": start.press_power_button, "hard": start.end_hard}
+        if how not in ways:
+            raise InvalidArgument(f"unknown way to stop {how!r}", vm=self.name, remedy="use acpi or hard")
+        async with self._exclusive(Act.STOP):
+            await ways[how](self.machine)
+
+    async def resume(self) -> None:
+        """Take a save back, or let a paused guest go on. Raises ProofFailed, and the VM is held then; CprError."""
+        async with self._admitted(Act.RESUME):
+            await resume.resume(self.machine)
+
+    async def discard(self) -> None:
+        """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs it. Raises CprError."""
+        async with self._admitted(Act.DISCARD):
+            await resume.discard(self.machine)
+
+    async def save(self, request: SaveRequest) -> Manifest:
+        """Save device state and leave the RAM where it is; the guest is stopped after. Raises CprError; a guest that ran
+        then runs on."""
+        if request.mode != "reboot":
+            what = f"mode {request.mode!r} is not supported"
+            raise InvalidArgument(what, vm=self.name, left="nothing was saved", remedy='use mode "reboot"')
+        async with self._exclusive(Act.SAVE):
+            launch = await saveable.require_live(self.machine, request.need)
+            if not request.upgrade:  # an upgrade has run the hooks of all its guests, before the first of them stopped
+                await before_save(self.machine)
+            return await save(self.machine, launch, request)
+
+    async def load(self, request: LoadRequest) -> str:
+        """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at which
+        the guest runs the checkpoint stays and the load can be repeated.
+
+        Returns "", or why the guest was started afresh: its memory is lost, and the definition wants that.
+        """
+        async with self._admitted(Act.LOAD):
+            return await load(self.machine, request)
+
+    async def replace_qemu(self, wanted: Replacement | None = None) -> Replacement:
+        """Give the guest a new QEMU on the same RAM; ``wanted``: in turn. Returns how. Raises CprError."""
+        async with self._admitted(Act.REFRESH):
+            return await replace(self.machine, wanted)
+
+    async def shut_down(self) -> None:
+        """For a guest that can't be saved: its power button. Raises CprError."""
         try:
             await self.stop("acpi")
-        except QemuFailed:
-            if not forced:
-                raise
-            await self.stop("hard")
         except WrongState:
             if self.pid:
                 raise
+
+    async def shut_down_or_end(self) -> None:
+        """Likewise, and an end for a QEMU that doesn't answer. Raises CprError."""
+        try:
+            await self.shut_down()
+        except QemuFailed:
+            await self.stop("hard")
+
+    async def settled(self) -> None:
+        """Wait for the work that acts left to be done after their guests ran."""
+        await self.machine.settled()
+
+    async def close(self) -> None:
+        """Let go of QEMU, which runs on."""
+        await self.settled()
+        async with self._lock:
+            await self.machine.disconnect()
+
+    # -- who may --------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, act: Act) -> AsyncIterator[None]:
+        """For an act that may let the guest run: Busy while the host is on its way into another kernel."""
+        async with self._exclusive(act):
+            self.machine.neighbours.admit()
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _exclusive(self, act: Act) -> AsyncIterator[None]:
+        if self._act:
+            raise Busy(
+                f"is in the middle of {self._act}",
+                vm=self.name,
+                left="nothing was done",
+                remedy="try again when it is done",
+            )
+        self._act = act
+        self.machine.error = ""
+        try:
+            async with self._lock:
+                try:
+                    yield
+                except (WrongState, InvalidArgument):
+                    raise  # the caller's problem, not the VM's
+                except CprError as error:
+                    self.machine.error = error.text
+                    raise
+                finally:
+                    await uninterrupted(self.machine.derive())
+        finally:
+            self._act = None
+
+    def _on_qemu_event(self, event: str) -> None:
+        if event in _STATE_EVENTS and not self._act:
+            self.machine.spawn(self.refresh())

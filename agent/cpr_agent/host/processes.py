@@ -16,8 +16,7 @@ from pathlib import Path
 
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.runner import BaseRunner, readable, reap_when_done
-from cpr_agent.vm import launch as launcher
+from cpr_agent.host.runner import BaseRunner, QemuPlace, readable, reap_when_done
 
 START_TIMEOUT_S = 60.0
 
@@ -26,24 +25,28 @@ class ProcessRunner(BaseRunner):
     def unit(self, name: str) -> str:  # noqa: ARG002 - the port has units where there are any
         return ""
 
-    async def _main_pid(self, place: str) -> int:
+    def _at(self, vm: str, place: str) -> ProcessPlace:
+        return ProcessPlace(vm, place, self._files)
+
+
+class ProcessPlace(QemuPlace):
+    async def pid(self) -> int:
         try:
-            pid, started = (self._directory(place) / "pid").read_text().split()
+            pid, started = (self._files.directory(self._place) / "pid").read_text().split()
         except (OSError, ValueError):
             return 0
         return int(pid) if _start_time(int(pid)) == started else 0
 
-    async def start(self, launch: Launch, *, beside: bool = False) -> None:
-        place = self._place(launch.vm, beside=beside)
-        self._write_ticket(launch, place)
-        directory = self._directory(place)
+    async def start(self, launch: Launch) -> None:
+        self._files.write_ticket(launch, self._place)
+        directory = self._files.directory(self._place)
         ready_path = directory / "notify.sock"
         ready_path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as ready:
             ready.bind(str(ready_path))
             with Path(launch.log).open("ab") as log:
                 child = subprocess.Popen(  # noqa: ASYNC220 - fork and exec take milliseconds, and it must outlive us
-                    [sys.executable, "-I", "-S", launcher.__file__, str(directory)],  # by its file, as the units do
+                    [sys.executable, "-I", "-S", self._files.programs.launcher, str(directory)],  # as the units do
                     env={**os.environ, "NOTIFY_SOCKET": str(ready_path)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -59,17 +62,16 @@ class ProcessRunner(BaseRunner):
                 ready_path.unlink(missing_ok=True)
         reap_when_done(child)
         if not started:
-            await self.kill(launch.vm, beside=beside)
-            raise QemuFailed(f"QEMU could not be started: {self.log_tail(launch.vm, beside=beside)}", vm=launch.vm)
+            await self.kill()
+            raise QemuFailed(f"QEMU could not be started: {self.log_tail()}", vm=launch.vm)
 
-    async def kill(self, name: str, *, beside: bool = False) -> None:
-        place = self._place(name, beside=beside)
-        pid = await self._main_pid(place)
+    async def kill(self) -> None:
+        pid = await self.pid()
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            await self._exited(place, START_TIMEOUT_S)
-        self._point_admin(name)
+            await self.wait_exit(START_TIMEOUT_S)
+        self._files.point_admin(self._vm)
 
 
 async def _first(ready: int, ended: int, timeout_s: float) -> bool:

@@ -10,7 +10,9 @@ import pwd
 import select
 import subprocess
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -18,9 +20,6 @@ from msgspec.structs import replace
 from cpr_agent.core.model import Launch
 from cpr_agent.core.ports import Qemu
 from cpr_agent.files import make_private_directory, write_atomically
-from cpr_agent.store.schema import read_launch
-from cpr_agent.vm.launch import TICKET
-from cpr_agent.vm.qemu import LiveQemu
 
 LOG_TAIL_BYTES = 2000
 
@@ -29,75 +28,47 @@ SECOND = ":b"
 """What tells a VM's second place from its first; no name of a VM has a colon."""
 
 
-class BaseRunner(ABC):
-    """``run_dir`` has a directory for each VM, owned by its user, and ``launched/``, which only the agent can write.
+class Programs(NamedTuple):
+    """The parts of vm/ and store/ that a runner needs. The daemon hands them in, so that this layer imports neither."""
 
-    A VM has two places for a QEMU, NAME and NAME:b, of which one is its own: the second if ``second/NAME`` exists.
-    """
+    connect: Callable[[str, Path, float], Awaitable[Qemu]]
+    """Connect to the QEMU of a VM at a socket, within so many seconds. Raises QemuFailed."""
+    read_launch: Callable[[bytes], Launch]
+    """Raises msgspec.MsgspecError."""
+    ticket: str
+    """The name of the file that the launcher takes."""
+    launcher: str
+    """The path of the program that becomes QEMU."""
 
-    def __init__(self, run_dir: Path, log_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._log_dir = log_dir
-        self._in_second = {path.name for path in (run_dir / "second").glob("*")}
-        self._launched = run_dir / "launched"
-        self._read: dict[str, tuple[tuple[int, int], Launch]] = {}
 
-    async def active(self, name: str, *, beside: bool = False) -> int:
-        return await self._main_pid(self._place(name, beside=beside))
+class QemuPlace(ABC):
+    """One of a VM's two places. Implements core.ports.Place. ``place`` is its name: NAME or NAME:b."""
+
+    def __init__(self, vm: str, place: str, files: RunFiles) -> None:
+        self._vm = vm
+        self._place = place
+        self._files = files
+
+    @property
+    def directory(self) -> str:
+        return str(self._files.directory(self._place))
 
     @abstractmethod
-    async def _main_pid(self, place: str) -> int: ...
+    async def start(self, launch: Launch) -> None: ...
 
-    async def connect(self, name: str, timeout_s: float, *, beside: bool = False) -> Qemu:
-        place = self._place(name, beside=beside)
-        return await LiveQemu.connect(name, self._directory(place) / "agent.sock", timeout_s)
+    @abstractmethod
+    async def kill(self) -> None: ...
 
-    def adopt(self, name: str) -> None:
-        marker = self._run_dir / "second" / name
-        if name in self._in_second:
-            marker.unlink()
-        else:
-            make_private_directory(marker.parent)
-            marker.touch()
-        self._in_second ^= {name}
-        self._point_admin(name)
+    @abstractmethod
+    async def pid(self) -> int: ...
 
-    def directory(self, name: str, *, beside: bool = False) -> str:
-        return str(self._directory(self._place(name, beside=beside)))
+    async def connect(self, timeout_s: float) -> Qemu:
+        path = self._files.directory(self._place) / "agent.sock"
+        return await self._files.programs.connect(self._vm, path, timeout_s)
 
-    def launched(self, name: str, *, beside: bool = False) -> Launch | None:
-        """Each VM that is started or loaded asks what memory all the others have: a record is read once, as it is replaced
-        as a whole or not at all."""
-        place = self._place(name, beside=beside)
-        try:
-            info = os.stat(f"{self._launched}/{place}.json")  # noqa: PTH116 - for each of them
-            version = info.st_ino, info.st_mtime_ns
-            if place not in self._read or self._read[place][0] != version:
-                self._read[place] = version, read_launch(self._record(place).read_bytes())
-            return self._read[place][1]
-        except (FileNotFoundError, msgspec.MsgspecError):
-            return None
-
-    def launched_all(self) -> list[str]:
-        return sorted({path.stem.removesuffix(SECOND) for path in self._launched.glob("*.json")})
-
-    def log_tail(self, name: str, *, beside: bool = False) -> str:
-        launch = self.launched(name, beside=beside)
-        try:
-            with Path(launch.log if launch else self._log_dir / f"{name}.log").open("rb") as log:
-                log.seek(0, os.SEEK_END)
-                log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
-                lines = log.read().decode(errors="replace").strip().splitlines()
-        except OSError:
-            return ""
-        return " / ".join(lines[-3:])
-
-    async def wait_exit(self, name: str, timeout_s: float) -> bool:
-        return await self._exited(self._place(name), timeout_s)
-
-    async def _exited(self, place: str, timeout_s: float) -> bool:
+    async def wait_exit(self, timeout_s: float) -> bool:
         """By pidfd, which works for processes that are not our children, and leaves no room for PID reuse."""
-        pid = await self._main_pid(place)
+        pid = await self.pid()
         if not pid:
             return True
         try:
@@ -109,22 +80,81 @@ class BaseRunner(ABC):
         finally:
             os.close(fd)
 
-    def _place(self, name: str, *, beside: bool = False) -> str:
-        """Where the VM's own QEMU lives, or the one beside it."""
-        return f"{name}{SECOND}" if (name in self._in_second) != beside else name
+    def log_tail(self) -> str:
+        launch = self._files.launch(self._place)
+        try:
+            with (Path(launch.log) if launch else self._files.log(self._vm)).open("rb") as log:
+                log.seek(0, os.SEEK_END)
+                log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
+                lines = log.read().decode(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return " / ".join(lines[-3:])
 
-    def _point_admin(self, name: str) -> None:
+
+class RunFiles:
+    """``run_dir`` has a directory for each VM, owned by its user, and ``launched/``, which only the agent can write.
+
+    A VM has two places for a QEMU, NAME and NAME:b, of which one is its own: the second if ``second/NAME`` exists.
+    """
+
+    def __init__(self, run_dir: Path, log_dir: Path, programs: Programs) -> None:
+        self.programs = programs
+        self._run_dir = run_dir
+        self._log_dir = log_dir
+        self._in_second = {path.name for path in (run_dir / "second").glob("*")}
+        self._launched = run_dir / "launched"
+        self._read: dict[str, tuple[tuple[int, int], Launch]] = {}
+
+    def own(self, name: str) -> str:
+        return name + SECOND if name in self._in_second else name
+
+    def spare(self, name: str) -> str:
+        return name if name in self._in_second else name + SECOND
+
+    def adopt(self, name: str) -> None:
+        marker = self._run_dir / "second" / name
+        if name in self._in_second:
+            marker.unlink()
+        else:
+            make_private_directory(marker.parent)
+            marker.touch()
+        self._in_second ^= {name}
+        self.point_admin(name)
+
+    def launch(self, place: str) -> Launch | None:
+        """Each VM that is started or loaded asks for the memory of all the others: a record is read once, as it is replaced
+        as a whole or not at all."""
+        try:
+            info = os.stat(f"{self._launched}/{place}.json")  # noqa: PTH116 - for each of them
+            version = info.st_ino, info.st_mtime_ns
+            if place not in self._read or self._read[place][0] != version:
+                self._read[place] = version, self.programs.read_launch(self._record(place).read_bytes())
+            return self._read[place][1]
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+    def launched_all(self) -> list[str]:
+        return sorted({path.stem.removesuffix(SECOND) for path in self._launched.glob("*.json")})
+
+    def directory(self, place: str) -> Path:
+        return self._run_dir / "vm" / place
+
+    def log(self, name: str) -> Path:
+        return self._log_dir / f"{name}.log"
+
+    def point_admin(self, name: str) -> None:
         """The admin's socket has one path, whichever place the VM is in; a link leads to the second one's."""
-        if self._place(name) == name:
+        if name not in self._in_second:
             return
-        path = self._directory(name) / "admin.sock"
+        path = self.directory(name) / "admin.sock"
         path.unlink(missing_ok=True)
-        path.symlink_to(self._directory(name + SECOND) / "admin.sock")
+        path.symlink_to(self.directory(name + SECOND) / "admin.sock")
 
-    def _write_ticket(self, launch: Launch, place: str) -> None:
+    def write_ticket(self, launch: Launch, place: str) -> None:
         """Leave the ticket and the agent's own record, which end with this boot. The log file is made here: its directory
         is not the VM's."""
-        directory = self._directory(place)
+        directory = self.directory(place)
         launch = replace(launch, sockets={str(directory / Path(path).name): fd for path, fd in launch.sockets.items()})
         directory.mkdir(parents=True, exist_ok=True, mode=0o755)
         log = Path(launch.log)
@@ -138,15 +168,39 @@ class BaseRunner(ABC):
             owner = (account.pw_uid, account.pw_gid)
             for path in (directory, log):
                 os.chown(path, *owner, follow_symlinks=False)
-        write_atomically(directory / TICKET, marshal.dumps(msgspec.to_builtins(launch)), 0o400, owner, durable=False)
+        write_atomically(
+            directory / self.programs.ticket, marshal.dumps(msgspec.to_builtins(launch)), 0o400, owner, durable=False
+        )
         make_private_directory(self._record(place).parent)
         write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
 
-    def _directory(self, place: str) -> Path:
-        return self._run_dir / "vm" / place
-
     def _record(self, place: str) -> Path:
         return self._launched / f"{place}.json"
+
+
+class BaseRunner(ABC):
+    """Implements core.ports.Runner, but for the places and the units."""
+
+    def __init__(self, files: RunFiles) -> None:
+        self._files = files
+
+    def own(self, name: str) -> QemuPlace:
+        return self._at(name, self._files.own(name))
+
+    def spare(self, name: str) -> QemuPlace:
+        return self._at(name, self._files.spare(name))
+
+    @abstractmethod
+    def _at(self, vm: str, place: str) -> QemuPlace: ...
+
+    def adopt(self, name: str) -> None:
+        self._files.adopt(name)
+
+    def launched(self, name: str) -> Launch | None:
+        return self._files.launch(self._files.own(name))
+
+    def launched_all(self) -> list[str]:
+        return self._files.launched_all()
 
 
 def reap_when_done(child: subprocess.Popen[bytes]) -> None:

@@ -20,7 +20,7 @@ from pystemd.dbuslib import DBus, apply_signature, path_encode
 
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.runner import BaseRunner
+from cpr_agent.host.runner import BaseRunner, QemuPlace, RunFiles
 
 JOB_TIMEOUT_S = 300.0
 _NAME = b"org.freedesktop.systemd1"
@@ -161,20 +161,29 @@ class Systemd:
 class SystemdRunner(BaseRunner):
     """Each VM is ``cpr-vm@NAME.service``; what the unit does is in units/cpr-vm@.service."""
 
-    def __init__(self, run_dir: Path, log_dir: Path, systemd: Systemd) -> None:
-        super().__init__(run_dir, log_dir)
+    def __init__(self, files: RunFiles, systemd: Systemd) -> None:
+        super().__init__(files)
         self._systemd = systemd
 
     def unit(self, name: str) -> str:
-        return _unit(self._place(name))
+        return _unit(self._files.own(name))
 
-    async def _main_pid(self, place: str) -> int:
-        return self._systemd.main_pid(_unit(place))
+    def _at(self, vm: str, place: str) -> UnitPlace:
+        return UnitPlace(vm, place, self._files, self._systemd)
 
-    async def start(self, launch: Launch, *, beside: bool = False) -> None:
-        place = self._place(launch.vm, beside=beside)
-        unit = _unit(place)
-        self._write_ticket(launch, place)
+
+class UnitPlace(QemuPlace):
+    def __init__(self, vm: str, place: str, files: RunFiles, systemd: Systemd) -> None:
+        super().__init__(vm, place, files)
+        self._unit = _unit(place)
+        self._systemd = systemd
+
+    async def pid(self) -> int:
+        return self._systemd.main_pid(self._unit)
+
+    async def start(self, launch: Launch) -> None:
+        unit = self._unit
+        self._files.write_ticket(launch, self._place)
         self._set_user(unit, launch.user)
         try:
             result = await self._systemd.start_unit(unit)
@@ -182,19 +191,18 @@ class SystemdRunner(BaseRunner):
             result = str(error)
         if result != "done":
             raise QemuFailed(
-                f"its unit {unit} could not be started ({result}): {self.log_tail(launch.vm, beside=beside)}",
+                f"its unit {unit} could not be started ({result}): {self.log_tail()}",
                 vm=launch.vm,
                 remedy=f"see: journalctl -u {unit}",
             )
 
-    async def kill(self, name: str, *, beside: bool = False) -> None:
-        place = self._place(name, beside=beside)
-        if await self._main_pid(place):
-            self._systemd.kill_unit(_unit(place))
-            await self._exited(place, JOB_TIMEOUT_S)
-            if beside:
-                self._systemd.forget_failure(_unit(place))  # it was not its fault
-        self._point_admin(name)
+    async def kill(self) -> None:
+        if await self.pid():
+            self._systemd.kill_unit(self._unit)
+            await self.wait_exit(JOB_TIMEOUT_S)
+            if self._place != self._files.own(self._vm):
+                self._systemd.forget_failure(self._unit)  # it was not its fault
+        self._files.point_admin(self._vm)
 
     def _set_user(self, unit: str, user: str) -> None:
         """A drop-in for a VM that runs as another user than the unit file says."""

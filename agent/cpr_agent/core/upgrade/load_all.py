@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.model import VmState
 from cpr_agent.core.ports import Ports
@@ -59,14 +60,13 @@ async def load_each(job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool
     vms = list(vms)
     await on_all(vms, lambda vm: vm.refresh())
     waiting = [vm for vm in vms if vm.checkpointed]
-    fresh = [
-        vm for vm in vms if vm.definition and vm.state is VmState.STOPPED and (vm.awaits_cold_start() or starts_too(vm))
-    ]
+    off = [vm for vm in vms if vm.definition and vm.state is VmState.STOPPED]
+    fresh = [vm for vm in off if vm.machine.past.awaits_cold_start or starts_too(vm)]
     out = Loaded(len(waiting) + len(fresh))
     free = places()
 
     async def load(vm: Vm) -> None:
-        if lost := await vm.load("", free):
+        if lost := await vm.load(LoadRequest(turn=free)):
             out.cold_started.append(f"{vm.name}: {lost}")
 
     done = 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.model import Policy, Survives, VmState
+from cpr_agent.core.saveable import may_shut_down
 from cpr_agent.core.turns import Turns
 from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.core.upgrade.roll_back import or_roll_back
@@ -44,7 +46,7 @@ async def commit(scope: Scope, job: Job) -> None:
 async def promise(scope: Scope) -> None:
     """Tell the gate that each guest is saved. Raises SaveFailed if one is not."""
     await on_all(scope.vms(), lambda vm: vm.refresh())
-    if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.off and vm.state is not VmState.SAVED]:
+    if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.machine.powered_off and vm.state is not VmState.SAVED]:
         raise SaveFailed(f"not saved: {', '.join(f'{vm.name} ({vm.state})' for vm in unsaved)}")
     scope.ports.kexec.promise()
 
@@ -71,12 +73,12 @@ async def _save_at_once(scope: Scope, vms: list[Vm], need: Survives, policy: Pol
 
     async def save_in_turn(vm: Vm) -> None:
         try:
-            await vm.save("", "reboot", need, upgrade, turns.turn(vm.name))
+            await vm.save(SaveRequest(need=need, upgrade=upgrade, turn=turns.turn(vm.name)))
         finally:
             turns.no_longer_awaited(vm.name)
 
     def is_fatal(failure: Failure) -> bool:
-        return not (isinstance(failure.error, CprError) and failure.vm.may_shut_down(policy))
+        return not (isinstance(failure.error, CprError) and may_shut_down(failure.vm.machine, policy))
 
     failures = await on_each(vms, save_in_turn)
     if fatal := [failure for failure in failures if is_fatal(failure)]:
@@ -86,8 +88,9 @@ async def _save_at_once(scope: Scope, vms: list[Vm], need: Survives, policy: Pol
 
 async def _shut_down(vms: list[Vm], policy: Policy) -> None:
     """Guests of a low order last. The policy ``force`` also ends a QEMU that does not answer."""
+    shut_down = Vm.shut_down_or_end if policy is Policy.FORCE else Vm.shut_down
     for group in reversed(in_turn(vms)):
-        await on_all(group, lambda vm: vm.shut_down(forced=policy is Policy.FORCE))
+        await on_all(group, shut_down)
 
 
 def _verify(scope: Scope, vm: Vm) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable, Collection
 import msgspec
 
 from cpr_agent.core.hooks import before_save
-from cpr_agent.core.model import Policy, Survives
+from cpr_agent.core.model import SAVEABLE, Policy, Survives
+from cpr_agent.core.saveable import may_shut_down, saved_in_volatile, why_unsaveable
 from cpr_agent.core.upgrade.scope import UNTOUCHED, Failure, Scope, on_all, on_each
 from cpr_agent.core.vm import Vm
-from cpr_agent.core.vm_base import SAVEABLE
 from cpr_agent.errors import CprError, SaveFailed, SaveRefused, WrongState
 
 Check = Callable[[Vm], Awaitable[object]]
@@ -30,7 +30,7 @@ class Triage(msgspec.Struct):
         vm, error = failure
         if not isinstance(error, CprError):
             raise error
-        (self.unsaveable if vm.may_shut_down(self.policy) else self.refused).append((vm, error))
+        (self.unsaveable if may_shut_down(vm.machine, self.policy) else self.refused).append((vm, error))
 
     def require_none_refused(self) -> None:
         """Raises SaveRefused."""
@@ -49,22 +49,22 @@ async def triage(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
 
 async def triage_patiently(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
     """Likewise, after what blocks a save is over, for VMs whose definition says to wait for that."""
-    return await _triage(vms, need, policy, lambda vm: vm.require_saveable(need, wait=True))
+    return await _triage(vms, need, policy, lambda vm: vm.require_saveable_in_time(need))
 
 
 async def _triage(vms: Collection[Vm], need: Survives, policy: Policy, check: Check) -> Triage:
     await on_all(vms, lambda vm: vm.refresh())
     out = Triage(policy)
     for vm in vms:
-        if vm.saved_in_volatile(need):
+        if saved_in_volatile(vm.machine, need):
             what = f"is saved already, in RAM that does not survive a {need}"
             out.refused.append((vm, SaveFailed(what, vm=vm.name, remedy=f"cprctl load {vm.name}")))
     live = [vm for vm in vms if vm.run_state in SAVEABLE]
     failures = await on_each(live, check)
     failures += [
-        Failure(vm, WrongState(f"can't be saved: {vm.trouble}", vm=vm.name))
+        Failure(vm, WrongState(f"can't be saved: {why_unsaveable(vm.machine)}", vm=vm.name))
         for vm in vms
-        if vm.pid and vm not in live and not vm.off and not vm.checkpointed
+        if vm.pid and vm not in live and not vm.machine.powered_off and not vm.checkpointed
     ]
     for failure in failures:
         out.give_up(failure)
@@ -79,7 +79,7 @@ async def prepare(scope: Scope, need: Survives, policy: Policy) -> Triage:
     out = await triage_patiently(scope.vms(), need, policy)
     out.require_none_refused()
     upgrade = scope.ledger.require_current().id
-    failures = await on_each(out.saveable, lambda vm: before_save(scope.ports, vm, upgrade))
+    failures = await on_each(out.saveable, lambda vm: before_save(vm.machine, upgrade))
     for failure in failures:
         out.saveable.remove(failure.vm)
         out.give_up(failure)

@@ -1,0 +1,1 @@
+"""The acts on a VM: functions of its Machine, for whoever holds the VM's lock (core/vm.py)."""

@@ -1,0 +1,170 @@
+"""An earlier agent ended in the middle of an act: what is true now decides what becomes of it (ADR 4)."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from typing import NamedTuple
+
+from cpr_agent.core.acts import save
+from cpr_agent.core.acts.replace import settle_sockets, undo_transfer
+from cpr_agent.core.acts.resume import take_back
+from cpr_agent.core.acts.sleep import end_sleep
+from cpr_agent.core.gate import Unbroken, let_run
+from cpr_agent.core.machine import Machine
+from cpr_agent.core.model import Launch, Manifest, RunState
+from cpr_agent.core.past import VmEvent
+from cpr_agent.core.proof import refuse_other_users
+
+log = logging.getLogger(__name__)
+
+_NEVER_RAN = (RunState.INMIGRATE, RunState.PAUSED, RunState.PRELAUNCH)
+
+
+class Recovery(enum.Enum):
+    """What is done with a live QEMU that answers."""
+
+    NOTHING = enum.auto()
+    LEAVE = enum.auto()
+    """The guest stands after a save that the journal does not explain."""
+    REPEAT_LOAD = enum.auto()
+    TAKE_BACK = enum.auto()
+    """A refresh was interrupted after its save: the guest goes on in the QEMU that it has."""
+    UNDO_TRANSFER = enum.auto()
+    RUN_ON = enum.auto()
+    """A save of a guest that ran was interrupted."""
+    FINISH_SAVE = enum.auto()
+    """Likewise of one that did not run: ``cont`` would change what it is (FACTS.md), and QEMU does not save twice without
+    it. But a QEMU in postmigrate has written its whole state: it is stored now."""
+    FINISH_RESUME = enum.auto()
+    """The checkpoint is spent, and it was announced that its guest would run."""
+
+
+class Facts(NamedTuple):
+    """All that the decision depends on."""
+
+    run_state: RunState
+    checkpointed: bool = False
+    """There is a live checkpoint, readable or not."""
+    saved_run_state: RunState | None = None
+    """The guest's, by the checkpoint; None where that can't be read."""
+    loads_checkpoint: bool = False
+    """QEMU was started to load the live checkpoint."""
+    started_for_load: bool = False
+    in_refresh: bool = False
+    in_transfer: bool = False
+    interrupted_save: RunState | None = None
+    """The run state before a save that neither ended nor was taken back to its end."""
+    save_was_taken_back: bool = False
+    resume_interrupted: bool = False
+    has_launch: bool = True
+
+
+def decide(facts: Facts) -> Recovery:
+    """ADR 4's table. The first rule that fits decides."""
+    stands = facts.run_state is RunState.POSTMIGRATE
+    rules = (
+        (facts.loads_checkpoint and facts.run_state in _NEVER_RAN, Recovery.REPEAT_LOAD),
+        (stands and facts.in_refresh and facts.saved_run_state is RunState.RUNNING, Recovery.TAKE_BACK),
+        (facts.checkpointed, Recovery.NOTHING),
+        (stands and facts.in_transfer, Recovery.UNDO_TRANSFER),
+        (stands and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
+        (
+            stands and facts.interrupted_save is not None and not facts.save_was_taken_back and facts.has_launch,
+            Recovery.FINISH_SAVE,
+        ),
+        (stands, Recovery.LEAVE),
+        (
+            facts.run_state is RunState.PAUSED and facts.started_for_load and facts.resume_interrupted,
+            Recovery.FINISH_RESUME,
+        ),
+    )
+    return next((recovery for fits, recovery in rules if fits), Recovery.NOTHING)
+
+
+async def recover(machine: Machine) -> None:
+    """Finish or take back what an earlier agent was in the middle of. Raises CprError."""
+    await machine.spare.kill()  # no guest has run in it, or has stopped there for good
+    await machine.derive()
+    if machine.qemu is None:
+        return
+    past = machine.past
+    if past.in_transfer:
+        await machine.qemu.withdraw()
+        await machine.derive()
+    if past.in_refresh:
+        await settle_sockets(machine)
+    if past.awaits_cold_start:
+        machine.record(VmEvent.COLD_STARTED)
+    launch, manifest = machine.launched(), machine.readable_checkpoint()
+    recovery = decide(_facts(machine, launch, manifest))
+    await _carry_out(machine, recovery, launch, manifest)
+    if recovery is Recovery.NOTHING and machine.checkpointed:
+        return
+    await end_sleep(machine)
+    end_refresh(machine)
+
+
+def end_refresh(machine: Machine) -> None:
+    """Whatever became of one that was under way: unless its guest is still to be loaded, it is over."""
+    if machine.past.in_refresh and not machine.checkpointed:
+        machine.record(VmEvent.REFRESHED)
+
+
+def _facts(machine: Machine, launch: Launch | None, manifest: Manifest | None) -> Facts:
+    past, for_load = machine.past, launch is not None and launch.kind == "load"
+    begun = past.interrupted_save
+    return Facts(
+        run_state=machine.run_state,
+        checkpointed=machine.checkpointed,
+        saved_run_state=RunState(manifest.run_state) if manifest else None,
+        loads_checkpoint=bool(for_load and manifest and launch and launch.checkpoint == manifest.id),
+        started_for_load=for_load,
+        in_refresh=past.in_refresh,
+        in_transfer=past.in_transfer,
+        interrupted_save=begun.run_state if begun else None,
+        save_was_taken_back=begun is not None and begun.last is not VmEvent.SAVE_BEGIN,
+        resume_interrupted=launch is not None and past.resume_interrupted(launch.checkpoint),
+        has_launch=launch is not None,
+    )
+
+
+async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None, manifest: Manifest | None) -> None:
+    begun = machine.past.interrupted_save
+    match recovery:
+        case Recovery.REPEAT_LOAD if manifest:
+            log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", machine.name)
+            machine.record(VmEvent.LOAD_INTERRUPTED, checkpoint=manifest.id)
+            await machine.end()
+        case Recovery.TAKE_BACK if manifest:
+            log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", machine.name)
+            await take_back(machine, manifest)
+        case Recovery.UNDO_TRANSFER:
+            log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", machine.name)
+            await undo_transfer(machine)
+        case Recovery.RUN_ON if begun:
+            await _refuse_strangers(machine, launch)
+            await save.run_after_interrupted_save(machine, begun.checkpoint)
+        case Recovery.FINISH_SAVE if begun and launch:
+            state = begun.run_state
+            log.warning("VM %s: a save was interrupted; storing the state of the %s guest", machine.name, state)
+            await save.finish(machine, launch, begun)
+        case Recovery.FINISH_RESUME if launch:
+            await _refuse_strangers(machine, launch)
+            await _finish_resume(machine, launch.checkpoint)
+        case Recovery.LEAVE:
+            machine.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+
+
+async def _finish_resume(machine: Machine, checkpoint: str) -> None:
+    log.warning("VM %s: its resume was interrupted; the guest goes on", machine.name)
+    await let_run(machine, machine.require_qemu(), Unbroken.RESUME_ANNOUNCED)
+    machine.record(VmEvent.RESUMED, checkpoint=checkpoint)
+
+
+async def _refuse_strangers(machine: Machine, launch: Launch | None) -> None:
+    """While no agent was there another process may have opened the memory. Raises MemoryInUse, DeviceMissing."""
+    if launch:
+        located = await machine.relocated(launch.memory)
+        own = {machine.pid, *machine.neighbours.live_pids()}
+        await refuse_other_users(machine.ports, machine.name, located, own)

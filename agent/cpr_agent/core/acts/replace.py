@@ -1,0 +1,195 @@
+"""A new QEMU for a guest that stays on its host and in its RAM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from msgspec.structs import replace as changed
+
+from cpr_agent.core.acts.afterwards import LoadTimes, tell
+from cpr_agent.core.acts.load import Beside, go_on, holding, load_by_either, load_into
+from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
+from cpr_agent.core.acts.resume import take_back
+from cpr_agent.core.acts.save import draft_manifest, save, save_drafted
+from cpr_agent.core.acts.sleep import must_sleep
+from cpr_agent.core.gate import Unbroken, let_run
+from cpr_agent.core.hooks import before_save
+from cpr_agent.core.machine import Machine
+from cpr_agent.core.model import Launch, RunState, Survives
+from cpr_agent.core.past import VmEvent
+from cpr_agent.core.ports import Qemu
+from cpr_agent.core.proof import refuse_lesser_machine
+from cpr_agent.core.saveable import require_live
+from cpr_agent.core.undo import Undo, uninterrupted
+from cpr_agent.errors import CprError, LoadFailed, QemuFailed
+
+log = logging.getLogger(__name__)
+
+
+async def replace(machine: Machine, wanted: Replacement | None = None) -> Replacement:
+    """Give the guest a QEMU of the program that is installed now. A guest that runs gets it beside the old one, which goes
+    on with it if anything fails. Any other guest gets it in turn, as does one for which that is ``wanted``: a failure then
+    leaves it saved. Returns how. Raises CprError."""
+    await machine.derive()
+    launch = await require_live(machine, Survives.QEMU_RESTART)
+    await before_save(machine)
+    machine.record(VmEvent.REFRESH)
+    try:
+        qemu = machine.require_qemu()
+        how = wanted or await _choose(machine, qemu, launch)
+        if how is Replacement.IN_TURN:
+            await _in_turn(machine, launch)
+            return how
+        async with _keeping_old_qemu(machine, qemu):
+            await (_beside if how is Replacement.BESIDE else _transfer)(machine, qemu, launch)
+        return how
+    finally:
+        machine.record(VmEvent.REFRESHED)
+
+
+async def _choose(machine: Machine, qemu: Qemu, launch: Launch) -> Replacement:
+    """Raises LoadFailed where two QEMUs can't have the same resources."""
+    if machine.run_state is not RunState.RUNNING or await must_sleep(machine, qemu):
+        return Replacement.IN_TURN
+    if both := machine.ports.definitions.unshareable(launch):
+        raise LoadFailed(
+            f"could not get a new QEMU: two at once can't have {', '.join(both)}",
+            vm=machine.name,
+            left="its guest goes on in the QEMU that it had",
+            remedy=f"`cprctl refresh --in-turn {machine.name}` ends the old one first",
+        )
+    return Replacement.BESIDE if await qemu.transfer_problem() else Replacement.TRANSFER
+
+
+async def _in_turn(machine: Machine, launch: Launch) -> None:
+    """The old one's program is kept before its guest stops, and brought back if the new one fails."""
+    unkept = ""
+    try:
+        await asyncio.to_thread(machine.ports.programs.keep, machine.name, machine.pid, launch.argv[1:])
+    except OSError as error:
+        unkept = f": its old QEMU could not be kept ({error})"
+        log.warning("VM %s: should its new QEMU fail, it will stay saved%s", machine.name, unkept)
+    manifest = await save(machine, launch, SaveRequest())
+    try:
+        with holding(machine, manifest):
+            failed = await load_by_either(machine, manifest, LoadRequest())
+    except CprError as error:
+        raise LoadFailed(
+            f"could not get a new QEMU: {error.what}",
+            vm=machine.name,
+            left=f"it stays saved{unkept}, and the load can be repeated",
+            remedy=error.remedy,
+        ) from error
+    if failed:
+        raise failed
+
+
+async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa: ARG001 - as _transfer
+    """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
+    RAM, and writes nothing to it before that (FACTS.md: only ``-incoming`` skips writing firmware into RAM)."""
+    request = SaveRequest()
+    draft = await draft_manifest(machine, launch, RunState.RUNNING, request)
+    plan = machine.ports.definitions.plan_load(draft, await machine.relocated(launch.memory))
+    new = await machine.launch_spare(machine.stamped(plan))
+    await refuse_lesser_machine(new, draft)
+    manifest = await save_drafted(machine, draft, request)
+    await load_into(machine, manifest, LoadRequest(), Beside(machine, new))
+
+
+async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
+    """One QEMU hands its guest to the other, and neither lets go of the RAM on the way: no checkpoint, no witness (ADR 9).
+    Until the new one is adopted no guest has run in it; the old one, once stopped, goes on only if it is not."""
+    host, agent, spare = machine.ports.host, machine.settings.agent, machine.spare
+    draft = await draft_manifest(machine, launch, RunState.RUNNING, SaveRequest(mode="transfer"))
+    located = await machine.relocated(launch.memory)
+    plan = machine.ports.definitions.plan_transfer(draft, located, spare.directory)
+    machine.record(VmEvent.TRANSFER, checkpoint=draft.id)
+
+    async def lives() -> bool:
+        return bool(await spare.pid())
+
+    try:
+        await spare.start(machine.stamped(plan))
+        async with qemu.handing_over(spare.directory, lives, agent.qemu_start_timeout) as handed_over:
+            new = await spare.connect(agent.qemu_start_timeout)
+            await refuse_lesser_machine(new, draft)
+            await new.take_over(spare.directory, agent.load_timeout)
+            stopped_at = await handed_over()
+    except (QemuFailed, LoadFailed) as error:
+        raise machine.spare_failed(error) from error
+    handed_at = host.now()
+    uptime_s = host.uptime_s() - (handed_at - stopped_at)
+    times = changed(
+        draft.times, stopped_at=stopped_at, written_at=handed_at, durable_at=handed_at, stopped_uptime_s=uptime_s
+    )
+    vessel = Beside(machine, new)
+    resumed_at = await uninterrupted(go_on(machine, new, draft, Unbroken.HANDED_OVER, vessel))
+    loaded = LoadTimes(handed_at, handed_at, handed_at, resumed_at)
+    machine.spawn(tell(machine, changed(draft, times=times), loaded))
+
+
+@contextlib.asynccontextmanager
+async def _keeping_old_qemu(machine: Machine, qemu: Qemu) -> AsyncIterator[None]:
+    """Whatever fails, the guest goes on in its old QEMU, unless the new one was adopted; or its memory is not what it was
+    when it stopped, and then it is held where it is (invariant 1). Raises LoadFailed."""
+    sockets = await qemu.listening()
+    host = machine.ports.host
+    try:
+        async with Undo() as undo:
+            undo.push(lambda: _go_on_in_old_qemu(machine))
+            host.keep_sockets(sockets, machine.pid)
+            yield
+            host.settle_sockets(sockets, machine.pid)
+            undo.done()
+    except CprError as error:
+        raise LoadFailed(
+            f"could not get a new QEMU: {error.what}",
+            vm=machine.name,
+            left=undo.left or "see its state in `cprctl status`",
+            remedy=error.remedy,
+        ) from error
+
+
+async def _go_on_in_old_qemu(machine: Machine) -> str:
+    """After the one beside it has failed. Returns a sentence for the error."""
+    await machine.spare.kill()
+    await machine.derive()
+    try:
+        await _take_back(machine)
+    except CprError as error:
+        await machine.derive()
+        held = machine.held() is not None
+        return "it stays saved, and stands still in the QEMU that it had" if held else error.text
+    finally:
+        await settle_sockets(machine)
+    goes_on = machine.run_state is RunState.RUNNING
+    return "its guest goes on in the QEMU that it had" if goes_on else "see its state in `cprctl status`"
+
+
+async def _take_back(machine: Machine) -> None:
+    manifest = machine.readable_checkpoint()
+    if machine.stands_saved and manifest:
+        await take_back(machine, manifest)
+    elif machine.stands_saved and machine.past.in_transfer:
+        await undo_transfer(machine)
+    else:
+        return
+    await machine.derive()
+
+
+async def undo_transfer(machine: Machine) -> None:
+    """The guest stands in the QEMU that it had, and the other one has ended. Raises QemuFailed."""
+    checkpoint = machine.past.transfer_checkpoint
+    machine.record(VmEvent.TRANSFER_UNDONE, checkpoint=checkpoint)
+    await let_run(machine, machine.require_qemu(), Unbroken.TRANSFER_UNDONE)
+    machine.record(VmEvent.RESUMED, checkpoint=checkpoint)
+
+
+async def settle_sockets(machine: Machine) -> None:
+    """The sockets' names belong to the QEMU that stayed."""
+    if machine.qemu:
+        with contextlib.suppress(QemuFailed):  # nothing else may fail by it
+            machine.ports.host.settle_sockets(await machine.qemu.listening(), machine.pid)

@@ -1,0 +1,38 @@
+"""The caller's wishes for an act, in one piece."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from cpr_agent.core.model import Survives
+from cpr_agent.core.turns import NO_TURN, Turn
+
+
+class SaveRequest(NamedTuple):
+    """``filename`` "" is the store's own place. The RAM must outlive ``need``. ``upgrade`` is the id of the upgrade that
+    saves. The guest stops in its ``turn``."""
+
+    filename: str = ""
+    mode: str = "reboot"
+    need: Survives = Survives.QEMU_RESTART
+    upgrade: str = ""
+    turn: Turn = NO_TURN
+
+
+class LoadRequest(NamedTuple):
+    """``filename`` "" is where the manifest says. A device is awaited before the ``turn``."""
+
+    filename: str = ""
+    turn: Turn = NO_TURN
+
+
+class Replacement(enum.StrEnum):
+    """How a guest gets a new QEMU."""
+
+    TRANSFER = "transfer"
+    """Beside the old one, by QEMU's own cpr-transfer."""
+    BESIDE = "beside"
+    """Beside the old one, by a save and a load."""
+    IN_TURN = "in-turn"
+    """By a save and a load, after the old one has ended."""

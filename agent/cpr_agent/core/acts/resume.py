@@ -1,0 +1,79 @@
+"""A guest that stands still goes on in the QEMU that it is in, if its proof holds; and a checkpoint is given up."""
+
+from __future__ import annotations
+
+import asyncio
+
+from cpr_agent.core.acts.load import holding, load_by_either
+from cpr_agent.core.acts.requests import LoadRequest
+from cpr_agent.core.gate import Unbroken, let_run
+from cpr_agent.core.machine import Machine
+from cpr_agent.core.model import Manifest, RunState
+from cpr_agent.core.past import VmEvent
+from cpr_agent.core.proof import prove_stopped
+from cpr_agent.errors import NoCheckpoint, QemuFailed, WrongState
+
+
+async def resume(machine: Machine) -> None:
+    """Take a save back, or let a paused guest go on. ``cont`` does it for a guest that ran when it was saved; one that was
+    paused or suspended must be loaded (FACTS.md, "Rollback"). Raises ProofFailed, and the VM is held then; CprError."""
+    await machine.derive()
+    manifest = machine.live_checkpoint()
+    if manifest is None:
+        await _unpause(machine)
+    elif machine.qemu and machine.stands_saved and manifest.run_state == RunState.RUNNING:
+        await take_back(machine, manifest)
+    else:
+        machine.refuse_silent_qemu("nothing was resumed")
+        with holding(machine, manifest):
+            await load_by_either(machine, manifest, LoadRequest())
+
+
+async def _unpause(machine: Machine) -> None:
+    if machine.qemu is None or machine.run_state is not RunState.PAUSED:
+        raise WrongState(f"is {machine.state}, there is nothing to resume", vm=machine.name)
+    await let_run(machine, machine.qemu, Unbroken.PAUSED)
+
+
+async def take_back(machine: Machine, manifest: Manifest) -> None:
+    """The guest goes on in the QEMU that saved it, on memory and disks that are proved to be what they were. The checkpoint
+    is out of the world before, so that no load can use it (invariant 2). Raises ProofFailed, and the VM is held then;
+    MemoryUnusable, QemuFailed."""
+    qemu = machine.require_qemu()
+    with holding(machine, manifest):
+        located = await machine.relocated(manifest.memory)
+        own = {machine.pid, *machine.neighbours.live_pids()}
+        proven = await prove_stopped(machine.ports, manifest, located, own)
+    machine.record(VmEvent.ROLLBACK, checkpoint=manifest.id)
+    await asyncio.to_thread(machine.ports.store.discard, machine.name)
+    try:
+        await let_run(machine, qemu, proven)
+    except QemuFailed as error:
+        raise QemuFailed(
+            f"could not be resumed: {error.what}",
+            vm=machine.name,
+            left="the guest is stopped in its QEMU, and the checkpoint is retired",
+            remedy="if another process holds its disk, end that; then `cont` on the admin's QMP socket",
+        ) from error
+    machine.record(VmEvent.RESUMED, checkpoint=manifest.id)
+
+
+async def discard(machine: Machine) -> None:
+    """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs it. A held guest's QEMU, which may
+    not run it, ends. Raises CprError."""
+    await machine.derive()
+    machine.refuse_silent_qemu("nothing was discarded")
+    held = machine.held()
+    if machine.stands_saved and not held:
+        raise WrongState(
+            "is saved and its QEMU still has the guest",
+            vm=machine.name,
+            left="nothing was discarded",
+            remedy=f"`cprctl resume {machine.name}` continues the guest, `cprctl stop {machine.name}` ends QEMU",
+        )
+    if not machine.checkpointed:
+        raise NoCheckpoint("has no checkpoint to discard", vm=machine.name)
+    machine.record(VmEvent.DISCARD)
+    if machine.stands_saved:
+        await machine.end()
+    await asyncio.to_thread(machine.ports.store.discard, machine.name)

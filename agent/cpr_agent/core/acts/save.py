@@ -1,0 +1,243 @@
+"""A guest is saved: its device state goes to a file, its RAM stays where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from cpr_agent.core.acts.afterwards import entry
+from cpr_agent.core.acts.load import Fresh, go_on
+from cpr_agent.core.acts.requests import SaveRequest
+from cpr_agent.core.acts.sleep import Sleep, end_sleep, fall_asleep, must_sleep
+from cpr_agent.core.events import Event, about
+from cpr_agent.core.gate import Unbroken, let_run
+from cpr_agent.core.machine import Machine
+from cpr_agent.core.model import (
+    DiskIdentity,
+    Launch,
+    Located,
+    Manifest,
+    RunState,
+    SaveTimes,
+    VmState,
+    Vmstate,
+    Witness,
+    survives,
+)
+from cpr_agent.core.past import InterruptedSave, VmEvent
+from cpr_agent.core.ports import PendingState
+from cpr_agent.core.proof import digest_firmware, identify_disks, refuse_foreign_state
+from cpr_agent.core.undo import Undo
+from cpr_agent.errors import CprError, QemuFailed, SaveFailed
+
+log = logging.getLogger(__name__)
+
+_TakeWitness = Callable[[], Awaitable[Witness]]
+_DEFAULT_TIMEOUT_S = 60.0
+
+
+class _Written(NamedTuple):
+    """Epoch seconds: when the guest stopped, and when QEMU had written its state."""
+
+    stopped_at: float
+    written_at: float
+
+
+async def save(machine: Machine, launch: Launch, request: SaveRequest) -> Manifest:
+    """Raises SaveFailed; the guest is then what it was before."""
+    qemu = machine.require_qemu()
+    if not await must_sleep(machine, qemu):
+        return await save_drafted(machine, await draft_manifest(machine, launch, machine.run_state, request), request)
+    with machine.hearing("WAKEUP") as woke:
+        async with Undo() as undo:
+            undo.push(lambda: end_sleep(machine))
+            sleep = Sleep(await fall_asleep(machine, qemu), woke)
+            draft = await draft_manifest(machine, launch, RunState.SUSPENDED, request)
+            manifest = await save_drafted(machine, draft, request, sleep)
+            undo.done()
+            return manifest
+
+
+async def draft_manifest(
+    machine: Machine, launch: Launch, run_state: RunState, request: SaveRequest, checkpoint: str = ""
+) -> Manifest:
+    """The part of a manifest that is known before the guest stops. Raises QemuFailed."""
+    host, qemu = machine.ports.host, machine.require_qemu()
+    return Manifest(
+        id=checkpoint or uuid.uuid4().hex,
+        vm=machine.name,
+        mode=request.mode,
+        survives=survives(launch.memory),
+        run_state=run_state,
+        launch=launch,
+        qemu=await qemu.facts(launch),
+        qemu_path=launch.base_argv[0],
+        qemu_sha256=await asyncio.to_thread(host.program_digest, machine.pid),
+        memory=launch.memory,
+        witness=machine.ports.memory.new_witness(machine.settings.witness.kind),
+        vmstate=Vmstate(path="", size_bytes=0, sha256=""),
+        boot_id=host.boot_id(),
+        kernel=host.kernel(),
+        times=SaveTimes(requested_at=host.now(), stopped_at=0.0, written_at=0.0, durable_at=0.0),
+        upgrade=request.upgrade,
+        wakes=run_state is RunState.SUSPENDED and machine.past.put_to_sleep,
+    )
+
+
+async def save_drafted(machine: Machine, draft: Manifest, request: SaveRequest, sleep: Sleep | None = None) -> Manifest:
+    """``sleep``: the guest was put to sleep for it. Raises SaveFailed; the guest is then what it was before."""
+    located = await machine.relocated(draft.memory)
+    try:
+        pending = machine.ports.store.begin(machine.name, request.filename)
+    except OSError as error:
+        what = f"the state file cannot be opened: {error}"
+        raise SaveFailed(what, vm=machine.name, left="nothing changed") from error
+    async with _or_bring_back(machine, pending, draft, located, sleep) as take_witness, request.turn:
+        written = await _write_state(machine, pending, draft, sleep)
+        manifest = await _store_state(machine, pending, draft, written, take_witness)
+    duration_s = machine.ports.host.now() - manifest.times.stopped_at
+    facts = about(Event.SAVED, **entry(manifest, "save"))
+    log.info(
+        "VM %s: saved in %.3f s, %d bytes of state", machine.name, duration_s, manifest.vmstate.size_bytes, extra=facts
+    )
+    return manifest
+
+
+async def finish(machine: Machine, launch: Launch, begun: InterruptedSave) -> Manifest:
+    """Store the state that QEMU has written for a save whose agent ended then. Raises SaveFailed."""
+    request = SaveRequest()
+    draft = await draft_manifest(machine, launch, begun.run_state, request, begun.checkpoint)
+    located = await machine.relocated(draft.memory)
+    try:
+        pending = machine.ports.store.reopen(machine.name, begun.path)
+    except OSError as error:
+        raise SaveFailed(f"the state file cannot be opened: {error}", vm=machine.name) from error
+    async with _or_bring_back(machine, pending, draft, located, None) as take_witness:
+        written = _Written(draft.times.requested_at, machine.ports.host.now())
+        return await _store_state(machine, pending, draft, written, take_witness)
+
+
+@contextlib.asynccontextmanager
+async def _or_bring_back(
+    machine: Machine, pending: PendingState, draft: Manifest, located: Sequence[Located], sleep: Sleep | None
+) -> AsyncIterator[_TakeWitness]:
+    """Whatever fails in the block or interrupts it, also a cancelled job: the guest must not stay stopped."""
+    undo = Undo()
+    undo.push(lambda: _bring_back(machine, pending, _as_it_was(draft, sleep), located))
+    try:
+        async with undo, machine.ports.memory.prepared_witness(located, draft.witness) as take_witness:
+            yield take_witness
+            undo.done()
+    except (CprError, OSError) as error:
+        what = error.what if isinstance(error, CprError) else f"the state could not be stored: {error}"
+        failure = SaveFailed(f"could not be saved: {what}", vm=machine.name, left=undo.left)
+        log.error("%s", failure.text, extra=about(Event.SAVE_FAILED, **entry(draft, "save")))
+        raise failure from error
+
+
+def _as_it_was(draft: Manifest, sleep: Sleep | None) -> Manifest:
+    """A guest that was put to sleep and woke by itself is to run."""
+    return replace(draft, run_state=RunState.RUNNING) if sleep and sleep.woke.is_set() else draft
+
+
+async def _write_state(machine: Machine, pending: PendingState, draft: Manifest, sleep: Sleep | None) -> _Written:
+    """QEMU's part: the guest stops, and its state is written. Raises SaveFailed, QemuFailed."""
+    host = machine.ports.host
+    machine.record(VmEvent.SAVE_BEGIN, checkpoint=draft.id, run_state=draft.run_state, path=pending.path)
+    machine.enter(VmState.SAVING)
+    timeout_s = machine.definition.save.timeout if machine.definition else _DEFAULT_TIMEOUT_S
+    stopped_at = await machine.require_qemu().save(pending.fd, timeout_s) or host.now()
+    if sleep and sleep.woke.is_set():  # its devices run again, and nobody would wake it after the load
+        raise SaveFailed("its guest was put to sleep, and woke by itself before it was saved", vm=machine.name)
+    return _Written(sleep.since if sleep else stopped_at, host.now())
+
+
+async def _store_state(
+    machine: Machine, pending: PendingState, draft: Manifest, written: _Written, take_witness: _TakeWitness
+) -> Manifest:
+    """The durable part. Raises CprError, OSError."""
+    ports, host = machine.ports, machine.ports.host
+    vmstate, witness, identified, firmware = await asyncio.gather(
+        asyncio.to_thread(pending.seal),
+        take_witness(),
+        _disks(machine),
+        digest_firmware(ports, draft.qemu.firmware),
+    )
+    refuse_foreign_state(vmstate, draft.qemu)
+    manifest = replace(
+        draft,
+        qemu=replace(draft.qemu, disks=tuple(identified), firmware=firmware),
+        witness=witness,
+        vmstate=vmstate,
+        times=replace(
+            draft.times,
+            stopped_at=written.stopped_at,
+            written_at=written.written_at,
+            durable_at=host.now(),
+            stopped_uptime_s=host.uptime_s() - (host.now() - written.stopped_at),
+        ),
+    )
+    await asyncio.to_thread(pending.commit, manifest)
+    machine.record(VmEvent.SAVED, checkpoint=draft.id, stopped_at=written.stopped_at)
+    return manifest
+
+
+async def _disks(machine: Machine) -> list[DiskIdentity]:
+    return await identify_disks(machine.ports, await machine.require_qemu().disks())
+
+
+async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, located: Sequence[Located]) -> str:
+    """Make the guest what it was before a save that failed; returns a sentence for the error. While the half-written
+    checkpoint can't be removed the guest stays stopped: a load could use it."""
+    run_state = was.run_state
+    machine.record(VmEvent.SAVE_UNDONE, checkpoint=was.id)
+    try:
+        with contextlib.ExitStack() as at_end:
+            state = -1
+            if run_state != RunState.RUNNING:
+                state = await asyncio.to_thread(pending.reader)
+                at_end.callback(os.close, state)
+            await asyncio.to_thread(pending.abort)
+            now = await _run_again(machine, was, located, state)
+    except OSError as error:
+        return f"the half-written checkpoint could not be removed ({error}), so the guest stays stopped"
+    except QemuFailed as error:
+        return f"and its QEMU is gone ({error.what}); the guest is lost unless it shut itself down"
+    except CprError as error:
+        return f"the guest stays stopped: {error.what}"
+    if now == run_state:
+        return f"the guest is {now}, as before; no checkpoint was left"
+    return f"the guest was {run_state} and QEMU is now {now}, where only `cont` on the admin's QMP socket continues it"
+
+
+async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located], state: int) -> RunState:
+    """``cont`` is right for a guest that ran. It would let a paused one run, and abort QEMU for one that sleeps (FACTS.md,
+    "Rollback"): a new QEMU reads the state that was written. Returns the run state then. Raises CprError."""
+    qemu = machine.require_qemu()
+    now = RunState(await qemu.run_state())
+    if was.run_state == RunState.RUNNING and now is not RunState.RUNNING:
+        await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
+        machine.record(VmEvent.RESUMED, checkpoint=was.id)
+    elif was.run_state != RunState.RUNNING and now is RunState.POSTMIGRATE:
+        await machine.end()
+        qemu = await machine.launch(machine.stamped(machine.ports.definitions.plan_load(was, located)))
+        await qemu.load(state, machine.settings.agent.load_timeout)
+        await go_on(machine, qemu, was, Unbroken.SAVE_UNDONE, Fresh(machine, was))
+    else:
+        return now
+    return RunState(await qemu.run_state())
+
+
+async def run_after_interrupted_save(machine: Machine, checkpoint: str) -> None:
+    """The agent ended in the middle of a save of a guest that ran: it goes on. Raises QemuFailed."""
+    log.warning("VM %s: a save was interrupted; the guest goes on", machine.name)
+    machine.record(VmEvent.SAVE_UNDONE, checkpoint=checkpoint)
+    await let_run(machine, machine.require_qemu(), Unbroken.SAVE_INTERRUPTED)
+    machine.record(VmEvent.RESUMED, checkpoint=checkpoint)

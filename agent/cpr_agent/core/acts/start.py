@@ -1,0 +1,79 @@
+"""A guest boots, or is powered off."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from cpr_agent.core.machine import Machine
+from cpr_agent.core.model import Definition, RunState, ram_of
+from cpr_agent.core.past import VmEvent
+from cpr_agent.core.proof import naming, refuse_other_users, refuse_overlap
+from cpr_agent.errors import AlreadyRunning, AlreadySaved, QemuFailed, WrongState
+
+log = logging.getLogger(__name__)
+
+
+async def start(machine: Machine) -> None:
+    """Raises AlreadySaved while a live checkpoint holds the guest, AlreadyRunning, and CprError."""
+    definition = machine.usable_definition()
+    if machine.live_checkpoint():
+        raise AlreadySaved(
+            "is saved, and starting it afresh would destroy the saved guest",
+            vm=machine.name,
+            left="the checkpoint was not touched",
+            remedy=f"continue it with `cprctl load {machine.name}`, or give it up with `cprctl discard {machine.name}`",
+        )
+    await machine.derive()
+    if machine.pid:
+        raise AlreadyRunning(f"is already {machine.state}", vm=machine.name)
+    await boot(machine, definition)
+    if machine.past.awaits_cold_start:
+        machine.record(VmEvent.COLD_STARTED)
+
+
+async def boot(machine: Machine, definition: Definition) -> None:
+    """Start QEMU on memory that is the VM's own. Raises CprError."""
+    ports, neighbours = machine.ports, machine.neighbours
+    with naming(machine.name):
+        await ports.memory.prepare(definition.memory, definition.vm.user)
+        located = await ports.memory.locate(definition.memory, machine.settings.agent.device_timeout)
+        refuse_overlap(machine.name, ram_of(located), await neighbours.claimed(machine.name))
+        await refuse_other_users(ports, machine.name, located, {machine.pid, *neighbours.live_pids()})
+    launch = machine.stamped(ports.definitions.plan_start(definition, located))
+    machine.record(VmEvent.START)
+    await machine.launch(launch)
+    await asyncio.to_thread(ports.programs.forget, machine.name)
+
+
+async def press_power_button(machine: Machine) -> None:
+    """Then, after the definition's shutdown-timeout, quit QEMU. Raises WrongState, QemuFailed."""
+    await machine.derive()
+    _require_running(machine)
+    if machine.qemu is None:
+        raise QemuFailed(
+            "its QEMU does not answer, so its power button can't be pressed",
+            vm=machine.name,
+            left="the guest was not touched",
+            remedy=f"`cprctl stop --hard {machine.name}` ends QEMU",
+        )
+    if machine.run_state in (RunState.RUNNING, RunState.SUSPENDED):
+        await machine.qemu.powerdown()
+        launch = machine.launched()
+        timeout_s = launch.shutdown_timeout_s if launch else 60.0
+        if await machine.own.wait_exit(timeout_s):
+            return
+        log.warning("VM %s: did not shut down within %.0f s, going on the hard way", machine.name, timeout_s)
+    await machine.end()
+
+
+async def end_hard(machine: Machine) -> None:
+    """Quit QEMU, or kill it. Raises WrongState."""
+    await machine.derive()
+    _require_running(machine)
+    await machine.end()
+
+
+def _require_running(machine: Machine) -> None:
+    if not machine.pid:
+        raise WrongState("is not running", vm=machine.name)

@@ -1,0 +1,388 @@
+"""The live QEMU of one VM, and what is derived from it and from the live checkpoint. Nothing is remembered (ADR 4)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from cpr_agent.core.model import (
+    Definition,
+    Held,
+    Launch,
+    Located,
+    Manifest,
+    MemoryIdentity,
+    MemorySection,
+    Ram,
+    RunState,
+    VmState,
+    ram_of,
+)
+from cpr_agent.core.past import Past, VmEvent
+from cpr_agent.core.ports import Place, Ports, Qemu
+from cpr_agent.core.proof import naming
+from cpr_agent.core.settings import Settings
+from cpr_agent.core.undo import Undo
+from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidDefinition, MemoryUnusable, QemuFailed
+
+log = logging.getLogger(__name__)
+
+EXIT_S = 10.0
+"""For a QEMU that is on its way out: the kernel frees its memory."""
+RELOCATE_S = 5.0
+"""For memory that a live QEMU has open, so that its device is there."""
+_FROM_RUN_STATE = {
+    RunState.RUNNING: VmState.RUNNING,
+    RunState.PAUSED: VmState.PAUSED,
+    RunState.SUSPENDED: VmState.SUSPENDED,
+    RunState.SHUTDOWN: VmState.SHUT_DOWN,
+    RunState.INMIGRATE: VmState.LOADING,
+    RunState.PRELAUNCH: VmState.STARTING,
+}
+_TAKEN = ("Device or resource busy", "Address already in use", "Could not set up host forwarding rule")
+"""QEMU's errors for a resource that the other QEMU holds: a tap device without a free queue, a port of the host."""
+
+
+class Neighbours(Protocol):
+    """The other VMs of the host."""
+
+    def changed(self, name: str) -> None:
+        """The VM of that name has another state."""
+
+    def admit(self) -> None:
+        """Raises Busy while no guest may be let run."""
+
+    def live_pids(self) -> Collection[int]:
+        """PIDs of all QEMUs that answer."""
+
+    def occupied(self, asking: str) -> list[tuple[str, MemoryIdentity]]:
+        """Memory that the guests of all VMs but ``asking`` are in, with the VMs' names."""
+
+    async def claimed(self, asking: str) -> list[tuple[str, MemoryIdentity]]:
+        """Likewise, and memory that definitions name for guests that do not run."""
+
+
+class Machine:
+    """The facts of one VM, for the acts on it, which hold the VM's lock. ``on_event`` gets the name of each QMP event."""
+
+    def __init__(
+        self, name: str, ports: Ports, settings: Settings, neighbours: Neighbours, on_event: Callable[[str], None]
+    ) -> None:
+        self.name = name
+        self.definition: Definition | None = None
+        self.problem: Exception | None = None
+        self.state = VmState.STOPPED
+        self.run_state = RunState.NONE
+        self.pid = 0
+        self.error = ""
+        self.qemu: Qemu | None = None
+        self.ports = ports
+        self.settings = settings
+        self.neighbours = neighbours
+        self._on_event = on_event
+        self._late_sleep_until = 0.0
+        self._listeners: set[Callable[[str], None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- facts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def own(self) -> Place:
+        return self.ports.runner.own(self.name)
+
+    @property
+    def spare(self) -> Place:
+        return self.ports.runner.spare(self.name)
+
+    @property
+    def past(self) -> Past:
+        return self.ports.journal.past(self.name)
+
+    def record(self, event: VmEvent, **facts: object) -> None:
+        """Make it durable in the journal before anything else happens. Blocking; a few milliseconds."""
+        self.ports.journal.append(event, vm=self.name, **facts)
+
+    def live_checkpoint(self) -> Manifest | None:
+        """Raises CheckpointUnreadable."""
+        return self.ports.store.live(self.name)
+
+    def readable_checkpoint(self) -> Manifest | None:
+        """The live checkpoint; None also if it can't be read, which ``error`` tells then."""
+        try:
+            return self.live_checkpoint()
+        except CheckpointUnreadable as error:
+            self.error = error.text
+            return None
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether there is a live checkpoint, readable or not."""
+        return self.ports.store.checkpointed(self.name)
+
+    @property
+    def powered_off(self) -> bool:
+        """Whether the guest has powered off, though QEMU may still be there."""
+        return self.run_state is RunState.SHUTDOWN or not self.pid
+
+    def held(self) -> Held | None:
+        """Why the VM is kept untouched, if it is."""
+        return self.ports.store.held(self.name)
+
+    def launched(self) -> Launch | None:
+        """The command line that the live QEMU was started with, and its memory."""
+        return self.ports.runner.launched(self.name) if self.pid else None
+
+    def occupied_memory(self) -> Ram:
+        """The memory that this VM's guest is in now, by its QEMU or its checkpoint."""
+        launch = self.launched()
+        if launch:
+            return launch.memory
+        with contextlib.suppress(CheckpointUnreadable):
+            manifest = self.live_checkpoint()
+            return manifest.memory if manifest else ()
+        return ()
+
+    async def claimed_memory(self) -> Ram:
+        """The memory that is this VM's own: its guest's, or else the ranges of its definition that are on this host."""
+        if occupied := self.occupied_memory():
+            return occupied
+        found: list[Located] = []
+        for one in self.definition.memory.ranges if self.definition else ():
+            with contextlib.suppress(MemoryUnusable):
+                found += await self.ports.memory.locate(MemorySection(node=(one,)), 0)
+        return ram_of(found)
+
+    def usable_definition(self) -> Definition:
+        """Raises InvalidDefinition."""
+        if self.definition is None:
+            if isinstance(self.problem, CprError):
+                raise self.problem
+            raise InvalidDefinition(
+                f"has no usable definition: {self.problem or 'its file is gone'}", vm=self.name, left="nothing was done"
+            )
+        return self.definition
+
+    def require_qemu(self) -> Qemu:
+        """The live QEMU. Raises QemuFailed if there is none that answers."""
+        if self.qemu is None:
+            raise QemuFailed("has no QEMU that answers", vm=self.name)
+        return self.qemu
+
+    def refuse_silent_qemu(self, left: str) -> None:
+        """Raises QemuFailed. A QEMU that does not answer can't say whether its guest still stands where it was saved, and
+        the witness, a sample, need not show it (invariant 2)."""
+        if self.pid and self.qemu is None:
+            raise QemuFailed(
+                "its QEMU does not answer, so the agent can't tell whether its guest has run since it was saved",
+                vm=self.name,
+                left=left,
+                remedy=f"`cprctl stop --hard {self.name}` ends QEMU, if you know that it has not",
+            )
+
+    def stamped(self, launch: Launch) -> Launch:
+        return replace(launch, created_at=self.ports.host.now(), boot_id=self.ports.host.boot_id())
+
+    async def relocated(self, ram: Ram) -> list[Located]:
+        """Raises DeviceMissing, MemoryChanged."""
+        with naming(self.name):
+            return await self.ports.memory.relocate(ram, RELOCATE_S)
+
+    # -- its state ----------------------------------------------------------------------------------------------------
+
+    def enter(self, state: VmState) -> None:
+        self.state = state
+        self.neighbours.changed(self.name)
+
+    async def derive(self) -> None:
+        """Derive the state anew, connecting to a QEMU that is there."""
+        self.pid = await self.own.pid()
+        if not self.pid:
+            await self.disconnect()
+            self.run_state = RunState.NONE
+            self.enter(self._state_without_qemu())
+            return
+        try:
+            qemu = self.qemu or await self._connect()
+            self.run_state = RunState(await qemu.run_state())
+        except QemuFailed as error:
+            self.error = error.text
+            await self.disconnect()
+            self.enter(VmState.UNREACHABLE)
+            self.spawn(self._after_end())
+            return
+        await self._retire_if_resumed_by_hand()
+        self.enter(self._state_with_qemu())
+
+    @property
+    def stands_saved(self) -> bool:
+        """Whether QEMU is there, and the guest in it stands where a save has left it."""
+        return self.run_state is RunState.POSTMIGRATE
+
+    def _state_with_qemu(self) -> VmState:
+        if not self.stands_saved:
+            return _FROM_RUN_STATE.get(self.run_state, VmState.PAUSED)
+        if self.held():
+            return VmState.HELD
+        return VmState.SAVED if self.checkpointed else VmState.PAUSED
+
+    def _state_without_qemu(self) -> VmState:
+        if self.held():
+            return VmState.HELD
+        try:
+            return VmState.SAVED if self.live_checkpoint() else VmState.STOPPED
+        except CheckpointUnreadable as error:
+            self.error = error.text
+            return VmState.HELD
+
+    async def _retire_if_resumed_by_hand(self) -> None:
+        """A saved guest that runs was let run on the admin's own QMP socket: its checkpoint is history."""
+        manifest = self.readable_checkpoint()
+        if manifest and self._ran_since(manifest):
+            log.warning("VM %s: its guest was resumed by hand; the checkpoint is retired", self.name)
+            self.record(VmEvent.RESUMED_BY_HAND, checkpoint=manifest.id)
+            await asyncio.to_thread(self.ports.store.discard, self.name)
+
+    def _ran_since(self, manifest: Manifest) -> bool:
+        """Whether the live QEMU's guest ran after it was saved: its QEMU left postmigrate, and does not load just this."""
+        launch = self.launched()
+        loading = launch is None or (launch.kind == "load" and launch.checkpoint == manifest.id)
+        return self.run_state in (RunState.RUNNING, RunState.SUSPENDED) or not (loading or self.stands_saved)
+
+    async def _after_end(self) -> None:
+        """A QEMU's connection ends a moment before its process does: derive again if that is what its silence meant."""
+        if await self.own.wait_exit(EXIT_S):
+            self._on_event("GONE")
+
+    # -- its QEMU -----------------------------------------------------------------------------------------------------
+
+    async def launch(self, launch: Launch) -> Qemu:
+        """Start QEMU and speak to it, or leave no trace. Raises QemuFailed with QEMU's words."""
+        state = VmState.STARTING if launch.kind == "start" else VmState.LOADING
+        if self.state is not state:  # skip redundant change signals: they delay other guests
+            self.enter(state)
+        place = self.own
+        try:
+            async with Undo() as undo:
+                undo.push(place.kill)
+                await place.start(launch)
+                self.pid = await place.pid()
+                qemu = await self._connect()
+                undo.done()
+                return qemu
+        except BaseException as error:
+            self.pid = 0
+            if not isinstance(error, CprError):
+                raise
+            raise _not_started(self.name, error, "nothing runs", place.log_tail()) from error
+
+    async def launch_spare(self, launch: Launch) -> Qemu:
+        """Likewise beside the VM's own QEMU, which is left as it is."""
+        place = self.spare
+        try:
+            async with Undo() as undo:
+                undo.push(place.kill)
+                await place.start(launch)
+                qemu = await place.connect(self.settings.agent.qemu_start_timeout)
+                undo.done()
+                return qemu
+        except CprError as error:
+            raise self.spare_failed(error) from error
+
+    def spare_failed(self, error: CprError) -> QemuFailed:
+        failed = _not_started(self.name, error, "the QEMU that it has is untouched", self.spare.log_tail())
+        if any(word in failed.what for word in _TAKEN):
+            failed.remedy = f"where two can't have that, `cprctl refresh --in-turn {self.name}` ends the old one first"
+        return failed
+
+    async def adopt(self, qemu: Qemu) -> None:
+        """Make the QEMU in the spare place the VM's own."""
+        self.ports.runner.adopt(self.name)
+        self.pid = await self.own.pid()
+        old, self.qemu = self.qemu, qemu
+        qemu.on_change(self._hear)
+        if old:
+            await old.close()
+
+    async def end(self) -> None:
+        """Quit QEMU, then kill it; its process is gone when this returns."""
+        place = self.own
+        if self.qemu:
+            await self.qemu.quit()
+            await self.disconnect()
+        if not await place.wait_exit(EXIT_S):
+            await place.kill()
+        self.pid = 0
+
+    async def _connect(self) -> Qemu:
+        qemu = await self.own.connect(self.settings.agent.qemu_start_timeout)
+        qemu.on_change(self._hear)
+        self.qemu = qemu
+        return qemu
+
+    async def disconnect(self) -> None:
+        """Let go of QEMU, which runs on."""
+        if self.qemu:
+            qemu, self.qemu = self.qemu, None
+            await qemu.close()
+
+    @contextlib.asynccontextmanager
+    async def spare_qemu(self, launch: Launch) -> AsyncIterator[Qemu]:
+        """A QEMU in the spare place that runs no guest, and ends with the block. Raises QemuFailed."""
+        qemu = await self.launch_spare(self.stamped(launch))
+        async with Undo() as end:
+            end.push(self.spare.kill)
+            try:
+                yield qemu
+            finally:
+                await qemu.close()
+
+    # -- what it says -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hearing(self, wanted: str) -> Iterator[asyncio.Event]:
+        """The event is set once QEMU has told of ``wanted``, a QMP event, while this lasts."""
+        heard = asyncio.Event()
+
+        def listen(event: str) -> None:
+            if event == wanted:
+                heard.set()
+
+        self._listeners.add(listen)
+        try:
+            yield heard
+        finally:
+            self._listeners.discard(listen)
+
+    def expect_late_sleep(self, seconds: float) -> None:
+        """A guest that was asked to sleep in vain may do so all the same, within this time."""
+        self._late_sleep_until = asyncio.get_running_loop().time() + seconds
+
+    @property
+    def expects_late_sleep(self) -> bool:
+        return asyncio.get_running_loop().time() < self._late_sleep_until
+
+    def _hear(self, event: str) -> None:
+        for listen in tuple(self._listeners):
+            listen(event)
+        self._on_event(event)
+
+    # -- work that no act waits for -----------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settled(self) -> None:
+        """Wait for the work that acts left to be done after their guests ran."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _not_started(vm: str, error: CprError, left: str, said: str) -> QemuFailed:
+    detail = f": {said}" if said and said not in error.what else ""
+    return QemuFailed(f"{error.what}{detail}", vm=vm, left=left, remedy=error.remedy)

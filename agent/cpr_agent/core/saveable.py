@@ -1,0 +1,121 @@
+"""Reasons why a VM can't be saved now, and what its definition allows to be done then. Asks, and stops no guest."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from typing import Literal
+
+from cpr_agent.core.acts.sleep import sleep_reasons
+from cpr_agent.core.hooks import vetoes
+from cpr_agent.core.machine import Machine
+from cpr_agent.core.model import SAVEABLE, Launch, Policy, QemuFacts, Survives, VmState
+from cpr_agent.errors import AlreadySaved, Blocked, QemuFailed, WrongState
+
+Fallback = Literal["wait", "shut-down", "refuse"]
+
+
+async def blocked_reasons(machine: Machine) -> list[str]:
+    """Why it can't be saved as it is now; empty also where there is nothing to save."""
+    launch = machine.launched()
+    if machine.qemu is None or launch is None or machine.run_state not in SAVEABLE:
+        return []
+    return await machine.qemu.blocked_reasons(launch) + await sleep_reasons(machine, machine.qemu)
+
+
+async def require_live(machine: Machine, need: Survives) -> Launch:
+    """The command line of its QEMU, if its guest can be saved. Raises CprError."""
+    if machine.live_checkpoint():
+        remedy = f"`cprctl resume {machine.name}` takes the save back"
+        raise AlreadySaved("is already saved", vm=machine.name, remedy=remedy)
+    if machine.run_state not in SAVEABLE:
+        raise WrongState(f"is {machine.state} and can't be saved", vm=machine.name, left="nothing was saved")
+    return await require_saveable(machine, need)
+
+
+async def require_saveable(machine: Machine, need: Survives) -> Launch:
+    """Raises WrongState, Blocked with every reason."""
+    if machine.qemu is None:
+        raise WrongState(f"is {machine.state} and can't be saved", vm=machine.name, left="nothing was saved")
+    launch = machine.launched()
+    if launch is None:
+        raise Blocked(["the record of how its QEMU was started is gone"], vm=machine.name)
+    reasons = await blocked_reasons(machine) + await vetoes(machine)
+    reasons += [
+        f"its RAM in {one.place} ({one.filesystem}) does not survive a {need}"
+        for one in launch.memory
+        if not one.survives.is_enough_for(need)
+    ]
+    if reasons:
+        raise Blocked(reasons, vm=machine.name)
+    return launch
+
+
+async def until_saveable(machine: Machine) -> None:
+    """Wait until nothing blocks a save any more, if the definition says so, and as long as it says. Raises QemuFailed."""
+    launch = machine.launched()
+    if machine.qemu and launch and machine.definition and waits_when_blocked(machine):
+        await machine.qemu.until_saveable(launch, machine.definition.save.blocked_wait)
+
+
+def why_unsaveable(machine: Machine) -> str:
+    """Why it has no run state in which it could be saved."""
+    return "its QEMU does not answer" if machine.state is VmState.UNREACHABLE else f"its run state is {machine.run_state}"
+
+
+def saved_in_volatile(machine: Machine, need: Survives) -> bool:
+    """Whether it is saved already, in RAM that would not outlive ``need``."""
+    manifest = machine.readable_checkpoint()
+    return manifest is not None and not manifest.survives.is_enough_for(need)
+
+
+def may_shut_down(machine: Machine, policy: Policy) -> bool:
+    """Whether its guest may be shut down in order when it cannot be saved."""
+    return policy is not Policy.ALL_OR_NOTHING or "shut-down" in _fallbacks(machine)
+
+
+def waits_when_blocked(machine: Machine) -> bool:
+    """Whether a save waits for the end of its obstacles."""
+    return "wait" in _fallbacks(machine)
+
+
+def _fallbacks(machine: Machine) -> list[Fallback]:
+    """The steps to try one after the other when CPR is blocked; "refuse" is the end of them."""
+    steps = machine.definition.save.when_blocked if machine.definition else ()
+    return list(takewhile(lambda step: step != "refuse", steps))
+
+
+class Successor:
+    """The QEMU that is installed now, and would load the guest after a kexec."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._asked: tuple[str, ...] = ()
+        self._reasons: list[str] = []
+
+    async def reasons(self) -> list[str]:
+        """Why it could not load the guest; empty also where it is the one that runs. It is started in the VM's spare place
+        without a machine, and asked once: for whoever holds the VM's lock."""
+        machine = self._machine
+        launch = machine.launched()
+        if machine.qemu is None or launch is None:
+            return []
+        host, path = machine.ports.host, launch.base_argv[0]
+        running, installed = host.program_identity(f"/proc/{machine.pid}/exe"), host.program_identity(path)
+        if running == installed:
+            return []
+        if not installed:
+            return [f"the QEMU that would load it, {path}, is not there any more"]
+        facts = await machine.qemu.facts(launch)
+        asked = (installed, facts.version, facts.machine_type)
+        if self._asked != asked:
+            self._asked, self._reasons = asked, await self._ask(launch, facts)
+        return self._reasons
+
+    async def _ask(self, launch: Launch, facts: QemuFacts) -> list[str]:
+        machine = self._machine
+        try:
+            async with machine.spare_qemu(machine.ports.definitions.plan_probe(launch)) as qemu:
+                lacking = await qemu.lacks(facts)
+        except QemuFailed as error:
+            return [f"the QEMU that would load it does not work: {error.what}"]
+        return [f"the QEMU that would load it lacks what it needs: {'; '.join(map(str, lacking))}"] if lacking else []
