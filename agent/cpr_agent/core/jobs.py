@@ -46,7 +46,7 @@ class Job(msgspec.Struct):
         if self.state is JobState.FAILED:
             raise self.error or CprError(self.result)
         if self.state is JobState.CANCELLED:
-            raise CprError(f"job {self.id} ({self.kind}) was cancelled", left="what it had done by then is done")
+            raise CprError(f"job {self.id} ({self.kind}) was cancelled", left="the part that was done by then stays done")
 
     def advance(self, done: int, total: int, step: str) -> None:
         self.progress = done / total if total else 1.0
@@ -91,7 +91,7 @@ class Jobs:
         self._tasks[job_id].cancel()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait for jobs under way, so that a stop of the agent does not interrupt what it can finish."""
+        """Wait for jobs under way, so that a stop of the agent does not interrupt them."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 for job in list(self.current.values()):

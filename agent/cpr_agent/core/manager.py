@@ -188,7 +188,7 @@ class Manager:
         return self.jobs.start("load-all", lambda job: self._transaction.load_all(job, vms))
 
     def load_and_start_all(self) -> Job:
-        """Likewise, then start the VMs that are to start with the host."""
+        """Likewise, then start the VMs whose definition has autostart."""
         vms = self.vms.values()
         return self.jobs.start("load-all", lambda job: self._transaction.load_and_start_all(job, vms))
 

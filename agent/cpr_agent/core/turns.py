@@ -20,7 +20,7 @@ def at_once() -> int:
 
 
 def places() -> asyncio.Semaphore:
-    """For ``at_once`` guests; whoever has one stands still meanwhile."""
+    """For ``at_once`` guests, which stand still while they have a place."""
     return asyncio.Semaphore(at_once())
 
 

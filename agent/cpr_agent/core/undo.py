@@ -28,7 +28,7 @@ async def uninterrupted(work: Awaitable[T]) -> T:
 
 
 class Undo:
-    """Runs the steps that were pushed, in reverse order, unless the block came to its ``done``. The block's error wins over
+    """Runs the pushed steps in reverse order, unless the block came to its ``done``. The block's error wins over
     those of the steps, which are logged; without one the first error of a step is raised.
 
     ``left`` has what the steps say of the state that they left, each a sentence fit for an admin.

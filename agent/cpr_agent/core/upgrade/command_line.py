@@ -1,4 +1,4 @@
-"""Kernel command lines: which words the guests' memory hangs on, and what another line would lose.
+"""Kernel command lines: the words on which the guests' memory depends, and those that another line would lose.
 
 A ``memmap=4G!8G`` that the new kernel's line lacks makes guest RAM free RAM. Quoting is the kernel's (``next_arg`` in
 lib/cmdline.c): double quotes protect spaces and can't be escaped. ``-`` and ``_`` are the same in a parameter's name
@@ -21,7 +21,7 @@ MEMORY_PARAMETERS: dict[str, Callable[[str], bool]] = {
     "noefi": lambda _: True,  # no EFI state for the next kernel, so older ones don't find the ACPI tables
     "reserve_mem": bool,
     "mem_encrypt": bool,  # the same bytes read differently with SME on and off
-    # who may have them: reservations and zones
+    # reservations and zones
     "crashkernel": bool,
     "cma": bool,
     "cma_pernuma": bool,
@@ -35,7 +35,7 @@ MEMORY_PARAMETERS: dict[str, Callable[[str], bool]] = {
     "movablecore": bool,
     "movable_node": lambda _: True,
     "numa": bool,
-    # what is handed from kernel to kernel
+    # memory that one kernel hands to the next
     "kho": bool,
     "kho_scratch": bool,
     "pkram": bool,  # patches that never landed
@@ -60,7 +60,7 @@ WORD = re.compile(r'(?:"[^"]*"?|[^\s"])+', re.ASCII)
 
 
 def memory_arguments(command_line: str) -> list[str]:
-    """The words that shape physical memory or keep persistent memory what it is, as written and in order."""
+    """The words that shape physical memory, or that keep persistent memory as it is; as written and in order."""
     return [word for word in _kernel_words(command_line) if _shapes_memory(*_parsed(word))]
 
 

@@ -1,6 +1,6 @@
 """The upgrade as one transaction: its phases, and which may follow which. Each is durable before it is acted on.
 
-The journal is its only memory: after a crash at any instant the ledger is what the journal's records say (invariant 5).
+The journal is its only memory: after a crash at any instant the journal's records are all of the ledger (invariant 5).
 Verifying, loading and resuming are phases of each guest, which waits for no other, and not of the host (ADR 6).
 """
 

@@ -26,7 +26,7 @@ async def save(scope: Scope, job: Job, found: Triage, need: Survives) -> int:
             job.advance(0, len(live), f"shutting down {names(unsaveable)}, which cannot be saved")
             await _shut_down(unsaveable, found.policy)
         await _save_each(scope, job, found, need)
-        job.advance(len(live), len(live), "verifying what was written")
+        job.advance(len(live), len(live), "verifying the saved states")
         await on_all(live, lambda vm: asyncio.to_thread(_verify, scope, vm))
         scope.ledger.enter(Phase.SAVED)
     job.advance(len(live), len(live), "saved")

@@ -38,7 +38,7 @@ class Failure(NamedTuple):
 
 async def on_each(vms: Iterable[Vm], act: Callable[[Vm], Awaitable[object]]) -> list[Failure]:
     """Run ``act`` on all VMs at once, and wait until each has ended: one that fails does not stop the others. Returns the
-    failures. Raises what is no Exception: a cancellation."""
+    failures. Raises a cancellation, or any other BaseException that is no Exception."""
     vms = list(vms)
     results = await asyncio.gather(*(act(vm) for vm in vms), return_exceptions=True)
     failures = []

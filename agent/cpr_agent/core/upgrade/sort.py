@@ -1,4 +1,4 @@
-"""Which VMs can be saved, and what becomes of the others."""
+"""The sorting of all VMs before a save: those that can be saved, and the fate of the others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def triage(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
 
 
 async def triage_patiently(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
-    """Likewise, after what blocks a save is over, for VMs whose definition says to wait for that."""
+    """Likewise; where a VM's definition says so, first wait until its save is no longer blocked."""
     return await _triage(vms, need, policy, lambda vm: vm.require_saveable_in_time(need))
 
 

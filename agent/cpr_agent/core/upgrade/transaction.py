@@ -116,7 +116,7 @@ class Transaction:
 
     @contextlib.asynccontextmanager
     async def _or_refused(self) -> AsyncIterator[None]:
-        """While it is checked: whatever fails, or cancels it, ends the upgrade before a guest is stopped."""
+        """Around the check: an error or a cancellation ends the upgrade in REFUSED, before a guest is stopped."""
         try:
             yield
         except BaseException as error:
@@ -156,7 +156,7 @@ class Transaction:
     async def load_all(self, job: Job, vms: Iterable[Vm]) -> None:
         """Load every live checkpoint; one that fails does not stop the others. Then start the VMs that were shut down
         because they could not be saved. Raises LoadFailed, NothingToDo."""
-        async with self._lock:  # a second one waits, and finds what the first has left
+        async with self._lock:  # a second load waits, and finds the guests that the first one left
             self.refuse_when_committed()
             loaded = await load_all(self._scope, job, vms, lambda vm: False)
         loaded.require_no_failure()
@@ -164,7 +164,7 @@ class Transaction:
             raise NothingToDo("no VM has a checkpoint")
 
     async def load_and_start_all(self, job: Job, vms: Iterable[Vm]) -> None:
-        """Likewise, then start what is to start with the host."""
+        """Likewise, then start the VMs whose definition has autostart."""
         async with self._lock:
             self.refuse_when_committed()
             loaded = await load_all(self._scope, job, vms, lambda vm: bool(vm.definition and vm.definition.vm.autostart))
@@ -190,7 +190,7 @@ class Transaction:
     # -- after a crash ------------------------------------------------------------------------------------------------
 
     async def recover(self, jobs: Jobs) -> Job | None:
-        """Note what is over of an upgrade that an earlier agent left, and start a job for the work that has to go on."""
+        """End an upgrade that an earlier agent left, if its work is over; or start a job that goes on with it."""
         current = self._ledger.current
         if current is None or current.phase in (Phase.HELD, *OVER):
             return None
