@@ -37,7 +37,7 @@ def test_each_message_id_has_an_entry_in_the_catalog_and_the_reverse() -> None:
 
 
 def test_each_event_is_told_somewhere() -> None:
-    sources = [path for path in ROOT.glob("agent/cpr_agent/core/*.py") if path.name != "events.py"]
+    sources = [path for path in ROOT.glob("agent/cpr_agent/core/**/*.py") if path.name != "events.py"]
     code = "".join(path.read_text() for path in sources)
     assert {event for event in Event if f"Event.{event.name}" in code} == set(Event)
 
@@ -50,7 +50,7 @@ def test_each_message_id_is_in_the_document() -> None:
 
 def test_the_fields_that_the_catalog_shows_are_sent() -> None:
     shown = set(re.findall(r"@(CPR_\w+)@", CATALOG))
-    code = "".join(path.read_text() for path in ROOT.glob("agent/cpr_agent/core/*.py"))
+    code = "".join(path.read_text() for path in ROOT.glob("agent/cpr_agent/core/**/*.py"))
     for field in shown:
         name = field.removeprefix("CPR_").lower()
         assert re.search(rf'\b{name}=|"{name}":', code), field

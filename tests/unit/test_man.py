@@ -159,7 +159,7 @@ def test_each_member_of_the_contract_is_in_its_page() -> None:
 def test_each_option_that_a_method_takes_is_in_its_page() -> None:
     """The names stand in bus/objects.py, where they are checked."""
     source = (ROOT / "agent/cpr_agent/bus/objects.py").read_text()
-    tables = re.findall(r"take_options\(\w+, \{(.*?)\}\)|^_WISHES = \{(.*?)^\}", source, re.MULTILINE | re.DOTALL)
+    tables = re.findall(r"take_options\(\w+, \{(.*?)\}\)|^_UPGRADE_OPTIONS = \{(.*?)^\}", source, re.MULTILINE | re.DOTALL)
     names = {name for table in tables for part in table for name in re.findall(r'"([a-z][\w-]+)"', part)}
     assert len(names) > 10
     told = interface_page()
