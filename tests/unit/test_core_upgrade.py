@@ -554,7 +554,6 @@ def saved_then(spoil: Callable[[], None]) -> Callable[[Manager], Awaitable[tuple
     return act
 
 
-@pytest.mark.xfail(strict=True, reason="a resume in the old QEMU does not compare the witness yet")
 def test_a_roll_back_holds_a_guest_whose_ram_was_overwritten_and_resumes_the_others(bench: Bench) -> None:
     def overwrite() -> None:
         with (bench.root / "web2.dax").open("r+b") as ram:
