@@ -10,13 +10,14 @@ import enum
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict
 
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.model import Policy
+from cpr_agent.core.past import Record
 from cpr_agent.core.ports import Host, Journal
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,28 @@ class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
         return self.kind is Kind.SAVE_ALL and self.phase is Phase.SAVED
 
 
+class Replay(NamedTuple):
+    """What the journal says of upgrades."""
+
+    current: Upgrade | None = None
+    booted: Upgrade | None = None
+    """The last that started another kernel; dry runs, and upgrades that were refused, have come since perhaps."""
+
+    def after(self, record: Record) -> Replay:
+        """A record of another event says nothing, and neither does one that a newer agent wrote and this one can't read."""
+        event = str(record.get("event"))
+        if not event.startswith(EVENT):
+            return self
+        before = self.current if self.current and self.current.id == record.get("upgrade") else None
+        facts = {"started_at": record.get("at"), **(asdict(before) if before else {}), **record}
+        facts |= {"id": record.get("upgrade"), "phase": event.removeprefix(EVENT), "changed_at": record.get("at")}
+        try:
+            current = msgspec.convert(facts, Upgrade)
+        except msgspec.ValidationError:
+            return self
+        return Replay(current, current if current.phase is Phase.BOOTED and current.kind is not Kind.DRILL else self.booted)
+
+
 class Ledger:
     """The current upgrade, from the journal and into it; ``changed`` is called after each phase."""
 
@@ -119,12 +142,18 @@ class Ledger:
         self._journal = journal
         self._host = host
         self.changed: Callable[[], None] = lambda: None
-        self.current: Upgrade | None = None
-        self.booted: Upgrade | None = None
-        """The last upgrade that started another kernel; dry runs and refused upgrades may have come since."""
+        self._replay = Replay()
         for record in journal.records():
-            if str(record["event"]).startswith(EVENT):
-                self._replay(record)
+            self._replay = self._replay.after(record)
+
+    @property
+    def current(self) -> Upgrade | None:
+        return self._replay.current
+
+    @property
+    def booted(self) -> Upgrade | None:
+        """See ``Replay``."""
+        return self._replay.booted
 
     @property
     def phase(self) -> Phase | None:
@@ -168,16 +197,14 @@ class Ledger:
         return self._append(current.id, phase, **facts)
 
     def _append(self, upgrade: str, phase: Phase, **facts: object) -> Upgrade:
-        current = self._replay(self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts))
+        record = self._journal.append(f"{EVENT}{phase}", upgrade=upgrade, **facts)
+        self._replay = self._replay.after(record)
+        current = self.require_current()
+        if (current.id, current.phase) != (upgrade, phase):
+            raise TypeError(f"no upgrade can be read from {record}")
         _log_phase(current)
         self.changed()
         return current
-
-    def _replay(self, record: Mapping[str, Any]) -> Upgrade:
-        self.current = _replayed(self.current, record)
-        if self.phase is Phase.BOOTED and self.current.kind is not Kind.DRILL:
-            self.booted = self.current
-        return self.current
 
 
 _EVENTS = {
@@ -203,41 +230,3 @@ def _log_phase(upgrade: Upgrade) -> None:
     }
     why = f": {facts['reason']}" if facts["reason"] else ""
     log.log(level, "%s %s: %s%s", upgrade.kind, upgrade.id[:8], upgrade.phase, why, extra=about(event, **facts))
-
-
-def _replayed(before: Upgrade | None, record: Mapping[str, Any]) -> Upgrade:
-    """``before``, after a phase's record."""
-    phase = Phase(str(record["event"]).removeprefix(EVENT))
-    facts: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name in _FACTS
-    }
-    if "policy" in facts:
-        facts["policy"] = Policy(facts["policy"])
-    if "kind" in facts:
-        facts["kind"] = Kind(facts["kind"])
-    if before is None or before.id != record["upgrade"]:
-        return Upgrade(
-            id=record["upgrade"],
-            phase=phase,
-            boot=record["boot"],
-            started_at=record["at"],
-            changed_at=record["at"],
-            **facts,
-        )
-    return replace(before, phase=phase, boot=record["boot"], changed_at=record["at"], **facts)
-
-
-_FACTS = (
-    "kind",
-    "kernel_from",
-    "command_line_from",
-    "kernel_to",
-    "policy",
-    "shut_down",
-    "failures",
-    "loaded",
-    "cold_started",
-    "longest_pause_s",
-    "reason",
-    "interrupted",
-)
