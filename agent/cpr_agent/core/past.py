@@ -6,9 +6,12 @@ that it appends.
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+import msgspec
 
 from cpr_agent.core.model import RunState
 
@@ -62,6 +65,11 @@ class VmEvent(enum.StrEnum):
     """The guest will go on in the old one."""
 
 
+COMPACTED = "compacted"
+"""The event of records that stand for those that a compaction left out: see ``Pasts.condensed``."""
+_BATCH = 1000
+"""As many checkpoints to a record of it: 35 KB."""
+
 SPENDING = (VmEvent.RESUMED, VmEvent.RESUMED_BY_HAND)
 """After one of these the guest's RAM has moved on from its checkpoint (invariant 2)."""
 
@@ -114,6 +122,16 @@ class CheckpointPast(NamedTuple):
 _UNKNOWN = CheckpointPast()
 
 
+class _Condensed(msgspec.Struct):
+    """The facts of a COMPACTED record: each of the ``checkpoints`` is what CheckpointPast says."""
+
+    checkpoints: list[str]
+    last: str
+    loads: int
+    spent_by: str
+    resumes: bool
+
+
 class Past:
     """Of one VM, as of the journal's last record: who keeps it sees it change. Only ``Pasts`` changes it."""
 
@@ -122,8 +140,6 @@ class Past:
         """Whether the guest was being given a new QEMU."""
         self.in_transfer = False
         """Likewise by cpr-transfer; the guest has run in no other QEMU than its own since."""
-        self.transfer_checkpoint = ""
-        """The id that the last transfer had."""
         self.put_to_sleep = False
         """Whether the agent was the last to put the guest to sleep, and has not woken it since."""
         self.awaits_cold_start = False
@@ -133,6 +149,18 @@ class Past:
         """The last SAVE_BEGIN."""
         self._last: Record = {}
         """The last that names a checkpoint."""
+        self._transfer = ""
+
+    @property
+    def transfer_checkpoint(self) -> str:
+        """The id of the transfer that the VM is in; "" for none."""
+        return self._transfer if self.in_transfer else ""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any question has another answer than it has without records."""
+        open_ends = self.in_refresh, self.in_transfer, self.put_to_sleep, self.awaits_cold_start, self.interrupted_save
+        return any(open_ends)
 
     @property
     def interrupted_save(self) -> InterruptedSave | None:
@@ -189,6 +217,8 @@ class Pasts:
         event, vm, checkpoint = record.get("event"), record.get("vm"), record.get("checkpoint")
         if not isinstance(event, str):
             return
+        if event == COMPACTED:
+            self._expand(record)
         if isinstance(checkpoint, str):
             self._checkpoints[checkpoint] = self._checkpoints.get(checkpoint, _UNKNOWN).after(event, record)
         if not isinstance(vm, str):
@@ -201,4 +231,26 @@ class Pasts:
             if event == VmEvent.SAVE_BEGIN:
                 past._save = record
             elif event == VmEvent.TRANSFER:
-                past.transfer_checkpoint = checkpoint
+                past._transfer = checkpoint
+
+    def unfinished(self) -> set[str]:
+        """The VMs of which ``Past.unfinished`` is true."""
+        return {name for name, past in self._vms.items() if past.unfinished}
+
+    def condensed(self) -> Iterator[dict[str, object]]:
+        """The facts of records, at least one, that say of all checkpoints what the fold knows, in place of theirs.
+
+        A host comes to have tens of thousands, whose ids are all that is to be kept: a backup of any can come back.
+        """
+        alike: dict[CheckpointPast, list[str]] = {_UNKNOWN: []}
+        for checkpoint, past in self._checkpoints.items():
+            alike.setdefault(past, []).append(checkpoint)
+        for past, checkpoints in alike.items():
+            for batch in range(0, max(1, len(checkpoints)), _BATCH):
+                yield {**past._asdict(), "checkpoints": checkpoints[batch : batch + _BATCH]}
+
+    def _expand(self, record: Record) -> None:
+        with contextlib.suppress(msgspec.ValidationError):
+            facts = msgspec.convert(record, _Condensed)
+            past = CheckpointPast(facts.last, facts.loads, facts.spent_by, facts.resumes)
+            self._checkpoints.update(dict.fromkeys(facts.checkpoints, past))
