@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from cpr_agent.core.ledger import EVENT, Phase, Replay
 from cpr_agent.core.past import COMPACTED, Pasts, Record, VmEvent
+from cpr_agent.core.upgrade.ledger import EVENT, Phase, Replay
 
 UPGRADES = 24
 """So many upgrades are told in full: of those that stopped guests, and of all. That is two years of a kernel a month, also
