@@ -147,7 +147,7 @@ def test_only_the_very_state_is_opened(store: CheckpointStore) -> None:
 
 
 def test_files_are_confined(store: CheckpointStore, tmp_path: Path) -> None:
-    exports = store.file_directories[0]
+    exports = store.files.directories[0]
     (exports / "sub").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (exports / "link").symlink_to(tmp_path / "elsewhere")

@@ -11,12 +11,12 @@ import json
 import os
 import re
 import signal
-import stat
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from cpr_agent.core.model import HookFailure, HookPhase
+from cpr_agent.core.paths import why_swappable
 from cpr_agent.host.runner import readable, reap_when_done
 
 AT_ONCE = 8
@@ -50,7 +50,7 @@ class HookDirectory:
         for hook in hooks:
             if not os.access(hook, os.X_OK) and not hook.is_symlink():
                 continue  # turned off, as run-parts(8) has it
-            why = _unsafe(hook, (self._root.parent, self._root, directory))
+            why = _unsafe(hook)
             if not why:
                 async with self._places:
                     why = await _run(hook, environment, json.dumps({**told, **facts}).encode(), self._timeout_s)
@@ -61,20 +61,16 @@ class HookDirectory:
         return failures
 
 
-def _unsafe(hook: Path, directories: tuple[Path, ...]) -> str:
-    """Why somebody other than root could decide what runs here; "" if nobody can."""
-    for path in (*directories, hook):
-        try:
-            info = path.lstat()
-        except OSError as error:
-            return f"was not run: {path}: {error.strerror}"
-        if not (stat.S_ISREG if path == hook else stat.S_ISDIR)(info.st_mode):
-            return f"was not run: {path} is no {'regular file' if path == hook else 'directory'}"
-        if info.st_uid not in (0, os.geteuid()):
-            return f"was not run: {path} does not belong to root"
-        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return f"was not run: {path} is writable by others than root (mode {stat.S_IMODE(info.st_mode):04o})"
-    return ""
+def _unsafe(hook: Path) -> str:
+    """Why somebody other than root could decide what runs here; "" if only root can. The directory is checked alone, too:
+    with a sticky bit, others could put a link to another of root's programs into it."""
+    try:
+        why = why_swappable(hook.parent) or why_swappable(hook)
+        if not why and not hook.is_file():
+            why = f"{hook} is not a regular file"
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+    return f"was not run: {why}" if why else ""
 
 
 async def _run(hook: Path, environment: dict[str, str], told: bytes, timeout_s: float) -> str:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
-from cpr_agent.core.paths import doubt
+from cpr_agent.core.paths import AllowedFiles
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
 from cpr_agent.files import make_private_directory, rename_aside, sync_directory, write_atomically
 from cpr_agent.store import vmstate
@@ -30,7 +30,7 @@ class CheckpointStore:
 
     def __init__(self, root: Path, file_directories: tuple[Path, ...]) -> None:
         self.root = root
-        self.file_directories = file_directories
+        self.files = AllowedFiles("state file", file_directories, "directories")
 
     def live(self, vm: str) -> Manifest | None:
         path = self._manifest(vm)
@@ -169,31 +169,13 @@ class CheckpointStore:
         return ""
 
     def _justified(self, filename: str, vm: str) -> Path:
-        """``filename`` as a path below one of the allowed directories, with no symbolic link on the way."""
+        """``filename`` as a path below one of the allowed directories, with no symbolic link on the way. Raises
+        InvalidArgument."""
         path = Path(filename)
-        allowed = ", ".join(map(str, self.file_directories))
         if not path.is_absolute() or ".." in path.parts:
-            raise InvalidArgument(
-                f"{filename!r} is not an absolute path without `..`", vm=vm, remedy=f"use a file below {allowed}"
-            )
-        if not any(path.parent.is_relative_to(d) for d in self.file_directories):
-            raise InvalidArgument(
-                f"{path} is not below a directory that state files may be in",
-                vm=vm,
-                left="nothing was read or written",
-                remedy=f"use a file below {allowed}, or extend [files] directories in agent.toml",
-            )
-        try:
-            problem = doubt(path.parent) or ("" if path.parent.is_dir() else f"{path.parent} is not a directory")
-        except OSError as error:
-            problem = f"the directory {path.parent} can't be used: {error.strerror}"
-        if problem:
-            raise InvalidArgument(
-                f"{path} can't be a state file: {problem}",
-                vm=vm,
-                left="nothing was read or written",
-                remedy="all directories above it must be root's, and nobody else may write to them",
-            )
+            what = f"{filename!r} is not an absolute path without `..`"
+            raise InvalidArgument(what, vm=vm, left="nothing was read or written", remedy=self.files.remedy)
+        self.files.check(path, fixed=path.parent, vm=vm)
         return path
 
 

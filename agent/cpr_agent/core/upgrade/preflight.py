@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from cpr_agent.core.model import Finding, Kernel, Policy
-from cpr_agent.core.paths import doubt
+from cpr_agent.core.paths import AllowedFiles
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.timeline import GuestTimeline
@@ -126,27 +126,12 @@ def _installed(version: str, ports: Ports) -> Kernel:
 
 
 def _justified(name: str, settings: Settings) -> str:
-    """A path below the directories that kernels may be in, symbolic links resolved."""
-    allowed = settings.files.kernel_directories
+    """A path below the directories that kernels may be in, symbolic links resolved. Raises InvalidArgument."""
     path = Path(name)
-    resolved = path.resolve()
-    if not path.is_absolute() or not any(resolved.is_relative_to(Path(d).resolve()) for d in allowed):
-        raise InvalidArgument(
-            f"{name} is not below a directory that kernels may be in",
-            left="nothing was read",
-            remedy=f"use a file below {', '.join(allowed)}, or extend [files] kernel-directories in agent.toml",
-        )
-    try:
-        problem = doubt(resolved)
-    except OSError as error:
-        problem = f"it can't be looked at: {error.strerror}"
-    if problem:
-        raise InvalidArgument(
-            f"{name} can't be used: {problem}",
-            left="nothing was read",
-            remedy="the file and all directories above it must be root's, and nobody else may write to them",
-        )
-    return str(resolved)
+    path = path.resolve() if path.is_absolute() else path
+    directories = tuple(Path(directory).resolve() for directory in settings.files.kernel_directories)
+    AllowedFiles("kernel file", directories, "kernel-directories").check(path, fixed=path)
+    return str(path)
 
 
 def refuse(findings: list[Finding]) -> None:
