@@ -1,4 +1,4 @@
-"""Numbers and times as people read them."""
+"""Sizes, lengths of time, moments and counts as people read them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def length(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """``512 MiB``, ``1.5 GiB``, ``290 KiB``."""
+    """Three digits or so: ``512 MiB``, ``1.5 GiB``, ``290 KiB``."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -45,6 +45,14 @@ def size(count: int) -> str:
     return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
 
 
+def exact_size(count: int) -> str:
+    """Every byte of it, as definitions and QEMU have it: ``512M``, in the largest unit that divides it."""
+    for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if count and count % factor == 0:
+            return f"{count // factor}{unit}"
+    return str(count)
+
+
 def moment(at: float) -> str:
-    """In the host's own zone, and which that is."""
+    """An epoch time in the host's own zone, with the zone's offset."""
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(at))

@@ -14,14 +14,15 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from cpr_agent.core.model import Bytes
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import InvalidArgument, NoSuchReport
-from cpr_agent.report import render as render_module
-from cpr_agent.report.picture import css_class, draw, ticks
+from cpr_agent.report.phases import KERNEL, LOOKS, look_of
+from cpr_agent.report.picture import draw, ticks
 from cpr_agent.report.render import render, verdict
 from cpr_agent.report.story import Story, tell
 from cpr_agent.store.history import History
-from cpr_agent.words import length, size
+from cpr_agent.words import exact_size, length, size
 from tests.stories import T0, UPGRADE, told, upgrade
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -72,7 +73,7 @@ def test_all_guests_held_is_a_report_too() -> None:
     render(story, "html")
 
 
-def test_what_was_taken_back_is_told_by_the_journal_alone() -> None:
+def taken_back() -> Story:
     records = upgrade(2)[0]
     records = [r for r in records if r["at"] < T0 + 1.9]
     more: list[dict[str, Any]] = [
@@ -81,7 +82,11 @@ def test_what_was_taken_back_is_told_by_the_journal_alone() -> None:
         *({"event": "resumed", "vm": vm, "at": T0 + 2.2, "checkpoint": f"id-{vm}"} for vm in ("web1", "web2")),
         {"event": "upgrade-rolled-back", "upgrade": UPGRADE, "at": T0 + 2.3, "failures": []},
     ]
-    story = tell("", [*records, *more], [], "host")
+    return tell("", [*records, *more], [], "host")
+
+
+def test_what_was_taken_back_is_told_by_the_journal_alone() -> None:
+    story = taken_back()
     assert (story.outcome, story.reason, names(story)) == ("rolled-back", "disk full", ["check", "save", "take back"])
     assert {guest.outcome for guest in story.guests} == {"resumed"}
     assert story.longest and story.longest.pause_s == pytest.approx(2.18, abs=0.01)
@@ -97,9 +102,13 @@ def test_a_refused_upgrade_has_no_guests() -> None:
     ElementTree.fromstring(render(story, "svg"))  # noqa: S314 - our own
 
 
-def test_a_load_by_itself_is_a_report() -> None:
+def by_itself() -> Story:
     single = replace(upgrade(1)[1][0], id="feedbeef00", upgrade="", userspace_at=0.0, shutdown_at=0.0)
-    story = tell("feed", [], [single], "host")
+    return tell("feed", [], [single], "host")
+
+
+def test_a_load_by_itself_is_a_report() -> None:
+    story = by_itself()
     assert (story.kind, story.phases) == ("load", story.guests[0].spans)
     assert names(story) == ["save", "saved", "devices", "load", "resume"]
 
@@ -191,8 +200,7 @@ def lightness(colour: str) -> float:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phases_that_follow_each_other_differ_without_colours(scheme: str) -> None:
-    style = (Path(render_module.__file__).parent / "templates/style.css").read_text()
-    light, _, dark = style.partition("@media")
+    light, _, dark = render(told(1), "svg").partition("@media")
     rule = r"^\s*([^{}]*\.cpr-%s\b[^{}]*) \{ fill: (#\w{6}); \}"
 
     def fill(css: str) -> float:
@@ -203,10 +211,18 @@ def test_phases_that_follow_each_other_differ_without_colours(scheme: str) -> No
         ]
         return lightness(found[-1])
 
-    ways = [[css_class(name) for name in way] for way in WAYS]
+    ways = [[look_of(name).css for name in way] for way in WAYS]
     for way in ways:
         for one, other in pairwise(way):
             assert abs(fill(one) - fill(other)) > 0.2, (one, other)
+
+
+def test_phases_are_told_apart_by_what_they_are_drawn_with() -> None:
+    looks = [*LOOKS.values(), KERNEL]
+    assert len({look.css for look in looks}) == len({look.letter for look in looks}) == len(looks)
+    for story in (told(3), told(2, held=("web1", "web2")), taken_back(), by_itself()):
+        for name in [*names(story), *(span.name for guest in story.guests for span in guest.spans)]:
+            assert (look_of(name) is KERNEL) == name.endswith("kernel"), name
 
 
 WAYS = (
@@ -311,6 +327,11 @@ def test_sizes_are_written_as_people_read_them() -> None:
         "1.5 GiB",
         "1020 KiB",
     ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 1023, 1024, 1 << 20, 3 << 29, (3 << 29) + 1, 5 << 40])
+def test_a_size_can_be_written_so_that_a_definition_reads_every_byte_of_it(count: int) -> None:
+    assert Bytes.parse(exact_size(count)) == count
 
 
 def test_the_timeline_of_a_guest_adds_up() -> None:

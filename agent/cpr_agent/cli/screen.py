@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cpr_agent.cli.tables import STYLES
+from cpr_agent.core.states import VmState
 
-MOVING = frozenset({"starting", "saving", "loading"})
-OFF = frozenset({"stopped", "shut-down"})
+MOVING = frozenset({VmState.STARTING, VmState.SAVING, VmState.LOADING})
+OFF = frozenset({VmState.STOPPED, VmState.SHUT_DOWN})
 REFRESHES_PER_S = 8
 BELOW = 2
 """Lines that the screen needs besides those of the guests."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -13,28 +13,22 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cpr_agent.words import counted
+from cpr_agent.core.states import VmState
+from cpr_agent.words import counted, exact_size, moment
 
 WIDE = 1 << 16
-STYLES = {
-    "running": "green",
-    "saved": "cyan",
-    "held": "bold red",
+STYLES: Mapping[str, str] = {
+    VmState.RUNNING: "green",
+    VmState.SAVED: "cyan",
+    VmState.HELD: "bold red",
+    VmState.UNREACHABLE: "red",
     "done": "green",
     "refused": "yellow",
     "rolled-back": "yellow",
-    "unreachable": "red",
     "error": "red",
     "warning": "yellow",
 }
-
-
-def size(count: int) -> str:
-    """Bytes as QEMU writes them: the largest unit that divides them."""
-    for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
-        if count and count % factor == 0:
-            return f"{count // factor}{unit}"
-    return str(count)
+"""VMs' states, outcomes of an upgrade, severities of findings."""
 
 
 def _table(*columns: str) -> Table:
@@ -69,7 +63,7 @@ def vms(data: list[dict[str, Any]]) -> None:
         table.add_row(
             entry["Name"],
             _styled(entry["State"]),
-            size(memory.get("size", 0)),
+            exact_size(memory.get("size", 0)),
             _short(", ".join(one.get("device", "") for one in _ranges(memory))),
             memory.get("survives", "?"),
             _short(entry["Description"]),
@@ -94,7 +88,7 @@ def agent(data: dict[str, Any]) -> None:
 
 def _upgrade(data: dict[str, Any]) -> str:
     """One line: what became of the last upgrade."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["started-at"]))
+    since = moment(data["started-at"])
     to = f" -> {data['kernel-to']}" if data["kernel-to"] else ""
     words = [f"last {data['kind']}, {since}: {_styled(data['phase'])}, kernel {data['kernel-from']}{to}"]
     if data["loaded"]:
@@ -120,7 +114,7 @@ def vm(data: dict[str, Any]) -> None:
         "Problem": data["Problem"],
     }
     if "id" in checkpoint:
-        stopped = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint["stopped-at"]))
+        stopped = moment(checkpoint["stopped-at"])
         rows["Checkpoint"] = (
             f"{checkpoint['vmstate']}, {checkpoint['size']} bytes, stopped {stopped} while {checkpoint['run-state']}, "
             f"QEMU {checkpoint['qemu-version']} on kernel {checkpoint['kernel']}"
@@ -141,12 +135,12 @@ def _ranges(memory: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _range(memory: dict[str, Any]) -> str:
-    return f"{size(memory.get('size', 0))} of {memory.get('device', '?')} from {size(memory.get('offset', 0))}"
+    return f"{exact_size(memory.get('size', 0))} of {memory.get('device', '?')} from {exact_size(memory.get('offset', 0))}"
 
 
 def _held(data: dict[str, Any]) -> None:
     """Expected and found, side by side."""
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["at"]))
+    since = moment(data["at"])
     _print(f"  [bold red]Held[/] since {since} ({data['error']}): nothing was touched, an admin decides")
     if data["evidence"]:
         table = _table("  PROOF", "EXPECTED", "FOUND")
@@ -181,12 +175,12 @@ def devices(data: list[dict[str, Any]]) -> None:
     table.columns[1].no_wrap = True  # it is copied to definitions
     for entry in data:
         ranges = [*entry["used"], *([offset, length, "[dim]free[/]"] for offset, length in entry["free"])]
-        rows = [(size(offset), size(length), vm) for offset, length, vm in sorted(ranges)]
+        rows = [(exact_size(offset), exact_size(length), vm) for offset, length, vm in sorted(ranges)]
         room = sum(length for _, length in entry["free"])
-        rows.append(("[bold]total[/]", f"[bold]{size(entry['size'])}[/]", f"{size(room)} free"))
+        rows.append(("[bold]total[/]", f"[bold]{exact_size(entry['size'])}[/]", f"{exact_size(room)} free"))
         # Below its uuid, not in columns of their own: all of it fits in 80.
         numa = f"NUMA node {entry['numa-node']}, " if entry["numa-node"] >= 0 else ""
-        more = f"[dim]{entry['provider']}, {numa}aligned to {size(entry['align'])}[/]"
+        more = f"[dim]{entry['provider']}, {numa}aligned to {exact_size(entry['align'])}[/]"
         about = [(entry["node"], entry["uuid"]), ("", more)]
         for left, right in zip_longest(about, rows, fillvalue=("", "")):
             table.add_row(*left, *right)
@@ -200,7 +194,7 @@ def memory(data: dict[str, Any]) -> None:
 
 
 def _section(data: dict[str, Any]) -> dict[str, str]:
-    return {"size": size(data["size"]), "device": data["device"], "offset": size(data["offset"])}
+    return {"size": exact_size(data["size"]), "device": data["device"], "offset": exact_size(data["offset"])}
 
 
 def history(data: list[dict[str, Any]]) -> None:

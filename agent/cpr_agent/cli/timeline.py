@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 from rich.columns import Columns
@@ -12,23 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cpr_agent.words import length
+from cpr_agent.report.phases import look_of
+from cpr_agent.words import length, moment
 
 PIPE_WIDTH = 120
 MIN_BAR = 20
-PHASES = {
-    "check": ("c", "grey46"),
-    "save": ("s", "blue"),
-    "shutdown": ("d", "sky_blue1"),
-    "saved": ("-", "sky_blue1"),
-    "userspace": ("u", "plum2"),
-    "devices": ("v", "dark_orange3"),
-    "load": ("l", "gold1"),
-    "resume": ("r", "green4"),
-    "take back": ("b", "dark_orange3"),
-    "held": ("#", "red"),
-}
-KERNEL = ("k", "purple")
 TONES = {"good": "green", "fair": "yellow", "bad": "red"}
 
 
@@ -36,7 +23,7 @@ def show(story: dict[str, Any]) -> None:
     """Bars in colours, or in letters where there are none; a pipe gets lines of 120 columns."""
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     verdict = story["verdict"]
-    began = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(story["started_at"]))
+    began = moment(story["started_at"])
     console.print(f"[bold]{escape(story['headline'])}[/]  {escape(story['host'])}, {began}, id {escape(story['id'][:8])}")
     console.print(f"[{TONES[verdict['tone']]}]{escape(verdict['word'])}[/] {escape(verdict['text'])}")
     for said in story["remarks"]:
@@ -87,19 +74,20 @@ def _bar(spans: list[dict[str, Any]], begin: float, end: float, width: int, cons
             cells[first:last] = [span["name"]] * (last - first)
     bar = Text()
     for name in cells:
-        letter, colour = PHASES.get(name, KERNEL) if name else (" ", "")
-        bar.append("█" if name and _coloured(console) else letter, colour)
+        bar.append(*(_mark(name, console) if name else (" ", "")))
     return bar
 
 
 def _legend(story: dict[str, Any], console: Console) -> Columns:
-    words = []
-    for span in story["phases"]:
-        letter, colour = PHASES.get(span["name"], KERNEL)
-        mark = ("█" if _coloured(console) else letter, colour)
-        words.append(Text.assemble(mark, f" {span['name']} {length(span['end'] - span['begin'])}", no_wrap=True))
+    words = [
+        Text.assemble(_mark(name, console), f" {name} {length(end - begin)}", no_wrap=True)
+        for name, begin, end in ((span["name"], span["begin"], span["end"]) for span in story["phases"])
+    ]
     return Columns(words, padding=(0, 3))
 
 
-def _coloured(console: Console) -> bool:
-    return console.color_system is not None and not console.no_color
+def _mark(phase: str, console: Console) -> tuple[str, str]:
+    """A phase's character and colour."""
+    look = look_of(phase)
+    coloured = console.color_system is not None and not console.no_color
+    return "█" if coloured else look.letter, look.terminal

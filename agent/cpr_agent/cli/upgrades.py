@@ -9,11 +9,11 @@ import click
 from cpr_agent.bus.client import CallError, Client, JobEnd, options, plain
 from cpr_agent.cli.jobs import follow_job, job_end, tell_job_error
 from cpr_agent.cli.session import EXIT_INTERRUPTED, json_option, pass_context, run, show, tables, tell_error
+from cpr_agent.core.states import Policy
 
-POLICIES = ("all-or-nothing", "skip-unsaveable", "force")
 policy_option = click.option(
     "--policy",
-    type=click.Choice(POLICIES),
+    type=click.Choice([policy.value for policy in Policy]),
     help="What to do with guests that can't be saved: refuse; shut them down in order; shut them down in any case.",
 )
 max_pause_option = click.option("--max-pause", type=float, metavar="S", help="Refuse if guests would pause longer (s).")

@@ -10,6 +10,11 @@ from cpr_agent.bus.client import CallError, Client, options, plain
 from cpr_agent.cli.completion import some_vm_argument, vm_argument
 from cpr_agent.cli.jobs import follow_job
 from cpr_agent.cli.session import EXIT_REFUSED, json_option, pass_context, run, show, tables
+from cpr_agent.core.states import Survives
+
+survives_option = click.option(
+    "--survives", type=click.Choice([need.value for need in Survives]), help="Refuse RAM that would not outlive this."
+)
 
 
 async def _all_vms(client: Client) -> list[dict[str, Any]]:
@@ -124,7 +129,9 @@ def check(context: click.Context, vm: str | None, as_json: bool) -> None:
 @some_vm_argument
 @click.option("--all", "every", is_flag=True, help="Save every VM that has a live guest: all, or none.")
 @click.option("--file", "filename", default="", help="State file (default: the agent's own place).")
-@click.option("--survives", type=click.Choice(["kexec", "qemu-restart"]), help="Refuse RAM that would not outlive this.")
+@click.option(
+    "--survives", type=click.Choice([need.value for need in Survives]), help="Refuse RAM that would not outlive this."
+)
 @click.option("--before-kexec", is_flag=True, help="With --all: for a kexec under way, and taken back if it does not come.")
 @json_option
 @pass_context

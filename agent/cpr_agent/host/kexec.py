@@ -61,7 +61,8 @@ class SystemdKexec:
         words = ("--what=shutdown", "--mode=block", "--who=cpr-agent", f"--why={why}", "--no-ask-password")
         command = ("systemd-inhibit", *words, "sh", "-c", "echo; exec cat")
         child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
-        assert child.stdin and child.stdout
+        if child.stdin is None or child.stdout is None:
+            raise RuntimeError("systemd-inhibit was started without pipes")
         try:
             if not await _within(child.stdout.readline()):  # without logind; the hook and the gate are there all the same
                 log.warning("nothing keeps others from restarting the host meanwhile: systemd-inhibit failed")

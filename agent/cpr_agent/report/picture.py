@@ -1,7 +1,6 @@
 """The timeline as a picture: what goes where, in the manner of `systemd-analyze plot`. The template only writes it down.
 
-Time zero is when the first guest stops. Colours go from light to dark and back from phase to phase, so that neighbours
-differ on a printer without colours too.
+Time zero is when the first guest stops.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cpr_agent.report.phases import look_of
 from cpr_agent.report.story import GuestStory, Span, Story
 from cpr_agent.words import length
 
@@ -25,24 +25,6 @@ TICKS = 10
 FEW = 12
 TWO_AXES = 16
 """With more guests than these the time stands below them, too."""
-
-CLASSES = {
-    "check": "check",
-    "save": "save",
-    "shutdown": "shutdown",
-    "saved": "saved",
-    "userspace": "userspace",
-    "devices": "devices",
-    "load": "load",
-    "resume": "resume",
-    "take back": "back",
-    "held": "held",
-}
-"""Name of a phase to its class in the style sheet; all that have the new kernel in them are ``kernel``."""
-
-
-def css_class(phase: str) -> str:
-    return CLASSES.get(phase, "kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +157,9 @@ def _phase(span: Span, scale: _Scale, y: float, height: float, *, label: bool = 
     shown = ""
     if label:
         shown = next((text for text in (title.replace(": ", "  "), span.name) if len(text) * 12 * CHAR + 10 <= width), "")
-    return Box(x=x, y=y, width=round(width, 2), height=round(height, 2), css=css_class(span.name), title=title, label=shown)
+    return Box(
+        x=x, y=y, width=round(width, 2), height=round(height, 2), css=look_of(span.name).css, title=title, label=shown
+    )
 
 
 def _row(guest: GuestStory, scale: _Scale, y: float, row_h: float, font: float) -> Row:
@@ -234,12 +218,12 @@ def _tick(at: float, step: float) -> str:
 
 def _legend(story: Story, y: float) -> tuple[tuple[float, float, str, str], ...]:
     """The host's phases and how long each took, in lines."""
-    named = [(css_class(span.name), f"{span.name} {length(span.length_s)}") for span in story.phases]
-    known = {css_class(span.name) for span in story.phases}
+    named = [(look_of(span.name).css, f"{span.name} {length(span.length_s)}") for span in story.phases]
+    known = {css for css, _ in named}
     extra: Sequence[str] = list(dict.fromkeys(span.name for guest in story.guests for span in guest.spans))
-    named += [(css_class(name), name) for name in extra if css_class(name) not in known]
+    named += [(css, name) for name in extra if (css := look_of(name).css) not in known]
     if story.of("held"):
-        named.append(("held", "held"))
+        named.append((look_of("held").css, "held"))
     out, x = [], float(MARGIN)
     for css, text in named:
         width = 20 + len(text) * 12 * CHAR + 22

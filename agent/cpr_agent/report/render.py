@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from cpr_agent.errors import InvalidArgument
-from cpr_agent.report.picture import css_class, draw
+from cpr_agent.report.phases import KERNEL, LOOKS, look_of
+from cpr_agent.report.picture import draw
 from cpr_agent.report.story import GuestStory, Story
 from cpr_agent.words import length, moment, printable, size
 
@@ -42,7 +43,12 @@ def render(story: Story, form: str) -> str:
             f"there is no format {form!r}", left="nothing was reported", remedy=f"use {', '.join(FORMATS)}"
         )
     page = _environment()
-    about = {"headline": headline(story), "subtitle": _subtitle(story), "picture": draw(story)}
+    about = {
+        "headline": headline(story),
+        "subtitle": _subtitle(story),
+        "picture": draw(story),
+        "looks": [*LOOKS.values(), KERNEL],
+    }
     svg = str(page.get_template("timeline.svg").render(**about, alone=form == "svg"))
     if form == "svg":
         return svg
@@ -173,5 +179,5 @@ def _environment() -> Any:
         trim_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters.update(length_of=length, size_of=size, css=css_class, phase=_phase_of)
+    environment.filters.update(length_of=length, size_of=size, look=look_of, phase=_phase_of)
     return environment

@@ -210,7 +210,7 @@ def _host_phases(chapter: _Chapter, timelines: Sequence[GuestTimeline]) -> tuple
         return _chain(chapter.at("checking"), marks)
     loading = min((t.load_at for t in timelines), default=chapter.at("loading"))
     if booted:
-        start = "kexec + kernel" if chapter.fact("by_kexec", True) else "reset + kernel"
+        start = "kexec + kernel" if chapter.fact("by_kexec", default=True) else "reset + kernel"
         down = max((t.shutdown_at for t in timelines), default=0.0)
         marks.append(("shutdown", down))
         marks.append((start if down else f"shutdown + {start}", float(chapter.fact("userspace_at", 0.0))))
@@ -274,7 +274,8 @@ def _stayed(vm: str, records: Sequence[Record], phases: Sequence[Span]) -> Guest
         return next((r for r in reversed(records) if r["event"] == event), None)
 
     begun, saved, undone, resumed = last("save-begin"), last("saved"), last("save-undone"), last("resumed")
-    assert begun
+    if begun is None:
+        raise ValueError(f"no record says that a save of VM {vm} began")
     stopped_at = float((saved or begun).get("stopped_at") or begun["at"])
     if undone and not saved:
         return GuestStory(vm=vm, outcome="not saved", spans=(Span("save", stopped_at, float(undone["at"])),))

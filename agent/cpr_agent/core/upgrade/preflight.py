@@ -18,6 +18,7 @@ from cpr_agent.core.upgrade.ledger import Kind, Upgrade
 from cpr_agent.core.upgrade.scope import UNTOUCHED
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import InvalidArgument, KernelRefused, UpgradeRefused
+from cpr_agent.words import counted, size
 
 STATE_BYTES = 16 << 20
 """Room that a VM's device state may need: some hundred KB are usual, and many vCPUs or devices take a few MB."""
@@ -188,7 +189,7 @@ def _room_findings(ports: Ports, live: list[Vm]) -> list[Finding]:
     needed, room = len(live) * STATE_BYTES, ports.store.room_bytes()
     if room >= needed:
         return []
-    what = f"{room >> 20} MiB are free for the device state of {len(live)} VMs, which can take {needed >> 20} MiB"
+    what = f"{size(room)} are free for the device state of {counted(len(live), 'VM')}, which can take {size(needed)}"
     remedy = "free some room in /var/lib/cpr-agent"
     return [Finding(severity="error", code="no-room", what=what, why="a save would fail half way", remedy=remedy)]
 
