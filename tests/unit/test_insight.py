@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.model import VmState
+from cpr_agent.core.upgrade.ledger import Kind, Phase, Upgrade
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.host.journald import LEVELS, MESSAGE_IDS, LogControl, entry
 from cpr_agent.report.metrics import Numbers, openmetrics
@@ -154,7 +155,18 @@ def test_a_host_without_guests_and_upgrades_has_metrics_too() -> None:
 
 def test_the_message_of_the_day_is_one_line() -> None:
     def told(phase: str, *held: str) -> str:
-        return line("upgrade", phase, ("6.12.43", "6.12.57"), 1_790_000_000.0, 3, 25.31, held)
+        last = Upgrade(
+            id="",
+            kind=Kind.UPGRADE,
+            phase=Phase(phase),
+            boot="",
+            started_at=0.0,
+            changed_at=1_790_000_000.0,
+            kernel_from="6.12.43",
+            loaded=("web1", "web2", "web3"),
+            longest_pause_s=25.31,
+        )
+        return line(last, "6.12.57", held)
 
     assert re.fullmatch(
         r"cpr-agent: upgrade 6.12.43 -> 6.12.57, 2026-09-\d\d [\d:]+ [+-]\d{4}: done, 3 guests went on, "
@@ -165,6 +177,7 @@ def test_the_message_of_the_day_is_one_line() -> None:
     assert said.count("\n") == 1
     assert "Held, and waiting for you: web1, web2 (cprctl status VM)." in said
     assert "all was taken back" in told("rolled-back")
-    assert told("refused") == told("saving") == ""
+    assert told("refused") == told("saving") == line(None, "6.12.57", ()) == ""
+    assert line(None, "6.12.57", ("web1",)) == "cpr-agent: Held, and waiting for you: web1 (cprctl status VM).\n"
     assert "and 3 more" in told("held", *(f"web{number}" for number in range(8)))
     assert "\x1b" not in told("held", "\x1b[2J")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpr_agent.report.phases import look_of
+from cpr_agent.report.story import Outcome
 from cpr_agent.words import length, moment
 
 PIPE_WIDTH = 120
@@ -55,7 +56,7 @@ def _timeline(console: Console, story: dict[str, Any]) -> None:
         table.add_column(no_wrap=True)
     table.columns[2].justify = "right"
     for name, some, pause, outcome in rows:
-        style = "red" if outcome == "held" else ""
+        style = "red" if outcome == Outcome.HELD else ""
         table.add_row(Text(name, "bold"), _bar(some, begin, end, width, console), Text(pause, "bold"), Text(outcome, style))
     console.print(table)
     console.print()

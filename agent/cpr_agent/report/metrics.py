@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-OUTCOMES = ("done", "held", "rolled-back", "refused")
+from cpr_agent.core.upgrade.ledger import Phase
+
+OUTCOMES = (Phase.DONE, Phase.HELD, Phase.ROLLED_BACK, Phase.REFUSED)
 
 
 class Numbers(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,13 +60,13 @@ def openmetrics(numbers: Numbers) -> str:
             _family(
                 "cpr_last_upgrade_result",
                 "How the last upgrade ended: 1 at one of them; none while it is under way.",
-                [({"kind": numbers.kind, "result": outcome}, int(outcome == numbers.outcome)) for outcome in OUTCOMES],
+                [({"kind": numbers.kind, "result": str(outcome)}, int(outcome == numbers.outcome)) for outcome in OUTCOMES],
             )
         )
         families.append(
             _family(
                 "cpr_last_upgrade_timestamp_seconds",
-                "When it ended, or came to where it is (Unix time).",
+                "When the last upgrade ended, or entered its current phase (Unix time).",
                 [({"kind": numbers.kind}, numbers.changed_at)],
                 "seconds",
             )

@@ -1,30 +1,32 @@
-"""One line for who logs in (motd(5)): how the last upgrade went, and who is held."""
+"""One line for those who log in (motd(5)): how the last upgrade went, and which guests are held."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpr_agent.core.upgrade.ledger import Phase, Upgrade
 from cpr_agent.words import counted, length, moment, printable
 
-_WORDS = {
-    "done": "{guests} went on, longest pause {pause}",
-    "held": "{guests} went on, longest pause {pause}",
-    "rolled-back": "all was taken back",
+NAMED = 5
+"""So many held guests are named; the others are counted."""
+_OUTCOMES = {
+    Phase.DONE: "{guests} went on, longest pause {pause}",
+    Phase.HELD: "{guests} went on, longest pause {pause}",
+    Phase.ROLLED_BACK: "all was taken back",
 }
+"""An upgrade in another phase goes without a line: it is still under way, or its caller was told that it is refused."""
 
 
-def line(
-    kind: str, phase: str, kernels: tuple[str, str], at: float, loaded: int, pause_s: float, held: Sequence[str]
-) -> str:
-    """ "" if there is nothing to tell: an upgrade under way tells of itself, and a refused one has told its caller."""
+def line(last: Upgrade | None, kernel: str, held: Sequence[str]) -> str:
+    """``kernel`` is the one that runs. "" if there is nothing to report."""
     parts = []
-    if phase in _WORDS:
-        before, after = kernels
-        way = f"{before} -> {after}" if after and after != before else before
-        went = _WORDS[phase].format(guests=counted(loaded, "guest"), pause=length(pause_s))
-        parts.append(f"{kind} {way}, {moment(at)}: {phase.replace('-', ' ')}, {went}.")
+    if last and last.phase in _OUTCOMES:
+        way = last.kernel_from if kernel == last.kernel_from else f"{last.kernel_from} -> {kernel}"
+        guests, pause = counted(len(last.loaded), "guest"), length(last.longest_pause_s)
+        outcome = _OUTCOMES[last.phase].format(guests=guests, pause=pause)
+        parts.append(f"{last.kind} {way}, {moment(last.changed_at)}: {last.phase.replace('-', ' ')}, {outcome}.")
     if held:
-        names = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
+        names = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
         parts.append(f"Held, and waiting for you: {names} (cprctl status VM).")
     text = " ".join(parts)
     return f"cpr-agent: {printable(text)}\n" if text else ""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpr_agent.report.phases import look_of
-from cpr_agent.report.story import GuestStory, Span, Story
+from cpr_agent.report.story import GuestStory, Outcome, Span, Story
 from cpr_agent.words import length
 
 WIDTH = 1280
@@ -169,7 +169,7 @@ def _row(guest: GuestStory, scale: _Scale, y: float, row_h: float, font: float) 
     for span in spans:
         box = _phase(span, scale, y + (row_h - bar_h) / 2, bar_h)
         boxes.append(Box(**{**vars(box), "title": f"{guest.vm}: {box.title}"}))
-    held = guest.outcome == "held"
+    held = guest.outcome is Outcome.HELD
     if held and guest.spans:
         kept = Span("held", guest.spans[-1].end, scale.end)
         boxes.append(_phase(kept, scale, y + (row_h - bar_h) / 2, bar_h))
@@ -222,7 +222,7 @@ def _legend(story: Story, y: float) -> tuple[tuple[float, float, str, str], ...]
     known = {css for css, _ in named}
     extra: Sequence[str] = list(dict.fromkeys(span.name for guest in story.guests for span in guest.spans))
     named += [(css, name) for name in extra if (css := look_of(name).css) not in known]
-    if story.of("held"):
+    if story.of(Outcome.HELD):
         named.append((look_of("held").css, "held"))
     out, x = [], float(MARGIN)
     for css, text in named:

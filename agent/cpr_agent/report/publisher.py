@@ -1,4 +1,4 @@
-"""What others read of the agent without asking it: metrics and the message of the day, kept as things are now."""
+"""Files that others read instead of asking the agent, kept up to date: metrics, and the message of the day."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from cpr_agent import __version__
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import VmState
+from cpr_agent.core.upgrade.ledger import Kind
 from cpr_agent.errors import CheckpointUnreadable
 from cpr_agent.report.metrics import Numbers, openmetrics
 from cpr_agent.report.motd import line
@@ -20,7 +21,7 @@ Write = Callable[[str], None]
 
 
 class Publisher:
-    """``metrics`` and ``motd`` are None where nobody wants them."""
+    """``metrics`` and ``motd`` are None where the file is not wanted."""
 
     def __init__(self, manager: Manager, metrics: Write | None, motd: Write | None) -> None:
         self._manager = manager
@@ -83,12 +84,8 @@ class Publisher:
 
     def _line(self) -> str:
         ledger = self._manager.ledger
-        current = ledger.current
-        if current is None or current.kind == "save-all" or ledger.rebooted:
-            return line("", "", ("", ""), 0.0, 0, 0.0, self._held())
-        kernels = (current.kernel_from, self._manager.ports.host.kernel())
-        loaded, pause_s = len(current.loaded), current.longest_pause_s
-        return line(current.kind, str(current.phase), kernels, current.changed_at, loaded, pause_s, self._held())
+        last = None if ledger.rebooted or (ledger.current and ledger.current.kind is Kind.SAVE_ALL) else ledger.current
+        return line(last, self._manager.ports.host.kernel(), self._held())
 
     def _held(self) -> list[str]:
         return sorted(vm.name for vm in self._manager.vms.values() if vm.state is VmState.HELD)

@@ -7,24 +7,25 @@ definitions, kernels and QEMU.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 
+from cpr_agent.core.upgrade.ledger import Kind, Phase
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.report.phases import KERNEL, LOOKS, look_of
 from cpr_agent.report.picture import draw
-from cpr_agent.report.story import GuestStory, Story
+from cpr_agent.report.story import LOAD, GuestStory, Outcome, Story
 from cpr_agent.words import length, moment, printable, size
 
 FORMATS = ("json", "svg", "html")
-KINDS = {
-    "upgrade": "Upgrade",
-    "drill": "Drill",
-    "back": "Way back",
-    "kexec": "Kexec",
-    "save-all": "Save of all guests",
-    "load": "Load",
+KINDS: Mapping[str, str] = {
+    Kind.UPGRADE: "Upgrade",
+    Kind.DRILL: "Drill",
+    Kind.BACK: "Way back",
+    Kind.KEXEC: "Kexec",
+    Kind.SAVE_ALL: "Save of all guests",
 }
 
 
@@ -93,7 +94,7 @@ _ABOUT = (
 
 def headline(story: Story) -> str:
     kind = KINDS.get(story.kind, story.kind)
-    if story.kind == "load" and story.guests:
+    if story.kind == LOAD and story.guests:
         kind = f"Load of {story.guests[0].vm}"
     if story.kernel_before == story.kernel_after:
         if story.kernel_planned not in ("", story.kernel_after):
@@ -104,14 +105,15 @@ def headline(story: Story) -> str:
 
 def verdict(story: Story) -> Verdict:
     """How it went, in a sentence."""
-    through = story.of("went on")
+    through = story.of(Outcome.WENT_ON)
     words = [f"{len(through)} of {len(story.guests)} guests went on" if story.guests else "no guest was stopped"]
-    if story.guests and story.outcome == "rolled-back" and not through:
+    if story.guests and story.outcome == Phase.ROLLED_BACK and not through:
         words = ["everything was taken back"]
     if story.longest and story.longest.pause_s is not None:
         words.append(f"the longest pause was {length(story.longest.pause_s)} ({story.longest.vm})")
     words += [f"{len(some)} {outcome}" for outcome in _LESSER if (some := story.of(outcome))]
-    tone = "bad" if story.outcome == "held" or story.of("held") else "good" if story.outcome == "done" else "fair"
+    held = story.outcome == Phase.HELD or story.of(Outcome.HELD)
+    tone = "bad" if held else "good" if story.outcome == Phase.DONE else "fair"
     return Verdict(tone, story.outcome.replace("-", " ").capitalize() + ".", _sentence("; ".join(words)))
 
 
@@ -119,7 +121,14 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-_LESSER = ("held", "saved", "not saved", "resumed", "shut down", "booted anew")
+_LESSER = (
+    Outcome.HELD,
+    Outcome.SAVED,
+    Outcome.NOT_SAVED,
+    Outcome.RESUMED,
+    Outcome.SHUT_DOWN,
+    Outcome.BOOTED_ANEW,
+)
 
 
 def _subtitle(story: Story) -> str:

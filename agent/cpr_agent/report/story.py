@@ -1,24 +1,43 @@
-"""What happened in one upgrade, or in one load, told from the journal's records and the guests' timelines.
+"""The story of one upgrade, or of one load, from the journal's records and the guests' timelines.
 
-Only what is on record is told: a phase that nobody noted is not there, and neither is a guest whose record is lost.
+A story has only what is on record: a phase without a record is left out, and so is a guest whose record is lost.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from cpr_agent import __version__
+from cpr_agent.core.past import Record, VmEvent
 from cpr_agent.core.timeline import GuestTimeline
+from cpr_agent.core.upgrade.ledger import EVENT, Phase
 from cpr_agent.errors import NoSuchReport
 
-Record = Mapping[str, Any]
-EVENT = "upgrade-"
+LOAD = "load"
+"""The kind of a story of one load; that of an upgrade is the ledger's."""
 MIN_PREFIX = 4
 _NAMED_IN_ERROR = 5
-_ENDS = ("refused", "checked", "rolled-back", "done", "held")
+_ENDS = (Phase.REFUSED, Phase.CHECKED, Phase.ROLLED_BACK, Phase.DONE, Phase.HELD)
+
+
+class Outcome(enum.StrEnum):
+    """How an upgrade, or a load, went for one guest."""
+
+    WENT_ON = "went on"
+    """In a new QEMU."""
+    RESUMED = "resumed"
+    """In the QEMU that it had: the upgrade was taken back."""
+    NOT_SAVED = "not saved"
+    """It runs on."""
+    HELD = "held"
+    SAVED = "saved"
+    """It waits for its load."""
+    SHUT_DOWN = "shut down"
+    BOOTED_ANEW = "booted anew"
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -34,21 +53,20 @@ class Span(msgspec.Struct, frozen=True):
 
 
 class GuestStory(msgspec.Struct, frozen=True, kw_only=True):
-    """One guest's way. ``outcome``: "went on" in a new QEMU; "resumed" where it was, because all was taken back;
-    "not saved" and running on; "held"; "saved", and waiting; "shut down"; "booted anew"."""
+    """One guest's way through an upgrade or a load."""
 
     vm: str
-    outcome: str
+    outcome: Outcome
     spans: tuple[Span, ...] = ()
     pause_s: float | None = None
     why: str = ""
     evidence: tuple[tuple[str, str, str], ...] = ()
-    """What was compared, expected and found."""
+    """Each proof that failed: its name, the value at the save, the value at the load."""
     timeline: GuestTimeline | None = None
 
 
 class Story(msgspec.Struct, frozen=True, kw_only=True):
-    """``kind``: of the ledger's, or "load" for a single one. ``outcome``: the last phase, for a load "done". Times in epoch
+    """``kind`` is the ledger's, or LOAD. ``outcome`` is the upgrade's last phase; of a load it is DONE. Times are in epoch
     seconds; ``phases`` are the host's."""
 
     id: str
@@ -73,7 +91,7 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
         paused = [guest for guest in self.guests if guest.pause_s is not None]
         return max(paused, key=lambda guest: guest.pause_s or 0.0, default=None)
 
-    def of(self, outcome: str) -> list[GuestStory]:
+    def of(self, outcome: Outcome) -> list[GuestStory]:
         return [guest for guest in self.guests if guest.outcome == outcome]
 
 
@@ -83,26 +101,23 @@ class _Chapter(msgspec.Struct):
     id: str
     records: list[Record] = msgspec.field(default_factory=list)
 
-    def at(self, *phases: str) -> float:
-        """When the first of these was entered first; 0 if none was."""
+    def at(self, *phases: Phase) -> float:
+        """When one of ``phases`` was entered for the first time; 0 if none was."""
         return next((float(r["at"]) for r in self.records if r["event"] in {f"{EVENT}{p}" for p in phases}), 0.0)
 
     def fact(self, name: str, default: Any = "") -> Any:
-        """As the last phase that told of it has it."""
-        told = [
-            r[name] for r in self.records if str(r["event"]).startswith(EVENT) and r.get("upgrade") == self.id and name in r
-        ]
-        return told[-1] if told else default
+        """From the last of the upgrade's own records that has it."""
+        own = (r for r in reversed(self.records) if r["event"].startswith(EVENT) and r.get("upgrade") == self.id)
+        return next((record[name] for record in own if name in record), default)
 
     @property
     def phase(self) -> str:
-        return next(
-            str(r["event"]).removeprefix(EVENT) for r in reversed(self.records) if str(r["event"]).startswith(EVENT)
-        )
+        events = (str(record["event"]) for record in reversed(self.records))
+        return next(event.removeprefix(EVENT) for event in events if event.startswith(EVENT))
 
     @property
     def dry(self) -> bool:
-        return self.phase == "checked"
+        return self.phase == Phase.CHECKED
 
 
 def tell(wanted: str, records: Iterable[Record], timelines: Sequence[GuestTimeline], host: str) -> Story:
@@ -149,8 +164,8 @@ def _of_load(timeline: GuestTimeline, host: str) -> Story:
     guest = _gone_on(timeline)
     return Story(
         id=timeline.id,
-        kind="load",
-        outcome="done",
+        kind=LOAD,
+        outcome=Phase.DONE,
         host=host,
         started_at=timeline.stopped_at,
         ended_at=timeline.resumed_at,
@@ -166,7 +181,13 @@ def _gone_on(timeline: GuestTimeline) -> GuestStory:
     for name, length_s in timeline.phases():
         spans.append(Span(name, begin, begin + length_s))
         begin += length_s
-    return GuestStory(vm=timeline.vm, outcome="went on", spans=_forward(spans), pause_s=timeline.pause_s, timeline=timeline)
+    return GuestStory(
+        vm=timeline.vm,
+        outcome=Outcome.WENT_ON,
+        spans=_forward(spans),
+        pause_s=timeline.pause_s,
+        timeline=timeline,
+    )
 
 
 # -- an upgrade ---------------------------------------------------------------------------------------------------------
@@ -199,16 +220,16 @@ def _of_upgrade(chapter: _Chapter, timelines: Sequence[GuestTimeline], host: str
 
 
 def _host_phases(chapter: _Chapter, timelines: Sequence[GuestTimeline]) -> tuple[Span, ...]:
-    """What the host was busy with; devices and loads of many guests overlap, and it is the first guest that has its memory
-    and the last one that is loaded that count."""
-    booted, ended = chapter.at("booted"), chapter.at(*_ENDS)
-    marks: list[tuple[str, float]] = [("check", chapter.at("saving", "refused", "checked"))]
-    back = chapter.at("rolling-back")
-    marks.append(("save", back or chapter.at("committing") or chapter.at("saved")))
+    """The host's phases. Those of many guests overlap: "devices" ends with the first guest that has its memory, "load" with
+    the last one that is loaded."""
+    booted, ended = chapter.at(Phase.BOOTED), chapter.at(*_ENDS)
+    marks: list[tuple[str, float]] = [("check", chapter.at(Phase.SAVING, Phase.REFUSED, Phase.CHECKED))]
+    back = chapter.at(Phase.ROLLING_BACK)
+    marks.append(("save", back or chapter.at(Phase.COMMITTING) or chapter.at(Phase.SAVED)))
     if back:
-        marks.append(("take back", chapter.at("rolled-back")))
-        return _chain(chapter.at("checking"), marks)
-    loading = min((t.load_at for t in timelines), default=chapter.at("loading"))
+        marks.append(("take back", chapter.at(Phase.ROLLED_BACK)))
+        return _chain(chapter.at(Phase.CHECKING), marks)
+    loading = min((t.load_at for t in timelines), default=chapter.at(Phase.LOADING))
     if booted:
         start = "kexec + kernel" if chapter.fact("by_kexec", default=True) else "reset + kernel"
         down = max((t.shutdown_at for t in timelines), default=0.0)
@@ -223,12 +244,12 @@ def _host_phases(chapter: _Chapter, timelines: Sequence[GuestTimeline]) -> tuple
         marks.append(("load", max((t.loaded_at or t.resumed_at for t in through), default=0.0)))
         marks.append(("resume", max((t.resumed_at for t in through if t.loaded_at), default=0.0)))
     else:
-        marks.append(("load", chapter.at("done", "held") if loading else 0.0))
-    return _chain(chapter.at("checking"), marks)
+        marks.append(("load", chapter.at(Phase.DONE, Phase.HELD) if loading else 0.0))
+    return _chain(chapter.at(Phase.CHECKING), marks)
 
 
 def _chain(begin: float, marks: Iterable[tuple[str, float]]) -> tuple[Span, ...]:
-    """Spans that follow each other up to each mark that is known."""
+    """Spans that follow each other; a mark at 0 is unknown, and its span is left out."""
     spans = []
     for name, end in marks:
         if end:
@@ -238,7 +259,7 @@ def _chain(begin: float, marks: Iterable[tuple[str, float]]) -> tuple[Span, ...]
 
 
 def _forward(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """None ends before it begins: the clock of a host that starts anew can be wrong by a second."""
+    """``spans`` with no end before its begin: the clock of a host that has just started can be wrong by a second."""
     out, begin = [], spans[0].begin if spans else 0.0
     for span in spans:
         end = max(begin, span.end)
@@ -249,11 +270,11 @@ def _forward(spans: Sequence[Span]) -> tuple[Span, ...]:
 
 def _others(chapter: _Chapter, gone_on: set[str], phases: Sequence[Span]) -> list[GuestStory]:
     """The guests that did not go on in a new QEMU."""
-    saving_over = chapter.at("committing", "rolled-back") or chapter.at("saved", "refused")
+    saving_over = chapter.at(Phase.COMMITTING, Phase.ROLLED_BACK) or chapter.at(Phase.SAVED, Phase.REFUSED)
     out = []
     saved: dict[str, list[Record]] = {}
     for record in chapter.records:
-        if record["event"] == "save-begin" and (not saving_over or record["at"] <= saving_over):
+        if record["event"] == VmEvent.SAVE_BEGIN and (not saving_over or record["at"] <= saving_over):
             saved.setdefault(str(record["vm"]), [])
     for record in chapter.records:
         if record.get("vm") in saved:
@@ -263,40 +284,43 @@ def _others(chapter: _Chapter, gone_on: set[str], phases: Sequence[Span]) -> lis
             out.append(_stayed(vm, records, phases))
     for vm in chapter.fact("shut_down", ()):
         if vm not in saved and vm not in gone_on:
-            ran = any(r["event"] == "start" and r.get("vm") == vm for r in chapter.records)
+            ran = any(r["event"] == VmEvent.START and r.get("vm") == vm for r in chapter.records)
             why = "it could not be saved, and was shut down in order"
-            out.append(GuestStory(vm=vm, outcome="booted anew" if ran else "shut down", why=why))
+            out.append(GuestStory(vm=vm, outcome=Outcome.BOOTED_ANEW if ran else Outcome.SHUT_DOWN, why=why))
     return out
 
 
 def _stayed(vm: str, records: Sequence[Record], phases: Sequence[Span]) -> GuestStory:
-    def last(event: str) -> Record | None:
+    def last(event: VmEvent) -> Record | None:
         return next((r for r in reversed(records) if r["event"] == event), None)
 
-    begun, saved, undone, resumed = last("save-begin"), last("saved"), last("save-undone"), last("resumed")
+    begun, saved, undone = last(VmEvent.SAVE_BEGIN), last(VmEvent.SAVED), last(VmEvent.SAVE_UNDONE)
+    resumed = last(VmEvent.RESUMED)
     if begun is None:
         raise ValueError(f"no record says that a save of VM {vm} began")
     stopped_at = float((saved or begun).get("stopped_at") or begun["at"])
     if undone and not saved:
-        return GuestStory(vm=vm, outcome="not saved", spans=(Span("save", stopped_at, float(undone["at"])),))
+        return GuestStory(vm=vm, outcome=Outcome.NOT_SAVED, spans=(Span("save", stopped_at, float(undone["at"])),))
     saved_at = float(saved["at"]) if saved else stopped_at
     save = Span("save", stopped_at, saved_at)
-    if last("rollback") and resumed:
-        back = Span("take back", saved_at, float(resumed["at"]))
-        return GuestStory(vm=vm, outcome="resumed", spans=_forward([save, back]), pause_s=float(resumed["at"]) - stopped_at)
+    if last(VmEvent.ROLLBACK) and resumed:
+        resumed_at = float(resumed["at"])
+        way = _forward([save, Span("take back", saved_at, resumed_at)])
+        return GuestStory(vm=vm, outcome=Outcome.RESUMED, spans=way, pause_s=resumed_at - stopped_at)
     spans = [save, *(Span(s.name, max(s.begin, saved_at), s.end) for s in phases if s.end > saved_at and s.name != "save")]
-    if lost := last("memory-lost"):
-        return GuestStory(vm=vm, outcome="booted anew", spans=_forward(spans), why=f"its memory is lost: {lost['reason']}")
-    held = last("held")
-    evidence = tuple((str(a), str(b), str(c)) for a, b, c in held["evidence"]) if held else ()
-    if held:
-        before = [s for s in spans if s.begin < held["at"]]
-        spans = [*before[:-1], Span(before[-1].name, before[-1].begin, float(held["at"]))] if before else spans
-    why = str(held["reason"]) if held else ""
-    return GuestStory(vm=vm, outcome="held" if held else "saved", spans=_forward(spans), why=why, evidence=evidence)
+    if lost := last(VmEvent.MEMORY_LOST):
+        why = f"its memory is lost: {lost['reason']}"
+        return GuestStory(vm=vm, outcome=Outcome.BOOTED_ANEW, spans=_forward(spans), why=why)
+    held = last(VmEvent.HELD)
+    if held is None:
+        return GuestStory(vm=vm, outcome=Outcome.SAVED, spans=_forward(spans))
+    if before := [span for span in spans if span.begin < held["at"]]:
+        spans = [*before[:-1], Span(before[-1].name, before[-1].begin, float(held["at"]))]
+    evidence = tuple((str(a), str(b), str(c)) for a, b, c in held["evidence"])
+    return GuestStory(vm=vm, outcome=Outcome.HELD, spans=_forward(spans), why=str(held["reason"]), evidence=evidence)
 
 
 def _by_begin(guest: GuestStory) -> tuple[bool, float, str]:
-    """As in `systemd-analyze plot`: who stops first stands first; who never stopped stands last."""
+    """As in `systemd-analyze plot`: in the order in which guests stop; those that never stopped stand last."""
     begin = guest.spans[0].begin if guest.spans else 0.0
     return (not guest.spans, round(begin, 1), guest.vm)
