@@ -63,11 +63,11 @@ def test_what_can_not_be_used_changes_nothing_and_is_kept(lab: Lab, editor: str,
     assert found == code, stderr
     assert said in stderr
     assert path.read_text().replace("# me too\n", "") == before
-    if "what you wrote is in" in stderr:
+    if "your text is in" in stderr:
         kept = Path(stderr.strip().rpartition(" ")[2])
         assert kept.read_bytes()
         kept.unlink()
-    assert (code == 1) == ("what you wrote is in" in stderr)
+    assert (code == 1) == ("your text is in" in stderr)
 
 
 def test_a_new_vm_begins_as_an_example(lab: Lab) -> None:

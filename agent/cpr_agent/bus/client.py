@@ -44,7 +44,7 @@ class Watcher(Protocol):
         """A VM's state when the job begins, and each change of it."""
 
 
-class Deaf:
+class NullWatcher:
     """A watcher that says nothing."""
 
     def step(self, what: str, done: float) -> None: ...
@@ -143,7 +143,7 @@ class Client:
 
     async def run_job(self, member: str, options: dict[str, Variant] | None, watcher: Watcher | None = None) -> JobEnd:
         """Start a job and follow it to its end. Raises CallError. The job goes on if this process goes away."""
-        return await (await self.start_job(member, options)).end(watcher or Deaf())
+        return await (await self.start_job(member, options)).end(watcher or NullWatcher())
 
     async def start_job(self, member: str, options: dict[str, Variant] | None) -> RunningJob:
         """Raises CallError."""

@@ -1,6 +1,6 @@
-"""Commands about VM definitions: write, read again, and take over from elsewhere.
+"""Commands about VM definitions: edit, read again, and take over from elsewhere.
 
-What a definition may say the agent alone knows (ADR 10); the files are written here, by who is allowed to.
+The agent alone knows what a definition may hold (ADR 10). cprctl writes the files, with the rights of its caller.
 """
 
 from __future__ import annotations
@@ -19,40 +19,42 @@ import click
 
 from cpr_agent.bus.client import CallError, Client, options, plain
 from cpr_agent.cli.completion import vm_argument
-from cpr_agent.cli.session import EXIT_FAILED, json_option, pass_context, run, show, tell_error
+from cpr_agent.cli.session import EXIT_FAILED, Output, Work, command, complain, require_this_host
 from cpr_agent.files import write_atomically
 
 NEW_MODE = 0o644
 
 
-@click.command()
-@json_option
-@pass_context
-def reload(context: click.Context, as_json: bool) -> None:
+@command()
+def reload() -> Work:
     """Read the definitions again. Exits 1 if one can't be used."""
 
-    async def work(client: Client) -> int:
-        problems = [{"vm": vm, "problem": problem} for vm, problem in await client.manager("Reload")]
-        show(as_json, problems, lambda _: None)
-        for problem in problems:
-            click.echo(f"cprctl: {problem['problem']}", err=True)
+    async def work(client: Client, output: Output) -> int:
+        problems = await _reload(client)
+        output.show([{"vm": vm, "problem": problem} for vm, problem in problems.items()], lambda _: None)
         return EXIT_FAILED if problems else 0
 
-    run(context, work)
+    return work
 
 
-@click.command()
+async def _reload(client: Client) -> dict[str, str]:
+    """By VM the problem of each definition that can't be used; they are printed as well."""
+    problems = dict(await client.manager("Reload"))
+    for problem in problems.values():
+        complain(problem)
+    return problems
+
+
+@command()
 @vm_argument
-@json_option
-@pass_context
-def edit(context: click.Context, vm: str, as_json: bool) -> None:
+def edit(vm: str) -> Work:
     """Edit a VM's definition with $VISUAL or $EDITOR; a new VM begins as a commented example.
 
-    The agent checks what you wrote before it takes the file's place, and then reads it. On this host only.
+    The agent checks the text before it takes the file's place, and then reads it. On this host only.
     """
-    _local(context, "edit")
+    require_this_host("edit")
 
-    async def work(client: Client) -> int:
+    async def work(client: Client, output: Output) -> int:
         path = await _definition_path(client, vm)
         before = path.read_bytes() if path.exists() else None
         text = before.decode() if before is not None else files("cpr_agent.cli").joinpath("example-vm.toml").read_text()
@@ -63,18 +65,23 @@ def edit(context: click.Context, vm: str, as_json: bool) -> None:
             if problem == "" and (path.read_bytes() if path.exists() else None) != before:
                 problem = f"{path} was changed meanwhile by somebody else"
             if problem:
-                return _kept(as_json, path, copy, problem)
+                return _rescued(output, path, copy, problem)
             if problem is None:
-                return tell_error(as_json, "NothingToDo", f"nothing to do: {path} was left as it is", vm=vm)
+                return output.error("NothingToDo", f"nothing to do: {path} was left as it is", vm=vm)
             _replace(path, copy.read_bytes())
-        return await _reloaded(client, as_json, vm, path)
+        if vm in await _reload(client):
+            return EXIT_FAILED
+        state = (await client.vm_properties(vm))["State"]
+        later = "" if state == "stopped" else f"; VM {vm} is {state}, and takes it from its next start on"
+        output.show({"vm": vm, "file": str(path)}, lambda _: click.echo(f"{path} was written{later}"))
+        return 0
 
-    run(context, work)
+    return work
 
 
 async def _edited(client: Client, vm: str, copy: Path, text: str) -> str | None:
-    """Edit ``copy`` until the agent would have it, or nobody wants to go on; returns the problem that is left, "" for none.
-    None if nothing was changed."""
+    """Edit ``copy`` until the agent accepts it or the user gives up; returns the problem that is left, "" for none. None if
+    nothing was changed."""
     while True:
         problem = _run_editor(copy)
         if not problem and copy.read_text(errors="replace") == text:
@@ -87,13 +94,13 @@ async def _edited(client: Client, vm: str, copy: Path, text: str) -> str | None:
                 problem = str(error)
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             return problem
-        click.echo(f"cprctl: {problem}", err=True)
+        complain(problem)
         if not click.confirm("Edit it again", default=True, err=True):
             return problem
 
 
 def _run_editor(path: Path) -> str:
-    """What was wrong, or ""."""
+    """The problem, or ""."""
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         status = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode
@@ -102,32 +109,21 @@ def _run_editor(path: Path) -> str:
     return f"the editor {editor!r} ended with status {status}" if status else ""
 
 
-def _kept(as_json: bool, path: Path, copy: Path, problem: str) -> int:
-    """Nobody loses what he has typed."""
-    fd, kept = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=".toml")
+def _rescued(output: Output, path: Path, copy: Path, problem: str) -> int:
+    """Keep the edited text in a file that outlives us, and report where; returns the exit code."""
+    fd, rescued = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=".toml")
     with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
         file.write(copy.read_bytes())
-    text = f"{problem.rstrip('.')}. {path} was left as it is; what you wrote is in {kept}"
-    return tell_error(as_json, "InvalidDefinition", text, vm=path.stem)
+    text = f"{problem.rstrip('.')}. {path} was left as it is; your text is in {rescued}"
+    return output.error("InvalidDefinition", text, vm=path.stem)
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Atomically, where it really is, with the mode and owner that it had."""
+    """Atomically; a symbolic link stays one, and the file keeps its mode and owner."""
     path = path.resolve()
-    had = path.stat() if path.exists() else None
-    owner = (had.st_uid, had.st_gid) if had else None
-    write_atomically(path, data, mode=had.st_mode & 0o7777 if had else NEW_MODE, owner=owner)
-
-
-async def _reloaded(client: Client, as_json: bool, vm: str, path: Path) -> int:
-    for name, problem in await client.manager("Reload"):
-        click.echo(f"cprctl: {problem}", err=True)
-        if name == vm:
-            return EXIT_FAILED
-    state = (await client.vm_properties(vm))["State"]
-    later = "" if state == "stopped" else f"; VM {vm} is {state}, and takes it from its next start on"
-    show(as_json, {"vm": vm, "file": str(path)}, lambda _: click.echo(f"{path} was written{later}"))
-    return 0
+    old = path.stat() if path.exists() else None
+    owner = (old.st_uid, old.st_gid) if old else None
+    write_atomically(path, data, mode=old.st_mode & 0o7777 if old else NEW_MODE, owner=owner)
 
 
 async def _definition_path(client: Client, vm: str) -> Path:
@@ -137,67 +133,69 @@ async def _definition_path(client: Client, vm: str) -> Path:
     return Path((await client.properties("/org/cpragent1", "Manager"))["DefinitionDirectory"]) / f"{vm}.toml"
 
 
-def _local(context: click.Context, what: str) -> None:
-    if context.obj.host:
-        raise click.UsageError(f"{what} works on this host only, not with -H")
-
-
-@click.command("import")
+@command("import")
 @click.option("--pid", type=click.IntRange(min=1), help="Of a QEMU that runs.")
 @click.option(
     "--cmdline",
     type=click.File("r", errors="replace"),
     help="A file with a command line, as `virsh domxml-to-native qemu-argv` prints it; - is stdin.",
 )
-@click.option("--name", default="", help="The VM's name (default: what -name says).")
+@click.option("--name", default="", help="The VM's name (default: from -name).")
 @click.option("--device", default="", help="Where its RAM shall be: uuid:…, or a file (default: to be filled in).")
 @click.option("--offset", default="", help="Where in the device (default: 0).")
-@click.option("--user", default="", help="Who QEMU shall run as (default: with --pid who it runs as; else cpr-vm).")
-@click.option("--output", type=click.Path(dir_okay=False), help="Write it to this file, which must not be there.")
-@click.option("--install", is_flag=True, help="Write it to the agent's definitions, where it must not be, and reload.")
-@json_option
-@pass_context
-def import_(
-    context: click.Context, /, pid: int | None, cmdline: TextIO | None, output: str | None, install: bool, **rest: Any
-) -> None:
-    """Turn a QEMU's command line into a definition, and say what it could not carry over.
+@click.option("--user", default="", help="The user of QEMU (default: with --pid that of the process; else cpr-vm).")
+@click.option("--output", "file", type=click.Path(dir_okay=False), help="Write it to this file, which must not exist.")
+@click.option("--install", is_flag=True, help="Write it to the agent's definitions, where it must not exist, and reload.")
+def import_(*, pid: int | None, cmdline: TextIO | None, file: str | None, install: bool, **wanted: str) -> Work:
+    """Turn a QEMU's command line into a definition, and list the differences.
 
-    The definition goes to stdout, with what is not as it was in comments at its head and on stderr. Nothing is started or
+    The definition goes to stdout. The differences go to stderr, and stand in comments at its head. Nothing is started or
     stopped: shut the guest down there before it starts here.
     """
-    as_json: bool = rest.pop("as_json")
+    if file and install:
+        raise click.UsageError("give --output or --install, not both")
+    if pid is not None or install:
+        require_this_host("import with --pid or --install")
     if pid is not None and cmdline is None:
         text = _command_line(pid)
+        wanted["user"] = wanted["user"] or _user(pid)
     elif cmdline is not None and pid is None:
         text = cmdline.read()
     else:
         raise click.UsageError("give --pid or --cmdline")
-    if output and install:
-        raise click.UsageError("give --output or --install, not both")
-    if pid is not None or install:
-        _local(context, "import with --pid or --install")
-    wanted = {**rest, "user": rest["user"] or (_user(pid) if pid is not None else "")}
 
-    async def work(client: Client) -> int:
+    async def work(client: Client, output: Output) -> int:
         found = plain(await client.manager("Import", "sa{sv}", text, options(**wanted)))
-        path = await _definition_path(client, found["name"]) if install else Path(output) if output else None
-        notes = [dict(zip(("outcome", "argument", "why"), note, strict=True)) for note in found.pop("notes")]
-        for note in notes:
+        found["notes"] = [dict(zip(("outcome", "argument", "why"), note, strict=True)) for note in found["notes"]]
+        for note in found["notes"]:
             click.echo(f"{note['outcome']}: {note['argument']}: {note['why']}", err=True)
-        if found["problem"] and install:
-            return tell_error(as_json, "InvalidDefinition", found["problem"], vm=found["name"])
-        if path and (taken := _write_new(path, found["definition"])):
-            return tell_error(as_json, "Failed", taken, vm=found["name"])
-        if found["problem"]:
-            click.echo(f"cprctl: it can't be used as it is: {found['problem']}", err=True)
-        if install and path:
-            for _, problem in await client.manager("Reload"):
-                click.echo(f"cprctl: {problem}", err=True)
-        data = {**found, "notes": notes, "file": str(path or "")}
-        show(as_json, data, lambda _: click.echo(f"{path} was written" if path else found["definition"], nl=bool(path)))
-        return 0
+        if install:
+            return await _install(client, output, found)
+        return _export(output, found, Path(file) if file else None)
 
-    run(context, work)
+    return work
+
+
+async def _install(client: Client, output: Output, found: dict[str, Any]) -> int:
+    if found["problem"]:
+        return output.error("InvalidDefinition", found["problem"], vm=found["name"])
+    path = await _definition_path(client, found["name"])
+    if problem := _write_new(path, found["definition"]):
+        return output.error("Failed", problem, vm=found["name"])
+    await _reload(client)
+    output.show({**found, "file": str(path)}, lambda _: click.echo(f"{path} was written"))
+    return 0
+
+
+def _export(output: Output, found: dict[str, Any], path: Path | None) -> int:
+    """To ``path``, or to stdout: also one that can't be used yet."""
+    if path and (problem := _write_new(path, found["definition"])):
+        return output.error("Failed", problem, vm=found["name"])
+    if found["problem"]:
+        complain(f"it can't be used as it is: {found['problem']}")
+    words = f"{path} was written\n" if path else found["definition"]
+    output.show({**found, "file": str(path or "")}, lambda _: click.echo(words, nl=False))
+    return 0
 
 
 def _command_line(pid: int) -> str:
@@ -210,7 +208,7 @@ def _command_line(pid: int) -> str:
 
 
 def _user(pid: int) -> str:
-    """ "" for root, as whom no QEMU should run, and for one without a name."""
+    """ "" for root, as whom no QEMU should run, and for a user without a name."""
     uid = Path(f"/proc/{pid}").stat().st_uid
     try:
         return pwd.getpwuid(uid).pw_name if uid else ""
@@ -219,7 +217,7 @@ def _user(pid: int) -> str:
 
 
 def _write_new(path: Path, text: str) -> str:
-    """What stood in the way, or ""."""
+    """The problem, or ""."""
     try:
         with path.open("x") as file:
             file.write(text)

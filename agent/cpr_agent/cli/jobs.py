@@ -11,45 +11,49 @@ from typing import Any
 
 import click
 
-from cpr_agent.bus.client import CallError, Client, Deaf, JobEnd, RunningJob, Watcher
-from cpr_agent.cli.session import EXIT_INTERRUPTED, show, tell_error
+from cpr_agent.bus.client import CallError, Client, JobEnd, NullWatcher, RunningJob, Watcher
+from cpr_agent.cli.session import EXIT_INTERRUPTED, Output, Work, complain
 
 
-async def follow_job(client: Client, as_json: bool, member: str, wanted: dict[str, Any] | None) -> int:
-    """Run a job to its end and say how it went; returns the exit code."""
-    end = await job_end(client, as_json, member, wanted)
-    if end is None:
-        return EXIT_INTERRUPTED
-    if end.result != "done":
-        return tell_job_error(as_json, end)
-    vms = {name: state for name, state, _ in await client.manager("ListVMs")} if as_json else {}
-    show(as_json, {"result": end.result, "vms": vms}, lambda data: click.echo(data["result"]))
-    return 0
+def follow(member: str, wanted: dict[str, Any] | None) -> Work:
+    """Run a job to its end and report how it went."""
+
+    async def work(client: Client, output: Output) -> int:
+        end = await job_end(client, output, member, wanted)
+        if end is None:
+            return EXIT_INTERRUPTED
+        if end.result != "done":
+            return job_error(output, end)
+        vms = {name: state for name, state, _ in await client.manager("ListVMs")} if output.as_json else {}
+        output.show({"result": end.result, "vms": vms}, lambda data: click.echo(data["result"]))
+        return 0
+
+    return work
 
 
-async def job_end(client: Client, as_json: bool, member: str, wanted: dict[str, Any] | None) -> JobEnd | None:
-    """Run a job to its end; None if somebody at the terminal has left it to itself. Raises CallError."""
+async def job_end(client: Client, output: Output, member: str, wanted: dict[str, Any] | None) -> JobEnd | None:
+    """Run a job to its end; None if it goes on without us, after a Ctrl-C. Raises CallError."""
     job = await client.start_job(member, wanted)
     try:
-        with _watcher(as_json) as watcher:
+        with _watcher(output) as watcher:
             return await job.end(watcher)
-    except asyncio.CancelledError:  # what asyncio.run makes of the first Ctrl-C
-        if not await _interrupted(job, as_json):
+    except asyncio.CancelledError:  # asyncio.run makes one of the first Ctrl-C
+        if not await _cancelled(job, output):
             return None
-        with _watcher(as_json) as watcher:
+        with _watcher(output) as watcher:
             return await job.end(watcher)
 
 
-def tell_job_error(as_json: bool, end: JobEnd, **more: Any) -> int:
-    """What a job ended with that is not "done"; returns the exit code."""
+def job_error(output: Output, end: JobEnd, **more: Any) -> int:
+    """Print why a job did not end with "done"; returns the exit code."""
     facts = {"kind": "Cancelled" if end.result == "cancelled" else "Failed", "text": end.result, **end.error}
     text = f"{end.result}: {facts['text']}" if end.result == "nothing to do" else facts["text"]
     vm, remedy = facts.get("vm", ""), facts.get("remedy", "")
-    return tell_error(as_json, facts["kind"], text, vm=vm, remedy=remedy, **more)
+    return output.error(facts["kind"], text, vm=vm, remedy=remedy, **more)
 
 
-async def _interrupted(job: RunningJob, as_json: bool) -> bool:
-    """Ctrl-C ends the watching alone. On a terminal it is asked whether the job shall end too; True if it does."""
+async def _cancelled(job: RunningJob, output: Output) -> bool:
+    """After a Ctrl-C: ask on a terminal whether to cancel the job too, and do so; False if the job goes on."""
     if sys.stdin.isatty() and sys.stderr.isatty():
         click.echo("\nThe agent goes on with this job without you. Take it back?", err=True)
         try:
@@ -62,17 +66,17 @@ async def _interrupted(job: RunningJob, as_json: bool) -> bool:
                 await job.cancel()
                 return True
             except CallError as error:
-                click.echo(f"cprctl: {error}", err=True)
+                complain(str(error))
     text = f"interrupted; job {job.id} goes on. `cprctl status` shows it, `cprctl cancel {job.id}` takes it back"
-    tell_error(as_json, "Interrupted", text)
+    output.error("Interrupted", text)
     return False
 
 
 @contextmanager
-def _watcher(as_json: bool) -> Iterator[Watcher]:
+def _watcher(output: Output) -> Iterator[Watcher]:
     """rich is imported for the screen only: it takes longer than most jobs."""
-    if as_json:
-        yield Deaf()
+    if output.as_json:
+        yield NullWatcher()
     elif sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
         from cpr_agent.cli.screen import screen
 

@@ -8,7 +8,7 @@ import click
 
 from cpr_agent import __version__
 from cpr_agent.cli import definitions, memory, report, upgrades, vms
-from cpr_agent.cli.session import Target, tell_error
+from cpr_agent.cli.session import Output, Target
 
 EPILOG = """Exit codes: 0 done, 1 failed, 2 nothing to do, 3 no such VM, checkpoint or report, 4 refused by a check or a
 proof, 5 no agent to talk to, 64 wrong usage, 77 not allowed, 130 interrupted."""
@@ -30,6 +30,7 @@ for _command in (*vms.COMMANDS, *upgrades.COMMANDS, *report.COMMANDS, *memory.CO
 
 def main() -> None:
     """Exit codes are ours: click's own for wrong usage means "nothing to do" here."""
+    output = Output(as_json="--json" in sys.argv)
     try:
         sys.exit(cli.main(prog_name="cprctl", standalone_mode=False))
     except click.UsageError as error:
@@ -38,8 +39,8 @@ def main() -> None:
             sys.exit(0)
         if error.ctx:
             click.echo(error.ctx.get_usage(), err=True)
-        sys.exit(tell_error("--json" in sys.argv, "Usage", error.format_message()))
+        sys.exit(output.error("Usage", error.format_message()))
     except click.ClickException as error:
-        sys.exit(tell_error("--json" in sys.argv, "Failed", error.format_message()))
+        sys.exit(output.error("Failed", error.format_message()))
     except click.Abort:
-        sys.exit(tell_error("--json" in sys.argv, "Aborted", "nothing was done"))
+        sys.exit(output.error("Aborted", "nothing was done"))

@@ -6,20 +6,18 @@ import click
 
 from cpr_agent.bus.client import Client, options, plain
 from cpr_agent.cli.completion import vm_argument
-from cpr_agent.cli.session import json_option, pass_context, run, show, tables
+from cpr_agent.cli.session import Output, Work, command, tables
 
 
-@click.command()
-@json_option
-@pass_context
-def devices(context: click.Context, as_json: bool) -> None:
-    """List the persistent-memory devices, and who uses them."""
+@command()
+def devices() -> Work:
+    """List the persistent-memory devices, and the VMs that use them."""
 
-    async def work(client: Client) -> int:
-        show(as_json, plain(await client.manager("ListDevices")), tables.devices)
+    async def work(client: Client, output: Output) -> int:
+        output.show(plain(await client.manager("ListDevices")), tables.devices)
         return 0
 
-    run(context, work)
+    return work
 
 
 @click.group()
@@ -27,21 +25,21 @@ def memory() -> None:
     """Find room for a guest's RAM."""
 
 
-@memory.command("allocate")
+@command("allocate")
 @vm_argument
-@click.option("--size", default="", help="As 4G (default: that of the VM's definition).")
+@click.option("--size", default="", help="As 4G (default: the size in the VM's definition).")
 @click.option("--device", default="", help="On this device: its uuid, or its node (default: the best fit on any).")
-@json_option
-@pass_context
-def memory_allocate(context: click.Context, vm: str, size: str, device: str, as_json: bool) -> None:
+def memory_allocate(vm: str, size: str, device: str) -> Work:
     """Print the [memory] section for a VM: a free, aligned range of a dax device. Reserves nothing."""
 
-    async def work(client: Client) -> int:
-        wanted = options(size=size or None, device=device or None)
-        show(as_json, plain(await client.manager("AllocateMemory", "sa{sv}", vm, wanted)), tables.memory)
+    async def work(client: Client, output: Output) -> int:
+        wanted = options(size=size, device=device)
+        output.show(plain(await client.manager("AllocateMemory", "sa{sv}", vm, wanted)), tables.memory)
         return 0
 
-    run(context, work)
+    return work
 
+
+memory.add_command(memory_allocate)
 
 COMMANDS = (devices, memory)

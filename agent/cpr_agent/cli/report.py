@@ -8,29 +8,27 @@ from typing import Any
 import click
 
 from cpr_agent.bus.client import Client
-from cpr_agent.cli.session import json_option, pass_context, run, show
+from cpr_agent.cli.session import Output, Work, command
 
 
-@click.command()
+@command()
 @click.argument("wanted", metavar="[ID]", default="")
 @click.option("--svg", "form", flag_value="svg", help="Print the timeline as a picture.")
 @click.option("--html", "form", flag_value="html", help="Print a page that stands alone.")
-@json_option
-@pass_context
-def report(context: click.Context, wanted: str, form: str | None, as_json: bool) -> None:
+def report(wanted: str, form: str | None) -> Work:
     """Show how an upgrade or a load went, as a timeline. ID is one of `history`, or how it begins; default: the last."""
-    if form and as_json:
+    if form and click.get_current_context().params["as_json"]:
         raise click.UsageError("choose one of --json, --svg and --html")
 
-    async def work(client: Client) -> int:
-        said = await client.manager("Report", "ss", wanted, form or "json")
+    async def work(client: Client, output: Output) -> int:
+        text = await client.manager("Report", "ss", wanted, form or "json")
         if form:
-            click.echo(said)
+            click.echo(text)
         else:
-            show(as_json, json.loads(said), _draw)
+            output.show(json.loads(text), _draw)
         return 0
 
-    run(context, work)
+    return work
 
 
 def _draw(story: dict[str, Any]) -> None:

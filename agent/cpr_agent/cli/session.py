@@ -1,4 +1,4 @@
-"""What every command needs: a connection for its work, an exit code and an error text for what comes of it, output."""
+"""A command's way to the agent and back: connect, do its work, print the result or the error, exit with a code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NoReturn
 
 import click
@@ -24,7 +25,7 @@ EXIT_USAGE = 64
 EXIT_DENIED = 77
 """EX_NOPERM of sysexits.h."""
 EXIT_INTERRUPTED = 130
-"""What a shell says of a program that SIGINT ended."""
+"""The status that a shell reports for a program that SIGINT ended."""
 
 _UNKNOWN_OBJECT = "org.freedesktop.DBus.Error.UnknownObject"
 _EXITS = {
@@ -43,65 +44,99 @@ _EXITS = {
     "Interrupted": EXIT_INTERRUPTED,
 }
 
-Work = Callable[[Client], Awaitable[int]]
-
 
 @dataclass(frozen=True)
 class Target:
-    """Whose agent: the one on the bus at ``address`` (None: the system bus), or the one of ``host``."""
+    """The agent to talk to: on the bus at ``address`` (None: the system bus), or that of ``host``."""
 
     address: str | None = None
     host: str = ""
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON (docs/cprctl.md has its schema).")
-pass_context = click.pass_context
+@dataclass(frozen=True)
+class Output:
+    """Results go to stdout, as tables or as one JSON document. Errors go to stderr, and with ``as_json`` to stdout as well,
+    where a program looks."""
+
+    as_json: bool = False
+
+    def show(self, data: Any, table: Callable[[Any], object]) -> None:
+        if self.as_json:
+            click.echo(json.dumps(data, indent=2, sort_keys=True))
+        else:
+            table(data)
+
+    def error(self, kind: str, message: str, *, vm: str = "", remedy: str = "", **more: Any) -> int:
+        """``more`` joins the error in the JSON document. Returns the exit code."""
+        if self.as_json:
+            error = {"kind": kind.rpartition(".")[2], "message": message, "vm": vm, "remedy": remedy}
+            self.show({**more, "error": error}, complain)
+        complain(message)
+        return _EXITS.get(kind, EXIT_FAILED)
 
 
-def run(context: click.Context, work: Work) -> NoReturn:
-    """Connect, do the work, exit with its status; errors go to stderr with what to do next, and with --json to stdout."""
-    as_json = bool(context.params.get("as_json"))
-    target: Target = context.obj
+Work = Callable[[Client, Output], Awaitable[int]]
+"""Returns the exit code. Raises CallError."""
+
+
+def complain(text: str) -> None:
+    click.echo(f"cprctl: {text}", err=True)
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., Work]], click.Command]:
+    """Make a command, with --json. Its callback checks its arguments, and returns the work that needs the agent."""
+
+    def decorate(callback: Callable[..., Work]) -> click.Command:
+        @wraps(callback)
+        def call(*, as_json: bool, **arguments: Any) -> NoReturn:
+            _run(callback(**arguments), Output(as_json), arguments.get("vm") or "")
+
+        made = click.command(name)(call)
+        wants_json = click.Option(["--json", "as_json"], is_flag=True, help="Print JSON (docs/cprctl.md has its schema).")
+        made.params.append(wants_json)
+        return made
+
+    return decorate
+
+
+def target() -> Target:
+    """The agent that this invocation of cprctl talks to."""
+    chosen: Target = click.get_current_context().obj
+    return chosen
+
+
+def require_this_host(what: str) -> None:
+    """Raises UsageError if the agent is another host's."""
+    if target().host:
+        raise click.UsageError(f"{what} works on this host only, not with -H")
+
+
+def _run(work: Work, output: Output, vm: str) -> NoReturn:
+    agent = target()
 
     async def connected() -> int:
-        async with Client.connected(target.address, target.host) as client:
+        async with Client.connected(agent.address, agent.host) as client:
             try:
-                return await work(client)
+                return await work(client, output)
             except CallError as error:
-                raise (await client.explained(error) if as_json else error) from None
+                raise (await client.explained(error) if output.as_json else error) from None
 
     try:
         sys.exit(asyncio.run(connected()))
     except CallError as error:
-        sys.exit(tell_call_error(as_json, error, target.host, context.params.get("vm") or ""))
+        sys.exit(_call_error(output, error, agent.host, vm))
     except KeyboardInterrupt:
-        sys.exit(tell_error(as_json, "Interrupted", "interrupted; what the agent has begun it goes on with"))
+        sys.exit(output.error("Interrupted", "interrupted; the agent finishes what it has begun"))
 
 
-def tell_call_error(as_json: bool, error: CallError, host: str, vm: str) -> int:
+def _call_error(output: Output, error: CallError, host: str, vm: str) -> int:
     kind, text = error.kind, str(error)
     if kind == _UNKNOWN_OBJECT:
         kind, text = "NoSuchVM", f"there is no such VM ({text}). See: cprctl list"
     elif _EXITS.get(kind) == EXIT_NO_AGENT:
         where = f" on {host}" if host else ""
         text = f"the agent is not there: {text}. See{where}: systemctl status cpr-agent.service"
-    return tell_error(as_json, kind, text, vm=error.facts.get("vm") or vm, remedy=error.facts.get("remedy", ""))
-
-
-def tell_error(as_json: bool, kind: str, message: str, *, vm: str = "", remedy: str = "", **more: Any) -> int:
-    """In words on stderr, and with --json on stdout too, where a program looks for the result; returns the exit code."""
-    if as_json:
-        error = {"kind": kind.rpartition(".")[2], "message": message, "vm": vm, "remedy": remedy}
-        show(True, {**more, "error": error}, lambda _: None)
-    click.echo(f"cprctl: {message}", err=True)
-    return _EXITS.get(kind, EXIT_FAILED)
-
-
-def show(as_json: bool, data: Any, table: Callable[[Any], None]) -> None:
-    if as_json:
-        click.echo(json.dumps(data, indent=2, sort_keys=True))
-    else:
-        table(data)
+    return output.error(kind, text, vm=error.facts.get("vm") or vm, remedy=error.facts.get("remedy", ""))
 
 
 class _Tables:

@@ -7,20 +7,20 @@ from typing import Any
 import click
 
 from cpr_agent.bus.client import CallError, Client, JobEnd, options, plain
-from cpr_agent.cli.jobs import follow_job, job_end, tell_job_error
-from cpr_agent.cli.session import EXIT_INTERRUPTED, json_option, pass_context, run, show, tables, tell_error
+from cpr_agent.cli.jobs import follow, job_end, job_error
+from cpr_agent.cli.session import EXIT_INTERRUPTED, Output, Work, command, tables
 from cpr_agent.core.states import Policy
 
 policy_option = click.option(
     "--policy",
     type=click.Choice([policy.value for policy in Policy]),
-    help="What to do with guests that can't be saved: refuse; shut them down in order; shut them down in any case.",
+    help="For guests that can't be saved: refuse; shut them down in order; shut them down in any case.",
 )
 max_pause_option = click.option("--max-pause", type=float, metavar="S", help="Refuse if guests would pause longer (s).")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check, try to load the kernel, and stop there.")
 
 
-@click.command()
+@command()
 @click.option("--kernel", default="", metavar="V", help="Version of an installed kernel (default: the newest).")
 @click.option("--kernel-image", default="", metavar="F", help="Another kernel's file, with --initrd.")
 @click.option("--initrd", default="", metavar="F", help="The initrd of --kernel-image.")
@@ -30,45 +30,41 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Check, try to loa
 @policy_option
 @max_pause_option
 @dry_run_option
-@json_option
-@pass_context
-def upgrade(context: click.Context, /, as_json: bool, **wishes: Any) -> None:
+def upgrade(**wishes: Any) -> Work:
     """Start another kernel under all guests: check, save, kexec, load."""
-    _upgrade(context, as_json, wishes)
+    return _upgrade(wishes)
 
 
-@click.command()
+@command()
 @policy_option
 @max_pause_option
 @dry_run_option
-@json_option
-@pass_context
-def drill(context: click.Context, /, as_json: bool, **wishes: Any) -> None:
-    """Rehearse an upgrade: the same, into the kernel that runs now. Its numbers tell how long the real one will take."""
-    _upgrade(context, as_json, {**wishes, "drill": True})
+def drill(**wishes: Any) -> Work:
+    """Rehearse an upgrade: the same, into the kernel that runs now. Its numbers predict the real one's."""
+    return _upgrade({**wishes, "drill": True})
 
 
 _UPGRADED = {
     "done": "The kernel can be loaded. No guest was stopped.",
-    "the host restarts": "The host restarts; `cprctl status` tells how it went.",
+    "the host restarts": "The host restarts. `cprctl status` shows how it went.",
 }
 
 
-def _upgrade(context: click.Context, as_json: bool, wishes: dict[str, Any]) -> None:
+def _upgrade(wishes: dict[str, Any]) -> Work:
     wanted = options(**{name: value or None for name, value in wishes.items()})
-    dry_run = bool(wishes.pop("dry_run"))
+    dry_run = bool(wishes["dry_run"])
 
-    async def work(client: Client) -> int:
-        # Asked for in any case: a wish for the default is still one for an upgrade.
+    async def work(client: Client, output: Output) -> int:
+        # Check has an option in any case: without one it would check the VMs alone, and no upgrade.
         found = plain(await client.manager("Check", "a{sv}", {**wanted, **options(dry_run=dry_run)}))
         errors = [finding for finding in found if finding["severity"] == "error"]
-        if not as_json:
+        if not output.as_json:
             tables.findings(found)
         if errors:
             words = {"vm": errors[0]["vm"], "remedy": errors[0]["remedy"]}
-            return tell_error(as_json, "UpgradeRefused", "refused; no guest was stopped", **words, findings=found)
+            return output.error("UpgradeRefused", "refused; no guest was stopped", **words, findings=found)
         try:
-            end = await job_end(client, as_json, "Upgrade", wanted)
+            end = await job_end(client, output, "Upgrade", wanted)
         except CallError as error:
             if error.kind != "AgentGone" or dry_run or "restarts" not in str(error):
                 raise
@@ -76,51 +72,41 @@ def _upgrade(context: click.Context, as_json: bool, wishes: dict[str, Any]) -> N
         if end is None:
             return EXIT_INTERRUPTED
         if end.result not in _UPGRADED:
-            return tell_job_error(as_json, end, findings=found)
-        show(as_json, {"result": end.result, "findings": found}, lambda _: click.echo(_UPGRADED[end.result]))
+            return job_error(output, end, findings=found)
+        output.show({"result": end.result, "findings": found}, lambda _: click.echo(_UPGRADED[end.result]))
         return 0
 
-    run(context, work)
+    return work
 
 
-@click.command()
-@json_option
-@pass_context
-def rollback(context: click.Context, as_json: bool) -> None:
+@command()
+def rollback() -> Work:
     """Take an upgrade back, until the host goes down: every saved guest goes on."""
-
-    async def work(client: Client) -> int:
-        return await follow_job(client, as_json, "Rollback", None)
-
-    run(context, work)
+    return follow("Rollback", None)
 
 
-@click.command()
+@command()
 @click.argument("job", type=click.IntRange(min=1))
-@json_option
-@pass_context
-def cancel(context: click.Context, job: int, as_json: bool) -> None:
-    """Cancel a job that is under way, as `status` shows it. An upgrade's guests all go on; until it is committed."""
+def cancel(job: int) -> Work:
+    """Cancel a job that `status` shows. An upgrade can be cancelled until it is committed; all its guests go on then."""
 
-    async def work(client: Client) -> int:
+    async def work(client: Client, output: Output) -> int:
         await client.call(f"/org/cpragent1/job/{job}", "org.cpragent1.Job", "Cancel")
-        show(as_json, {"result": "done"}, lambda _: click.echo(f"job {job} is being cancelled"))
+        output.show({"result": "done"}, lambda _: click.echo(f"job {job} is being cancelled"))
         return 0
 
-    run(context, work)
+    return work
 
 
-@click.command()
-@json_option
-@pass_context
-def history(context: click.Context, as_json: bool) -> None:
+@command()
+def history() -> Work:
     """Show each load with its guest's pause, split into phases."""
 
-    async def work(client: Client) -> int:
-        show(as_json, plain(await client.manager("ListHistory")), tables.history)
+    async def work(client: Client, output: Output) -> int:
+        output.show(plain(await client.manager("ListHistory")), tables.history)
         return 0
 
-    run(context, work)
+    return work
 
 
 COMMANDS = (upgrade, drill, rollback, cancel, history)
