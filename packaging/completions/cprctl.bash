@@ -1,5 +1,5 @@
-# bash completion for cprctl(1): cprctl itself knows its words, and the agent its VMs.
-# The line is handed over as it stands, because COMP_WORDS splits user@host at the "@".
+# bash completion for cprctl(1): cprctl itself knows its words, and the agent knows the VMs.
+# cprctl gets the line as it stands, because COMP_WORDS splits user@host at the "@".
 
 _cprctl() {
     local IFS=$'\n' line="${COMP_LINE:0:COMP_POINT}" completion type value

@@ -1,4 +1,4 @@
-# fish completion for cprctl(1): cprctl itself knows its words, and the agent its VMs.
+# fish completion for cprctl(1): cprctl itself knows its words, and the agent knows the VMs.
 
 function __cprctl_complete
     for completion in (env _CPRCTL_COMPLETE=fish_complete COMP_WORDS=(commandline -cp) COMP_CWORD=(commandline -t) \
