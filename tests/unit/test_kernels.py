@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import struct
+import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,24 +14,29 @@ from msgspec.structs import replace
 from cpr_agent.core.model import Finding, Kernel
 from cpr_agent.errors import KernelRefused
 from cpr_agent.host.kernels import InstalledKernels, version_key
+from cpr_agent.host.kernels.versions import flavour
+from tests.kernel_trees import (
+    CONFIG,
+    DEPENDS,
+    DRIVERS,
+    block,
+    bzimage,
+    cpio,
+    debian,
+    device,
+    fedora,
+    host,
+    initrd,
+    modules,
+    mounted,
+    systemd_boot,
+    uki,
+    unified,
+    write,
+)
 
-DRIVERS = {"device_dax", "dax_pmem", "nd_pmem", "libnvdimm", "nfit"}
 VERSION = "6.12.9-amd64"
-CONFIG = """\
-CONFIG_64BIT=y
-CONFIG_ACPI_NFIT=m
-CONFIG_LIBNVDIMM=m
-CONFIG_BLK_DEV_PMEM=m
-CONFIG_DEV_DAX=m
-CONFIG_DEV_DAX_PMEM=y
-# CONFIG_VIRTIO_PMEM is not set
-"""
-DEPENDS = """\
-kernel/drivers/acpi/nfit/nfit.ko.xz: kernel/drivers/nvdimm/libnvdimm.ko.xz
-kernel/drivers/nvdimm/libnvdimm.ko.xz:
-kernel/drivers/nvdimm/nd_pmem.ko.xz: kernel/drivers/nvdimm/libnvdimm.ko.xz
-kernel/drivers/dax/device-dax.ko.xz:
-"""
+EARLY = cpio({"kernel/x86/microcode/GenuineIntel.bin": b"microcode"})
 KEXEC = """\
 #!/bin/sh
 printf '%s\\n' "$@" >{root}/called
@@ -38,44 +44,11 @@ case $1 in --load) echo 1 ;; *) echo 0 ;; esac >{root}/sys/kernel/kexec_loaded
 """
 
 
-def bzimage(protocol: int = 0x20F, loadflags: int = 1, xloadflags: int = 3, magic: bytes = b"HdrS") -> bytes:
-    image = bytearray(2048)
-    image[0x1FE:0x200] = b"\x55\xaa"
-    image[0x202:0x206] = magic
-    struct.pack_into("<H", image, 0x206, protocol)
-    image[0x211] = loadflags
-    struct.pack_into("<H", image, 0x236, xloadflags)
-    return bytes(image)
-
-
-def write(path: Path, content: str | bytes = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A host with one good kernel."""
-    write(tmp_path / f"boot/vmlinuz-{VERSION}", bzimage())
-    write(tmp_path / f"boot/initrd.img-{VERSION}", b"070701" + bytes(100))
-    write(tmp_path / f"boot/config-{VERSION}", CONFIG)
-    modules = tmp_path / "usr/lib/modules" / VERSION
-    write(modules / "modules.dep", DEPENDS)
-    write(modules / "modules.builtin", "kernel/drivers/dax/dax.ko\n")
-    for line in DEPENDS.splitlines():
-        write(modules / line.partition(":")[0])
-    write(tmp_path / "proc/cmdline", f"BOOT_IMAGE=/boot/vmlinuz-{VERSION} root=/dev/vda1 ro memmap=4G!8G\n")
-    write(tmp_path / "proc/self/mountinfo", mounted("/dev/vda1"))
-    write(tmp_path / "proc/sys/kernel/kexec_load_disabled", "0\n")
-    write(tmp_path / "proc/sys/kernel/kexec_load_limit_reboot", "-1\n")
-    write(tmp_path / "sys/kernel/kexec_loaded", "0\n")
-    write(tmp_path / "sys/kernel/security/lockdown", "[none] integrity confidentiality\n")
-    return tmp_path
-
-
-def mounted(source: str, at: str = "/") -> str:
-    return f"1 0 254:1 / / rw - ext4 /dev/vda2 rw\n22 1 254:1 / {at} rw,relatime shared:1 - ext4 {source} rw\n"
+    debian(tmp_path, VERSION)
+    return host(tmp_path, VERSION)
 
 
 def the_kernel(root: Path) -> Kernel:
@@ -97,6 +70,39 @@ def test_versions_are_ordered_as_people_read_them() -> None:
     versions = ["6.9", "6.12-rc1", "6.12-rc2", "6.12", "6.12.9", "6.12.10", "6.12.10+deb13", "6.100"]
     assert sorted(set(versions), key=version_key) == versions
     assert version_key("6.12~rc6-amd64") < version_key("6.12-amd64") < version_key("6.12.0-amd64")
+    assert version_key("6.18.0-rc4-amd64") < version_key("6.18~rc7-amd64") < version_key("6.18.0-amd64")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("6.1.0-28-amd64", "6.12.117+deb13-amd64"),
+        ("6.12.12+bpo-rt-amd64", "6.12.117+deb13-rt-amd64"),
+        ("6.8.0-9-generic", "6.18.0-061800rc4-generic"),
+        ("6.14.8-2-bpo12-pve", "6.14.11-1-pve"),
+        ("6.17.8-300.fc43.x86_64", "6.16.3-200.fc42.x86_64"),
+        ("5.14.0-503.el9_5.x86_64+debug", "5.14.0-570.1.1.el9_6.x86_64+debug"),
+        ("6.17.9-arch1-1", "6.18.1-arch2-1"),
+        ("6.18.0-rc4-00123-g0123abcd", "6.18.1"),
+    ],
+)
+def test_a_flavour_stays_over_versions_and_releases(one: str, other: str) -> None:
+    assert flavour(one) == flavour(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("6.12.9-amd64", "6.12.9-cloud-amd64"),
+        ("6.12.9-arm64", "6.12.9-arm64-16k"),
+        ("5.14.0-570.el9_6.x86_64", "5.14.0-570.el9_6.x86_64+rt"),
+        ("5.15.0-300.el9.x86_64", "5.15.0-300.el9uek.x86_64"),
+        ("6.8.0-88-generic", "6.8.0-88-lowlatency"),
+        ("6.17.9-arch1-1", "6.12.58-1-lts"),
+    ],
+)
+def test_flavours_differ(one: str, other: str) -> None:
+    assert flavour(one) != flavour(other)
 
 
 def test_kernels_are_listed_newest_first_with_their_files(root: Path) -> None:
@@ -112,6 +118,32 @@ def test_kernels_are_listed_newest_first_with_their_files(root: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("running", "first"),
+    [
+        ("6.12.8-amd64", ["6.13.0-amd64", "6.12.9-amd64"]),
+        ("6.12.8-rt-amd64", ["6.13.0-rt-amd64", "6.12.9-rt-amd64"]),
+        ("6.12.8-cloud-amd64", ["6.12.9-cloud-amd64", "6.13.0-amd64"]),
+    ],
+)
+def test_the_newest_of_the_running_flavour_comes_first(tmp_path: Path, running: str, first: list[str]) -> None:
+    versions = ["6.12.9-amd64", "6.12.9-cloud-amd64", "6.12.9-rt-amd64", "6.13.0-amd64", "6.13.0-rt-amd64"]
+    for version in versions:
+        write(tmp_path / f"boot/vmlinuz-{version}")
+    write(tmp_path / "proc/sys/kernel/osrelease", f"{running}\n")
+    listed = [kernel.version for kernel in InstalledKernels(tmp_path).installed()]
+    assert listed[:2] == first
+    assert sorted(listed) == versions
+
+
+def test_without_one_of_the_running_flavour_those_for_a_purpose_come_last(tmp_path: Path) -> None:
+    for version in ("6.12.9-amd64", "6.13.0-rt-amd64", "6.13.0-amd64+debug"):
+        write(tmp_path / f"boot/vmlinuz-{version}")
+    write(tmp_path / "proc/sys/kernel/osrelease", "6.6.1-ownmade\n")
+    listed = [kernel.version for kernel in InstalledKernels(tmp_path).installed()]
+    assert listed == ["6.12.9-amd64", "6.13.0-rt-amd64", "6.13.0-amd64+debug"]
+
+
 def test_a_kernel_of_fedora_is_found_where_its_package_put_it(tmp_path: Path) -> None:
     modules = tmp_path / "lib/modules/6.16.3-200.fc42.x86_64"
     image, config = write(modules / "vmlinuz"), write(modules / "config")
@@ -125,7 +157,16 @@ def test_a_kernel_of_fedora_is_found_where_its_package_put_it(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "version",
-    ["6.12.9-amd64.old", "6.12.9.dpkg-new", "6.12.9-x.dpkg-bak", "6.12.9.rpmsave", "6.12.9~", "0-rescue-1f", "linux"],
+    [
+        "6.12.9-amd64.old",
+        "6.12.9.dpkg-new",
+        "6.12.9-x.dpkg-bak",
+        "6.12.9.rpmsave",
+        "6.12.9~",
+        "0-rescue-1f",
+        "linux",
+        "a;0f0f0f0f",
+    ],
 )
 def test_leftovers_are_no_kernels(root: Path, version: str) -> None:
     write(root / f"boot/vmlinuz-{version}")
@@ -133,7 +174,7 @@ def test_leftovers_are_no_kernels(root: Path, version: str) -> None:
 
 
 def test_the_command_line_is_given_without_the_boot_loader(root: Path) -> None:
-    assert InstalledKernels(root).command_line() == "root=/dev/vda1 ro memmap=4G!8G"
+    assert InstalledKernels(root).command_line() == "root=UUID=4c4f ro memmap=4G!8G"
 
 
 # -- what speaks against one ------------------------------------------------------------------------------------------
@@ -164,7 +205,9 @@ def test_nothing_speaks_against_the_kernels_of_debian() -> None:
     ("image", "said"),
     [
         (b"", "is empty"),
-        (b"MZ" + bytes(2000), "is not a bzImage"),
+        (b"MZ" + bytes(2000), "is neither a bzImage nor a unified kernel image: it is not a PE image"),
+        (b"ELF" + bytes(2000), "is not a bzImage"),
+        (bzimage()[:-1], "is cut off: it has 8191 bytes of 8192"),
         (bzimage(magic=b"HdrT"), "is not a bzImage"),
         (bzimage()[:700], "is not a bzImage"),
         (bzimage(protocol=0x20B), "speaks boot protocol 2.11, and a kexec needs 2.12"),
@@ -196,25 +239,373 @@ def test_a_file_that_is_missing_or_no_file_is_an_error(root: Path, path: str, sa
 
 
 @pytest.mark.parametrize(
-    "head", [b"070701", b"\x1f\x8b", b"\xfd7zXZ", b"\x5d\0\0", b"BZh9", b"\x02!L\x18", b"\x89LZO", b"\x28\xb5/\xfd"]
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (bytes(512), "has nothing but zeros in it"),
+        (b"a text", "is neither a cpio archive nor compressed in a way that a kernel knows"),
+        (cpio({}), "holds no files"),
+        (
+            EARLY,
+            "has no /init to start: it is a part of one alone, such as the processor's microcode",
+        ),
+        (initrd("6.12.8-amd64"), "has the modules of 6.12.8-amd64, and none of this kernel's"),
+        (initrd(VERSION)[:-40], "is cut off: its compressed part ends early"),
+    ],
 )
-def test_an_initrd_of_any_kind_is_fine(root: Path, head: bytes) -> None:
-    (root / f"boot/initrd.img-{VERSION}").write_bytes(head + bytes(100))
+def test_a_broken_initrd_is_an_error(root: Path, content: bytes, said: str) -> None:
+    path = write(root / f"boot/initrd.img-{VERSION}", content)
+    (finding,) = findings(root)
+    assert (finding.severity, finding.code) == ("error", "initrd")
+    assert finding.what == f"the initrd of kernel {VERSION}, {path}, {said}"
+
+
+def test_an_initrd_must_be_compressed_as_the_kernel_was_built_for(root: Path) -> None:
+    write(root / f"boot/config-{VERSION}", CONFIG.replace("CONFIG_RD_ZSTD=y", "# CONFIG_RD_ZSTD is not set"))
+    (finding,) = findings(root)
+    assert (finding.severity, finding.code) == ("error", "initrd")
+    assert "CONFIG_RD_ZSTD" in finding.what
+    write(root / f"boot/initrd.img-{VERSION}", initrd(VERSION, "gzip"))
     assert findings(root) == []
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (bytes(512), "is neither a cpio archive nor compressed")])
-def test_a_broken_initrd_is_an_error(root: Path, content: bytes, said: str) -> None:
-    (root / f"boot/initrd.img-{VERSION}").write_bytes(content)
+# -- without an initrd ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(root: Path) -> Path:
+    """A host without any initrd, whose kernel has all of the root's drivers built in, and finds it by itself."""
+    (root / f"boot/initrd.img-{VERSION}").unlink()
+    modules(root, VERSION, builtin=("dax", "ext4", "jbd2", "mbcache", "virtio_blk", "virtio_ring"))
+    write(root / "proc/cmdline", "root=/dev/vda1 ro\n")
+    return root
+
+
+def test_a_host_that_does_without_initrds_gets_a_warning(bare: Path) -> None:
+    write(bare / f"boot/config-{VERSION}", CONFIG.replace("EXT4_FS=m", "EXT4_FS=y").replace("VIRTIO_BLK=m", "VIRTIO_BLK=y"))
+    (finding,) = findings(bare)
+    assert (finding.severity, finding.code) == ("warning", "initrd-none")
+
+
+def test_a_kernel_without_the_initrd_that_others_have_is_an_error(bare: Path) -> None:
+    debian(bare, "6.12.8-amd64")
+    (finding,) = findings(bare)
+    assert (finding.severity, finding.code) == ("error", "initrd-none")
+    assert finding.what == f"kernel {VERSION} has no initrd: kernel 6.12.8-amd64 has one"
+    assert f"update-initramfs -c -k {VERSION}" in finding.remedy
+
+
+@pytest.mark.parametrize("said", ["sys/kernel/boot_params/data", "proc/cmdline"])
+def test_a_kernel_without_the_initrd_that_the_running_one_had_is_an_error(bare: Path, said: str) -> None:
+    parameters = bytearray(4096)
+    parameters[0x21C:0x220] = b"\0\0\x74\0"
+    write(bare / said, bytes(parameters) if "data" in said else "root=/dev/vda1 initrd=\\x\\initrd\n")
+    (finding,) = findings(bare)
+    assert (finding.severity, finding.code) == ("error", "initrd-none")
+    assert finding.what.endswith("the running kernel has one")
+
+
+@pytest.mark.parametrize("word", ["root=UUID=4c4f", "root=LABEL=system", "root=/dev/mapper/vg-root", "root=zfs:rpool"])
+def test_a_root_that_only_an_initrd_finds_makes_it_an_error(bare: Path, word: str) -> None:
+    write(bare / "proc/cmdline", f"quiet {word} ro\n")
+    (finding,) = findings(bare)
+    assert (finding.severity, finding.code) == ("error", "initrd-none")
+
+
+def test_a_driver_that_is_not_built_in_makes_it_an_error(bare: Path) -> None:
+    modules(bare, VERSION)
+    (finding,) = findings(bare)
+    assert (finding.severity, finding.code) == ("error", "initrd-none")
+    assert "ext4, which the file system of / (ext4) needs, is not built into it" in finding.what
+
+
+# -- modules that are half unpacked -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["no modules.dep", "missing", "empty", "directory"])
+def test_modules_that_are_not_all_there_are_an_error(root: Path, how: str) -> None:
+    directory = root / f"usr/lib/modules/{VERSION}"
+    module = directory / "kernel/drivers/dax/dax_pmem.ko.xz"
+    match how:
+        case "no modules.dep":
+            (directory / "modules.dep").unlink()
+        case "missing":
+            module.unlink()
+        case "empty":
+            module.write_bytes(b"")
+        case "directory":
+            directory.rename(directory.with_name("6.12.8-amd64"))
+    found = {finding.code: finding for finding in findings(root)}
+    assert found["modules-incomplete"].severity == "error"
+    assert (str(module) if how in ("missing", "empty") else str(directory)) in found["modules-incomplete"].what
+    assert "dpkg --configure -a" in found["modules-incomplete"].remedy
+
+
+@pytest.mark.parametrize("name", ["dax_pmem.ko.xz.dpkg-new", "dax_pmem.ko.xz;5f3a0c1d"])
+def test_files_that_a_package_manager_left_half_way_are_an_error(root: Path, name: str) -> None:
+    left = write(root / f"usr/lib/modules/{VERSION}/kernel/drivers/dax/{name}", "x")
     (finding,) = findings(root)
+    assert (finding.severity, finding.code) == ("error", "modules-incomplete")
+    assert finding.what == f"the modules of kernel {VERSION} are being replaced: {left} is there"
+
+
+@pytest.mark.parametrize("state", ["half-configured", "unpacked", "half-installed"])
+def test_a_package_that_dpkg_did_not_finish_is_an_error(root: Path, state: str) -> None:
+    others = f"Package: linux-image-6.12.8-amd64\nStatus: install ok {state}\n\n"
+    others += f"Package: linux-headers-{VERSION}\nStatus: install ok {state}\n\n"
+    write(root / "var/lib/dpkg/status", f"{others}Package: linux-image-{VERSION}\nStatus: install ok installed\n\n")
+    assert findings(root) == []
+    write(
+        root / "var/lib/dpkg/status", f"{others}Package: linux-image-{VERSION}\nStatus: install ok {state}\nPriority: x\n"
+    )
+    (finding,) = findings(root)
+    assert (finding.severity, finding.code) == ("error", "modules-incomplete")
+    assert f"linux-image-{VERSION}" in finding.what
+
+
+def test_a_kernel_without_modules_is_one_where_its_config_says_so(root: Path) -> None:
+    directory = root / f"usr/lib/modules/{VERSION}"
+    directory.rename(directory.with_name("elsewhere"))
+    write(
+        root / f"boot/config-{VERSION}",
+        "".join(f"CONFIG_{name}=y\n" for name in ("RD_ZSTD", "EXT4_FS", "VIRTIO_BLK", "DEV_DAX")),
+    )
+    assert findings(root, {"device_dax"}) == []
+
+
+# -- the root's drivers -----------------------------------------------------------------------------------------------
+
+
+def missing(root: Path) -> dict[str, str]:
+    """The modules that findings name as missing, with what they say of them."""
+    found = [finding for finding in findings(root) if finding.code == "driver-not-in-initrd"]
+    assert all(finding.severity == "error" for finding in found)
+    return {re.split(r"(?:module|driver) ", finding.what)[1].split(",")[0]: finding.what for finding in found}
+
+
+@pytest.mark.parametrize(
+    ("there", "lacks"),
+    [
+        (("virtio_blk", "virtio_ring", "ext4", "jbd2"), {"mbcache"}),
+        (("virtio_blk", "virtio_ring"), {"ext4", "jbd2", "mbcache"}),
+        (("ext4", "jbd2", "mbcache"), {"virtio_blk", "virtio_ring"}),
+    ],
+)
+def test_what_the_root_needs_must_be_in_the_initrd(root: Path, there: tuple[str, ...], lacks: set[str]) -> None:
+    write(root / f"boot/initrd.img-{VERSION}", initrd(VERSION, "gzip", there))
+    assert missing(root).keys() == lacks
+
+
+def test_what_is_built_in_need_not_be_in_the_initrd(root: Path) -> None:
+    write(root / f"boot/initrd.img-{VERSION}", initrd(VERSION, "gzip", ()))
+    modules(root, VERSION, builtin=("dax", "ext4", "virtio_blk"))
+    assert missing(root) == {}
+
+
+def test_a_driver_that_the_new_kernel_does_not_have_at_all_is_an_error(root: Path) -> None:
+    lines = [line for line in DEPENDS.splitlines(keepends=True) if "virtio" not in line]
+    debian(root, "6.12.10-amd64", initrd("6.12.10-amd64", modules=("ext4", "jbd2", "mbcache")))
+    modules(root, "6.12.10-amd64", "".join(lines))
+    write(root / "boot/config-6.12.10-amd64", CONFIG.replace("CONFIG_VIRTIO_BLK=m\n", ""))
+    assert "neither the kernel nor" in missing(root)["virtio_blk"]
+
+
+def test_a_driver_that_never_is_a_module_is_not_missed(root: Path) -> None:
+    """Where the running kernel's modules say that there is no such module."""
+    device(root, "pci0000:00", driver="pci-host", module="pci_host")
+    assert findings(root) == []
+
+
+@pytest.mark.parametrize("kind", ["ext3", "ext4"])
+def test_a_file_system_is_mounted_by_the_module_that_says_so(root: Path, kind: str) -> None:
+    write(root / "proc/self/mountinfo", mounted("/dev/vda1", kind=kind))
+    assert findings(root) == []
+    write(root / f"boot/initrd.img-{VERSION}", initrd(VERSION, modules=("virtio_blk", "virtio_ring")))
+    assert f"the file system of / ({kind})" in missing(root)["ext4"]
+
+
+STACK = (
+    DEPENDS
+    + """\
+kernel/drivers/md/dm-mod.ko.xz:
+kernel/drivers/md/dm-crypt.ko.xz: kernel/drivers/md/dm-mod.ko.xz
+kernel/drivers/md/md-mod.ko.xz:
+kernel/drivers/md/raid1.ko.xz: kernel/drivers/md/md-mod.ko.xz
+kernel/drivers/nvme/host/nvme.ko.xz: kernel/drivers/nvme/host/nvme-core.ko.xz
+kernel/drivers/nvme/host/nvme-core.ko.xz:
+kernel/drivers/scsi/sd_mod.ko.xz:
+kernel/drivers/ata/ahci.ko.xz:
+kernel/fs/btrfs/btrfs.ko.xz:
+"""
+)
+
+
+def test_a_stack_of_devices_is_followed_to_its_disks(root: Path) -> None:
+    """ext4 on LUKS on RAID 1 over a disk of NVMe (with its multipath) and one of SATA behind a bridge."""
+    modules(root, VERSION, STACK)
+    block(root, "253:0", "dm-0", "virtual/block/dm-0")
+    crypt = root / "sys/devices/virtual/block/dm-0"
+    write(crypt / "dm/uuid", "CRYPT-LUKS2-4c4f-root\n")
+    write(crypt / "dm/name", "root_crypt\n")
+    raid = block(root, "9:0", "md0", "virtual/block/md0")
+    write(raid / "md/level", "raid1\n")
+    for name, below in (("md0", crypt), ("nvme0n1p2", raid), ("sda2", raid)):
+        (below / "slaves").mkdir(exist_ok=True)
+        (below / f"slaves/{name}").symlink_to(f"../../../../../class/block/{name}")
+    device(root, "pci0000:00", "0000:00:03.0", driver="nvme", module="nvme")
+    (root / "sys/devices/pci0000:00/0000:00:03.0/nvme/nvme0").mkdir(parents=True)
+    subsystem = block(root, "259:2", "nvme0n1p2", "virtual/nvme-subsystem/nvme-subsys0/nvme0n1/nvme0n1p2").parents[1]
+    (subsystem / "nvme0").symlink_to("../../../pci0000:00/0000:00:03.0/nvme/nvme0")
+    device(root, "pci0000:00", "0000:00:1c.0", driver="pcieport", module="pcieportdrv", **{"class": "0x060400\n"})
+    device(root, "pci0000:00", "0000:00:1c.0", "0000:01:00.0", driver="ahci", module="ahci", **{"class": "0x010601\n"})
+    path = "pci0000:00/0000:00:1c.0/0000:01:00.0/ata1/host0/target0:0:0/0:0:0:0"
+    device(root, *path.split("/"), driver="sd", module="sd_mod")
+    block(root, "8:2", "sda2", f"{path}/block/sda/sda2")
+    write(root / "proc/self/mountinfo", mounted("/dev/mapper/root_crypt", device="253:0"))
+    assert missing(root).keys() == {"dm_mod", "dm_crypt", "md_mod", "raid1", "nvme", "nvme_core", "sd_mod", "ahci"}
+    write(root / "proc/self/mountinfo", mounted("/dev/mapper/root_crypt", device="0:31", kind="btrfs"))
+    assert missing(root).keys() >= {"btrfs", "dm_crypt", "ahci"}  # found by its name
+
+
+def test_devices_that_lead_back_to_themselves_are_looked_at_once(root: Path) -> None:
+    loop = block(root, "253:0", "dm-0", "virtual/block/dm-0")
+    (loop / "slaves").mkdir()
+    (loop / "slaves/dm-0").symlink_to("..")
+    (loop / "slaves/out").symlink_to("/")
+    write(root / "proc/self/mountinfo", mounted("/dev/dm-0", device="253:0"))
+    assert findings(root) == []
+
+
+# -- the boot loader's entries ----------------------------------------------------------------------------------------
+
+FEDORA = "6.17.8-300.fc43.x86_64"
+
+
+def entry_of(root: Path) -> Path:
+    (entry,) = (root / "boot/loader/entries").glob("*.conf")
+    return entry
+
+
+@pytest.fixture
+def entries(tmp_path: Path) -> Path:
+    """A host of Fedora with one kernel."""
+    fedora(tmp_path, FEDORA)
+    return host(tmp_path, FEDORA)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"linux /vmlinuz\xff\n", "it is not UTF-8"),
+        (b"title nothing\n", "it names no kernel (linux, uki or efi)"),
+        (b"linux /../../etc/shadow\n", "'/../../etc/shadow' is no path within a file system"),
+        (b"linux /vmlinuz\ninitrd /\x1b[2J\n", "is no path within a file system"),
+        (b"# " + bytes(70_000), "it has more than 64 KiB"),
+    ],
+)
+def test_an_entry_of_no_use_is_passed_over_and_said(entries: Path, content: bytes, said: str) -> None:
+    entry_of(entries).write_bytes(content)
+    (finding,) = findings(entries)
+    assert (finding.severity, finding.code) == ("warning", "boot-entry")
+    assert finding.what.startswith(f"the boot loader's entry {entry_of(entries)} is of no use: ")
+    assert finding.what.endswith(said)
+
+
+def test_an_entry_is_not_read_through_a_link_nor_from_a_pipe(entries: Path) -> None:
+    entry = entry_of(entries)
+    entry.rename(entries / "elsewhere")
+    entry.symlink_to(entries / "elsewhere")
+    assert "Too many levels of symbolic links" in findings(entries)[0].what
+    entry.unlink()
+    os.mkfifo(entry)
+    assert "not a regular file" in findings(entries)[0].what
+
+
+def test_an_initrd_that_an_entry_names_must_be_there(tmp_path: Path) -> None:
+    host(tmp_path, FEDORA)
+    systemd_boot(tmp_path, FEDORA)
+    initrd = next((tmp_path / "boot/efi").glob("*/*/initrd"))
+    initrd.unlink()
+    (finding,) = findings(tmp_path)
     assert (finding.severity, finding.code) == ("error", "initrd")
+    assert finding.what.endswith(f"{initrd}, can't be read: No such file or directory")
+
+
+def test_entries_of_another_system_are_not_looked_at(tmp_path: Path) -> None:
+    host(tmp_path, FEDORA)
+    systemd_boot(tmp_path, FEDORA)
+    unified(tmp_path, "6.18.0-300.fc43.x86_64")
+    assert len(InstalledKernels(tmp_path).installed()) == 2
+    write(tmp_path / "etc/machine-id", "f" * 32 + "\n")
+    found = InstalledKernels(tmp_path).installed()
+    assert [kernel.image for kernel in found] == [f"{tmp_path}/usr/lib/modules/{FEDORA}/vmlinuz"]
+
+
+def test_a_kernel_that_the_boot_loader_has_given_up_is_an_error(entries: Path) -> None:
+    newer = "6.17.9-300.fc43.x86_64"
+    unified(entries, newer, name=f"fedora-{newer}+0-3")
+    (finding,) = findings(entries)
+    assert (finding.severity, finding.code) == ("error", "boot-entry")
+    assert f"fedora-{newer}+0-3.efi has no tries left" in finding.what
+    write(entries / "proc/sys/kernel/osrelease", f"{newer}\n")
+    assert findings(entries) == []
+
+
+def test_of_several_initrds_the_main_one_is_taken(entries: Path) -> None:
+    write(entries / "boot/intel-ucode.img", cpio({"kernel/x86/microcode/GenuineIntel.bin": b"x"}))
+    write(entries / "boot/extra.img", cpio({"etc/extra": b"x"}))
+    kernel = the_kernel(entries)
+    for image in (entries / f"boot/vmlinuz-{FEDORA}", entries / f"usr/lib/modules/{FEDORA}/vmlinuz"):
+        image.unlink()
+    write(entries / "boot/linux", bzimage(FEDORA))
+    main = Path(kernel.initrd).rename(entries / "boot/main.img")
+    text = "linux /boot/linux\ninitrd /intel-ucode.img\ninitrd /main.img $tuned_initrd\n"
+    entry_of(entries).write_text(text)
+    assert (the_kernel(entries).initrd, findings(entries)) == (str(main), [])
+    entry_of(entries).write_text(f"{text}initrd /extra.img\n")
+    assert the_kernel(entries).initrd == str(main)
+    (finding,) = findings(entries)
+    assert (finding.severity, finding.code) == ("warning", "initrd-several")
+
+
+# -- unified kernel images --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"MZ" + bytes(4000), "it is not a PE image"),
+        (uki({".linux": bzimage(FEDORA)})[:200], "it ends within its headers"),
+        (uki({".cmdline": b"quiet"}), "it has no kernel in it (no section .linux)"),
+        (
+            uki({".linux": bzimage(FEDORA), ".initrd": b"x" * 5000})[:-4096],
+            "it is cut off: its section .initrd goes on to byte",
+        ),
+        (uki({".linux": b"MZ" + bytes(2000)}), "has a kernel in it that is not a bzImage"),
+        (uki({".linux": bzimage(FEDORA)[:4000]}), "has a kernel in it that is cut off: it has 4000 bytes of 8192"),
+    ],
+)
+def test_a_unified_image_that_is_not_whole_is_an_error(tmp_path: Path, content: bytes, said: str) -> None:
+    host(tmp_path, FEDORA)
+    image = unified(tmp_path, FEDORA)
+    image.write_bytes(content)
+    finding = findings(tmp_path)[0]
+    assert (finding.severity, finding.code) == ("error", "kernel-image")
+    assert finding.what.startswith(f"the image of kernel {FEDORA}, {image}, ")
     assert said in finding.what
 
 
-def test_a_kernel_without_an_initrd_is_a_warning(root: Path) -> None:
-    (root / f"boot/initrd.img-{VERSION}").unlink()
-    (finding,) = findings(root)
-    assert (finding.severity, finding.code) == ("warning", "initrd-none")
+@pytest.mark.parametrize(
+    ("made", "code"),
+    [(initrd(FEDORA)[:-9], "initrd"), (initrd(FEDORA, modules=()), "driver-not-in-initrd"), (None, "initrd-none")],
+)
+def test_the_initrd_in_a_unified_image_is_looked_at_as_any_other(tmp_path: Path, made: bytes | None, code: str) -> None:
+    host(tmp_path, FEDORA)
+    unified(tmp_path, FEDORA, made=made)
+    assert {(finding.severity, finding.code) for finding in findings(tmp_path)} == {("error", code)}
+
+
+# -- a boot that takes no kernel, and the guests' memory ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "value"), [("kexec_load_disabled", "1\n"), ("kexec_load_limit_reboot", "0\n")])
@@ -237,21 +628,22 @@ def test_a_driver_that_was_not_built_is_an_error(root: Path) -> None:
 
 
 def test_a_driver_that_another_package_holds_is_an_error(root: Path) -> None:
-    write(root / f"usr/lib/modules/{VERSION}/modules.dep", "".join(DEPENDS.splitlines(keepends=True)[:2]))
+    lines = [line for line in DEPENDS.splitlines(keepends=True) if not re.search(r"nd_pmem|device-dax", line)]
+    write(root / f"usr/lib/modules/{VERSION}/modules.dep", "".join(lines))
     assert codes(root) == ["driver-not-installed", "driver-not-installed"]
     assert {"device_dax.ko", "nd_pmem.ko"} == {finding.what.split()[-4] for finding in findings(root)}
 
 
 def test_a_module_or_one_that_it_needs_must_be_there_as_a_file(root: Path) -> None:
     (root / f"usr/lib/modules/{VERSION}/kernel/drivers/nvdimm/libnvdimm.ko.xz").unlink()
-    assert codes(root, {"nfit"}) == ["driver-not-installed"]
-    assert codes(root, {"device_dax"}) == []
+    assert codes(root, {"nfit"}) == ["modules-incomplete", "driver-not-installed"]
+    assert codes(root, {"device_dax"}) == ["modules-incomplete"]
 
 
 def test_modules_are_needed_where_the_config_says_so(root: Path) -> None:
     (root / f"usr/lib/modules/{VERSION}/modules.dep").unlink()
-    assert codes(root, {"dax_pmem"}) == []
-    assert codes(root, {"dax_pmem", "nfit"}) == ["driver-not-installed"]
+    assert codes(root, {"dax_pmem"}) == ["modules-incomplete"]
+    assert codes(root, {"dax_pmem", "nfit"}) == ["modules-incomplete", "driver-not-installed"]
 
 
 def test_without_a_config_the_modules_are_looked_at(root: Path) -> None:
@@ -262,7 +654,8 @@ def test_without_a_config_the_modules_are_looked_at(root: Path) -> None:
 
 def test_without_config_and_modules_one_warning_says_so(root: Path) -> None:
     (root / f"boot/config-{VERSION}").unlink()
-    (root / f"usr/lib/modules/{VERSION}/modules.dep").unlink()
+    directory = root / f"usr/lib/modules/{VERSION}"
+    directory.rename(directory.with_name("elsewhere"))
     (finding,) = findings(root, {"nfit", "nd_pmem"})
     assert (finding.severity, finding.code) == ("warning", "drivers-not-checked")
     assert finding.what.endswith("nd_pmem, nfit")
@@ -277,53 +670,36 @@ def test_an_unknown_driver_is_looked_for_among_the_modules_only(root: Path) -> N
 
 def test_a_kernel_without_a_version_is_known_by_what_its_image_says(root: Path) -> None:
     kernel = replace(the_kernel(root), version="", config="")
+    write(Path(kernel.image), bzimage())
     assert [finding.code for finding in findings(root, kernel=kernel)] == ["drivers-not-checked"]
-    image = bytearray(bzimage())
-    struct.pack_into("<H", image, 0x20E, 0x300)
-    image[0x500:0x580] = f"{VERSION} (somebody@example.org) #1 SMP".encode().ljust(0x80, b"\0")
-    write(Path(kernel.image), bytes(image))
-    (root / f"usr/lib/modules/{VERSION}/modules.builtin").write_text("kernel/drivers/dax/dax_pmem.ko\n")
+    write(Path(kernel.image), bzimage(VERSION))
     assert findings(root, kernel=kernel) == []
+
+
+def test_an_image_of_another_version_than_its_name_says_is_an_error(root: Path) -> None:
+    image = write(root / f"boot/vmlinuz-{VERSION}", bzimage("6.12.8-amd64"))
+    (finding,) = findings(root)
+    assert (finding.severity, finding.code) == ("error", "kernel-version")
+    assert finding.what == f"{image} is no kernel {VERSION}: it says that it is 6.12.8-amd64"
 
 
 # -- a root file system on persistent memory --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of our own."""
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
-    return tmp_path / "bin"
-
-
-def lists_initrd(program: Path, *modules: str) -> None:
-    lines = "".join(f"-rw-r--r-- 1 root usr/lib/modules/{VERSION}/kernel/x/{module}.ko.xz\n" for module in modules)
-    write(program, f"#!/bin/sh\necho '{lines}'\n").chmod(0o755)
-
-
 @pytest.mark.parametrize("at", ["/", "/usr"])
-@pytest.mark.parametrize("program", ["lsinitramfs", "lsinitrd"])
-def test_what_the_root_file_system_needs_must_be_in_the_initrd(root: Path, path: Path, program: str, at: str) -> None:
-    write(root / "proc/self/mountinfo", mounted("/dev/pmem0p1", at))
-    lists_initrd(path / program, "nfit", "nd_pmem", "libnvdimm")
+def test_what_a_root_on_persistent_memory_needs_must_be_in_the_initrd(root: Path, at: str) -> None:
+    write(root / "proc/self/mountinfo", mounted("/dev/pmem0p1", at, device="259:0"))
+    there = ("ext4", "jbd2", "mbcache")
+    write(root / f"boot/initrd.img-{VERSION}", initrd(VERSION, modules=(*there, "nfit", "nd_pmem", "libnvdimm")))
     assert findings(root) == []
-    lists_initrd(path / program, "ext4")
+    write(root / f"boot/initrd.img-{VERSION}", initrd(VERSION, modules=there))
     found = {finding.what.split()[4]: finding.severity for finding in findings(root)}
     assert found == {"libnvdimm,": "error", "nd_pmem,": "error", "nfit,": "warning"}
     assert set(codes(root)) == {"driver-not-in-initrd"}
 
 
-def test_without_a_program_that_lists_it_the_initrd_was_not_looked_at(root: Path, path: Path) -> None:
-    write(root / "proc/self/mountinfo", mounted("/dev/pmem0"))
-    (finding,) = findings(root)
-    assert (finding.severity, finding.code) == ("info", "initrd-not-looked-at")
-    write(path / "lsinitramfs", "#!/bin/sh\nexit 1\n").chmod(0o755)
-    assert codes(root) == ["initrd-not-looked-at"]
-
-
-def test_other_file_systems_get_their_drivers_from_the_root(root: Path, path: Path) -> None:
-    lists_initrd(path / "lsinitramfs")
-    write(root / "proc/self/mountinfo", mounted("/dev/pmem0", at="/srv"))
+def test_other_file_systems_get_their_drivers_from_the_root(root: Path) -> None:
+    write(root / "proc/self/mountinfo", mounted("/dev/vda1") + "23 1 259:0 / /srv rw - xfs /dev/pmem0 rw\n")
     assert findings(root) == []
 
 
@@ -356,6 +732,19 @@ def test_a_kernel_is_loaded_and_unloaded(root: Path) -> None:
 def test_a_kernel_without_an_initrd_is_loaded_without(root: Path) -> None:
     asyncio.run(kexec(root).load(replace(the_kernel(root), initrd=""), "quiet"))
     assert "--initrd" not in (root / "called").read_text()
+
+
+def test_of_a_unified_image_kexec_is_given_the_parts(root: Path) -> None:
+    made = initrd(FEDORA)
+    unified(root, FEDORA, made=made)
+    script = (
+        '#!/bin/sh\ncat "$3" >{root}/image; cat "${{4#--initrd=}}" >{root}/initrd; echo 1 >{root}/sys/kernel/kexec_loaded\n'
+    )
+    kernel = next(one for one in InstalledKernels(root).installed() if one.version == FEDORA)
+    before = {*Path("/proc/self/fd").iterdir()}
+    asyncio.run(kexec(root, script).load(kernel, "quiet"))
+    assert ((root / "image").read_bytes(), (root / "initrd").read_bytes()) == (bzimage(FEDORA), made)
+    assert {*Path("/proc/self/fd").iterdir()} == before
 
 
 def test_what_kexec_said_is_passed_on_with_what_to_do(root: Path) -> None:

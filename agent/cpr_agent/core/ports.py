@@ -348,13 +348,15 @@ class Kernels(Protocol):
     """Installed kernels, and the one that is loaded for a kexec."""
 
     def installed(self) -> list[Kernel]:
-        """Newest first."""
+        """The one to be chosen without a word first: newest first, and those of the flavour that runs before the others."""
 
     def command_line(self) -> str:
         """The running kernel's, without what the boot loader added (BOOT_IMAGE=, initrd=)."""
 
     def findings(self, kernel: Kernel, drivers: Collection[str]) -> list[Finding]:
-        """What speaks against a kexec into ``kernel`` on a host whose guests' memory needs these ``drivers``. Blocking."""
+        """What speaks against a kexec into ``kernel`` on a host whose guests' memory needs these ``drivers``: errors where
+        it could not be loaded, mount its root, or find that memory. Reads the initrd to its end; blocking, for minutes
+        at the most."""
 
     def loaded(self) -> bool:
         """Whether a kernel is loaded for a kexec (/sys/kernel/kexec_loaded)."""
