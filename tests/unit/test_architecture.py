@@ -16,14 +16,6 @@ ROOT = Path(__file__).parent.parent.parent
 AGENT = ROOT / "agent/cpr_agent"
 ADR = ROOT / "docs/adr/0015-imports-point-one-way.md"
 
-STILL_TO_GO = {
-    ("host/processes.py", "vm.launch"),
-    ("host/runner.py", "store.schema"),
-    ("host/runner.py", "vm.launch"),
-    ("host/runner.py", "vm.qemu"),
-}
-"""Imports that are not allowed, and that are still there. One that has gone must go from here too."""
-
 
 class Import(NamedTuple):
     """``target`` is a module below cpr_agent, as ``vm.launch``; or, where ``ours`` is false, a library."""
@@ -94,8 +86,7 @@ def refused(found: list[Import], allowed: dict[str, set[str]]) -> set[tuple[str,
 
 def test_no_import_points_where_the_table_has_no_arrow() -> None:
     found = refused(imports(AGENT), table("part"))
-    assert found - STILL_TO_GO == set(), "not in the table of ADR 15"
-    assert STILL_TO_GO - found == set(), "gone: take it out of STILL_TO_GO"
+    assert found == set(), "not in the table of ADR 15"
 
 
 def test_the_table_has_each_part_of_the_agent_and_no_other() -> None:

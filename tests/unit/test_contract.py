@@ -7,7 +7,6 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
 
 import pytest
 from msgspec.structs import replace
@@ -18,10 +17,11 @@ from cpr_agent.bus.contract import escape, introspection, read_contract
 from cpr_agent.bus.logs import LogObject
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
 from cpr_agent.core.model import Definition, Located, MemorySection, VmSection
-from cpr_agent.vm.cmdline import SANDBOX, plan_load, plan_start
+from cpr_agent.vm.cmdline import SANDBOX, listening_sockets, plan_load, plan_start
 from cpr_agent.vm.dialects import choose
-from cpr_agent.vm.qmp import Qmp
-from tests.samples import DEVDAX, manifest
+from cpr_agent.vm.qemu import LiveQemu
+from tests.samples import DEVDAX, launch, manifest
+from tests.scripted_qmp import Answers, ScriptedQmp
 
 OBJECTS: list[type[BusObject]] = [ManagerObject, VmObject, JobObject, LogObject]
 
@@ -153,25 +153,66 @@ def test_a_load_has_the_recorded_arguments_the_pinned_machine_and_waits() -> Non
     assert launch.checkpoint == saved.id
 
 
-class Answers:
+def test_the_sockets_of_a_command_line_are_those_at_which_qemu_listens() -> None:
+    argv = (
+        *(
+            "qemu",
+            "-chardev",
+            "socket,id=qga,path=/run/qga,server=on,wait=off",
+            "-chardev",
+            "socket,path=/run/b,server,id=b",
+        ),
+        *("-chardev", "socket,id=client,path=/run/c", "-chardev", "socket,id=off,path=/run/d,server=off"),
+        *("-chardev", "socket,id=cpr-agent,fd=11,server=on", "-chardev", "file,id=log,path=/var/log/x"),
+        *("-chardev", "socket,id=relative,path=run/e,server=on", "-chardev", "socket,id=tcp,host=::1,port=1,server=on"),
+        *(
+            "-serial",
+            "unix:/run/f,server=on",
+            "-qmp",
+            "unix:/run/g,,h,server",
+            "-monitor",
+            "unix:/run/i",
+            "-serial",
+            "stdio",
+        ),
+    )
+    expected = {"qga": "/run/qga", "b": "/run/b", "/run/f": "/run/f", "/run/g,h": "/run/g,h"}
+    assert listening_sockets(argv) == expected
+    assert asyncio.run(LiveQemu(ScriptedQmp(lambda *_: []), launch(argv=argv)).listening()) == list(expected.values())
+
+
+def test_the_socket_of_the_guest_agent_is_that_of_the_command_line() -> None:
+    """QEMU says which character device has the port, and not where that leads."""
+    argv = ("qemu", "-chardev", "socket,id=qga,path=/run/qga,server=on")
+    said = {"name": "org.qemu.guest_agent.0", "chardev": "qga"}
+
+    def answers(command: str, arguments: dict[str, object]) -> object:
+        if command == "qom-list":
+            return [{"name": "port0", "type": "child<virtserialport>"}]
+        return said[str(arguments["property"])]
+
+    def found(*argv: str) -> Path | None:
+        return asyncio.run(LiveQemu(ScriptedQmp(answers), launch(argv=argv))._guest_agent())
+
+    assert found(*argv) == Path("/run/qga")
+    assert found("qemu", "-chardev", "socket,id=other,path=/run/x,server=on") is None
+    said["chardev"] = "/run/systemd/private"
+    assert found(*argv) is None
+
+
+def answers(*, commands: str = "migrate", capabilities: str = "x-ignore-shared", parameters: str = "") -> Answers:
     """What QEMU would say; the real ones are asked in tests/bus/test_dialects.py."""
-
-    vm = "web1"
-
-    def __init__(self, *, commands: str = "migrate", capabilities: str = "x-ignore-shared", parameters: str = "") -> None:
-        self._answers: dict[str, object] = {
-            "query-commands": [{"name": name} for name in commands.split()],
-            "query-migrate-capabilities": [{"capability": name, "state": False} for name in capabilities.split()],
-            "query-migrate-parameters": dict.fromkeys(parameters.split(), 0),
-        }
-
-    async def execute(self, command: str) -> object:
-        return self._answers[command]
+    said = {
+        "query-commands": [{"name": name} for name in commands.split()],
+        "query-migrate-capabilities": [{"capability": name, "state": False} for name in capabilities.split()],
+        "query-migrate-parameters": dict.fromkeys(parameters.split(), "normal"),
+    }
+    return lambda command, _: said[command]
 
 
 def test_the_dialect_is_chosen_by_what_qemu_can_do() -> None:
-    def chosen(**answers: str) -> str:
-        return asyncio.run(choose(cast(Qmp, Answers(**answers)))).name
+    def chosen(**said: str) -> str:
+        return asyncio.run(choose(ScriptedQmp(answers(**said)))).name
 
     assert chosen(parameters="mode") == "cpr-reboot"
     assert chosen() == "ignore-shared"

@@ -37,14 +37,15 @@ from cpr_agent.core.vm import Vm
 from cpr_agent.errors import InvalidArgument, InvalidDefinition, MemoryChanged, MemoryInUse, MemoryOverlap, MemoryUnusable
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.witness import PAGE, chosen_pages, measure_witness, new_witness, take_witness
+from cpr_agent.vm.blockers import memory_blockers
 from cpr_agent.vm.cmdline import plan_load, plan_start
 from cpr_agent.vm.definition import read_definition
 from cpr_agent.vm.launch import EXIT_REFUSED
-from cpr_agent.vm.qemu import LiveQemu
 from tests.bench import RAM_BYTES, Bench
 from tests.fakes import FakeDevices
 from tests.processes import holding
 from tests.samples import DEVDAX, FILE, launch, manifest
+from tests.scripted_qmp import ScriptedQmp
 
 OTHER = replace(DEVDAX, uuid="another", object_id="cpr-ram-1")
 BOTH = (replace(DEVDAX, object_id="cpr-ram-0"), OTHER)
@@ -144,24 +145,15 @@ def test_a_load_has_each_where_it_is_in_this_boot() -> None:
 # -- what QEMU has ----------------------------------------------------------------------------------------------------
 
 
-class Backends:
-    """In the place of vm.qmp.Qmp: what a QEMU of the agent's own making never has."""
+def reasons(*backends: dict[str, Any]) -> list[str]:
+    """Of a QEMU with these, such as one of the agent's own making never has."""
 
-    vm = "web1"
-
-    def __init__(self, *backends: dict[str, Any]) -> None:
-        self._backends = backends
-
-    async def execute(self, command: str, arguments: dict[str, str] | None = None) -> Any:
+    def answers(command: str, arguments: dict[str, object]) -> object:
         if command == "query-memdev":
-            return list(self._backends)
-        assert arguments
+            return backends
         return "memory-backend-file" if arguments["property"] == "type" else False
 
-
-def reasons(*backends: dict[str, Any]) -> list[str]:
-    qemu = LiveQemu(Backends(*backends))  # type: ignore[arg-type]  # what is asked of it here
-    return asyncio.run(qemu._memory_reasons(launch(memory=BOTH)))
+    return asyncio.run(memory_blockers(ScriptedQmp(answers), launch(memory=BOTH)))
 
 
 def test_each_backend_must_be_there_shared_and_as_large_as_it_was() -> None:

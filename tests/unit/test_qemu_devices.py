@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cpr_agent.vm.qemu import LiveQemu
-from cpr_agent.vm.qmp import Qmp, QmpRefused
+from cpr_agent.vm.devices import vfio_devices
+from tests.scripted_qmp import ScriptedQmp
 
 
 def pci(slot: int, qdev_id: str, **more: Any) -> dict[str, Any]:
@@ -35,24 +35,9 @@ REPLIES: dict[str, Any] = {
 }
 
 
-class Recorded:
-    """In the place of vm.qmp.Qmp: a QEMU with VFIO devices can't be had here."""
-
-    vm = "web1"
-
-    def __init__(self, replies: dict[str, Any]) -> None:
-        self._replies = replies
-
-    async def execute(self, command: str, arguments: dict[str, str] | None = None) -> Any:
-        key = arguments["path"] if arguments else command
-        if key not in self._replies:
-            raise QmpRefused(f"The command {command} has not been found", vm=self.vm)
-        return self._replies[key]
-
-
 def devices(replies: dict[str, Any]) -> list[str]:
-    qmp: Qmp = Recorded(replies)  # type: ignore[assignment]  # what LiveQemu asks of it here
-    return asyncio.run(LiveQemu(qmp).vfio_devices())
+    """Of a QEMU with VFIO devices, which can't be had here."""
+    return asyncio.run(vfio_devices(ScriptedQmp(lambda command, arguments: replies[str(arguments.get("path", command))])))
 
 
 @pytest.mark.parametrize("pci_is_known", [True, False])

@@ -1,18 +1,74 @@
-"""What a QEMU may do while one connects to it, and a real one does only now and then."""
+"""A QEMU over QMP, as it comes up and as a hostile one behaves: bounded, decoded, and believed in nothing that can't be."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cpr_agent.errors import QemuFailed
-from cpr_agent.vm.qmp import Qmp
+from cpr_agent.vm import qmp as module
+from cpr_agent.vm import replies
+from cpr_agent.vm.qmp import Event, Qmp
+from cpr_agent.vm.replies import Query, UnreadableReplyError
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 11, "minor": 1, "micro": 3}, "package": ""}, "capabilities": []}}
 RESUME = {"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}}
+
+Said = bytes | dict[str, Any]
+
+
+def raw(said: Said) -> bytes:
+    return said if isinstance(said, bytes) else json.dumps(said).encode() + b"\n"
+
+
+def event(name: str, at: object = None, **data: object) -> Said:
+    stamp = {"seconds": int(time.time()), "microseconds": 0} if at is None else at
+    return {"event": name, "timestamp": stamp, "data": data}
+
+
+@contextlib.asynccontextmanager
+async def talking(path: Path, *more: Said, answer: object = None) -> AsyncIterator[Qmp]:
+    """Connected to a peer that gives ``answer`` to every command, and before it says ``more``."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said = [raw(GREETING), b""]
+        with contextlib.suppress(ConnectionError):
+            writer.write(said.pop(0))
+            while request := await reader.read(65536):  # each is small, and waits for its answer
+                for message in said or map(raw, more):
+                    writer.write(message)
+                    await writer.drain()
+                value = {} if said or answer is None else answer
+                writer.write(raw({"return": value, "id": json.loads(request).get("id")}))
+                said = []
+        writer.close()
+
+    server = await asyncio.start_unix_server(serve, path)
+    async with server:
+        qmp = await Qmp.connect("web1", path, 20.0)
+        try:
+            yield qmp
+        finally:
+            await qmp.close()
+
+
+def talk(path: Path, act: Callable[[Qmp], Awaitable[Any]], *more: Said, answer: object = None) -> Any:
+    async def both() -> Any:
+        async with talking(path, *more, answer=answer) as qmp:
+            return await act(qmp)
+
+    return asyncio.run(both())
+
+
+# -- as it comes up ---------------------------------------------------------------------------------------------------
 
 
 async def connect(path: Path, *connections: tuple[object, ...]) -> int:
@@ -34,7 +90,7 @@ async def connect(path: Path, *connections: tuple[object, ...]) -> int:
     server = await asyncio.start_unix_server(serve, path)
     try:
         qmp = await Qmp.connect("web1", path, 20.0)
-        assert await qmp.execute("query-status") == {}
+        await qmp.execute("stop")
         await qmp.close()
     finally:
         server.close()
@@ -55,3 +111,280 @@ def test_an_event_before_the_capabilities_are_agreed_on_is_no_refusal(tmp_path: 
 def test_what_never_gets_to_an_answer_is_not_qmp(tmp_path: Path, said: tuple[object, ...], what: str) -> None:
     with pytest.raises(QemuFailed, match=f"no QMP on .*{what}"):
         asyncio.run(connect(tmp_path / "qmp", said))
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        {"QMP": 5},
+        {"QMP": {"version": []}},
+        [1],
+        "x",
+        {"QMP": {"version": {}, "capabilities": 7}},
+        {"id": 5},
+    ],
+)
+def test_a_greeting_of_another_shape_is_not_qmp(tmp_path: Path, greeting: object) -> None:
+    with pytest.raises(QemuFailed, match="no QMP on") as caught:
+        asyncio.run(connect(tmp_path / "qmp", (greeting,)))
+    assert caught.value.vm == "web1"
+
+
+def test_a_peer_that_says_nothing_is_given_up_in_time(tmp_path: Path) -> None:
+    async def silent() -> None:
+        done = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+            done.set()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
+            with pytest.raises(QemuFailed, match="did not greet on .* within 0 s"):
+                await Qmp.connect("web1", tmp_path / "qmp", 0.2)
+            await done.wait()  # and hung up on
+
+    asyncio.run(silent())
+
+
+def test_a_socket_of_another_process_is_not_its_own(tmp_path: Path) -> None:
+    """A VM's user may put a link to the socket of another VM in the place of its own."""
+
+    async def connected(path: Path, pid: int) -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(raw(GREETING))
+            while request := await reader.read(65536):
+                writer.write(raw({"return": {}, "id": json.loads(request).get("id")}))
+            writer.close()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
+            qmp = await Qmp.connect("web1", path, 20.0, pid)
+            await qmp.close()
+
+    asyncio.run(connected(tmp_path / "qmp", os.getpid()))
+    (tmp_path / "link").symlink_to(tmp_path / "qmp")
+    with pytest.raises(QemuFailed, match="not a socket"):
+        asyncio.run(connected(tmp_path / "link", os.getpid()))
+    with pytest.raises(QemuFailed, match=f"not its QEMU's: process {os.getpid()} listens there, not {os.getppid()}"):
+        asyncio.run(connected(tmp_path / "qmp", os.getppid()))
+
+
+# -- what it answers --------------------------------------------------------------------------------------------------
+
+QUERIES = [value for value in vars(replies).values() if isinstance(value, Query) and value.command]
+GOOD: dict[str, object] = {
+    "query-version": {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": "Debian"},
+    "query-commands": [{"name": "migrate"}],
+    "query-machines": [{"name": "pc-q35-10.0", "cpu-max": 255}],
+    "query-qmp-schema": [{"name": "MigMode", "meta-type": "enum", "values": ["normal"]}, {"name": "x"}],
+    "query-status": {"status": "running", "running": True},
+    "query-cpus-fast": [{"qom-path": "/machine/unattached/device[0]"}],
+    "query-cpu-model-expansion": {"model": {"name": "max", "props": {"aes": True, "vendor": "x", "level": 7}}},
+    "query-tpm": [{"id": "tpm0", "model": "tpm-tis", "options": {"type": "emulator", "data": {}}}],
+    "query-current-machine": {"wakeup-suspend-support": True},
+    "query-pci": [{"bus": 0, "devices": [{"bus": 0, "slot": 1, "function": 0, "qdev_id": "net0"}]}],
+    "qom-list": [{"name": "net0", "type": "child<virtio-net-pci>"}],
+    "query-memdev": [{"id": "cpr-ram", "size": 4096, "share": True}],
+    "query-named-block-nodes": [{"drv": "raw", "file": "/x", "node-name": "n", "image": {"virtual-size": 1}}],
+    "query-jobs": [{"id": "job0"}],
+    "query-replay": {"mode": "none"},
+    "query-colo-status": {"mode": "none"},
+    "query-migrate-capabilities": [{"capability": "events", "state": True}],
+    "query-migrate-parameters": {"mode": "normal", "max-bandwidth": 1},
+    "query-migrate": {"status": "completed", "blocked-reasons": []},
+    "add-fd": {"fdset-id": 1, "fd": 7},
+}
+PROPERTIES = {
+    "QOM_TEXT": "x",
+    "QOM_TEXTS": ["x"],
+    "QOM_FLAG": True,
+    "QOM_NUMBER": 1,
+    "QOM_FEATURE_WORDS": [{"cpuid-input-eax": 1, "cpuid-register": "EDX", "features": 7}],
+}
+
+
+def good(query: Query[Any]) -> object:
+    names = {id(value): name for name, value in vars(replies).items()}
+    return PROPERTIES[names[id(query)]] if query.command == "qom-get" else GOOD[query.command]
+
+
+def mutations(value: object) -> list[object]:
+    """``value`` with each of its parts replaced by what QEMU would never say there, or left out."""
+    wrong: list[object] = [None, [], {}, "", -1, 1.5, 1 << 64, 1 << 70, True, [[]], [{}], {"a": {}}, "x" * 5000, "\0"]
+    match value:
+        case dict():
+            without = [{key: kept for key, kept in value.items() if key != gone} for gone in value]
+            deeper = [{**value, key: changed} for key, inner in value.items() for changed in mutations(inner)]
+            return [*wrong, *without, *deeper]
+        case list():
+            return [*wrong, *([changed] for inner in value for changed in mutations(inner))]
+        case _:
+            return wrong
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.command)
+def test_an_answer_is_read_or_refused(query: Query[Any]) -> None:
+    assert query.read(json.dumps(good(query)).encode()) is not None
+    refused = 0
+    for changed in mutations(good(query)):
+        try:
+            text = str(query.read(json.dumps(changed).encode()))
+        except UnreadableReplyError as error:
+            refused += 1
+            assert str(error).isprintable()
+        else:
+            assert text.isprintable()
+            assert len(text) < 10_000
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (b'{"status": "running", "x": "\\ud800"}', "surrogate|truncated|malformed"),
+        (b'{"status": NaN}', "malformed"),
+        (b"[" * 100_000, "recursion|array"),
+        (b'{"status": 1e999}', "out of range"),
+        (b'{"status": "\xff"}', "utf-8"),
+        (b'{"status": "x"', "truncated"),
+    ],
+)
+def test_an_answer_that_is_no_json_is_refused(said: bytes, why: str) -> None:
+    with pytest.raises(UnreadableReplyError, match=why):
+        replies.STATUS.read(said)
+
+
+def test_sizes_are_those_that_can_be_stored() -> None:
+    too_large = json.dumps([{"image": {"virtual-size": 1 << 70}}]).encode()
+    with pytest.raises(UnreadableReplyError, match=r"virtual-size"):
+        replies.BLOCK_NODES.read(too_large)
+
+
+def test_an_answer_of_another_shape_names_its_command_and_its_vm(tmp_path: Path) -> None:
+    with pytest.raises(QemuFailed, match="an answer to query-status that makes no sense") as caught:
+        talk(tmp_path / "qmp", lambda qmp: qmp.ask(replies.STATUS), answer=[1])
+    assert caught.value.vm == "web1"
+
+
+def test_a_message_that_cannot_be_read_ends_that_connection(tmp_path: Path) -> None:
+    for number, said in enumerate((b"nonsense\n", b"[" * 100_000 + b"\n", b'{"id": 7}\n', b'{"error": 5}\n')):
+        with pytest.raises(QemuFailed, match="went away during query-status"):
+            talk(tmp_path / str(number), lambda qmp: qmp.ask(replies.STATUS), said)
+
+
+def test_a_message_without_end_is_bounded(tmp_path: Path) -> None:
+    endless = b"x" * (8 << 20)
+    with pytest.raises(QemuFailed, match="went away during query-status"):
+        talk(tmp_path / "qmp", lambda qmp: qmp.ask(replies.STATUS), endless)
+
+
+def test_the_wait_for_ones_turn_counts(tmp_path: Path) -> None:
+    """Commands go one at a time: behind one that is not answered, others must not wait longer than they may."""
+
+    async def act() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(raw(GREETING))
+            await reader.read(65536)
+            writer.write(raw({"return": {}}))
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
+            qmp = await Qmp.connect("web1", tmp_path / "qmp", 20.0)
+            first = asyncio.create_task(qmp.execute("stop", timeout_s=20.0))
+            await asyncio.sleep(0)
+            with pytest.raises(QemuFailed, match="did not answer query-status within 0 s"):
+                await qmp.ask(replies.STATUS, timeout_s=0.1)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            await qmp.close()
+
+    asyncio.run(act())
+
+
+# -- what it tells of ---------------------------------------------------------------------------------------------------
+
+
+def heard(path: Path, *said: Said) -> Event:
+    """The STOP that comes with these before the answer to a command."""
+
+    async def act(qmp: Qmp) -> Event:
+        with qmp.expecting("STOP") as stopped:
+            await qmp.execute("stop")
+            return await stopped
+
+    event: Event = talk(path, act, *said)
+    return event
+
+
+def test_an_event_has_the_time_that_qemu_says(tmp_path: Path) -> None:
+    at = int(time.time())
+    assert heard(tmp_path / "qmp", event("RESUME"), event("STOP", {"seconds": at, "microseconds": 250_000})).at == at + 0.25
+
+
+@pytest.mark.parametrize(
+    ("stamp", "why"),
+    [
+        ({"seconds": 0, "microseconds": 0}, "STOP was -[0-9]+ s from now, which can't be"),
+        ({"seconds": 1 << 39, "microseconds": 0}, r"STOP was \+[0-9]+ s from now, which can't be"),
+        ({"seconds": -1, "microseconds": -1}, "can't be"),
+        ({"seconds": 1e300, "microseconds": 0}, "told of STOP in a way that makes no sense"),
+        ({"seconds": 1 << 70, "microseconds": 0}, "makes no sense"),
+        ({"seconds": 1}, "makes no sense"),
+        (5, "makes no sense"),
+    ],
+)
+def test_an_event_of_a_time_that_cannot_be_is_qemus_failure(tmp_path: Path, stamp: object, why: str) -> None:
+    with pytest.raises(QemuFailed, match=why) as caught:
+        heard(tmp_path / "qmp", event("STOP", stamp))
+    assert caught.value.vm == "web1"
+
+
+def test_the_end_of_a_migration_is_told_with_its_status(tmp_path: Path) -> None:
+    async def act(qmp: Qmp) -> str:
+        with qmp.expecting("MIGRATION", lambda event: event.status == "completed") as ended:
+            await qmp.execute("migrate")
+            return (await ended).status
+
+    said = (event("MIGRATION", status="active"), event("MIGRATION", status="completed"))
+    assert talk(tmp_path / "qmp", act, *said) == "completed"
+    with pytest.raises(QemuFailed, match="MIGRATION in a way that makes no sense"):
+        talk(tmp_path / "again", act, event("MIGRATION", status=7))
+
+
+def test_events_in_a_loop_are_told_now_and_then_and_kept_by_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them costs core a look at the VM; pvpanic's, which a guest may cause in a loop, costs it nothing."""
+    monkeypatch.setattr(module, "REPEAT_S", 0.01)
+    told: list[str] = []
+
+    async def act(qmp: Qmp) -> int:
+        again = asyncio.Event()
+
+        def sink(name: str) -> None:
+            told.append(name)
+            if told.count("STOP") == 2:
+                again.set()
+
+        qmp.on_event(sink)
+        await qmp.execute("stop")
+        await again.wait()
+        return qmp.dropped
+
+    flood = raw(event("GUEST_CRASHLOADED")) * 20_000 + raw(event("STOP")) * 20_000
+    assert talk(tmp_path / "qmp", act, flood) == 20_000
+    assert told.count("STOP") < 200
+    assert "GUEST_CRASHLOADED" not in told
+
+
+def test_others_get_their_turn_while_one_floods(tmp_path: Path) -> None:
+    """By turns of the loop, not by time: between the flood's first message and its end others had many."""
+
+    async def act(qmp: Qmp) -> int:
+        turns = 0
+        done = asyncio.create_task(qmp.execute("stop"))
+        while not done.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return turns
+
+    assert talk(tmp_path / "qmp", act, raw(event("X")) * 10_000) > 10_000 / module.MESSAGES_PER_TURN

@@ -30,7 +30,7 @@ class ProcessRunner(BaseRunner):
 
 
 class ProcessPlace(QemuPlace):
-    async def pid(self) -> int:
+    async def _main_pid(self) -> int:
         try:
             pid, started = (self._files.directory(self._place) / "pid").read_text().split()
         except (OSError, ValueError):

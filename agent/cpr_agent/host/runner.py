@@ -31,8 +31,9 @@ SECOND = ":b"
 class Programs(NamedTuple):
     """The parts of vm/ and store/ that a runner needs. The daemon hands them in, so that this layer imports neither."""
 
-    connect: Callable[[str, Path, float], Awaitable[Qemu]]
-    """Connect to the QEMU of a VM at a socket, within so many seconds. Raises QemuFailed."""
+    connect: Callable[[str, Path, float, Launch | None, int], Awaitable[Qemu]]
+    """Connect to the QEMU of a VM at a socket, within so many seconds: the one that was started so and has this PID. Raises
+    QemuFailed."""
     read_launch: Callable[[bytes], Launch]
     """Raises msgspec.MsgspecError."""
     ticket: str
@@ -60,11 +61,17 @@ class QemuPlace(ABC):
     async def kill(self) -> None: ...
 
     @abstractmethod
-    async def pid(self) -> int: ...
+    async def _main_pid(self) -> int: ...
+
+    async def pid(self) -> int:
+        pid = self._files.pids[self._place] = await self._main_pid()
+        return pid
 
     async def connect(self, timeout_s: float) -> Qemu:
-        path = self._files.directory(self._place) / "agent.sock"
-        return await self._files.programs.connect(self._vm, path, timeout_s)
+        files, place = self._files, self._place
+        pid = files.pids.get(place) or await self.pid()
+        path = files.directory(place) / "agent.sock"
+        return await files.programs.connect(self._vm, path, timeout_s, files.launch(place), pid)
 
     async def wait_exit(self, timeout_s: float) -> bool:
         """By pidfd, which works for processes that are not our children, and leaves no room for PID reuse."""
@@ -100,6 +107,8 @@ class RunFiles:
 
     def __init__(self, run_dir: Path, log_dir: Path, programs: Programs) -> None:
         self.programs = programs
+        self.pids: dict[str, int] = {}
+        """By place, as last asked for: a guest may wait for a second question."""
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._in_second = {path.name for path in (run_dir / "second").glob("*")}
@@ -154,6 +163,7 @@ class RunFiles:
     def write_ticket(self, launch: Launch, place: str) -> None:
         """Leave the ticket and the agent's own record, which end with this boot. The log file is made here: its directory
         is not the VM's."""
+        self.pids.pop(place, None)
         directory = self.directory(place)
         launch = replace(launch, sockets={str(directory / Path(path).name): fd for path, fd in launch.sockets.items()})
         directory.mkdir(parents=True, exist_ok=True, mode=0o755)

@@ -178,7 +178,7 @@ class UnitPlace(QemuPlace):
         self._unit = _unit(place)
         self._systemd = systemd
 
-    async def pid(self) -> int:
+    async def _main_pid(self) -> int:
         return self._systemd.main_pid(self._unit)
 
     async def start(self, launch: Launch) -> None:

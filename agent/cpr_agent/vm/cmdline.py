@@ -221,6 +221,16 @@ def tap_devices(argv: Sequence[str]) -> list[str]:
     return [net["ifname"] for net in map(keyed, option(argv, "-netdev", "-nic", "-net")) if net.get("ifname")]
 
 
+def listening_sockets(argv: Sequence[str]) -> dict[str, str]:
+    """Paths of the Unix sockets at which QEMU listens by its command line, by the names of their character devices; those
+    without a name by their paths. The agent's own are handed over as descriptors, and have no path here."""
+    chardevs = [(one.get("id", ""), one) for one in map(keyed, option(argv, "-chardev")) if one.get("path")]
+    unnamed = option(argv, "-serial", "-parallel", "-monitor", "-qmp", "-qmp-pretty", "-gdb")
+    chardevs += [("", keyed(f"path={value.removeprefix('unix:')}")) for value in unnamed if value.startswith("unix:")]
+    found = [(name or one["path"], one["path"]) for name, one in chardevs if one.get("server", "off") in ("", "on")]
+    return {name: path for name, path in found if path.startswith("/")}
+
+
 def firmware_files(argv: Sequence[str]) -> list[str]:
     """What holds the VM's firmware and its variables, where the admin named it by its whole path."""
     files = option(argv, "-bios", "-pflash")

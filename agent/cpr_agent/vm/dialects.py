@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from cpr_agent.errors import QemuFailed, SaveFailed
 from cpr_agent.vm.qmp import Qmp, QmpRefused
+from cpr_agent.vm.replies import ADD_FD, CAPABILITIES, COMMANDS, PARAMETERS, SCHEMA
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
 CONFLICTING = ("postcopy-ram", "background-snapshot", "x-colo", "multifd", "mapped-ram")
@@ -50,8 +51,7 @@ class CprReboot(Dialect):
 
     async def transfers(self, qmp: Qmp) -> bool:
         """Whether it can hand its guest over to another QEMU beside it (cpr-transfer); only the schema tells."""
-        schema = await qmp.execute("query-qmp-schema")
-        return any("cpr-transfer" in entity.get("values", ()) for entity in schema)
+        return any("cpr-transfer" in entity.values for entity in await qmp.ask(SCHEMA))
 
     async def prepare_transfer(self, qmp: Qmp) -> None:
         """For handing a guest over, and for taking one: only where it ``transfers``. ``prepare`` takes it back."""
@@ -114,18 +114,17 @@ class CprSave(Dialect):
 
 async def fdset(qmp: Qmp, fd: int) -> str:
     """A path by which QEMU opens ``fd``, whatever it may open itself."""
-    added = await qmp.execute("add-fd", fd=fd)
-    return f"/dev/fdset/{added['fdset-id']}"
+    added = await qmp.ask(ADD_FD, fd=fd)
+    return f"/dev/fdset/{added.fdset_id}"
 
 
 async def choose(qmp: Qmp) -> Dialect:
     """Raises QemuFailed if it has none."""
-    commands = {command["name"] for command in await qmp.execute("query-commands")}
+    commands = {command.name for command in await qmp.ask(COMMANDS)}
     if {"cpr-save", "cpr-load"} <= commands:
         return CprSave()
-    capabilities = {one["capability"] for one in await qmp.execute("query-migrate-capabilities")}
-    if "x-ignore-shared" not in capabilities:
+    if "x-ignore-shared" not in {one.capability for one in await qmp.ask(CAPABILITIES)}:
         what = "this QEMU cannot leave RAM in place (no x-ignore-shared)"
         raise QemuFailed(what, vm=qmp.vm, remedy="use QEMU 5.0 or newer")
     # The parameter came together with its value cpr-reboot (QEMU 8.2, migration/options.c).
-    return CprReboot() if "mode" in await qmp.execute("query-migrate-parameters") else IgnoreShared()
+    return CprReboot() if (await qmp.ask(PARAMETERS)).mode is not None else IgnoreShared()

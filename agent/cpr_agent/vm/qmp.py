@@ -1,77 +1,199 @@
-"""A QMP connection: bounded in time, safe for descriptors, and honest about its end.
+"""A QMP connection: bounded in time, in memory and in what it believes; safe for descriptors; honest about its end.
 
-qemu.qmp has no timeouts of its own and its listeners stay silent after EOF (FACTS.md); this adds both.
+qemu.qmp has no timeouts of its own, keeps every event for ever, and takes any JSON for an answer (FACTS.md). Here a message
+is bounded and decoded into types, events are handled as they come and kept by none, and what a QEMU says too often or
+wrongly costs that QEMU alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeVar
 
+import msgspec
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
+from qemu.qmp.error import ProtocolError
 from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from cpr_agent.errors import QemuFailed
+from cpr_agent.handles import socket_at, uid_of
+from cpr_agent.text import printable
+from cpr_agent.vm.replies import EVENT_DATA, MESSAGE, TIMESTAMP, Query, UnreadableReplyError
+
+T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 30.0
 """QEMU answers in milliseconds; only a stuck one, or a host in deep trouble, needs more than this."""
+CLOSE_TIMEOUT_S = 5.0
 ATTEMPTS = 5
 """At a connection that an event disturbs, of which a QEMU has few as it comes up."""
-
-Event = dict[str, Any]
+MAX_MESSAGE_BYTES = 1 << 20
+"""The longest answer, of query-qmp-schema, has 200 to 300 KB; asyncio buffers twice this."""
+MESSAGES_PER_TURN = 64
+"""After so many in one go the event loop gets its turn, however many more are waiting."""
+EVENTS = frozenset({"STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION"})
+"""Events that tell something to the agent. All others are dropped: a guest can cause some of them in a loop (pvpanic)."""
+GONE = "GONE"
+"""Told once, when the connection has ended."""
+REPEAT_S = 0.2
+"""An event that comes again within this time is told once more, at the end of it."""
+CLOCK_SLACK_S = 5.0
+"""An event cannot be older than the wait for it, nor from the future, by more than this."""
+_PEER = struct.Struct("iII")
+"""struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)."""
 
 
 class QmpRefused(QemuFailed):
     """QEMU understood the command and said no."""
 
 
+class Event(NamedTuple):
+    """``problem``: why what QEMU said of the event can't be true, "" if it can."""
+
+    name: str
+    at: float
+    """Epoch seconds."""
+    status: str
+    """Of MIGRATION."""
+    problem: str = ""
+
+
+class _Wait(NamedTuple):
+    """Somebody waits for the first event that ``fits``, since ``began`` (s of the monotonic clock)."""
+
+    fits: Callable[[Event], bool]
+    future: asyncio.Future[Event]
+    began: float
+
+
 class _Client(QMPClient):
-    """One whose hooks for messages do not write each of them out, indented, for a log that nobody reads: that takes as long
-    as all else that is done for it, and guests wait."""
+    """QMPClient with messages that are decoded by ``replies.MESSAGE``: an answer stays bytes until its type is known.
+
+    ``heard`` gets each event of EVENTS. The parent's own listeners get none: they keep all.
+    """
+
+    def __init__(self, vm: str, heard: Callable[[Event], None]) -> None:
+        super().__init__(vm)
+        self.readbuflen = MAX_MESSAGE_BYTES
+        self.dropped = 0
+        """Events that tell nothing to the agent."""
+        self._heard = heard
+        self._in_turn = 0
+        self.logger.disabled = True  # its errors reach us as exceptions
+
+    @property
+    def peer(self) -> int:
+        """PID of the process that listens at the other end: the one that called listen()."""
+        endpoint = self._writer.get_extra_info("socket") if self._writer else None
+        if endpoint is None:
+            return 0
+        pid, _, _ = _PEER.unpack(endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+        return int(pid)
 
     def _cb_outbound(self, msg: Message) -> Message:
-        return msg
+        return msg  # the parent formats each for a log, which takes as long as all else that is done for it
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
+
+    async def _do_recv(self) -> Message:
+        while True:
+            self._in_turn += 1
+            if self._in_turn % MESSAGES_PER_TURN == 0:
+                await asyncio.sleep(0)
+            line = await self._readline()
+            try:
+                envelope = MESSAGE.read(line)
+            except UnreadableReplyError as error:
+                raise ProtocolError(f"a message that can't be read: {error}") from error
+            if envelope.event and envelope.event not in EVENTS and self.runstate is Runstate.RUNNING:
+                self.dropped += 1
+                continue
+            if envelope.event:
+                heard = _event(envelope.event, envelope.timestamp, envelope.data)
+                return Message({"event": envelope.event, "decoded": heard}, eager=False)
+            message: dict[str, object] = {} if envelope.id is None else {"id": envelope.id}
+            if bytes(envelope.answer):
+                message["return"] = envelope.answer
+            if envelope.error:
+                message["error"] = {"class": envelope.error.class_, "desc": envelope.error.desc}
+            if bytes(envelope.QMP):
+                message["QMP"] = _greeting(envelope.QMP)
+            return Message(message, eager=False)
+
+    async def _on_message(self, msg: Message) -> None:
+        if isinstance(event := msg.get("decoded"), Event):
+            self._heard(event)
+        else:
+            await super()._on_message(msg)
+
+
+def _greeting(raw: msgspec.Raw) -> object:
+    """The parent looks at its shape."""
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError("a greeting that can't be read") from error
+
+
+def _event(name: str, timestamp: msgspec.Raw, data: msgspec.Raw) -> Event:
+    try:
+        status = EVENT_DATA.read(data).status if name == "MIGRATION" else ""
+        return Event(name, TIMESTAMP.read(timestamp).epoch_s, status)
+    except UnreadableReplyError as error:
+        return Event(name, 0.0, "", f"QEMU told of {name} in a way that makes no sense: {error}")
 
 
 class Qmp:
     """One connection to one QEMU. Create it by ``connect``."""
 
-    def __init__(self, vm: str, client: QMPClient) -> None:
+    def __init__(self, vm: str) -> None:
         self.vm = vm
-        self._client = client
+        self._client = _Client(vm, self._hear)
         self._lock = asyncio.Lock()
-        self._waiters: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = []
+        self._waits: list[_Wait] = []
         self._sinks: list[Callable[[str], None]] = []
+        self._told: set[str] = set()
+        self._again: set[str] = set()
         self._gone = False
-        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._watch())]
+        self._watching: asyncio.Task[None] | None = None
 
     @classmethod
-    async def connect(cls, vm: str, path: Path, timeout_s: float) -> Qmp:
-        """Connect and negotiate. Raises QemuFailed: nobody listens, no greeting in time, or not QMP at all."""
+    async def connect(cls, vm: str, path: Path, timeout_s: float, pid: int = 0) -> Qmp:
+        """Connect and negotiate, with no other process than ``pid`` if there is one. Raises QemuFailed: nobody listens, no
+        greeting in time, somebody else's socket, or not QMP at all."""
         try:
             async with asyncio.timeout(timeout_s):
-                client = await _connected(vm, path)
+                qmp = await _connected(vm, path, pid)
         except TimeoutError:
             raise QemuFailed(
                 f"QEMU did not greet on {path} within {timeout_s:.0f} s", vm=vm, remedy="another client may hold it"
             ) from None
         except (ConnectError, QMPError, OSError) as error:
             raise QemuFailed(f"no QMP on {path}: {_reason(error)}", vm=vm) from error
-        return cls(vm, client)
+        if pid and (peer := qmp._client.peer) != pid:
+            await qmp.close()
+            raise QemuFailed(f"the socket {path} is not its QEMU's: process {peer} listens there, not {pid}", vm=vm)
+        return qmp
 
     def on_event(self, sink: Callable[[str], None]) -> None:
-        """``sink`` gets the name of each event, and ``"GONE"`` once at the end."""
+        """``sink`` gets the name of each event of EVENTS, at most every REPEAT_S, and GONE once at the end."""
         self._sinks.append(sink)
 
     @property
     def gone(self) -> bool:
         return self._gone
+
+    @property
+    def dropped(self) -> int:
+        """How many events were dropped since the connection began."""
+        return self._client.dropped
 
     async def execute(
         self,
@@ -80,35 +202,72 @@ class Qmp:
         *,
         fd: int | None = None,
         timeout_s: float = COMMAND_TIMEOUT_S,
-    ) -> Any:
-        """Run one command; ``fd`` travels with it (SCM_RIGHTS). Raises QmpRefused, QemuFailed."""
-        async with self._lock:  # one at a time, so that a descriptor can't reach another command
-            try:
-                async with asyncio.timeout(timeout_s):
-                    if fd is not None:
-                        self._client.send_fd_scm(fd)
-                    return await self._client.execute(command, arguments)
-            except ExecuteError as error:
-                raise QmpRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
-            except TimeoutError:
-                raise QemuFailed(f"QEMU did not answer {command} within {timeout_s:.0f} s", vm=self.vm) from None
-            except (QMPError, OSError) as error:
-                raise QemuFailed(f"QEMU went away during {command}: {_reason(error)}", vm=self.vm) from error
+    ) -> None:
+        """Run one command whose answer says no more than that it was done. Raises as ``ask``."""
+        await self._raw(command, arguments, fd, timeout_s)
+
+    async def ask(
+        self,
+        query: Query[T],
+        arguments: dict[str, object] | None = None,
+        *,
+        fd: int | None = None,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> T:
+        """Run one command; ``fd`` travels with it (SCM_RIGHTS). Raises QmpRefused; QemuFailed, also for an answer that is
+        none to this query."""
+        raw = await self._raw(query.command, arguments, fd, timeout_s)
+        try:
+            return query.read(raw)
+        except UnreadableReplyError as error:
+            raise QemuFailed(f"QEMU gave an answer to {query.command} that makes no sense: {error}", vm=self.vm) from error
+
+    async def ask_optional(self, query: Query[T], absent: T, arguments: dict[str, object] | None = None) -> T:
+        """The answer of a command or a property that this QEMU may lack."""
+        try:
+            return await self.ask(query, arguments)
+        except QmpRefused:
+            return absent
+
+    async def property(self, query: Query[T], path: str, name: str, absent: T | None = None) -> T:
+        """``name`` of the QOM object at ``path``; ``absent``, if it is not None, where there is none."""
+        arguments: dict[str, object] = {"path": path, "property": name}
+        return await (self.ask(query, arguments) if absent is None else self.ask_optional(query, absent, arguments))
+
+    async def _raw(
+        self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
+    ) -> msgspec.Raw:
+        try:
+            # One at a time, so that a descriptor can't reach another command; and the wait for that counts.
+            async with asyncio.timeout(timeout_s), self._lock:
+                if fd is not None:
+                    self._client.send_fd_scm(fd)
+                answer = await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise QmpRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
+        except TimeoutError:
+            raise QemuFailed(f"QEMU did not answer {command} within {timeout_s:.0f} s", vm=self.vm) from None
+        except (QMPError, OSError) as error:
+            raise QemuFailed(f"QEMU went away during {command}: {_reason(error)}", vm=self.vm) from error
+        if not isinstance(answer, msgspec.Raw):
+            raise QemuFailed(f"QEMU gave no answer to {command}", vm=self.vm)
+        return answer
 
     @contextlib.contextmanager
-    def expecting(self, predicate: Callable[[Event], bool]) -> Iterator[asyncio.Future[Event]]:
-        """A future for the first event that fits; enter before the command that causes it."""
+    def expecting(self, name: str, fits: Callable[[Event], bool] = lambda _: True) -> Iterator[asyncio.Future[Event]]:
+        """A future for the first event ``name`` that ``fits``; enter before the command that causes it. It raises
+        QemuFailed if QEMU says what can't be true of it."""
         future: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-        entry = (predicate, future)
-        self._waiters.append(entry)
+        wait = _Wait(lambda event: event.name == name and (bool(event.problem) or fits(event)), future, time.monotonic())
+        self._waits.append(wait)
         if self._gone:
             future.set_exception(QemuFailed("QEMU is gone", vm=self.vm))
         try:
             yield future
         finally:
-            self._waiters.remove(entry)
+            self._waits.remove(wait)
             if future.done() and not future.cancelled():
-                future.exception()  # taken note of, even if nobody waited
+                future.exception()  # a failure that the caller did not wait for is known by now
             future.cancel()
 
     async def quit(self) -> None:
@@ -117,65 +276,91 @@ class Qmp:
             await self.execute("quit")
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         with contextlib.suppress(Exception):  # after the peer's end disconnect() raises what ended it
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._client.disconnect()
 
-    async def _pump(self) -> None:
-        async for event in self._client.events:
-            message = dict(event)
-            for predicate, future in list(self._waiters):
-                if not future.done() and predicate(message):
-                    future.set_result(message)
-            for sink in self._sinks:
-                sink(str(message.get("event")))
+    async def open(self, path: Path, pid: int) -> None:
+        """Raises what qemu.qmp raises."""
+        try:
+            if pid:
+                with socket_at(path, uid_of(pid)) as address:
+                    await self._client.connect(address)
+            else:
+                await self._client.connect(str(path))
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):
+                await self._client.disconnect()
+            raise
+        self._watching = asyncio.create_task(self._watch())
+
+    def _hear(self, event: Event) -> None:
+        for wait in self._waits:
+            if not wait.future.done() and wait.fits(event):
+                if problem := event.problem or _time_problem(event, wait.began):
+                    wait.future.set_exception(QemuFailed(problem, vm=self.vm))
+                else:
+                    wait.future.set_result(event)
+        self._tell(event.name)
+
+    def _tell(self, name: str) -> None:
+        """At once; but a second time only when REPEAT_S have passed, for all that came meanwhile."""
+        if self._gone:
+            return
+        if name in self._told:
+            self._again.add(name)
+            return
+        self._told.add(name)
+        asyncio.get_running_loop().call_later(REPEAT_S, self._may_tell_again, name)
+        for sink in self._sinks:
+            sink(name)
+
+    def _may_tell_again(self, name: str) -> None:
+        self._told.discard(name)
+        if name in self._again:
+            self._again.discard(name)
+            self._tell(name)
 
     async def _watch(self) -> None:
         while self._client.runstate == Runstate.RUNNING:
             await self._client.runstate_changed()
         self._gone = True
-        for _, future in self._waiters:
-            if not future.done():
-                future.set_exception(QemuFailed("QEMU went away", vm=self.vm))
+        for wait in self._waits:
+            if not wait.future.done():
+                wait.future.set_exception(QemuFailed("QEMU went away", vm=self.vm))
         for sink in self._sinks:
-            sink("GONE")
+            sink(GONE)
 
 
-async def _connected(vm: str, path: Path) -> QMPClient:
+def _time_problem(event: Event, began: float) -> str:
+    """By both clocks, so that a step of the host's own time is no lie of QEMU's."""
+    now = time.time()
+    earliest, latest = now - (time.monotonic() - began) - CLOCK_SLACK_S, now + CLOCK_SLACK_S
+    if earliest <= event.at <= latest:
+        return ""
+    return f"QEMU says that {event.name} was {event.at - now:+.0f} s from now, which can't be"
+
+
+async def _connected(vm: str, path: Path, pid: int) -> Qmp:
     """A QEMU that comes up can tell of an event, such as RESUME, where qemu.qmp expects its greeting, or the answer to
     qmp_capabilities: asked anew it has both."""
-    for _ in range(ATTEMPTS - 1):
+    for attempt in range(ATTEMPTS):
+        qmp = Qmp(vm)
         try:
-            return await _negotiated(vm, path)
+            await qmp.open(path, pid)
         except ConnectError as error:
-            if not isinstance(error.exc, (GreetingError, NegotiationError)):
+            if not isinstance(error.exc, (GreetingError, NegotiationError)) or attempt == ATTEMPTS - 1:
                 raise
-    return await _negotiated(vm, path)
-
-
-async def _negotiated(vm: str, path: Path) -> QMPClient:
-    client = _Client(vm)
-    client.logger.disabled = True  # its errors reach us as exceptions
-    try:
-        await client.connect(str(path))
-    except asyncio.CancelledError:
-        with contextlib.suppress(Exception):
-            await client.disconnect()
-        raise
-    return client
+        else:
+            return qmp
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, ExecInterruptedError):
         return "it closed the connection"
     inner = getattr(error, "exc", None) or error
-    return f"{type(inner).__name__}: {inner}" if str(inner) else type(inner).__name__
-
-
-def event_time(event: Event) -> float:
-    """When QEMU says the event happened, in epoch seconds."""
-    stamp = event["timestamp"]
-    return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
+    return printable(f"{type(inner).__name__}: {inner}" if str(inner) else type(inner).__name__, 500)

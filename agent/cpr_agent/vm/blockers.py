@@ -1,0 +1,67 @@
+"""Why a guest can't be saved now, as QMP tells it. Every question here leaves QEMU as it is."""
+
+from __future__ import annotations
+
+from cpr_agent.core.model import Launch
+from cpr_agent.vm.dialects import CONFLICTING
+from cpr_agent.vm.qmp import Qmp
+from cpr_agent.vm.replies import (
+    CAPABILITIES,
+    COLO,
+    JOBS,
+    MEMORY_BACKENDS,
+    MIGRATION,
+    QOM_FLAG,
+    QOM_TEXT,
+    REPLAY,
+    MemoryBackend,
+    Migration,
+    Mode,
+)
+
+UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling")
+_NO_MODE = Mode(mode="none")
+
+
+async def save_blockers(qmp: Qmp, launch: Launch) -> list[str]:
+    reasons = await memory_blockers(qmp, launch)
+    capabilities = {one.capability for one in await qmp.ask(CAPABILITIES) if one.state}
+    reasons += [f"the migration capability {name} is on" for name in CONFLICTING if name in capabilities]
+    if (await qmp.ask(REPLAY)).mode != "none":
+        reasons.append("QEMU records or replays the guest (-icount rr=), which a save would break")
+    if (await qmp.ask_optional(COLO, _NO_MODE)).mode != "none":
+        reasons.append("the VM is part of a COLO pair")
+    reasons += [f"block or snapshot job {job.id} is running" for job in await qmp.ask(JOBS)]
+    return reasons + migration_blockers(await qmp.ask(MIGRATION))
+
+
+def migration_blockers(migration: Migration) -> list[str]:
+    """QEMU's own, which are those of the migration mode that is set."""
+    return ["a migration is already under way"] if migration.status in UNDER_WAY else list(migration.blocked_reasons)
+
+
+async def memory_blockers(qmp: Qmp, launch: Launch) -> list[str]:
+    """RAM that a save would lose or copy: private, unnamed, or freed by a clean exit."""
+    backends = await qmp.ask(MEMORY_BACKENDS)
+    sizes = {one.object_id: one.size_bytes for one in launch.memory}
+    there = {backend.id for backend in backends}
+    reasons = [f"its RAM is not in the memory backend {name}" for name in sizes if name not in there]
+    for backend in backends:
+        reasons += await _backend_blockers(qmp, backend, sizes)
+    return reasons
+
+
+async def _backend_blockers(qmp: Qmp, backend: MemoryBackend, sizes: dict[str, int]) -> list[str]:
+    name = f"memory backend {backend.id or '?'}"
+    path = f"/objects/{backend.id}"
+    if not backend.share:
+        return [f"{name} is private (share=off): all of it would go to the state file"]
+    if (kind := await qmp.property(QOM_TEXT, path, "type", "")) != "memory-backend-file":
+        return [f"{name} has no name outside QEMU ({kind}): it would die with QEMU"]
+    if backend.id not in sizes:
+        return [f"{name} is not one that the agent put there and can prove"]
+    if await qmp.property(QOM_FLAG, path, "discard-data", absent=False):
+        return [f"{name} has discard-data=on: QEMU would free the RAM when it exits"]
+    if backend.size != sizes[backend.id]:
+        return [f"{name} has {backend.size} bytes, not {sizes[backend.id]}"]
+    return []

@@ -1,0 +1,132 @@
+"""The facts of a QEMU that a saved guest depends on: its version, its machine, its CPUs, its TPM."""
+
+from __future__ import annotations
+
+import re
+
+from msgspec.structs import replace
+
+from cpr_agent.core.model import CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
+from cpr_agent.vm.cmdline import cpu_model, firmware_files
+from cpr_agent.vm.qmp import Qmp
+from cpr_agent.vm.replies import (
+    BLOCK_NODES,
+    CPUS,
+    MACHINES,
+    MODEL_EXPANSION,
+    QOM_FEATURE_WORDS,
+    QOM_TEXT,
+    QOM_TEXTS,
+    TPMS,
+    VERSION,
+    ModelExpansion,
+)
+
+
+async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFacts:
+    """All but its disks; of firmware files the paths alone, which are those of its command line."""
+    cpu = await _cpu(qmp)
+    return QemuFacts(
+        version=version,
+        machine_type=await _machine_type(qmp),
+        dialect=dialect,
+        cpu=replace(cpu, features=await _features(qmp, launch)) if cpu.words else cpu,
+        tpm=await _tpm(qmp),
+        firmware=tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.argv)),
+    )
+
+
+async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> list[Difference]:
+    """What a guest that was saved in ``was`` would miss of its machine."""
+    out = []
+    if (machine := await _machine_type(qmp)) != was.machine_type:
+        out.append(Difference("machine type", was.machine_type, machine))
+    if (tpm := await _tpm(qmp)) != was.tpm:
+        out.append(Difference("TPM", ", ".join(was.tpm) or "none", ", ".join(tpm) or "none"))
+    cpu = await _cpu(qmp)
+    if was.cpu.count and cpu.count != was.cpu.count:
+        out.append(Difference("number of CPUs", str(was.cpu.count), str(cpu.count)))
+    if gone := _gone(was.cpu.words, cpu.words):
+        out.append(Difference("CPU features", await _named(qmp, gone, was.cpu, launch), "they are gone"))
+    return out
+
+
+async def remote_disk_differences(qmp: Qmp, was: QemuFacts) -> list[Difference]:
+    """Of disks that are no files of this host. Node names that QEMU makes up are others each time."""
+    remote = [disk for disk in was.disks if disk.kind == "remote"]
+    if not remote:
+        return []
+    now = {(disk.driver, disk.filename): str(disk.size_bytes) for disk in await disks(qmp)}
+    return [
+        Difference(f"{disk.filename}: size_bytes", str(disk.size_bytes), size)
+        for disk in remote
+        if (size := now.get((disk.driver, disk.filename), "missing")) != str(disk.size_bytes)
+    ]
+
+
+async def missing_machine_type(qmp: Qmp, was: QemuFacts) -> list[Difference]:
+    machines = {machine.name for machine in await qmp.ask(MACHINES)}
+    return [] if was.machine_type in machines else [Difference("machine type", was.machine_type, "not among its types")]
+
+
+async def disks(qmp: Qmp) -> list[DiskIdentity]:
+    return [
+        DiskIdentity(node=node.node_name, driver=node.drv, filename=node.file, size_bytes=node.image.virtual_size)
+        for node in await qmp.ask(BLOCK_NODES, {"flat": True})
+    ]
+
+
+async def version_of(qmp: Qmp) -> str:
+    version = await qmp.ask(VERSION)
+    package = f" ({version.package})" if version.package else ""
+    return f"{version.qemu.major}.{version.qemu.minor}.{version.qemu.micro}{package}"
+
+
+def older(was: str, now: str) -> list[Difference]:
+    if numbers(now) >= numbers(was):
+        return []
+    return [Difference("version of QEMU", f"{was} (the same or newer is good)", now)]
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """``10.0.2 (Debian 1:10.0.2+ds-2)`` as (10, 0, 2)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("(")[0])[:3])
+
+
+async def _machine_type(qmp: Qmp) -> str:
+    return (await qmp.property(QOM_TEXT, "/machine", "type")).removesuffix("-machine")
+
+
+async def _cpu(qmp: Qmp) -> CpuFacts:
+    """Of the first CPU, by what the guest's CPUID shows; all are the same model."""
+    cpus = await qmp.ask(CPUS)
+    words = await qmp.property(QOM_FEATURE_WORDS, cpus[0].qom_path, "feature-words", [])
+    named = {
+        f"{word.cpuid_input_eax:X}.{word.cpuid_input_ecx:X}.{word.cpuid_register}": word.features
+        for word in words
+        if word.features
+    }
+    return CpuFacts(count=len(cpus), words=named)
+
+
+async def _features(qmp: Qmp, launch: Launch) -> tuple[str, ...]:
+    wanted: dict[str, object] = {"type": "full", "model": cpu_model(launch.argv)}
+    return tuple(sorted((await qmp.ask_optional(MODEL_EXPANSION, ModelExpansion(), wanted)).model.features))
+
+
+async def _named(qmp: Qmp, gone: dict[str, int], was: CpuFacts, launch: Launch) -> str:
+    """Names, by what QEMU took off the model and by what the model has no more; the bits where neither knows."""
+    cpus = await qmp.ask(CPUS)
+    taken = await qmp.property(QOM_TEXTS, cpus[0].qom_path, "unavailable-features", [])
+    names = {*taken} & {*was.features} | {*was.features} - {*await _features(qmp, launch)}
+    bits = ", ".join(f"CPUID {word} {value:#x}" for word, value in gone.items())
+    return f"{', '.join(sorted(names))} ({bits})" if names else bits
+
+
+def _gone(was: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """The bits of each word that were set, and are not."""
+    return {word: missing for word, bits in was.items() if (missing := bits & ~now.get(word, 0))}
+
+
+async def _tpm(qmp: Qmp) -> tuple[str, ...]:
+    return tuple(f"{tpm.id} {tpm.model} {tpm.options.type}" for tpm in await qmp.ask_optional(TPMS, []))

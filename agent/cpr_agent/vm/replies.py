@@ -1,0 +1,276 @@
+"""The commands by which the agent asks a QEMU, and the type of each answer.
+
+A QEMU is its guest's, and may answer anything. An answer is bytes until ``Query.read`` has made a value of the right
+shape and range of it; every string in that value is printable and bounded (``cpr_agent.text``). Names and shapes are
+those of QAPI (qapi/*.json in QEMU's sources); fields that the agent has no use for are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from cpr_agent.text import Text, printable, read_text
+
+T = TypeVar("T")
+
+MAX_SIZE = (1 << 63) - 1
+"""QAPI's ``size`` has 64 bits; the manifest and D-Bus take what fits in a signed one."""
+Number = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
+Small = Annotated[int, Meta(ge=0, le=0xFFFF)]
+Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+
+
+class UnreadableReplyError(ValueError):
+    """An answer of a wrong shape or range."""
+
+
+class Query(Generic[T]):
+    """A command whose answer is of type ``T``."""
+
+    def __init__(self, command: str, answer: Any) -> None:
+        self.command = command
+        self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(answer, dec_hook=read_text)
+
+    def read(self, raw: bytes | msgspec.Raw) -> T:
+        """Raises UnreadableReplyError."""
+        try:
+            return self._decoder.decode(raw)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise UnreadableReplyError(printable(str(error), 200)) from error
+
+
+class Reply(msgspec.Struct, frozen=True, rename="kebab"):
+    """The base of all answers."""
+
+
+# -- QEMU itself ----------------------------------------------------------------------------------------------------------
+
+
+class VersionTriple(Reply, frozen=True):
+    major: Small
+    minor: Small
+    micro: Small
+
+
+class Version(Reply, frozen=True):
+    qemu: VersionTriple
+    package: Text = ""
+
+
+class Named(Reply, frozen=True):
+    """A command, or a machine type."""
+
+    name: Text
+
+
+class SchemaEntity(Reply, frozen=True):
+    """Of SchemaInfo: the values of an enumeration."""
+
+    values: list[Text] = []
+
+
+VERSION = Query[Version]("query-version", Version)
+COMMANDS = Query[list[Named]]("query-commands", list[Named])
+MACHINES = Query[list[Named]]("query-machines", list[Named])
+SCHEMA = Query[list[SchemaEntity]]("query-qmp-schema", list[SchemaEntity])
+
+
+# -- the machine ----------------------------------------------------------------------------------------------------------
+
+
+class Status(Reply, frozen=True):
+    status: Text
+
+
+class Cpu(Reply, frozen=True):
+    qom_path: Text
+
+
+class FeatureWord(Reply, frozen=True):
+    """X86CPUFeatureWordInfo."""
+
+    cpuid_input_eax: Word
+    cpuid_register: Text
+    features: Word
+    cpuid_input_ecx: Word = 0
+
+
+class ModelProperties(Reply, frozen=True):
+    props: dict[str, msgspec.Raw] = {}
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the features that are on."""
+        return [printable(name, 200) for name, value in self.props.items() if bytes(value) == b"true"]
+
+
+class ModelExpansion(Reply, frozen=True):
+    model: ModelProperties = ModelProperties()
+
+
+class TpmOptions(Reply, frozen=True):
+    type: Text
+
+
+class Tpm(Reply, frozen=True):
+    id: Text
+    model: Text
+    options: TpmOptions
+
+
+class CurrentMachine(Reply, frozen=True):
+    wakeup_suspend_support: bool = False
+
+
+class QomProperty(Reply, frozen=True):
+    name: Text
+    type: Text
+
+
+class PciDevice(Reply, frozen=True, rename=None):
+    bus: Small
+    slot: Small
+    function: Small
+    qdev_id: Text
+    pci_bridge: PciBridge | None = None
+
+
+class PciBridge(Reply, frozen=True, rename=None):
+    devices: list[PciDevice] = []
+
+
+class PciBus(Reply, frozen=True):
+    devices: list[PciDevice]
+
+
+STATUS = Query[Status]("query-status", Status)
+CPUS = Query[list[Cpu]]("query-cpus-fast", Annotated[list[Cpu], Meta(min_length=1, max_length=8192)])
+MODEL_EXPANSION = Query[ModelExpansion]("query-cpu-model-expansion", ModelExpansion)
+TPMS = Query[list[Tpm]]("query-tpm", list[Tpm])
+CURRENT_MACHINE = Query[CurrentMachine]("query-current-machine", CurrentMachine)
+PCI = Query[list[PciBus]]("query-pci", list[PciBus])
+QOM_LIST = Query[list[QomProperty]]("qom-list", list[QomProperty])
+QOM_TEXT = Query[str]("qom-get", Text)
+QOM_TEXTS = Query[list[str]]("qom-get", list[Text])
+QOM_FLAG = Query[bool]("qom-get", bool)
+QOM_NUMBER = Query[int]("qom-get", Number)
+QOM_FEATURE_WORDS = Query[list[FeatureWord]]("qom-get", list[FeatureWord])
+
+
+# -- memory and disks -----------------------------------------------------------------------------------------------------
+
+
+class MemoryBackend(Reply, frozen=True):
+    """Memdev."""
+
+    size: Number
+    share: bool = False
+    id: Text = ""
+
+
+class Image(Reply, frozen=True):
+    virtual_size: Number = 0
+
+
+class BlockNode(Reply, frozen=True):
+    """BlockDeviceInfo."""
+
+    drv: Text = ""
+    file: Text = ""
+    node_name: Text = ""
+    image: Image = Image()
+
+
+class BlockJob(Reply, frozen=True):
+    id: Text
+
+
+MEMORY_BACKENDS = Query[list[MemoryBackend]]("query-memdev", list[MemoryBackend])
+BLOCK_NODES = Query[list[BlockNode]]("query-named-block-nodes", list[BlockNode])
+JOBS = Query[list[BlockJob]]("query-jobs", list[BlockJob])
+
+
+# -- migration ------------------------------------------------------------------------------------------------------------
+
+
+class Mode(Reply, frozen=True):
+    """ReplayInfo, COLOStatus."""
+
+    mode: Text
+
+
+class Capability(Reply, frozen=True):
+    capability: Text
+    state: bool
+
+
+class Parameters(Reply, frozen=True):
+    mode: Text | None = None
+    """None where QEMU has no modes."""
+
+
+class Migration(Reply, frozen=True):
+    """MigrationInfo."""
+
+    status: Text = "none"
+    error_desc: Text = ""
+    blocked_reasons: Annotated[list[Text], Meta(max_length=256)] = []
+
+
+class FdSet(Reply, frozen=True):
+    """AddfdInfo."""
+
+    fdset_id: Number
+
+
+REPLAY = Query[Mode]("query-replay", Mode)
+COLO = Query[Mode]("query-colo-status", Mode)
+CAPABILITIES = Query[list[Capability]]("query-migrate-capabilities", list[Capability])
+PARAMETERS = Query[Parameters]("query-migrate-parameters", Parameters)
+MIGRATION = Query[Migration]("query-migrate", Migration)
+ADD_FD = Query[FdSet]("add-fd", FdSet)
+
+
+# -- what comes by itself -------------------------------------------------------------------------------------------------
+
+
+class Timestamp(Reply, frozen=True):
+    """In microseconds because QEMU says so; -1 where it could not tell (docs/interop/qmp-spec)."""
+
+    seconds: Annotated[int, Meta(ge=-1, le=1 << 40)]
+    microseconds: Annotated[int, Meta(ge=-1, le=999_999)]
+
+    @property
+    def epoch_s(self) -> float:
+        return self.seconds + self.microseconds / 1e6
+
+
+class EventData(Reply, frozen=True):
+    """Of MIGRATION; other events that matter have none that does."""
+
+    status: Text = ""
+
+
+class ErrorInfo(Reply, frozen=True):
+    desc: Text
+    class_: Text = msgspec.field(name="class", default="GenericError")
+
+
+class Envelope(Reply, frozen=True, rename=None):
+    """Any message of QEMU: a greeting, an event, an answer, a refusal."""
+
+    id: str | None = None
+    event: Text = ""
+    timestamp: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
+    error: ErrorInfo | None = None
+    QMP: msgspec.Raw = msgspec.Raw()
+    answer: msgspec.Raw = msgspec.field(name="return", default=msgspec.Raw())
+
+
+MESSAGE = Query[Envelope]("", Envelope)
+TIMESTAMP = Query[Timestamp]("", Timestamp)
+EVENT_DATA = Query[EventData]("", EventData)
