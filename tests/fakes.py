@@ -344,7 +344,8 @@ class FakeQemu:
         return []
 
     async def disks(self) -> list[DiskIdentity]:
-        return []
+        disk = self._runner.disks.get(self.launch.vm)
+        return [DiskIdentity(node="disk", driver="raw", filename=str(disk))] if disk else []
 
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
         await self._step("save")
@@ -534,6 +535,7 @@ class FakeRunner:
         self.vfio: dict[str, list[str]] = {}
         self.lacking: list[Difference] = []
         self.transfers = False
+        self.disks: dict[str, Path] = {}
         self.counts: dict[str, int] = {}
         self.violations: list[str] = []
         self.started: list[tuple[str, str]] = []

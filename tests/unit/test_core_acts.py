@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
+from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import (
@@ -125,6 +126,40 @@ def test_a_cancelled_save_lets_the_guest_run_on(bench: Bench, point: str) -> Non
     bench.vm(lambda vm: until_cancelled(gate, save(vm)))
     assert bench.qemu().status == "running"
     assert bench.files() == []
+
+
+@pytest.mark.parametrize("times", [2, 3, 5])
+@pytest.mark.parametrize("status", ["running", "paused"])
+def test_a_job_that_is_cancelled_again_while_it_takes_back_keeps_its_vm_busy(bench: Bench, status: str, times: int) -> None:
+    """Else a start would boot the guest afresh on RAM that the undo is about to give to a second QEMU."""
+    undone = "cont" if status == "running" else "start"
+
+    async def act(manager: Manager) -> None:
+        vm = manager.vm("web1")
+        if status == "paused":
+            bench.qemu().by_hand("paused")
+        await vm.refresh()
+        saved = bench.runner.gates["web1", "after-save"] = Gate()
+        undoing = bench.runner.gates["web1", undone] = Gate()
+        task = asyncio.ensure_future(save(vm))
+        await saved.entered.wait()
+        task.cancel()
+        await undoing.entered.wait()
+        for _ in range(times - 1):
+            task.cancel()
+            await asyncio.sleep(0)  # so that each cancellation reaches the task
+        for other in (vm.start, vm.resume, lambda: save(vm), lambda: vm.load(LoadRequest())):
+            with pytest.raises(Busy, match="in the middle of save"):
+                await other()
+        assert not task.done()
+        undoing.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    bench.run(act)
+    assert bench.qemu().status == status
+    assert bench.files() == []
+    assert bench.runner.violations == []
 
 
 @pytest.mark.parametrize("point", ["connect", "load", "after-load"])
