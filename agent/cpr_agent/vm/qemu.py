@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpr_agent.core.model import Difference, DiskIdentity, Launch, QemuFacts, RunState
+from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.handles import socket_at, uid_of
 from cpr_agent.vm import blockers, devices, facts, guest_agent
@@ -161,10 +162,10 @@ class LiveQemu:
                 async with asyncio.timeout(timeout_s):
                     return (await asyncio.shield(end)).status
             except TimeoutError:
-                await self._cancel_migration()
+                await uninterrupted(self._cancel_migration())
                 return f"it was not done within {timeout_s:.0f} s and was cancelled"
             except asyncio.CancelledError:
-                await asyncio.shield(asyncio.ensure_future(self._cancel_migration()))
+                await uninterrupted(self._cancel_migration())
                 raise
 
     async def _cancel_migration(self) -> None:
@@ -214,7 +215,7 @@ class LiveQemu:
             try:
                 yield handed_over
             except BaseException:
-                await asyncio.shield(asyncio.ensure_future(self._withdraw_offer()))
+                await uninterrupted(self._withdraw_offer())
                 raise
 
     async def _offer(self, directory: str, taker_lives: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
