@@ -11,13 +11,15 @@ from typing import Any, Literal, TypeVar
 import pytest
 
 from cpr_agent.core.jobs import Job
+from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Manifest, Seconds, Vmstate
 from cpr_agent.core.past import Record
-from cpr_agent.core.ports import Host, Ports
+from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm import Vm
+from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
 from cpr_agent.store.history import History
@@ -43,8 +45,8 @@ PATIENCE_S = 20.0
 class MortalJournal(FileJournal):
     """The real one, and the agent can die before and after each record."""
 
-    def __init__(self, path: Path, host: Host, point: Callable[[str], None]) -> None:
-        super().__init__(path, host)
+    def __init__(self, path: Path, host: ThisHost, point: Callable[[str], None]) -> None:
+        super().__init__(path, host, host)
         self._point = point
 
     def append(self, event: str, **facts: object) -> Record:
@@ -162,7 +164,10 @@ class Bench:
                 store=MortalStore(self.root / "checkpoints", point),
                 journal=MortalJournal(self.root / "journal", self.host, point),
                 history=History(self.root / "history"),
-                host=self.host,
+                clock=self.host,
+                boot=self.host,
+                files=self.host,
+                sockets=self.host,
                 programs=FakePrograms(self.root / "programs", point),
                 kernels=self.kernels,
                 kexec=self.kexec,
@@ -210,7 +215,7 @@ class Bench:
         self.runner.die_at = ""
 
     def journal(self) -> list[dict[str, Any]]:
-        journal = FileJournal(self.root / "journal", self.host)
+        journal = FileJournal(self.root / "journal", self.host, self.host)
         journal.close()
         return journal.records()
 
@@ -230,14 +235,16 @@ class Bench:
 
 async def ended(manager: Manager, job: Job) -> Job:
     """Wait for its end, also of one that waits for the host's."""
-    end, tell = asyncio.Event(), manager.jobs.removed
+    end = asyncio.Event()
 
-    def removed(other: Job) -> None:
-        tell(other)
-        if other is job:
-            end.set()
+    class End(Listener):
+        def job_removed(self, other: Job) -> None:
+            if other is job:
+                end.set()
 
-    manager.jobs.removed = removed
+    listener = End()
+    manager.listeners.add(listener)
     if job.id in manager.jobs.current:
         await end.wait()
+    manager.listeners.remove(listener)
     return job

@@ -48,8 +48,8 @@ class Gate:
 
 
 class FakeHost(ThisHost):
-    """Implements core.ports.Host by the real one, but for what a test must not do to its machine: start it anew, give it
-    another kernel, step its clock."""
+    """Implements core.ports.Clock, Boot, Files and Sockets by the real one, but for what a test must not do to its machine:
+    start it anew, give it another kernel, step its clock."""
 
     def __init__(self) -> None:
         super().__init__(userspace_at=self.now)

@@ -105,10 +105,13 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
         runner=runner,
         memory=HostMemory(UdevDevices()),
         store=CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories)),
-        journal=FileJournal(paths.state / "journal", host),
+        journal=FileJournal(paths.state / "journal", host, host),
         history=History(paths.state / "history"),
         hooks=HookDirectory(paths.hooks, settings.hooks.timeout),
-        host=host,
+        clock=host,
+        boot=host,
+        files=host,
+        sockets=host,
         programs=KeptPrograms(paths.programs),
         kernels=InstalledKernels(),
         kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
@@ -149,7 +152,7 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
         published = publisher(paths, settings, manager)
         # Before the name: with its reply comes the call that started the agent.
         service = Service(bus, manager, paths.run, logs)
-        service.changed = published.wake
+        manager.listeners.add(published)
         await Service.own_name(bus)  # before anything is touched: there must be no second agent
         return await _serve(service, manager, published, units=systemd is not None)
 

@@ -33,8 +33,8 @@ from tests.fakes import FakeKernels, FakeKexec, FakeRunner
 
 
 class LabHost(ThisHost):
-    """Implements core.ports.Host by the real one, but for the boot, which the lab counts in a file, how it began, and a
-    clock that the lab steps."""
+    """Implements core.ports.Clock, Boot, Files and Sockets by the real one, but for the boot, which the lab counts in a
+    file, how it began, and a clock that the lab steps."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -116,7 +116,10 @@ async def serve(paths: Paths, address: str, point: str) -> None:
         memory=KeptMemory(UdevDevices()) if (paths.root / "kexec-said").exists() else manager.ports.memory,
         store=MortalStore(paths.state / "checkpoints", die_at),
         journal=MortalJournal(paths.state / "journal", host, die_at),
-        host=host,
+        clock=host,
+        boot=host,
+        files=host,
+        sockets=host,
         kernels=FakeKernels(world),
         kexec=LabKexec(world, paths.root),
     )

@@ -169,11 +169,11 @@ def test_an_atomic_write_that_fails_leaves_the_old_content(tmp_path: Path) -> No
 
 
 def test_the_journal_is_read_back(tmp_path: Path) -> None:
-    journal = FileJournal(tmp_path / "journal", ThisHost())
+    journal = FileJournal(tmp_path / "journal", ThisHost(), ThisHost())
     journal.append("save-begin", vm="web1", run_state="running")
     journal.append("saved", vm="web1")
     journal.close()
-    again = FileJournal(tmp_path / "journal", ThisHost())
+    again = FileJournal(tmp_path / "journal", ThisHost(), ThisHost())
     assert [record["event"] for record in again.records()] == ["save-begin", "saved"]
     assert again.records()[0]["run_state"] == "running"
 
@@ -183,28 +183,28 @@ def test_the_journal_is_read_back(tmp_path: Path) -> None:
 def test_a_journal_cut_anywhere_yields_a_prefix_and_goes_on(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "journal"
     path.unlink(missing_ok=True)
-    journal = FileJournal(path, ThisHost())
+    journal = FileJournal(path, ThisHost(), ThisHost())
     for number in range(4):
         journal.append("event", number=number)
     journal.close()
     path.write_bytes(path.read_bytes()[:cut])
-    journal = FileJournal(path, ThisHost())
+    journal = FileJournal(path, ThisHost(), ThisHost())
     kept = len(journal.records())
     assert [record["number"] for record in journal.records()] == list(range(kept))
     journal.append("event", number=kept)
     journal.close()
-    assert [r["number"] for r in FileJournal(path, ThisHost()).records()] == list(range(kept + 1))
+    assert [r["number"] for r in FileJournal(path, ThisHost(), ThisHost()).records()] == list(range(kept + 1))
 
 
 def test_a_journal_damaged_in_the_middle_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "journal"
-    journal = FileJournal(path, ThisHost())
+    journal = FileJournal(path, ThisHost(), ThisHost())
     for number in range(3):
         journal.append("event", number=number)
     journal.close()
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1].replace(b"event", b"evens") + lines[2])
-    journal = FileJournal(path, ThisHost())
+    journal = FileJournal(path, ThisHost(), ThisHost())
     assert [record["number"] for record in journal.records()] == [0]
     assert len(list(tmp_path.glob("journal.damaged-*"))) == 1
 

@@ -98,7 +98,7 @@ class ManagerObject(BusObject):
         from cpr_agent.report.story import tell
 
         ports = self._manager.ports
-        story = tell(wanted, ports.journal.records(), ports.history.all(), ports.host.name())
+        story = tell(wanted, ports.journal.records(), ports.history.all(), ports.boot.name())
         return [await asyncio.to_thread(render, story, form)]
 
     async def call_Reload(self) -> list[Any]:
@@ -123,7 +123,7 @@ class ManagerObject(BusObject):
         return __version__
 
     def get_Kernel(self) -> str:
-        return self._manager.ports.host.kernel()
+        return self._manager.ports.boot.kernel()
 
     def get_Kernels(self) -> list[str]:
         return [kernel.version for kernel in self._manager.ports.kernels.installed()]

@@ -35,6 +35,7 @@ from cpr_agent.bus.logs import LogObject, LogSettings
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, vm_path
 from cpr_agent.bus.wire import AgentBus
 from cpr_agent.core.jobs import Job
+from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Busy, CprError, InvalidArgument, LimitsExceeded
@@ -52,8 +53,8 @@ Bus = MessageBus
 """So that nobody else needs to import the library."""
 
 
-class Service:
-    """Publishes ``manager`` on a connected ``bus``; ``changed`` is called after whatever callers may be told of."""
+class Service(Listener):
+    """Publishes ``manager`` on a connected ``bus``."""
 
     def __init__(self, bus: MessageBus, manager: Manager, run_dir: Path, logs: LogSettings | None = None) -> None:
         self._bus = bus
@@ -68,20 +69,14 @@ class Service:
         self._told: dict[str, dict[str, Any]] = {}
         self._changed: set[str] = set()
         self._ready = asyncio.Event()
-        self.changed: Callable[[], None] = lambda: None
         self._caller: ContextVar[str] = ContextVar("caller")
         self._errors: OrderedDict[str, CprError] = OrderedDict()
         self._add(ManagerObject(manager, lambda: self._errors.get(self._caller.get())))
         if logs:
             self._add(LogObject(logs))
         for vm in manager.vms.values():
-            self._vm_added(vm)
-        manager.vm_added = self._vm_added
-        manager.vm_removed = lambda vm: self._remove(vm_path(vm.name))
-        manager.vm_changed = lambda vm: self._properties_changed(vm_path(vm.name))
-        manager.ledger.changed = lambda: self._properties_changed(ROOT)
-        manager.jobs.added = self._job_added
-        manager.jobs.removed = self._job_removed
+            self.vm_added(vm)
+        manager.listeners.add(self)
         bus.add_message_handler(self._on_message)
 
     @classmethod
@@ -240,21 +235,31 @@ class Service:
 
     # -- signals ------------------------------------------------------------------------------------------------------
 
-    def _vm_added(self, vm: Vm) -> None:
+    def vm_added(self, vm: Vm) -> None:
         self._add(VmObject(vm, self._manager, str(self._run_dir / "vm" / vm.name / "admin.sock")))
 
-    def _job_added(self, job: Job) -> None:
+    def vm_removed(self, vm: Vm) -> None:
+        self._remove(vm_path(vm.name))
+
+    def vm_changed(self, vm: Vm) -> None:
+        self._properties_changed(vm_path(vm.name))
+
+    def upgrade_changed(self) -> None:
+        self._properties_changed(ROOT)
+
+    def job_added(self, job: Job) -> None:
         target = JobObject(job, lambda: self._manager.jobs.cancel(job.id))
         self._add(target)
-        job.changed = lambda: self._properties_changed(target.path)
         self._signal(ROOT, "org.cpragent1.Manager", "JobNew", "uo", [job.id, target.path])
 
-    def _job_removed(self, job: Job) -> None:
+    def job_changed(self, job: Job) -> None:
+        self._properties_changed(f"{ROOT}/job/{job.id}")
+
+    def job_removed(self, job: Job) -> None:
         self._later(lambda: self._end(job))
 
     async def _end(self, job: Job) -> None:
         path = f"{ROOT}/job/{job.id}"
-        self.changed()
         await self._tell(path)  # how it ended, while there is still an object that can tell
         self._signal(ROOT, "org.cpragent1.Manager", "JobRemoved", "uos", [job.id, path, job.result])
         self._remove(path)
@@ -270,7 +275,6 @@ class Service:
             self._signal(ROOT, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
 
     def _remove(self, path: str) -> None:
-        self.changed()
         target = self._objects.pop(path, None)
         self._told.pop(path, None)
         if target:
@@ -278,7 +282,6 @@ class Service:
 
     def _properties_changed(self, path: str) -> None:
         """Many changes in one turn of the loop become one signal, with the values that differ from the last told."""
-        self.changed()
         if path not in self._changed:
             self._changed.add(path)
             self._later(lambda: self._tell(path))

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from cpr_agent.core.listener import Listener
 from cpr_agent.errors import CprError, NothingToDo, WrongState
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Job(msgspec.Struct):
     error: CprError | None = None
     cancellable: bool = True
     parked: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
-    changed: Callable[[], None] = lambda: None
+    listener: Listener = msgspec.field(default_factory=Listener)
 
     async def over(self) -> None:
         """Wait for its end, or until it only waits for the host's. Raises CprError if it failed or was cancelled."""
@@ -51,25 +52,24 @@ class Job(msgspec.Struct):
     def advance(self, done: int, total: int, step: str) -> None:
         self.progress = done / total if total else 1.0
         self.step = step
-        self.changed()
+        self.listener.job_changed(self)
 
 
 class Jobs:
-    """Runs jobs; ``added`` and ``removed`` are called with each."""
+    """Runs jobs, and tells ``listener`` of each."""
 
-    def __init__(self) -> None:
-        self.added: Callable[[Job], None] = lambda job: None
-        self.removed: Callable[[Job], None] = lambda job: None
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
         self.current: dict[int, Job] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._last = 0
 
     def start(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
-        return self._start(Job(self._next_id(), kind), work)
+        return self._start(Job(self._next_id(), kind, listener=self._listener), work)
 
     def watch(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
         """A job that only waits for the host to go down: it is parked from the beginning, and can't be cancelled."""
-        job = Job(self._next_id(), kind, cancellable=False)
+        job = Job(self._next_id(), kind, cancellable=False, listener=self._listener)
         job.parked.set()
         return self._start(job, work)
 
@@ -80,7 +80,7 @@ class Jobs:
     def _start(self, job: Job, work: Callable[[Job], Awaitable[None]]) -> Job:
         self.current[job.id] = job
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._run(job, work))
-        self.added(job)
+        self._listener.job_added(job)
         return job
 
     def cancel(self, job_id: int) -> None:
@@ -118,5 +118,5 @@ class Jobs:
                 del self.current[job.id]
                 del self._tasks[job.id]
                 job.parked.set()
-                job.changed()
-                self.removed(job)
+                self._listener.job_changed(job)
+                self._listener.job_removed(job)

@@ -185,7 +185,7 @@ class Machine:
             )
 
     def stamped(self, launch: Launch) -> Launch:
-        return replace(launch, created_at=self.ports.host.now(), boot_id=self.ports.host.boot_id())
+        return replace(launch, created_at=self.ports.clock.now(), boot_id=self.ports.boot.boot_id())
 
     async def relocated(self, ram: Ram) -> list[Located]:
         """Raises DeviceMissing, MemoryChanged."""

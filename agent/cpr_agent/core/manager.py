@@ -11,6 +11,7 @@ from cpr_agent.core.acts.requests import Replacement
 from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_hooks, check_vm
 from cpr_agent.core.jobs import Job, Jobs
+from cpr_agent.core.listener import Listeners
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.saveable import waits_when_blocked
@@ -26,16 +27,14 @@ log = logging.getLogger(__name__)
 
 
 class Manager:
-    """Implements core.machine.Neighbours for its VMs. ``vm_added``, ``vm_removed`` and ``vm_changed`` tell the bus."""
+    """Implements core.machine.Neighbours for its VMs. ``listeners`` hear of all that changes."""
 
     def __init__(self, ports: Ports, settings: Settings) -> None:
         self.vms: dict[str, Vm] = {}
-        self.jobs = Jobs()
-        self.vm_added: Callable[[Vm], None] = lambda vm: None
-        self.vm_removed: Callable[[Vm], None] = lambda vm: None
-        self.vm_changed: Callable[[Vm], None] = lambda vm: None
+        self.listeners = Listeners()
+        self.jobs = Jobs(self.listeners)
         self.ports = ports
-        self.ledger = Ledger(ports.journal, ports.host)
+        self.ledger = Ledger(ports.journal, ports.boot, self.listeners)
         self._transaction = Transaction(ports, self.ledger, lambda: list(self.vms.values()))
         self._settings = settings
 
@@ -57,7 +56,7 @@ class Manager:
         for name in sorted(set(self.vms) - names):
             vm = self.vms.pop(name)
             await vm.close()
-            self.vm_removed(vm)
+            self.listeners.vm_removed(vm)
         for name in sorted(names):
             known = name in self.vms
             vm = self.vms.get(name) or Vm(name, self.ports, self._settings, self)
@@ -66,7 +65,7 @@ class Manager:
                 log.warning("VM %s: %s", name, bad[name])
             self.vms[name] = vm
             if not known:
-                self.vm_added(vm)
+                self.listeners.vm_added(vm)
         for vm in self.vms.values():
             await vm.refresh()
 
@@ -226,7 +225,7 @@ class Manager:
             return
         if self.ledger.committed and not vm.machine.powered_off and not vm.machine.stands_saved:
             self.ports.kexec.withdraw()  # its guest was let run behind our back, on another socket: no kexec over it
-        self.vm_changed(vm)
+        self.listeners.vm_changed(vm)
 
     def admit(self) -> None:
         self._transaction.refuse_when_committed()

@@ -289,30 +289,42 @@ class Journal(Protocol):
         """For reports, oldest first."""
 
 
-class Host(Protocol):
+class Clock(Protocol):
     def now(self) -> float:
         """Epoch seconds; can be stepped."""
 
     def uptime_s(self) -> float:
         """Seconds since this boot began, suspend included; never stepped."""
 
+
+class Boot(Protocol):
+    """This boot of the host, and the one before."""
+
+    def name(self) -> str:
+        """The host's."""
+
     def boot_id(self) -> str: ...
 
     def kernel(self) -> str: ...
 
-    def name(self) -> str: ...
+    def userspace_at(self) -> float:
+        """When this boot's userspace began (epoch s); 0 if that is unknown."""
 
-    def keep_sockets(self, paths: Sequence[str], pid: int) -> None:
-        """Keep the names of these Unix sockets of this process while another one may take them over."""
+    def booted_by_kexec(self) -> bool:
+        """False after a reset or a power cut: this kernel was not started by the one before."""
 
-    def settle_sockets(self, paths: Sequence[str], pid: int) -> None:
-        """It was this process that stayed: what was kept for it is its own again by name, and nothing is kept any more."""
+    def boot_ended_at(self, boot_id: str) -> float:
+        """When an earlier boot's userspace ended (epoch s); 0 if that is unknown. Blocking."""
+
+
+class Files(Protocol):
+    """Programs, firmware and disks of the host, told from others."""
 
     def program_digest(self, pid: int) -> str:
         """SHA-256 of the program that the process runs, also if its file was replaced since. Blocking."""
 
     def program_identity(self, path: str) -> str:
-        """What tells a program from another that is installed in its place; "" if there is none. Follows links."""
+        """Tells a program from another that is installed in its place; "" if there is none. Follows links."""
 
     def digest_file(self, path: str) -> str:
         """SHA-256; "" if there is no such file, or it can't be read. Blocking."""
@@ -320,14 +332,15 @@ class Host(Protocol):
     def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
         """``disk`` as it is now. True for a checkpoint only once the guest has stopped. Blocking."""
 
-    def boot_ended_at(self, boot_id: str) -> float:
-        """When an earlier boot's userspace ended (epoch s); 0 if nobody knows. Blocking."""
 
-    def userspace_at(self) -> float:
-        """When this boot's userspace began (epoch s); 0 if nobody knows."""
+class Sockets(Protocol):
+    """Names of Unix sockets that two QEMUs want."""
 
-    def booted_by_kexec(self) -> bool:
-        """False after a reset or a power cut: what ran before did not start this kernel."""
+    def keep_sockets(self, paths: Sequence[str], pid: int) -> None:
+        """Keep the names of these Unix sockets of this process while another one may take them over."""
+
+    def settle_sockets(self, paths: Sequence[str], pid: int) -> None:
+        """This process stayed: its sockets get their names back, and no name is kept any more."""
 
 
 class Programs(Protocol):
@@ -424,7 +437,10 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     journal: Journal
     history: History
     hooks: Hooks
-    host: Host
+    clock: Clock
+    boot: Boot
+    files: Files
+    sockets: Sockets
     programs: Programs
     kernels: Kernels
     kexec: Kexec

@@ -171,7 +171,7 @@ async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Sequence
 
 async def identify_disks(ports: Ports, disks: Iterable[DiskIdentity]) -> list[DiskIdentity]:
     listed = list(disks)
-    return await asyncio.to_thread(lambda: [ports.host.identify_disk(disk) for disk in listed]) if listed else []
+    return await asyncio.to_thread(lambda: [ports.files.identify_disk(disk) for disk in listed]) if listed else []
 
 
 async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
@@ -191,7 +191,7 @@ async def digest_firmware(ports: Ports, files: Iterable[FileDigest]) -> tuple[Fi
     listed = tuple(files)
     if not listed:
         return ()
-    return await asyncio.to_thread(lambda: tuple(replace(one, sha256=ports.host.digest_file(one.path)) for one in listed))
+    return await asyncio.to_thread(lambda: tuple(replace(one, sha256=ports.files.digest_file(one.path)) for one in listed))
 
 
 async def refuse_changed_firmware(ports: Ports, manifest: Manifest) -> None:
@@ -223,15 +223,15 @@ def _refuse(
 
 def _power_was_cut_from(manifest: Manifest, ports: Ports) -> bool:
     """Whether it may have been off: RAM that memmap= made persistent outlives nothing but a kexec."""
-    rebooted = manifest.boot_id != ports.host.boot_id()
+    rebooted = manifest.boot_id != ports.boot.boot_id()
     of_dram = any(one.provider == DRAM_PROVIDER for one in manifest.memory)
-    return rebooted and of_dram and not ports.host.booted_by_kexec()
+    return rebooted and of_dram and not ports.boot.booted_by_kexec()
 
 
 async def provably_lost(ports: Ports, manifest: Manifest, error: CprError) -> str:
     """Why the RAM that was saved is no more, beyond any doubt; "" if it may still be somewhere. ``error`` is how the
     memory failed its proof; a device that is not there (yet), or another one, proves nothing."""
-    rebooted = manifest.boot_id != ports.host.boot_id()
+    rebooted = manifest.boot_id != ports.boot.boot_id()
     for one in manifest.memory:
         if rebooted and one.survives is not Survives.KEXEC and one.filesystem in IN_RAM:
             return f"{one.path} was a file in RAM ({one.filesystem}), and the host was started anew"

@@ -99,8 +99,8 @@ class Successor:
         launch = machine.launched()
         if machine.qemu is None or launch is None:
             return []
-        host, path = machine.ports.host, launch.base_argv[0]
-        running, installed = host.program_identity(f"/proc/{machine.pid}/exe"), host.program_identity(path)
+        files, path = machine.ports.files, launch.base_argv[0]
+        running, installed = files.program_identity(f"/proc/{machine.pid}/exe"), files.program_identity(path)
         if running == installed:
             return []
         if not installed:

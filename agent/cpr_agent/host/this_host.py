@@ -1,4 +1,4 @@
-"""Time, identity and programs of this boot; implements core.ports.Host."""
+"""Time, identity and programs of this boot; implements core.ports.Clock, Boot, Files and Sockets."""
 
 from __future__ import annotations
 

@@ -7,9 +7,12 @@ import logging
 from collections.abc import Callable
 
 from cpr_agent import __version__
+from cpr_agent.core.jobs import Job
+from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import VmState
 from cpr_agent.core.upgrade.ledger import Kind
+from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable
 from cpr_agent.report.metrics import Numbers, openmetrics
 from cpr_agent.report.motd import line
@@ -20,7 +23,7 @@ Write = Callable[[str], None]
 """Puts a text in the place of the one before. Blocking. Raises OSError."""
 
 
-class Publisher:
+class Publisher(Listener):
     """``metrics`` and ``motd`` are None where the file is not wanted."""
 
     def __init__(self, manager: Manager, metrics: Write | None, motd: Write | None) -> None:
@@ -31,8 +34,19 @@ class Publisher:
         self._complained: set[str] = set()
 
     def wake(self) -> None:
-        """Something has changed: write soon. Many changes are written once."""
+        """Write soon. Many changes are written once."""
         self._dirty.set()
+
+    def vm_added(self, vm: Vm) -> None:  # noqa: ARG002 - all of them are written
+        self.wake()
+
+    vm_removed = vm_changed = vm_added
+
+    def upgrade_changed(self) -> None:
+        self.wake()
+
+    def job_removed(self, job: Job) -> None:  # noqa: ARG002 - likewise
+        self.wake()
 
     async def run(self) -> None:
         """Until cancelled. Not while a job is under way, which may be one that guests wait for: its end wakes us."""
@@ -70,7 +84,7 @@ class Publisher:
         return openmetrics(
             Numbers(
                 version=__version__,
-                kernel=manager.ports.host.kernel(),
+                kernel=manager.ports.boot.kernel(),
                 states={vm.name: str(vm.state) for vm in vms},
                 known_states=tuple(map(str, VmState)),
                 pauses={t.vm: t.pause_s for t in manager.ports.history.all() if t.vm in names},
@@ -85,7 +99,7 @@ class Publisher:
     def _line(self) -> str:
         ledger = self._manager.ledger
         last = None if ledger.rebooted or (ledger.current and ledger.current.kind is Kind.SAVE_ALL) else ledger.current
-        return line(last, self._manager.ports.host.kernel(), self._held())
+        return line(last, self._manager.ports.boot.kernel(), self._held())
 
     def _held(self) -> list[str]:
         return sorted(vm.name for vm in self._manager.vms.values() if vm.state is VmState.HELD)

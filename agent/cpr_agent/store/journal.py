@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from cpr_agent.core.past import COMPACTED, Past, Pasts, Record
-from cpr_agent.core.ports import Host
+from cpr_agent.core.ports import Boot, Clock
 from cpr_agent.files import make_private_directory, sync_directory, write_atomically
 from cpr_agent.store.compaction import needed
 
@@ -43,9 +43,10 @@ class FileJournal:
     """Records in ``path``. A torn last line is what a crash leaves and is cut off. Damage elsewhere sets the file aside; a
     copy of what was there before the damage takes its place."""
 
-    def __init__(self, path: Path, host: Host) -> None:
+    def __init__(self, path: Path, clock: Clock, boot: Boot) -> None:
         self._path = path
-        self._host = host
+        self._clock = clock
+        self._boot = boot
         self._pasts = Pasts()
         self._told: list[dict[str, Any]] = []
         self._next = 0
@@ -143,7 +144,7 @@ class FileJournal:
             file.readline(_LINE_BYTES)
             damaged = bool(file.read(1))
         if damaged:
-            aside = self._path.with_name(f"{self._path.name}.damaged-{int(self._host.now())}")
+            aside = self._path.with_name(f"{self._path.name}.damaged-{int(self._clock.now())}")
             log.error("the journal is damaged at its byte %d; it is set aside as %s", self._size, aside)
             aside.unlink(missing_ok=True)
             aside.hardlink_to(self._path)
@@ -168,7 +169,7 @@ class FileJournal:
             self._told.append(record)
 
     def _stamp(self) -> dict[str, Any]:
-        return {"n": self._next, "at": self._host.now(), "boot": self._host.boot_id()}
+        return {"n": self._next, "at": self._clock.now(), "boot": self._boot.boot_id()}
 
 
 def _intact(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:

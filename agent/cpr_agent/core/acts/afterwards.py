@@ -47,26 +47,27 @@ def entry(manifest: Manifest, phase: str) -> dict[str, str]:
 
 
 async def _timeline(machine: Machine, manifest: Manifest, loaded: LoadTimes) -> GuestTimeline:
-    host, times, resumed_at = machine.ports.host, manifest.times, loaded.resumed_at
-    rebooted = host.boot_id() != manifest.boot_id
+    clock, boot = machine.ports.clock, machine.ports.boot
+    times, resumed_at = manifest.times, loaded.resumed_at
+    rebooted = boot.boot_id() != manifest.boot_id
     stepped_s = 0.0
     if not rebooted and times.stopped_uptime_s:
-        paused_s = host.uptime_s() - (host.now() - resumed_at) - times.stopped_uptime_s
+        paused_s = clock.uptime_s() - (clock.now() - resumed_at) - times.stopped_uptime_s
         stepped_s = resumed_at - times.stopped_at - paused_s
     return GuestTimeline(
         id=manifest.id,
         vm=machine.name,
         upgrade=manifest.upgrade,
         kernel_before=manifest.kernel,
-        kernel_after=host.kernel(),
+        kernel_after=boot.kernel(),
         stopped_at=times.stopped_at,
         saved_at=times.durable_at,
-        shutdown_at=await asyncio.to_thread(host.boot_ended_at, manifest.boot_id) if rebooted else 0.0,
-        userspace_at=host.userspace_at() if rebooted else 0.0,
+        shutdown_at=await asyncio.to_thread(boot.boot_ended_at, manifest.boot_id) if rebooted else 0.0,
+        userspace_at=boot.userspace_at() if rebooted else 0.0,
         load_at=loaded.load_at - stepped_s,
         memory_at=loaded.memory_at - stepped_s,
         resumed_at=resumed_at - stepped_s,
-        by_kexec=not rebooted or host.booted_by_kexec(),
+        by_kexec=not rebooted or boot.booted_by_kexec(),
         loaded_at=loaded.loaded_at - stepped_s,
         run_state=manifest.run_state,
         qemu_before=manifest.qemu.version,
@@ -98,7 +99,7 @@ async def _set_clock(machine: Machine, manifest: Manifest) -> dict[str, Any]:
     if machine.qemu is None or (machine.definition and machine.definition.load.resync_clock == "never"):
         return {}
     try:
-        behind_s = await machine.qemu.set_guest_clock(machine.ports.host.now)
+        behind_s = await machine.qemu.set_guest_clock(machine.ports.clock.now)
     except CprError as error:
         facts = about(Event.CLOCK_NOT_SET, **entry(manifest, "load"))
         log.warning("VM %s: its clock was not set: %s", machine.name, error.what, extra=facts)

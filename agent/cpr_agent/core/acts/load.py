@@ -220,7 +220,7 @@ def holding(machine: Machine, manifest: Manifest) -> Iterator[None]:
     try:
         yield
     except ProofFailed as error:
-        held = Held(reason=error.text, error=error.kind, at=machine.ports.host.now(), evidence=error.evidence)
+        held = Held(reason=error.text, error=error.kind, at=machine.ports.clock.now(), evidence=error.evidence)
         machine.record(
             VmEvent.HELD,
             upgrade=manifest.upgrade,
@@ -265,13 +265,13 @@ async def load_by_either(machine: Machine, manifest: Manifest, request: LoadRequ
 async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, vessel: Vessel) -> None:
     """Raises CprError. The guest runs when this returns; its record is written later."""
     ports = machine.ports
-    load_at = ports.host.now()
+    load_at = ports.clock.now()
     refuse_spent(ports, manifest)
     fd = await asyncio.to_thread(ports.store.open_vmstate, manifest, request.filename)
     with open(fd, "rb", buffering=0), naming(machine.name):  # noqa: PTH123 - only to be closed
         machine.enter(VmState.LOADING)
         located = await ports.memory.relocate(manifest.memory, machine.settings.agent.device_timeout)
-        memory_at = ports.host.now()
+        memory_at = ports.clock.now()
         async with request.turn:
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
             loaded = await _load_located(machine, manifest, fd, located, vessel)
@@ -305,7 +305,7 @@ async def _load_located(
         if isinstance(error, (ProofFailed, MemoryUnusable)):
             raise
         raise _failed(manifest, error, said, vessel.remedy) from error
-    loaded_at = ports.host.now()
+    loaded_at = ports.clock.now()
     resumed_at = await uninterrupted(go_on(machine, qemu, manifest, proven, vessel))
     return _Loaded(loaded_at, resumed_at)
 
@@ -335,7 +335,7 @@ async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, 
     resumed_at = 0.0
     if manifest.run_state != RunState.PAUSED:
         resumed_at = await let_run(machine, qemu, proof)
-    resumed_at = resumed_at or ports.host.now()
+    resumed_at = resumed_at or ports.clock.now()
     machine.record(VmEvent.RESUMED, checkpoint=manifest.id, resumed_at=resumed_at)
     if manifest.wakes:
         resumed_at = await wake(machine, proof) or resumed_at

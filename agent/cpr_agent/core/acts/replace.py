@@ -102,7 +102,7 @@ async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa
 async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     """One QEMU hands its guest to the other, and neither lets go of the RAM on the way: no checkpoint, no witness (ADR 9).
     Until the new one is adopted no guest has run in it; the old one, once stopped, goes on only if it is not."""
-    host, agent, spare = machine.ports.host, machine.settings.agent, machine.spare
+    clock, agent, spare = machine.ports.clock, machine.settings.agent, machine.spare
     draft = await draft_manifest(machine, launch, RunState.RUNNING, SaveRequest(mode="transfer"))
     located = await machine.relocated(launch.memory)
     plan = machine.ports.definitions.plan_transfer(draft, located, spare.directory)
@@ -120,8 +120,8 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
             stopped_at = await handed_over()
     except (QemuFailed, LoadFailed) as error:
         raise machine.spare_failed(error) from error
-    handed_at = host.now()
-    uptime_s = host.uptime_s() - (handed_at - stopped_at)
+    handed_at = clock.now()
+    uptime_s = clock.uptime_s() - (handed_at - stopped_at)
     times = changed(
         draft.times, stopped_at=stopped_at, written_at=handed_at, durable_at=handed_at, stopped_uptime_s=uptime_s
     )
@@ -136,13 +136,13 @@ async def _keeping_old_qemu(machine: Machine, qemu: Qemu) -> AsyncIterator[None]
     """Whatever fails, the guest goes on in its old QEMU, unless the new one was adopted; or its memory is not what it was
     when it stopped, and then it is held where it is (invariant 1). Raises LoadFailed."""
     sockets = await qemu.listening()
-    host = machine.ports.host
+    names = machine.ports.sockets
     try:
         async with Undo() as undo:
             undo.push(lambda: _go_on_in_old_qemu(machine))
-            host.keep_sockets(sockets, machine.pid)
+            names.keep_sockets(sockets, machine.pid)
             yield
-            host.settle_sockets(sockets, machine.pid)
+            names.settle_sockets(sockets, machine.pid)
             undo.done()
     except CprError as error:
         raise LoadFailed(
@@ -192,4 +192,4 @@ async def settle_sockets(machine: Machine) -> None:
     """The sockets' names belong to the QEMU that stayed."""
     if machine.qemu:
         with contextlib.suppress(QemuFailed):  # nothing else may fail by it
-            machine.ports.host.settle_sockets(await machine.qemu.listening(), machine.pid)
+            machine.ports.sockets.settle_sockets(await machine.qemu.listening(), machine.pid)

@@ -69,7 +69,7 @@ async def draft_manifest(
     machine: Machine, launch: Launch, run_state: RunState, request: SaveRequest, checkpoint: str = ""
 ) -> Manifest:
     """The part of a manifest that is known before the guest stops. Raises QemuFailed."""
-    host, qemu = machine.ports.host, machine.require_qemu()
+    ports, qemu = machine.ports, machine.require_qemu()
     return Manifest(
         id=checkpoint or uuid.uuid4().hex,
         vm=machine.name,
@@ -79,13 +79,13 @@ async def draft_manifest(
         launch=launch,
         qemu=await qemu.facts(launch),
         qemu_path=launch.base_argv[0],
-        qemu_sha256=await asyncio.to_thread(host.program_digest, machine.pid),
+        qemu_sha256=await asyncio.to_thread(ports.files.program_digest, machine.pid),
         memory=launch.memory,
-        witness=machine.ports.memory.new_witness(machine.settings.witness.kind),
+        witness=ports.memory.new_witness(machine.settings.witness.kind),
         vmstate=Vmstate(path="", size_bytes=0, sha256=""),
-        boot_id=host.boot_id(),
-        kernel=host.kernel(),
-        times=SaveTimes(requested_at=host.now(), stopped_at=0.0, written_at=0.0, durable_at=0.0),
+        boot_id=ports.boot.boot_id(),
+        kernel=ports.boot.kernel(),
+        times=SaveTimes(requested_at=ports.clock.now(), stopped_at=0.0, written_at=0.0, durable_at=0.0),
         upgrade=request.upgrade,
         wakes=run_state is RunState.SUSPENDED and machine.past.put_to_sleep,
     )
@@ -102,7 +102,7 @@ async def save_drafted(machine: Machine, draft: Manifest, request: SaveRequest, 
     async with _or_bring_back(machine, pending, draft, located, sleep) as take_witness, request.turn:
         written = await _write_state(machine, pending, draft, sleep)
         manifest = await _store_state(machine, pending, draft, written, take_witness)
-    duration_s = machine.ports.host.now() - manifest.times.stopped_at
+    duration_s = machine.ports.clock.now() - manifest.times.stopped_at
     facts = about(Event.SAVED, **entry(manifest, "save"))
     log.info(
         "VM %s: saved in %.3f s, %d bytes of state", machine.name, duration_s, manifest.vmstate.size_bytes, extra=facts
@@ -120,7 +120,7 @@ async def finish(machine: Machine, launch: Launch, begun: InterruptedSave) -> Ma
     except OSError as error:
         raise SaveFailed(f"the state file cannot be opened: {error}", vm=machine.name) from error
     async with _or_bring_back(machine, pending, draft, located, None) as take_witness:
-        written = _Written(draft.times.requested_at, machine.ports.host.now())
+        written = _Written(draft.times.requested_at, machine.ports.clock.now())
         return await _store_state(machine, pending, draft, written, take_witness)
 
 
@@ -149,21 +149,21 @@ def _as_it_was(draft: Manifest, sleep: Sleep | None) -> Manifest:
 
 async def _write_state(machine: Machine, pending: PendingState, draft: Manifest, sleep: Sleep | None) -> _Written:
     """QEMU's part: the guest stops, and its state is written. Raises SaveFailed, QemuFailed."""
-    host = machine.ports.host
+    clock = machine.ports.clock
     machine.record(VmEvent.SAVE_BEGIN, checkpoint=draft.id, run_state=draft.run_state, path=pending.path)
     machine.enter(VmState.SAVING)
     timeout_s = machine.definition.save.timeout if machine.definition else _DEFAULT_TIMEOUT_S
-    stopped_at = await machine.require_qemu().save(pending.fd, timeout_s) or host.now()
+    stopped_at = await machine.require_qemu().save(pending.fd, timeout_s) or clock.now()
     if sleep and sleep.woke.is_set():  # its devices run again, and nobody would wake it after the load
         raise SaveFailed("its guest was put to sleep, and woke by itself before it was saved", vm=machine.name)
-    return _Written(sleep.since if sleep else stopped_at, host.now())
+    return _Written(sleep.since if sleep else stopped_at, clock.now())
 
 
 async def _store_state(
     machine: Machine, pending: PendingState, draft: Manifest, written: _Written, take_witness: _TakeWitness
 ) -> Manifest:
     """The durable part. Raises CprError, OSError."""
-    ports, host = machine.ports, machine.ports.host
+    ports, clock = machine.ports, machine.ports.clock
     vmstate, witness, identified, firmware = await asyncio.gather(
         asyncio.to_thread(pending.seal),
         take_witness(),
@@ -180,8 +180,8 @@ async def _store_state(
             draft.times,
             stopped_at=written.stopped_at,
             written_at=written.written_at,
-            durable_at=host.now(),
-            stopped_uptime_s=host.uptime_s() - (host.now() - written.stopped_at),
+            durable_at=clock.now(),
+            stopped_uptime_s=clock.uptime_s() - (clock.now() - written.stopped_at),
         ),
     )
     await asyncio.to_thread(pending.commit, manifest)

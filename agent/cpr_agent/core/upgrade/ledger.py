@@ -9,16 +9,17 @@ from __future__ import annotations
 import enum
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import asdict
 
 from cpr_agent.core.events import Event, about
+from cpr_agent.core.listener import Listener
 from cpr_agent.core.model import Policy
 from cpr_agent.core.past import Record
-from cpr_agent.core.ports import Host, Journal
+from cpr_agent.core.ports import Boot, Journal
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +137,12 @@ class Replay(NamedTuple):
 
 
 class Ledger:
-    """The current upgrade, from the journal and into it; ``changed`` is called after each phase."""
+    """The current upgrade, from the journal and into it; ``listener`` hears of each phase."""
 
-    def __init__(self, journal: Journal, host: Host) -> None:
+    def __init__(self, journal: Journal, boot: Boot, listener: Listener) -> None:
         self._journal = journal
-        self._host = host
-        self.changed: Callable[[], None] = lambda: None
+        self._boot = boot
+        self._listener = listener
         self._replay = Replay()
         for record in journal.records():
             self._replay = self._replay.after(record)
@@ -167,7 +168,7 @@ class Ledger:
     @property
     def rebooted(self) -> bool:
         """Whether the host was started anew since the current phase was entered."""
-        return self.current is not None and self.current.boot != self._host.boot_id()
+        return self.current is not None and self.current.boot != self._boot.boot_id()
 
     @property
     def free(self) -> bool:
@@ -185,7 +186,7 @@ class Ledger:
         """Open a new transaction in CHECKING. Raises RuntimeError unless ``free``."""
         if not self.free:
             raise RuntimeError(f"an upgrade can't begin while another one is in {self.phase}")
-        return self._append(uuid.uuid4().hex, Phase.CHECKING, kind=kind, kernel_from=self._host.kernel(), **facts)
+        return self._append(uuid.uuid4().hex, Phase.CHECKING, kind=kind, kernel_from=self._boot.kernel(), **facts)
 
     def enter(self, phase: Phase, **facts: object) -> Upgrade:
         """Make ``phase`` durable. The table is checked here and nowhere else. Raises RuntimeError if ``phase`` may not
@@ -203,7 +204,7 @@ class Ledger:
         if (current.id, current.phase) != (upgrade, phase):
             raise TypeError(f"no upgrade can be read from {record}")
         _log_phase(current)
-        self.changed()
+        self._listener.upgrade_changed()
         return current
 
 

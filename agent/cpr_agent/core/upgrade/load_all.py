@@ -83,7 +83,7 @@ async def load_each(job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool
 
 def _surprise(current: Upgrade, ports: Ports) -> str:
     """What was not as planned, though guests are loaded on proof alone and not on plans."""
-    kernel = ports.host.kernel()
+    kernel = ports.boot.kernel()
     if current.kernel_to and current.kernel_to != kernel and not current.kernel_to.startswith("/"):
         return f"the host runs kernel {kernel}, planned was {current.kernel_to}"
     return ""

@@ -88,7 +88,7 @@ def _chosen(request: UpgradeRequest, ports: Ports, settings: Settings, last: Upg
     if request.kernel_image:
         return Kind.UPGRADE, _from_image(request, ports, settings)
     if request.drill:
-        return Kind.DRILL, _installed(ports.host.kernel(), ports)
+        return Kind.DRILL, _installed(ports.boot.kernel(), ports)
     if not request.back:
         return Kind.UPGRADE, _installed(request.kernel, ports)
     if last is None or not last.kernel_from:

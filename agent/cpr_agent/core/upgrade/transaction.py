@@ -209,14 +209,14 @@ class Transaction:
         return None
 
     def _note_boot(self, current: Upgrade) -> None:
-        host = self._ports.host
-        log.info("upgrade %s: booted %s after %s", current.id, host.kernel(), current.phase)
+        boot = self._ports.boot
+        log.info("upgrade %s: booted %s after %s", current.id, boot.kernel(), current.phase)
         self._ledger.enter(
             Phase.BOOTED,
             interrupted=_interruption(current, self._ports),
-            kernel=host.kernel(),
-            userspace_at=host.userspace_at(),
-            by_kexec=host.booted_by_kexec(),
+            kernel=boot.kernel(),
+            userspace_at=boot.userspace_at(),
+            by_kexec=boot.booted_by_kexec(),
         )
 
 
@@ -224,6 +224,6 @@ def _interruption(current: Upgrade, ports: Ports) -> str:
     """Why the boot that was upgraded ended, if not by the upgrade's own kexec: a crash, a reset, a power cut."""
     if current.kind is Kind.SAVE_ALL or current.phase in (Phase.BOOTED, Phase.LOADING):
         return current.interrupted
-    if current.phase is Phase.COMMITTING and ports.host.booted_by_kexec():
+    if current.phase is Phase.COMMITTING and ports.boot.booted_by_kexec():
         return ""
     return f"the host went down while {current.phase}, and was not started by a kexec"
