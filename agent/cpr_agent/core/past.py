@@ -158,23 +158,22 @@ class Past:
 
     @property
     def unfinished(self) -> bool:
-        """Whether any question has another answer than it has without records."""
-        open_ends = self.in_refresh, self.in_transfer, self.put_to_sleep, self.awaits_cold_start, self.interrupted_save
-        return any(open_ends)
+        """Whether any record of the VM matters to an answer, now or after whatever comes."""
+        pending = bool(self._save) and not self.spent_by(self._save["checkpoint"])
+        return self.in_refresh or self.in_transfer or self.put_to_sleep or self.awaits_cold_start or pending
 
     @property
     def interrupted_save(self) -> InterruptedSave | None:
-        """None also if the VM's last save is of another checkpoint than its last record: such a QEMU is not understood."""
+        """None also for a QEMU that can't be understood: if the VM's last save is of a checkpoint that is spent, or of
+        another one than its last record."""
         save, last = self._save, self._last
-        if save.get("checkpoint") != last.get("checkpoint"):
+        checkpoint, event = save.get("checkpoint", ""), last.get("event")
+        if event not in (VmEvent.SAVE_BEGIN, VmEvent.SAVE_UNDONE, VmEvent.ROLLBACK):
             return None
-        if last.get("event") not in (VmEvent.SAVE_BEGIN, VmEvent.SAVE_UNDONE, VmEvent.ROLLBACK):
+        if checkpoint != last["checkpoint"] or self.spent_by(checkpoint):
             return None
         return InterruptedSave(
-            save["checkpoint"],
-            RunState(str(save.get("run_state"))),
-            str(save.get("path", "")),
-            VmEvent(last["event"]),
+            checkpoint, RunState(str(save.get("run_state"))), str(save.get("path", "")), VmEvent(str(event))
         )
 
     def loads_begun(self, checkpoint: str) -> int:

@@ -15,14 +15,14 @@ RECORDS = 4000
 """The older ones go once they have more records than that. 100 guests make 600 an upgrade; to read one takes 3 us."""
 
 
-def needed(records: Sequence[Record], pasts: Pasts) -> list[int]:
+def needed(records: Sequence[Record], pasts: Pasts, *, upgrades: int = UPGRADES, budget: int = RECORDS) -> list[int]:
     """Indexes of the records that stay as they are, in their order; ``pasts`` is the fold of all.
 
     Followed by ``pasts.condensed()`` they fold into the same again. Each question about a VM is answered by the last of
     some of its events. So the last record of each event stays, for a VM that has unfinished business or that a kept record
     names. Any other VM is as if there were no record of it.
     """
-    kept = _of_upgrades(records) | _foreign(records)
+    kept = _of_upgrades(records, upgrades, budget) | _foreign(records)
     vms = pasts.unfinished() | {_text(records[index], "vm") for index in kept}
     last = {
         (vm, _text(record, "event")): index for index, record in enumerate(records) if (vm := _text(record, "vm")) in vms
@@ -31,8 +31,8 @@ def needed(records: Sequence[Record], pasts: Pasts) -> list[int]:
     return sorted(kept)
 
 
-def _of_upgrades(records: Sequence[Record]) -> set[int]:
-    """The phases of the current upgrade and of that to which `upgrade --back` leads; and the last upgrades in full."""
+def _of_upgrades(records: Sequence[Record], upgrades: int, budget: int) -> set[int]:
+    """The phases of the current upgrade and of that which `upgrade --back` takes back; and the last upgrades in full."""
     phases: defaultdict[str, list[int]] = defaultdict(list)
     naming: defaultdict[str, list[int]] = defaultdict(list)
     stopping, replay = set(), Replay()
@@ -46,14 +46,14 @@ def _of_upgrades(records: Sequence[Record]) -> set[int]:
             if event == f"{EVENT}{Phase.SAVING}":
                 stopping.add(upgrade)
     kept = {index for one in (replay.current, replay.booted) if one for index in phases[one.id]}
-    wanted = {*list(phases)[-UPGRADES:], *[one for one in phases if one in stopping][-UPGRADES:]}
+    wanted = {*list(phases)[-upgrades:], *[one for one in phases if one in stopping][-upgrades:]}
     told: set[int] = set()
     for upgrade in [one for one in reversed(phases) if one in wanted]:
         more = set(range(phases[upgrade][0], phases[upgrade][-1] + 1))
         saved = {_text(records[index], "checkpoint") for index in more if records[index].get("event") == VmEvent.SAVE_BEGIN}
         for name in {upgrade, *saved} - {""}:
             more.update(naming[name])
-        if told and len(told | more) > RECORDS:
+        if told and len(told | more) > budget:
             break
         told |= more
     return kept | told
