@@ -180,7 +180,7 @@ def _intact(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
             return
         try:
             record = _RECORD.decode(body)
-        except (msgspec.MsgspecError, RecursionError):
+        except (ValueError, RecursionError):  # msgspec's errors, and those of UTF-8, are ValueErrors
             return
         yield line, record
 
