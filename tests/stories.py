@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cpr_agent.core.timeline import GuestTimeline
-from cpr_agent.report.story import Story, tell
+from cpr_agent.report.story import Story, story_of
 
 T0 = 1_790_000_000.0
 UPGRADE = "a5c17d40e0f14f6c9e0b6c2a4a1d9f00"
@@ -76,4 +76,4 @@ def upgrade(
 
 
 def told(*arguments: Any, wanted: str = "", **options: Any) -> Story:
-    return tell(wanted, *upgrade(*arguments, **options), host="kvm7.example.net")
+    return story_of(wanted, *upgrade(*arguments, **options), host="kvm7.example.net")

@@ -1,3 +1,3 @@
-"""cpr-agent: kernel updates of a KVM host with every guest's RAM left in place."""
+"""cpr-agent keeps QEMU guests alive across a host kexec, with their RAM left in place."""
 
 __version__ = "0.1.0"

@@ -1,9 +1,9 @@
-"""python -m cpr_agent: cpr-agentd, as it is started. Guests may wait for it."""
+"""``python -m cpr_agent`` is cpr-agentd, whose start guests may wait for."""
 
 import gc
 
-gc.disable()  # until it is ready (cpr_agent.daemon): nothing that is imported becomes garbage
+gc.disable()  # until the daemon is ready: imports leave no garbage
 
-from cpr_agent.daemon import main  # noqa: E402 - after that
+from cpr_agent.daemon import main  # noqa: E402 - the collector is off first
 
 main()

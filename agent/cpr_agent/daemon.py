@@ -1,4 +1,4 @@
-"""cpr-agentd: wires the layers together and lives until it is told to stop or loses the bus."""
+"""cpr-agentd: wires the layers together, and runs until a signal ends it or the bus is lost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ PROGRAMS = Programs(LiveQemu.connect, read_launch, launch.TICKET, launch.__file_
 
 
 class Paths(msgspec.Struct, frozen=True):
-    """Where everything is; ``root`` other than / is for tests and for agents without privileges."""
+    """The agent's directories and files. Tests, and agents without privileges, have a ``root`` other than /."""
 
     root: Path
 
@@ -69,12 +69,12 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def metrics(self) -> Path:
-        """Where Debian's node_exporter looks (prometheus-node-exporter, --collector.textfile.directory)."""
+        """Debian's node_exporter reads from here (prometheus-node-exporter, --collector.textfile.directory)."""
         return self.root / "var/lib/prometheus/node-exporter"
 
     @property
     def motd(self) -> Path:
-        """pam_motd(8) shows what is in here."""
+        """pam_motd(8) shows the files in here."""
         return self.root / "run/motd.d"
 
     @property
@@ -83,7 +83,7 @@ class Paths(msgspec.Struct, frozen=True):
 
     @property
     def programs(self) -> Path:
-        """Not in /run, which Debian mounts noexec; nor in what only root may look into."""
+        """Not in /run, which Debian mounts noexec; nor below /var/lib/cpr-agent, which QEMU's user can't enter."""
         return self.root / "var/cache/cpr-agent/programs"
 
     @property
@@ -147,10 +147,10 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
     systemd = Systemd() if kind == "systemd" or (kind == "auto" and booted()) else None
     bus = await Service.connect(address)
     make_private_directory(paths.state)
-    with locked(paths.state / "lock"):  # on another bus, an agent with the same guests could be
+    with locked(paths.state / "lock"):  # an agent on another bus could have the same guests
         manager = build(paths, settings, systemd)
         published = publisher(paths, settings, manager)
-        # Before the name: with its reply comes the call that started the agent.
+        # Before the name is requested: its reply comes together with the call that started the agent.
         service = Service(bus, manager, paths.run, logs)
         manager.listeners.add(published)
         await Service.own_name(bus)  # before anything is touched: there must be no second agent
@@ -167,7 +167,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: manager.jobs.start("reload", lambda _: manager.reload()))
-    gc.freeze()  # what is there by now stays: no collection need look through it while a guest stands still
+    gc.freeze()  # these objects stay: a collection while a guest stands still need not look at them
     gc.enable()
     known = counted(len(manager.vms), "VM")
     log.info("cpr-agentd %s: %s, run as %s", __version__, known, "units" if units else "processes")
@@ -180,7 +180,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     lost = loop.create_task(service.disconnected())
     await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
     if lost.done():
-        # As if killed, which is what recovery is made for: what is half done can't be undone in order without the bus.
+        # End like a killed agent, which recovery is made for: without the bus no act under way can be undone in order.
         log.error("the connection to the bus was lost")
         sys.stderr.flush()
         os._exit(1)
@@ -200,7 +200,7 @@ async def _feed_watchdog() -> None:
 
 
 class Options(msgspec.Struct):
-    """Of the command line."""
+    """The options of cpr-agentd's command line."""
 
     root: Path = Path("/")
     bus_address: str | None = None
@@ -209,9 +209,9 @@ class Options(msgspec.Struct):
 
 
 def arguments() -> argparse.ArgumentParser:
-    import argparse  # at boot there are none, and guests wait
+    import argparse  # at boot there are no arguments, and guests wait
 
-    parser = argparse.ArgumentParser(prog="cpr-agentd", description="Keeps QEMU guests over a kexec of their host.")
+    parser = argparse.ArgumentParser(prog="cpr-agentd", description="Keeps QEMU guests alive across a host kexec.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--root", type=Path, help="prefix of all paths (default: /)")
     parser.add_argument("--bus-address", help="D-Bus address (default: the system bus)")

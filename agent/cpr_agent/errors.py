@@ -5,20 +5,20 @@
     │   └── InvalidDefinition a VM definition or agent.toml that can't be used
     ├── NoSuchVM              a name without a definition
     ├── NoSuchReport          an id without a history record
-    ├── AccessDenied          polkit said no, or could not be asked
+    ├── AccessDenied          polkit refused, or did not answer
     ├── LimitsExceeded        too many calls
     ├── Busy                  the VM or the host is in the middle of something
     ├── WrongState            the VM's state does not allow the request
     │   ├── AlreadyRunning
     │   ├── AlreadySaved      a live checkpoint stands in the way
     │   ├── NoCheckpoint
-    │   └── NothingToDo       what was asked for has no object; nothing is wrong
+    │   └── NothingToDo       the request applies to no VM; no error
     ├── Blocked               this VM can't be saved now; carries every reason
     ├── MemoryUnusable        the definition's memory can't be used
     │   ├── DeviceMissing
     │   ├── MemoryInUse       another process has it open or mapped
     │   └── MemoryOverlap
-    ├── ProofFailed           what a load found is not what the save left
+    ├── ProofFailed           a load found something other than the save left
     │   ├── NotVmstate
     │   ├── MemoryChanged
     │   ├── DiskChanged
@@ -27,12 +27,12 @@
     ├── QemuFailed            QEMU could not be started, died, or did not answer
     ├── GuestAgentFailed      the QEMU guest agent hung, refused, or made no sense
     ├── SaveFailed
-    │   └── SaveRefused       not even tried, because not every guest could be saved
+    │   └── SaveRefused       no guest was saved, because one of them can't be
     ├── LoadFailed
-    ├── KernelRefused         a kernel that can't be started, or that would lose the guests
-    └── UpgradeRefused        a host that must not be upgraded now; carries the findings
+    ├── KernelRefused         the kernel can't be started, or would lose the guests
+    └── UpgradeRefused        the host must not be upgraded now; carries the findings
 
-A message names the VM, what failed, what state that left, and what to do next; the attributes carry the same apart.
+A message names the VM, the failure, the state that it left, and the remedy. The attributes carry each of these.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from typing import ClassVar, NamedTuple
 
 
 class Difference(NamedTuple):
-    """One thing that a proof compared, and that is not what it was."""
+    """A value that a proof compared, and found changed."""
 
     what: str
     expected: str
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 
 
 class CprError(Exception):
-    """The root. ``what`` failed, for which ``vm``, what state that ``left``, and the ``remedy``."""
+    """The root. ``what`` is the failure, ``left`` the state after it, and ``remedy`` the admin's next step."""
 
     kind: ClassVar[str] = "Failed"
 
@@ -124,13 +124,13 @@ class NoCheckpoint(WrongState):
 
 
 class NothingToDo(WrongState):
-    """A job that ends so has not failed: it is done, with nothing done."""
+    """A job that ends with it has not failed: there was no VM for it."""
 
     kind = "NothingToDo"
 
 
 class Blocked(CprError):
-    """``reasons`` holds every obstacle, not just the first."""
+    """``reasons`` has every obstacle, and not only the first."""
 
     kind = "Blocked"
 
@@ -161,7 +161,7 @@ class MemoryOverlap(MemoryUnusable):
 
 
 class ProofFailed(CprError):
-    """``evidence``: what was compared and is not what it was."""
+    """``evidence`` has the values that were compared and found changed."""
 
     kind = "ProofFailed"
 

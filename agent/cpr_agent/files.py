@@ -1,4 +1,4 @@
-"""Writes that are either there as a whole after a crash, or not at all."""
+"""Files that a crash leaves whole or absent, directories that only the agent may enter, and locks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_private_directory(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that ``path`` is; it ends with the process at the latest. Raises Busy if another process has it."""
+    """Hold the lock file ``path``, at most until the process ends. Raises Busy if another process holds it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,8 +51,8 @@ def write_atomically(
 ) -> None:
     """Replace ``path`` with ``data``: temporary name, fsync, rename, fsync of the directory. Raises OSError.
 
-    ``owner`` (uid, gid) is set on the descriptor, so that nobody who may write to the directory can redirect it. Without
-    ``durable`` a reader sees the old or the new as a whole, but a crash can leave either, or nothing.
+    ``owner`` (uid, gid) is set on the descriptor, so that no other user of the directory can redirect it. Not
+    ``durable``, a reader sees the old or the new file as a whole, but after a crash there may be either, or none.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ def write_atomically(
     try:
         with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
             file.write(data)
-            os.fchmod(file.fileno(), mode)  # whatever the umask; while the file is ours, which needs no capability
+            os.fchmod(file.fileno(), mode)  # against the umask; before the owner changes, while that takes no capability
             if owner:
                 os.fchown(file.fileno(), *owner)
             file.flush()
@@ -75,7 +75,7 @@ def write_atomically(
 
 
 def rename_aside(path: Path, suffix: str) -> Path:
-    """Move ``path`` out of the way, keeping it; an older one of the same name is replaced. Not yet durable."""
+    """Rename ``path`` to keep it, in place of an older one of that name. Not yet durable."""
     aside = path.with_name(f"{path.name}.{suffix}")
     path.rename(aside)
     return aside

@@ -1,4 +1,4 @@
-"""What is mounted where (proc_pid_mountinfo(5))."""
+"""The mounts of this host (proc_pid_mountinfo(5))."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Mount(NamedTuple):
 
 
 def mounts(mountinfo: Path = MOUNTINFO) -> list[Mount]:
-    """In the order in which they were mounted: of those at one point the last is the one that shows. Raises OSError."""
+    """In the order in which they were mounted: at one point the last one shows. Raises OSError."""
     text = mountinfo.read_bytes().decode(errors="surrogateescape")
-    return [_mount(line) for line in text.removesuffix("\n").split("\n")]  # a path may have any other line separator in it
+    return [_mount(line) for line in text.removesuffix("\n").split("\n")]  # paths may have other line separators in them
 
 
 def _mount(line: str) -> Mount:

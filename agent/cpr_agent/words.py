@@ -6,11 +6,11 @@ import re
 import time
 
 _NOT_IN_XML = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
-"""XML 1.0, "Characters": what no escape makes fit for a document."""
+"""Characters that an XML 1.0 document can't have, also not escaped (section 2.2, "Characters")."""
 
 
 def printable(text: str) -> str:
-    """``text`` without what a document can't hold: names and messages come from outside."""
+    """``text`` fit for a document: names and messages come from outside, and may have any character."""
     return re.sub(_NOT_IN_XML, "\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -46,7 +46,7 @@ def size(count: int) -> str:
 
 
 def exact_size(count: int) -> str:
-    """Every byte of it, as definitions and QEMU have it: ``512M``, in the largest unit that divides it."""
+    """``512M``, in the largest unit that divides it: exact, and as definitions and QEMU have it."""
     for unit, factor in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
         if count and count % factor == 0:
             return f"{count // factor}{unit}"

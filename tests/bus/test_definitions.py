@@ -52,7 +52,7 @@ def test_a_running_guest_takes_it_later(lab: Lab) -> None:
         ("""printf '\\377' >>"$1" """, 1, "can't decode"),
         ("""sed -i 's/"-nodefaults"/"-S"/' "$1" """, 1, "what the agent adds itself"),
         ("exit 3", 1, "ended with status 3"),
-        ("""sed -i 's/^.vm.$/[vm]\\ndescription = "x"/' "$1"; echo '# me too' >>{path}""", 1, "changed meanwhile"),
+        ("""sed -i 's/^.vm.$/[vm]\\ndescription = "x"/' "$1"; echo '# me too' >>{path}""", 1, "somebody else has changed"),
     ],
 )
 def test_what_can_not_be_used_changes_nothing_and_is_kept(lab: Lab, editor: str, code: int, said: str) -> None:

@@ -20,7 +20,7 @@ from cpr_agent.errors import InvalidArgument, NoSuchReport
 from cpr_agent.report.phases import KERNEL, LOOKS, look_of
 from cpr_agent.report.picture import draw, ticks
 from cpr_agent.report.render import render, verdict
-from cpr_agent.report.story import Story, tell
+from cpr_agent.report.story import Story, story_of
 from cpr_agent.store.history import History
 from cpr_agent.words import exact_size, length, size
 from tests.stories import T0, UPGRADE, told, upgrade
@@ -82,7 +82,7 @@ def taken_back() -> Story:
         *({"event": "resumed", "vm": vm, "at": T0 + 2.2, "checkpoint": f"id-{vm}"} for vm in ("web1", "web2")),
         {"event": "upgrade-rolled-back", "upgrade": UPGRADE, "at": T0 + 2.3, "failures": []},
     ]
-    return tell("", [*records, *more], [], "host")
+    return story_of("", [*records, *more], [], "host")
 
 
 def test_what_was_taken_back_is_told_by_the_journal_alone() -> None:
@@ -96,7 +96,7 @@ def test_what_was_taken_back_is_told_by_the_journal_alone() -> None:
 def test_a_refused_upgrade_has_no_guests() -> None:
     records = [r for r in upgrade(2)[0] if r["event"] == "upgrade-checking"]
     refused = {"event": "upgrade-refused", "upgrade": UPGRADE, "at": T0, "reason": "cpr-gate.service is disabled"}
-    story = tell("", [*records, refused], [], "host")
+    story = story_of("", [*records, refused], [], "host")
     assert (story.outcome, story.guests, names(story)) == ("refused", (), ["check"])
     assert "cpr-gate.service is disabled" in render(story, "html")
     ElementTree.fromstring(render(story, "svg"))  # noqa: S314 - our own
@@ -104,7 +104,7 @@ def test_a_refused_upgrade_has_no_guests() -> None:
 
 def by_itself() -> Story:
     single = replace(upgrade(1)[1][0], id="feedbeef00", upgrade="", userspace_at=0.0, shutdown_at=0.0)
-    return tell("feed", [], [single], "host")
+    return story_of("feed", [], [single], "host")
 
 
 def test_a_load_by_itself_is_a_report() -> None:
@@ -120,14 +120,14 @@ def test_an_unknown_id_is_told_with_those_that_are_known(wanted: str, said: str)
     records, timelines = upgrade(2)
     singles = [replace(t, upgrade="", id=f"{t.id}-again", stopped_at=t.stopped_at + 900) for t in timelines]
     with pytest.raises(NoSuchReport, match=said.replace("begins", "2 reports have an id that begins")) as caught:
-        tell(wanted, records, [*timelines, *singles], "host")
+        story_of(wanted, records, [*timelines, *singles], "host")
     assert "id-web1-again" in caught.value.remedy
-    assert tell("a5c1", records, timelines, "host").id == UPGRADE
+    assert story_of("a5c1", records, timelines, "host").id == UPGRADE
 
 
 def test_nothing_on_record_is_told_as_that() -> None:
     with pytest.raises(NoSuchReport, match="nothing was upgraded or loaded"):
-        tell("", [], [], "host")
+        story_of("", [], [], "host")
 
 
 def test_records_of_an_older_agent_are_read(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_records_of_an_older_agent_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_bytes(msgspec.json.encode(old))
     (read,) = History(tmp_path).all()
     assert [name for name, _ in read.phases()][-2:] == ["devices", "load"]
-    story = tell("", [], [replace(read, upgrade="")], "host")
+    story = story_of("", [], [replace(read, upgrade="")], "host")
     render(story, "html")
 
 
@@ -146,7 +146,7 @@ def test_a_clock_that_went_back_across_the_kexec_turns_no_phase_around() -> None
     records, timelines = upgrade(2)
     wrong = [replace(t, userspace_at=t.shutdown_at - 1.0) for t in timelines]
     booted = [{**r, "userspace_at": T0 + 5.0} if r["event"] == "upgrade-booted" else r for r in records]
-    story = tell("", booted, wrong, "host")
+    story = story_of("", booted, wrong, "host")
     assert without_overlap(story.phases)
     assert all(without_overlap(guest.spans) for guest in story.guests)
 
@@ -154,7 +154,7 @@ def test_a_clock_that_went_back_across_the_kexec_turns_no_phase_around() -> None
 def test_a_guest_that_was_loaded_days_later_does_not_stretch_the_picture() -> None:
     records, timelines = upgrade(3, held=("web2",))
     late = replace(timelines[0], id="id-web2", vm="web2", **dict.fromkeys(LOADED, T0 + 2 * 86400))
-    story = tell("", records, [*timelines, late], "host")
+    story = story_of("", records, [*timelines, late], "host")
     picture = draw(story)
     row = next(row for row in picture.rows if row.name == "web2")
     assert row.open_x > 0

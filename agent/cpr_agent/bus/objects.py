@@ -95,10 +95,10 @@ class ManagerObject(BusObject):
 
     async def call_Report(self, wanted: str, form: str) -> list[Any]:
         from cpr_agent.report.render import render  # here: the agent's start, for which guests wait, goes without them
-        from cpr_agent.report.story import tell
+        from cpr_agent.report.story import story_of
 
         ports = self._manager.ports
-        story = tell(wanted, ports.journal.records(), ports.history.all(), ports.boot.name())
+        story = story_of(wanted, ports.journal.records(), ports.history.all(), ports.boot.name())
         return [await asyncio.to_thread(render, story, form)]
 
     async def call_Reload(self) -> list[Any]:

@@ -1,1 +1,1 @@
-"""cprctl: words and tables. Talks to the agent over D-Bus only. The only importer of click and rich."""
+"""cprctl: commands and tables. It talks to the agent over D-Bus only. The only importer of click and rich."""

@@ -1,4 +1,4 @@
-"""What a shell offers after Tab that only the agent knows. Must be quick, and silent about whatever is wrong."""
+"""Completions that only the agent knows. They must come quickly, and an error must print nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TIMEOUT_S = 1.0
 
 
 def vm_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 - click's
-    """Names of VMs, of an agent that runs on this host. Another host's would take longer than a Tab may."""
+    """Names of VMs, if an agent runs on this host. Those of another host would take too long for a Tab."""
     target = context.find_root().params
     if target.get("host"):
         return []

@@ -63,7 +63,7 @@ def edit(vm: str) -> Work:
             copy.write_text(text)
             problem = await _edited(client, vm, copy, text)
             if problem == "" and (path.read_bytes() if path.exists() else None) != before:
-                problem = f"{path} was changed meanwhile by somebody else"
+                problem = f"somebody else has changed {path} in the meantime"
             if problem:
                 return _rescued(output, path, copy, problem)
             if problem is None:

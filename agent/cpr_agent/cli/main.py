@@ -1,4 +1,4 @@
-"""cprctl: what an admin types."""
+"""cprctl, the admin's command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ for _command in (*vms.COMMANDS, *upgrades.COMMANDS, *report.COMMANDS, *memory.CO
 
 
 def main() -> None:
-    """Exit codes are ours: click's own for wrong usage means "nothing to do" here."""
+    """Exits with our own codes: click's 2 for wrong usage means "nothing to do" here."""
     output = Output(as_json="--json" in sys.argv)
     try:
         sys.exit(cli.main(prog_name="cprctl", standalone_mode=False))

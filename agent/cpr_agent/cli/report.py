@@ -1,4 +1,4 @@
-"""How an upgrade or a load went."""
+"""The command that shows how an upgrade or a load went."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpr_agent.cli.session import Output, Work, command
 @click.option("--svg", "form", flag_value="svg", help="Print the timeline as a picture.")
 @click.option("--html", "form", flag_value="html", help="Print a page that stands alone.")
 def report(wanted: str, form: str | None) -> Work:
-    """Show how an upgrade or a load went, as a timeline. ID is one of `history`, or how it begins; default: the last."""
+    """Show how an upgrade or a load went, as a timeline. ID is from `history`, or its beginning; default: the last."""
     if form and click.get_current_context().params["as_json"]:
         raise click.UsageError("choose one of --json, --svg and --html")
 
@@ -32,7 +32,7 @@ def report(wanted: str, form: str | None) -> Work:
 
 
 def _draw(story: dict[str, Any]) -> None:
-    from cpr_agent.cli import timeline  # rich, which takes long to import: as in session.tables
+    from cpr_agent.cli import timeline  # it imports rich, which takes long: as in session.tables
 
     timeline.show(story)
 

@@ -1,4 +1,4 @@
-"""A job on a terminal: each guest in a row, and below them what the job does. Imported when there is one: rich is slow."""
+"""A job on a terminal: a row for each guest, and below them the job's step. Imported when it is needed: rich is slow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MOVING = frozenset({VmState.STARTING, VmState.SAVING, VmState.LOADING})
 OFF = frozenset({VmState.STOPPED, VmState.SHUT_DOWN})
 REFRESHES_PER_S = 8
 BELOW = 2
-"""Lines that the screen needs besides those of the guests."""
+"""Lines below the guests' rows."""
 
 
 @dataclass
 class Row:
-    """``began`` is when the VM set out for the state that it is in or bound for; ``took_s`` how long that took."""
+    """``began`` is when the VM left its last resting state; ``took_s`` how long it was on its way since."""
 
     state: str
     began: float = 0.0
@@ -57,11 +57,11 @@ class Screen:
             row.state, row.took_s = state, now - row.began
 
     def over(self) -> None:
-        """Nothing moves any more."""
+        """The job has ended: stop the spinner."""
         self._spinner = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As many rows as the terminal has lines, those in motion first; the rest as counts."""
+        """As many rows as the terminal has room for, moving guests first; the rest as counts."""
         now = time.monotonic()
         shown = [(name, row) for name, row in sorted(self.rows.items()) if row.changed or row.state not in OFF]
         room = max(1, console.height - BELOW)
@@ -97,7 +97,7 @@ class Screen:
 
 @contextlib.contextmanager
 def screen() -> Iterator[Screen]:
-    """On stderr, until the job ends; the rows stay. The terminal is itself again however that goes."""
+    """Show a job on stderr until it ends; the rows stay. The terminal is restored in any case."""
     what = Screen()
     with Live(what, console=Console(stderr=True), refresh_per_second=REFRESHES_PER_S, redirect_stdout=False):
         try:

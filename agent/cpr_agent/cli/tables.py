@@ -39,13 +39,13 @@ def _table(*columns: str) -> Table:
 
 
 def _print(what: object) -> None:
-    """Tables as wide as the terminal; a file or a pipe gets each row on one line, whole."""
+    """As wide as the terminal; in a file or a pipe each row is one whole line."""
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)
     console.print(what, soft_wrap=isinstance(what, str), highlight=False)
 
 
 def _short(words: str) -> Text:
-    """What may end in "…" where the terminal is too narrow for it; `status VM` and --json have all of it."""
+    """Text that ends in "…" where the terminal is too narrow; `status VM` and --json have all of it."""
     return Text(words, no_wrap=True, overflow="ellipsis")
 
 
@@ -87,7 +87,7 @@ def agent(data: dict[str, Any]) -> None:
 
 
 def _upgrade(data: dict[str, Any]) -> str:
-    """One line: what became of the last upgrade."""
+    """The last upgrade's outcome, in one line."""
     since = moment(data["started-at"])
     to = f" -> {data['kernel-to']}" if data["kernel-to"] else ""
     words = [f"last {data['kind']}, {since}: {_styled(data['phase'])}, kernel {data['kernel-from']}{to}"]
@@ -130,7 +130,7 @@ def vm(data: dict[str, Any]) -> None:
 
 
 def _ranges(memory: dict[str, Any]) -> list[dict[str, Any]]:
-    """One, or that of each NUMA node."""
+    """The VM's range of memory, or one for each NUMA node."""
     return list(memory.get("nodes", [memory]))
 
 
@@ -139,9 +139,9 @@ def _range(memory: dict[str, Any]) -> str:
 
 
 def _held(data: dict[str, Any]) -> None:
-    """Expected and found, side by side."""
+    """Since when and why the VM is held, with expected and found values side by side."""
     since = moment(data["at"])
-    _print(f"  [bold red]Held[/] since {since} ({data['error']}): nothing was touched, an admin decides")
+    _print(f"  [bold red]Held[/] since {since} ({data['error']}): left as it is until an admin decides")
     if data["evidence"]:
         table = _table("  PROOF", "EXPECTED", "FOUND")
         for what, expected, found in data["evidence"]:
@@ -158,7 +158,7 @@ def saved(name: str, data: dict[str, Any]) -> None:
 
 def findings(data: list[dict[str, Any]]) -> None:
     if not data:
-        _print("Nothing stands in the way.")
+        _print("No findings.")
         return
     for entry in data:
         _print(f"[bold]{entry['vm'] or 'host'}[/] {_styled(entry['severity'])}: {escape(entry['what'])}")
@@ -172,13 +172,13 @@ def devices(data: list[dict[str, Any]]) -> None:
         _print("No dax devices are there. Make one with: ndctl create-namespace -f -e NAMESPACE -m devdax -M mem")
         return
     table = _table("NODE", "UUID", "OFFSET", "SIZE", "VM")
-    table.columns[1].no_wrap = True  # it is copied to definitions
+    table.columns[1].no_wrap = True  # admins copy it to definitions
     for entry in data:
         ranges = [*entry["used"], *([offset, length, "[dim]free[/]"] for offset, length in entry["free"])]
         rows = [(exact_size(offset), exact_size(length), vm) for offset, length, vm in sorted(ranges)]
         room = sum(length for _, length in entry["free"])
         rows.append(("[bold]total[/]", f"[bold]{exact_size(entry['size'])}[/]", f"{exact_size(room)} free"))
-        # Below its uuid, not in columns of their own: all of it fits in 80.
+        # Below the uuid instead of in columns of their own, so that a row fits in 80 columns.
         numa = f"NUMA node {entry['numa-node']}, " if entry["numa-node"] >= 0 else ""
         more = f"[dim]{entry['provider']}, {numa}aligned to {exact_size(entry['align'])}[/]"
         about = [(entry["node"], entry["uuid"]), ("", more)]
@@ -188,7 +188,7 @@ def devices(data: list[dict[str, Any]]) -> None:
 
 
 def memory(data: dict[str, Any]) -> None:
-    """As it stands in a definition."""
+    """The section of a definition."""
     for line in ("[memory]", *(f'{key} = "{value}"' for key, value in _section(data).items())):
         _print(escape(line))
 
@@ -199,7 +199,7 @@ def _section(data: dict[str, Any]) -> dict[str, str]:
 
 def history(data: list[dict[str, Any]]) -> None:
     if not data:
-        _print("Nothing was loaded yet.")
+        _print("No VM was loaded yet.")
         return
     for entry in data:
         table = _table("PHASE", "SECONDS")

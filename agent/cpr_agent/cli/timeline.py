@@ -1,4 +1,4 @@
-"""A report drawn on the terminal: the timeline, and what there is to say of it."""
+"""A report on the terminal: the timeline, the verdict, and the guests that did not go on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TONES = {"good": "green", "fair": "yellow", "bad": "red"}
 
 
 def show(story: dict[str, Any]) -> None:
-    """Bars in colours, or in letters where there are none; a pipe gets lines of 120 columns."""
+    """Bars in colours, or in letters where the terminal has none; in a pipe, lines of 120 columns."""
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     verdict = story["verdict"]
     began = moment(story["started_at"])
     console.print(f"[bold]{escape(story['headline'])}[/]  {escape(story['host'])}, {began}, id {escape(story['id'][:8])}")
     console.print(f"[{TONES[verdict['tone']]}]{escape(verdict['word'])}[/] {escape(verdict['text'])}")
-    for said in story["remarks"]:
-        console.print(f"[yellow]{escape(said)}[/]", soft_wrap=True)
+    for remark in story["remarks"]:
+        console.print(f"[yellow]{escape(remark)}[/]", soft_wrap=True)
     console.print()
     _timeline(console, story)
     for guest in story["guests"]:
@@ -46,7 +46,7 @@ def _timeline(console: Console, story: dict[str, Any]) -> None:
     ]
     if not (spans := [span for _, some, _, _ in rows for span in some]):
         return
-    # What comes after the end of the upgrade (a guest that was held for a week) is cut off, as in the picture.
+    # Cut off at the end of the upgrade, as in the picture: a guest may have been held for a week after it.
     begin = min(span["begin"] for span in spans)
     end = max([span["end"] for span in story["phases"]] or [story["ended_at"]])
     names = max(len(name) for name, *_ in rows)
@@ -64,7 +64,7 @@ def _timeline(console: Console, story: dict[str, Any]) -> None:
 
 
 def _bar(spans: list[dict[str, Any]], begin: float, end: float, width: int, console: Console) -> Text:
-    """Each cell shows the phase that has most of it; a phase too short for that gets one all the same, where it can."""
+    """Each cell shows the phase that fills most of it. A shorter phase still gets a cell, as long as there is room."""
     cell = (end - begin) / width or 1.0
     cells = [""] * width
     last = 0

@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec, module_from_spec
 
-# Of pystemd only its bindings are used. Its __init__ takes along objects that are made by introspection, and lxml for that:
-# guests wait for it at boot.
+# Only the bindings of pystemd are used. Its __init__ would import its introspected objects too, and lxml for them, for
+# which guests would wait at boot.
 if (spec := find_spec("pystemd")) and "pystemd" not in sys.modules:
     sys.modules["pystemd"] = module_from_spec(spec)

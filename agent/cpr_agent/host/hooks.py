@@ -20,11 +20,11 @@ from cpr_agent.core.paths import why_swappable
 from cpr_agent.host.runner import readable, reap_when_done
 
 AT_ONCE = 8
-"""Hooks that run at the same time, of all guests."""
-SAID_BYTES = 4096
-"""What is kept of a hook's stderr."""
+"""So many hooks run at the same time, for all guests together."""
+STDERR_BYTES = 4096
+"""The part of a hook's stderr that is read."""
 _SKIPPED = re.compile(r"\..*|.*~|.*\.(dpkg-\w+|rpm(new|save|orig)|bak|swp)")
-"""What editors and packages leave behind (run-parts(8) and systemd.preset(5) skip the like)."""
+"""Left behind by editors and packages (run-parts(8) and systemd.preset(5) skip such names too)."""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -45,18 +45,18 @@ class HookDirectory:
         except OSError as error:
             return [HookFailure(str(directory), f"can't be read: {error.strerror}")]
         failures = []
-        told = {"phase": phase, "vm": vm, "upgrade": upgrade}
-        environment = {"PATH": _PATH, "LANG": "C.UTF-8", **{f"CPR_{name.upper()}": text for name, text in told.items()}}
+        about = {"phase": phase, "vm": vm, "upgrade": upgrade}
+        environment = {"PATH": _PATH, "LANG": "C.UTF-8", **{f"CPR_{name.upper()}": text for name, text in about.items()}}
         for hook in hooks:
             if not os.access(hook, os.X_OK) and not hook.is_symlink():
-                continue  # turned off, as run-parts(8) has it
+                continue  # turned off, as for run-parts(8)
             why = _unsafe(hook)
             if not why:
                 async with self._places:
-                    why = await _run(hook, environment, json.dumps({**told, **facts}).encode(), self._timeout_s)
+                    why = await _run(hook, environment, json.dumps({**about, **facts}).encode(), self._timeout_s)
             if why:
                 failures.append(HookFailure(str(hook), why))
-                if phase == "pre-save":  # the save is refused: what comes after has nothing to prepare for
+                if phase == "pre-save":  # the save is refused: later hooks would prepare for nothing
                     break
         return failures
 
@@ -73,12 +73,12 @@ def _unsafe(hook: Path) -> str:
     return f"was not run: {why}" if why else ""
 
 
-async def _run(hook: Path, environment: dict[str, str], told: bytes, timeout_s: float) -> str:
-    """Why it failed; "" if it did not. It leads a process group of its own, all of which is killed if it takes too long."""
+async def _run(hook: Path, environment: dict[str, str], about: bytes, timeout_s: float) -> str:
+    """Run it in a process group of its own, which is killed as a whole after ``timeout_s``. Returns the failure, or ""."""
     stdin = os.memfd_create("cpr-hook")
-    said = _Said()
+    stderr = _Stderr()
     try:
-        os.write(stdin, told)
+        os.write(stdin, about)
         os.lseek(stdin, 0, os.SEEK_SET)
         try:
             child = subprocess.Popen(  # noqa: ASYNC220 - fork and exec take milliseconds; the wait is on a descriptor
@@ -87,20 +87,20 @@ async def _run(hook: Path, environment: dict[str, str], told: bytes, timeout_s: 
                 cwd="/",
                 stdin=stdin,
                 stdout=2,  # the agent's own stderr: the journal
-                stderr=said.write_end,
+                stderr=stderr.write_end,
                 start_new_session=True,
             )
         except OSError as error:
             return f"can't be run: {error.strerror}"
         finally:
-            said.started()
+            stderr.started()
         ended = False
         pidfd = os.pidfd_open(child.pid)
         try:
             ended = await readable(pidfd, timeout_s)
         finally:
             os.close(pidfd)
-            if not ended:  # also where the caller was cancelled
+            if not ended:  # the caller may be cancelled
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 reap_when_done(child)
@@ -110,15 +110,15 @@ async def _run(hook: Path, environment: dict[str, str], told: bytes, timeout_s: 
         if status == 0:
             return ""
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
-        return said.first_line() or how
+        return stderr.first_line() or how
     finally:
         os.close(stdin)
-        said.close()
+        stderr.close()
 
 
-class _Said:
-    """The beginning of what a child writes to stderr. It is read as it comes, so that a child that has much to say does not
-    wait for us, and one whose own children live on keeps nobody waiting for the end."""
+class _Stderr:
+    """The beginning of a child's stderr. It is read as it comes: the child never waits for a reader, and a grandchild that
+    lives on does not delay the end."""
 
     def __init__(self) -> None:
         self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
@@ -131,8 +131,8 @@ class _Said:
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            while piece := os.read(self._read_end, SAID_BYTES):
-                self._text = (self._text + piece)[:SAID_BYTES]
+            while piece := os.read(self._read_end, STDERR_BYTES):
+                self._text = (self._text + piece)[:STDERR_BYTES]
             asyncio.get_running_loop().remove_reader(self._read_end)
 
     def first_line(self) -> str:

@@ -1,4 +1,4 @@
-"""The agent's log in the system's journal, and how much of it: MESSAGE_IDs and fields by a logging handler, and what
+"""The agent's log in the system's journal, with MESSAGE_IDs and fields; its level and target, which
 org.freedesktop.LogControl1(5) sets.
 """
 
@@ -31,7 +31,7 @@ MESSAGE_IDS: Mapping[Event, str] = {
     Event.UPGRADE_DONE: "1695184a4ede4a15b63f84fa4b85c398",
     Event.UPGRADE_HELD: "2b9664b4020d4cf3825ae195e345f2a5",
 }
-"""units/cpr-agent.catalog explains each. Never change one: people search for them."""
+"""units/cpr-agent.catalog explains each. Never change one: admins search for them."""
 
 LEVELS = {
     "emerg": logging.CRITICAL,
@@ -43,12 +43,12 @@ LEVELS = {
     "info": logging.INFO,
     "debug": logging.DEBUG,
 }
-"""Of syslog(3), in its order."""
+"""The levels of syslog(3), in its order."""
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 
 class JournalHandler(logging.Handler):
-    """Entries with the fields that core.events.about gives a record (systemd.journal-fields(7))."""
+    """Sends entries with the fields that core.events.about has put on a record (systemd.journal-fields(7))."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -77,7 +77,7 @@ def entry(record: logging.LogRecord, message: str) -> dict[str, str]:
 
 
 class LogControl:
-    """What is logged, and where to: org.freedesktop.LogControl1(5). ``level`` is a word of syslog(3)."""
+    """The log's level and target: org.freedesktop.LogControl1(5). ``level`` is a word of syslog(3)."""
 
     identifier = IDENTIFIER
 
@@ -111,6 +111,6 @@ class LogControl:
 
 
 def _stderr_is_journal() -> bool:
-    """systemd.exec(5), JOURNAL_STREAM."""
+    """See JOURNAL_STREAM in systemd.exec(5)."""
     info = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{info.st_dev}:{info.st_ino}"

@@ -1,4 +1,4 @@
-"""The way into the next kernel, through systemd; implements core.ports.Kexec."""
+"""The kexec into the next kernel, through systemd; implements core.ports.Kexec."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 _ENABLED = ("enabled", "enabled-runtime", "static", "linked")
 _NEEDED = {
-    "cpr-save.service": "guests would not be saved when somebody types `systemctl kexec`",
-    "cpr-gate.service": "nothing would stop a kexec that comes with a guest unsaved",
-    "cpr-load.service": "nobody would load the guests after boot",
+    "cpr-save.service": "guests would not be saved when an admin types `systemctl kexec`",
+    "cpr-gate.service": "a kexec would not be stopped while a guest is unsaved",
+    "cpr-load.service": "the guests would not be loaded after boot",
 }
 INHIBIT_TIMEOUT_S = 10.0
 T = TypeVar("T")
@@ -56,16 +56,16 @@ class SystemdKexec:
 
     @contextlib.asynccontextmanager
     async def inhibit(self, why: str) -> AsyncIterator[None]:
-        """A block inhibitor of logind (systemd-inhibit(1)), held by a child that ends with our end of its pipe: also when
-        the agent is killed."""
+        """Hold a block inhibitor of logind (systemd-inhibit(1)): a child holds it, which ends when our end of its pipe
+        closes, and so also when the agent is killed."""
         words = ("--what=shutdown", "--mode=block", "--who=cpr-agent", f"--why={why}", "--no-ask-password")
         command = ("systemd-inhibit", *words, "sh", "-c", "echo; exec cat")
         child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
         if child.stdin is None or child.stdout is None:
             raise RuntimeError("systemd-inhibit was started without pipes")
         try:
-            if not await _within(child.stdout.readline()):  # without logind; the hook and the gate are there all the same
-                log.warning("nothing keeps others from restarting the host meanwhile: systemd-inhibit failed")
+            if not await _within(child.stdout.readline()):  # there is no logind; cpr-save and cpr-gate still guard a kexec
+                log.warning("others can restart the host during the upgrade: systemd-inhibit failed")
             yield
         finally:
             child.stdin.close()
@@ -81,13 +81,13 @@ class SystemdKexec:
         return self._systemd.job_of("kexec.target") is not None
 
     async def start(self) -> str:
-        """By the target itself and not by logind, whose RebootWithFlags does a plain reboot where it finds no kernel
-        (FACTS.md), and which would wait for delay inhibitors while guests stand still."""
+        """Start the target itself, and not by logind: its RebootWithFlags does a plain reboot where it finds no kernel, and
+        would wait for delay inhibitors while guests stand still."""
         return await self._systemd.start_unit("kexec.target", mode="replace-irreversibly", timeout_s=None)
 
     async def over(self) -> str:
         job = self._systemd.job_of("kexec.target")
-        return await self._systemd.finished(job, timeout_s=None) if job else "it is not under way any more"
+        return await self._systemd.finished(job, timeout_s=None) if job else "it is no longer under way"
 
     def bring_back(self) -> None:
         self._systemd.queue_start("cpr-abort.service")
@@ -101,7 +101,7 @@ async def _within(wait: Awaitable[T]) -> T | None:
 
 
 class NoKexec:
-    """An agent that runs VMs as processes, without systemd, leaves the host's kernel alone; implements core.ports.Kexec."""
+    """Of an agent without systemd, which leaves the host's kernel alone; implements core.ports.Kexec."""
 
     possible = False
 
@@ -113,10 +113,10 @@ class NoKexec:
         yield
 
     def promise(self) -> None:
-        """Nobody asks."""
+        """There is no gate to promise anything to."""
 
     def withdraw(self) -> None:
-        """Nobody asks."""
+        """Nothing was promised."""
 
     async def pending(self) -> bool:
         return False

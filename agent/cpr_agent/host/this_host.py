@@ -23,7 +23,7 @@ BOOTLOADER_TYPE = Path("/proc/sys/kernel/bootloader_type")
 
 
 class ThisHost:
-    """``userspace_at`` asks systemd when this boot's userspace began (epoch seconds); 0 where nobody knows."""
+    """``userspace_at`` asks systemd when this boot's userspace began (epoch s); 0 means unknown."""
 
     def __init__(self, userspace_at: Callable[[], float] = lambda: 0.0) -> None:
         self._userspace_at = userspace_at
@@ -90,7 +90,7 @@ class ThisHost:
         sockets.settle(paths, pid)
 
     def boot_ended_at(self, boot_id: str) -> float:
-        """By its last entry in the persistent journal (journalctl(1)), where there is one."""
+        """The time of its last entry in the persistent journal (journalctl(1)); 0 without one."""
         command = ["journalctl", "--quiet", f"--boot={boot_id.replace('-', '')}", "--lines=1", "--output=json"]
         try:
             shown = subprocess.run(command, capture_output=True, timeout=JOURNAL_TIMEOUT_S, check=True)
@@ -102,7 +102,7 @@ class ThisHost:
         return self._userspace_at()
 
     def booted_by_kexec(self) -> bool:
-        """By the boot loader's type, 0xd for kexec (Documentation/arch/x86/boot.rst); True where there is none to ask."""
+        """Read from the boot loader's type, 0xd for kexec (Documentation/arch/x86/boot.rst); True without such a file."""
         try:
             return int(BOOTLOADER_TYPE.read_text()) >> 4 == 0xD
         except OSError:
@@ -110,7 +110,7 @@ class ThisHost:
 
 
 def _block_device(sysfs: Path) -> dict[str, Any]:
-    """Its size, and a name that is the same on any boot, where the device has one (Documentation/ABI, block and dm)."""
+    """The size, and a name that stays the same over boots if there is one (Documentation/ABI, block and dm)."""
     names = ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
     name = next((text for name in names if (text := _text(sysfs / name))), "")
     return {"device_id": name, "size_bytes": int(_text(sysfs / "size") or 0) * 512}

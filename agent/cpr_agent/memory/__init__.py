@@ -1,2 +1,2 @@
-"""Guest RAM: where it is, whether it is still the same, and the proof of its contents. The only importer of pyudev and
+"""Guest RAM: its devices and files, their identity, and the witness of their contents. The only importer of pyudev and
 xxhash."""

@@ -1,4 +1,4 @@
-"""From what a definition or a manifest says of RAM to the object on this host, or an error that says why not."""
+"""The memory that a definition or a manifest names, located on this host and checked."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class HostMemory:
 
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
-        # What Python itself has to do for thousands of pages or files is the work of one thread: two that want the
-        # interpreter at each system call take nearly twice as long as one after the other.
+        # One thread for work that goes through thousands of pages or files in Python: two threads that want the
+        # interpreter at each system call take nearly twice as long as one thread alone.
         self._thread = ThreadPoolExecutor(1, "memory")
         self._census = Census(self._thread)
 
@@ -123,7 +123,7 @@ class HostMemory:
             return await self._run(like, partial(take_witness, located, like))
 
     async def _run(self, like: Witness, work: Callable[[], T]) -> T:
-        """A full one, which takes its time and has threads of its own, keeps nobody waiting."""
+        """A full witness takes long and has threads of its own: it must not occupy the one thread."""
         return await asyncio.get_running_loop().run_in_executor(None if like.kind == "full" else self._thread, work)
 
     @asynccontextmanager
@@ -140,7 +140,7 @@ class HostMemory:
                 take = await self._run(like, partial(at_end.enter_context, prepared_witness(located, like)))
             yield taken
         finally:
-            self._thread.submit(at_end.close)  # after whatever is still under way; nobody need wait for that
+            self._thread.submit(at_end.close)  # after work that is still under way; no guest need wait for it
 
     async def witness_cost_s(self, located: Sequence[Located], kind: str) -> tuple[str, float]:
         with _reading(located):
@@ -173,7 +173,7 @@ class HostMemory:
 
 @contextmanager
 def _reading(located: Sequence[Located], left: str = "") -> Iterator[None]:
-    """Raises MemoryUnusable for what cannot be opened or mapped."""
+    """Raises MemoryUnusable if the memory cannot be opened or mapped."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -186,7 +186,7 @@ def _remedy(error: Exception) -> str:
 
 
 def _refuse_false_node(node: str) -> None:
-    """An ordinary file under the name of a device is what QEMU leaves when it comes before the driver (FACTS.md)."""
+    """A QEMU that starts before the driver makes an ordinary file under its name (file_ram_open() in system/physmem.c)."""
     try:
         mode = os.lstat(node).st_mode
     except FileNotFoundError:
@@ -209,7 +209,7 @@ def _creatable(wanted: MemoryNode) -> bool:
 
 
 def _create(path: Path, size: int, owner: tuple[int, int] | None) -> None:
-    """A file of ``size`` zeros, or nothing. Raises MemoryUnusable."""
+    """Make a file of ``size`` zeros. Raises MemoryUnusable, and leaves no file then."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -219,7 +219,7 @@ def _create(path: Path, size: int, owner: tuple[int, int] | None) -> None:
             os.fchown(fd, *owner)
         os.truncate(fd, size)
         if _survives(*filesystem_of(os.fstat(fd).st_dev)) is Survives.KEXEC:
-            os.posix_fallocate(fd, 0, size)  # a full file system would end QEMU (SIGBUS) once the guest touches a hole
+            os.posix_fallocate(fd, 0, size)  # otherwise a full file system ends QEMU (SIGBUS) when the guest touches a hole
     except OSError as error:
         path.unlink()
         what = f"its memory file {path} cannot be made: {error.strerror}"
@@ -229,7 +229,7 @@ def _create(path: Path, size: int, owner: tuple[int, int] | None) -> None:
 
 
 def _owner(user: str) -> tuple[int, int] | None:
-    """Whose a new memory file is to be; None for an agent that is not root, whose own it is."""
+    """Owner (uid, gid) of a new memory file; None when the agent is not root."""
     if os.geteuid() != 0:
         return None
     try:
@@ -240,11 +240,11 @@ def _owner(user: str) -> tuple[int, int] | None:
 
 
 def _refuse_foreign_file(path: Path, user: str, owners: set[int]) -> None:
-    """Anybody can put a file into /dev/shm first, and would read the guest's RAM."""
+    """Another user may have put the file into /dev/shm, and could read the guest's RAM there."""
     try:
         info = path.lstat()
     except OSError:
-        return  # what is wrong is said when it is located
+        return  # locating it reports the error
     if stat.S_ISREG(info.st_mode) and (info.st_uid not in owners or info.st_mode & 0o007):
         raise MemoryUnusable(
             f"its memory file {path} belongs to user {info.st_uid} with mode {stat.S_IMODE(info.st_mode):o}: "
@@ -329,8 +329,8 @@ def filesystem_of(st_dev: int) -> tuple[str, frozenset[str]]:
 
 
 def _survives(filesystem: str, options: frozenset[str]) -> Survives:
-    """DESIGN.md, "What counts as persistent". An ordinary disk file is written back before a kexec, but slowly and
-    unproved: it counts as lost."""
+    """See docs/memory.md. An ordinary disk file is written back before a kexec, but slowly and without proof: it counts as
+    lost."""
     if filesystem == "tmpfs" and any(option.startswith("pkram") for option in options):
         return Survives.KEXEC
     if filesystem in ("ext4", "xfs") and options & {"dax", "dax=always"}:

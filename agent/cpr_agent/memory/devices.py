@@ -1,7 +1,7 @@
-"""Device-DAX devices by uuid, from udev: as they are now, and as they appear.
+"""Device-DAX devices by uuid, from udev: those that are there, and those that appear.
 
-Names move across a kexec: the same namespace was /dev/dax1.0 before and /dev/dax0.0 after (FACTS.md). The uuid is that of
-the parent nd device, the one that ``ndctl list`` shows; udev has no property for it, so it is read from sysfs.
+A namespace's node can have another name after a kexec: /dev/dax1.0 was /dev/dax0.0 then. The uuid stays. It is that of the
+parent nd device, which ``ndctl list`` shows; udev has no property for it, so it is read from sysfs.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import pyudev
 from cpr_agent.core.model import DaxDevice
 
 UDEVD = Path("/run/udev/control")
-"""There while systemd-udevd runs, which it does not in a container."""
+"""It exists while systemd-udevd runs: not in a container."""
 
 MEMORY_BUSES = frozenset({"dax", "nd", "cxl"})
-"""Those of drivers/dax, drivers/nvdimm and drivers/cxl."""
+"""The buses of drivers/dax, drivers/nvdimm and drivers/cxl."""
 
 
 class Devices(Protocol):
-    """What backends.py needs; the fake of the unit tests implements it too (this machine may have no dax device)."""
+    """The port of backends.py to udev. Unit tests have a fake, because a machine need not have a dax device."""
 
     def list(self) -> list[DaxDevice]: ...
 
     async def wait(self, good: Callable[[DaxDevice], bool], timeout_s: float) -> DaxDevice | None:
-        """The first device that is ``good``, now or by the time it appears; None on timeout."""
+        """The first device that is ``good``, as soon as there is one; None on timeout."""
 
     def volume(self, st_dev: int) -> str:
-        """The UUID of the file system on the block device with this number; "" if that is none, or has none."""
+        """The UUID of the file system on the block device with this number; "" without such a device or UUID."""
 
     def drivers_below(self, st_dev: int) -> tuple[str, ...]:
-        """Of the block device with this number: kernel modules, as those of a DaxDevice."""
+        """Kernel modules of the block device with this number, as a DaxDevice has them."""
 
 
 class UdevDevices:
-    """Real devices."""
+    """The devices of this host."""
 
     def __init__(self) -> None:
         self._context = pyudev.Context()
@@ -80,8 +80,8 @@ class UdevDevices:
 
     @contextmanager
     def _monitor(self, changed: Callable[[], None]) -> Any:
-        """Calls back on any change of a dax device. What it was is not looked at: a listing follows, which also covers
-        events that the kernel had to drop (ENOBUFS)."""
+        """Call ``changed`` after any change of a dax device. The events themselves are not used: a listing follows, which
+        also covers events that the kernel had to drop (ENOBUFS)."""
         monitor = pyudev.Monitor.from_netlink(self._context)
         monitor.filter_by("dax")
         monitor.start()
@@ -103,8 +103,8 @@ class UdevDevices:
 
 
 def _read(device: Any) -> DaxDevice | None:
-    """What sysfs says; None for a device that is going away, has no node (a kmem one), or is not udev's yet: until its
-    rules have run the VM's user may not open it."""
+    """Read from sysfs. None for a device that is going away, that has no node (kmem), or for which udev's rules have not
+    run: until then the VM's user may not open it."""
     parent = device.parent
     if not device.device_node or parent is None or (UDEVD.exists() and not device.is_initialized):
         return None
@@ -126,7 +126,7 @@ def _read(device: Any) -> DaxDevice | None:
 
 
 def _region(device: Any) -> str:
-    """Where the memory's region begins, if we may read that, and its length in bytes."""
+    """The region's begin, if the agent may read it, and its length in bytes."""
     region = _ancestor(device, "region")
     return f"{_text(region, 'resource')}+{_text(region, 'size')}" if region else ""
 
@@ -137,23 +137,24 @@ def _provider(device: Any) -> str:
 
 
 def _ancestor(device: Any, prefix: str) -> Any:
-    """The nearest above with such a name in sysfs, or None."""
+    """The nearest device at or above it whose name in sysfs begins with ``prefix``, or None."""
     while device is not None and not device.sys_name.startswith(prefix):
         device = device.parent
     return device
 
 
 def _drivers(device: Any) -> tuple[str, ...]:
-    """Modules behind the drivers from the device up to what provides the memory: the first one that is on none of the
-    memory's own buses (an ACPI or virtio device). Above it are PCI bridges and such, which no kernel comes without."""
+    """Modules of the drivers from the device up to the provider of the memory: the first device that is on none of the
+    memory's own buses (an ACPI or virtio device). Every kernel has the drivers above that, as for PCI bridges."""
     modules = []
     while device is not None:
-        module = Path(device.sys_path, "driver/module")  # none where the driver is built in and can't be a module
+        module = Path(device.sys_path, "driver/module")  # missing if the driver can only be built in
         if module.exists():
             modules.append(module.resolve().name)
         device = device.parent if device.subsystem in MEMORY_BUSES else None
     if "dax_pmem" in modules:
-        modules.append("nd_pmem")  # bound to none of them, but it made the first (nd_pmem_probe, drivers/nvdimm/pmem.c)
+        # It is bound to none of these devices, but made the first (nd_pmem_probe() in drivers/nvdimm/pmem.c).
+        modules.append("nd_pmem")
     return tuple(dict.fromkeys(modules))
 
 

@@ -1,4 +1,4 @@
-"""Which processes have a memory object open or mapped: QEMU takes no lock on it (FACTS.md), two of them would share RAM."""
+"""The processes that have a memory object open or mapped. QEMU takes no lock on it: two QEMUs would share their RAM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Key = tuple[str, int, int]
 
 
 class Wanted(NamedTuple):
-    """A memory object, as descriptors of processes refer to it, and as their maps show it."""
+    """A memory object, as processes' descriptors refer to it, and as their maps show it."""
 
     key: _Key
     mapping: bytes
@@ -28,12 +28,12 @@ class Wanted(NamedTuple):
     def at(cls, node: Path) -> Wanted:
         """Raises OSError."""
         info = node.stat()
-        # What maps shows: the device and inode of the node itself, also for a device.
+        # /proc/PID/maps shows the device and inode of the node, also for a device.
         return cls(_key(info), b" %02x:%02x %d " % (os.major(info.st_dev), os.minor(info.st_dev), info.st_ino))
 
 
 class Census:
-    """Looks through all processes, once for all who ask while it is busy: each of a host's guests waits for the answer."""
+    """Walks all processes, once for all callers that come while it walks: each of a host's guests waits for the answer."""
 
     def __init__(self, thread: Executor | None = None) -> None:
         self._thread = thread
@@ -44,7 +44,8 @@ class Census:
     async def users(self, node: Path, own: Collection[int] = ()) -> Users:
         """Other processes that use ``node``, by a walk that begins after this call. Raises OSError.
 
-        ``own`` are the PIDs of live QEMUs, which make most of a walk's work; it is left out where all who ask say so."""
+        ``own`` are the PIDs of live QEMUs, which are most of a walk's work. A walk leaves out those that all its callers
+        name."""
         wanted = Wanted.at(node)
         self._own = self._own.intersection(own) if self._asked else frozenset(own)
         if wanted not in self._asked:
@@ -69,9 +70,9 @@ class Census:
 
 
 def find_users(wanted: Collection[Wanted], own: Collection[int]) -> dict[Wanted, Users]:
-    """Processes but for ``own`` that use each of them, as far as we may look (proc(5), fd, maps). Blocking. Raises OSError.
+    """The users of each object but ``own``, as far as we may look (proc(5), fd, maps). Blocking. Raises OSError.
 
-    By bare system calls: guests wait, and there may be thousands of descriptors."""
+    It makes bare system calls: guests wait, and there may be thousands of descriptors."""
     found: dict[Wanted, Users] = {one: [] for one in wanted}
     for pid in os.listdir(PROC):  # noqa: PTH208
         if not pid.isdigit() or int(pid) in own:
@@ -81,19 +82,19 @@ def find_users(wanted: Collection[Wanted], own: Collection[int]) -> dict[Wanted,
                 if maps := _content(f"{place}/maps"):
                     break
             else:
-                continue  # the kernel's own, or at its end: it has no memory to write from
+                continue  # a kernel thread, or one at its end: it has no memory
             opened = set(_open_files(f"{place}/fd"))
             users = [one for one in wanted if one.key in opened or one.mapping in maps]
             name = _content(f"{PROC}/{pid}/comm").decode(errors="replace").strip() if users else ""
         except OSError:
-            continue  # it has ended, or is not ours to look at
+            continue  # it has ended, or we may not look
         for one in users:
             found[one].append((name, int(pid)))
     return found
 
 
 def _places(process: str) -> Iterator[str]:
-    """Where a process shows its memory and its files: at a thread, if its first one has ended."""
+    """The directory that shows a process's memory and files: a thread's, if its first thread has ended."""
     yield process
     threads = os.listdir(f"{process}/task")  # noqa: PTH208
     if len(threads) > 1:
@@ -109,7 +110,7 @@ def _content(path: str) -> bytes:
 
 
 def _key(info: os.stat_result) -> _Key:
-    """A device whatever its node is, or a file."""
+    """Identifies a device by its number, whatever its node is, or a file."""
     return ("device", info.st_rdev, 0) if stat.S_ISCHR(info.st_mode) else ("file", info.st_dev, info.st_ino)
 
 

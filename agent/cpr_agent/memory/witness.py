@@ -1,10 +1,9 @@
-"""The witness: a digest over pages of guest RAM, taken when the guest has stopped and again before it runs.
+"""The witness: a digest of pages of guest RAM, taken when the guest has stopped, and again before it runs.
 
-A guest's NUMA nodes count as one RAM, in their order. ``sampled`` hashes a page of each of ``pages`` equal parts of it,
-which a stored random seed chooses, and always the first and the last of each node. If a fraction f of all pages was
-damaged, it notices with probability 1 - (1 - f)^pages or more: 4,096 pages find 1 % damage but for one in 10^17. ``full``
-hashes everything, in 2 MiB pieces on all cores. xxh3-128 (xxhash releases the GIL for large buffers).
-"""
+A guest's NUMA nodes count as one RAM, in their order. ``sampled`` divides it into ``pages`` equal parts and hashes one page
+of each, which a stored random seed chooses, and always the first and the last page of each node. If a fraction f of all
+pages is damaged, it notices with probability 1 - (1 - f)^pages or more: 4,096 pages miss 1 % damage once in 10^17. ``full``
+hashes everything, in 2 MiB pieces on all cores. The hash is xxh3-128; xxhash releases the GIL for large buffers."""
 
 from __future__ import annotations
 
@@ -31,11 +30,11 @@ from cpr_agent.core.model import Located, MemoryIdentity, Witness
 PAGE = 4096
 DEFAULT_PAGES = 4096
 MEASURED_BYTES = 1 << 30
-"""Of a full witness, to know what the whole costs: a multiple of each alignment that device-dax has."""
+"""Hashed to measure the cost of a full witness: a multiple of each alignment that device-dax has."""
 _CHUNK = 2 << 20
 _SEGMENT = 64 << 20
 _Piece = memoryview | tuple[int, int, int]
-"""Mapped memory; or descriptor, length and offset (bytes), to be read."""
+"""Mapped memory; or a descriptor to read from, with length and offset (bytes)."""
 
 
 def new_witness(kind: str = "sampled") -> Witness:
@@ -56,22 +55,22 @@ def take_witness(located: Sequence[Located], like: Witness) -> Witness:
 
 @contextmanager
 def prepared_witness(located: Sequence[Located], like: Witness) -> Iterator[Callable[[], Witness]]:
-    """All that can be done before a guest stops: what is yielded takes the witness, once it has. Both blocking; either
-    raises OSError or ValueError if the memory can't be opened or mapped."""
+    """Do beforehand as much as is possible while the guest runs. Yields the function that takes the witness after the guest
+    has stopped. Both block; either raises OSError or ValueError if the memory can't be opened or mapped."""
     if like.kind != "sampled":
         yield lambda: take_witness(located, like)
         return
     with _sample(located, like) as (head, parts):
         pieces = [*parts]
         try:
-            _digest(like.seed, head, pieces)  # page faults and caches are had then, and what can't be read is known
+            _digest(like.seed, head, pieces)  # so that pages are mapped and cached, and errors are known
             yield lambda: replace(like, digest=_digest(like.seed, head, pieces))
         finally:
-            pieces.clear()  # nothing may refer to a mapping that ends
+            pieces.clear()  # a mapping can't end while slices of it live
 
 
 def measure_witness(located: Sequence[Located], like: Witness) -> tuple[str, float]:
-    """How long taking it takes (s), and what was measured. Blocking; raises OSError."""
+    """The witness's kind in words, and how long it takes (s). Blocking; raises OSError."""
     kind = f"{like.kind}, {like.pages} pages" if like.pages else like.kind
     measured = [_beginning(one) for one in located] if like.kind == "full" else located
     size, part = (sum(one.identity.size_bytes for one in ranges) for ranges in (located, measured))
@@ -86,7 +85,7 @@ def _beginning(located: Located) -> Located:
 
 
 def is_blank(located: Sequence[Located]) -> bool:
-    """Blocking; raises OSError."""
+    """Whether all of it is zeros. Blocking; raises OSError."""
     zeros = bytes(_CHUNK)
     with _all_mapped(located) as ram:
         return all(piece == zeros[: len(piece)] for one in ram for piece in _pieces(one))
@@ -109,7 +108,7 @@ def _opened(located: Located) -> Iterator[int]:
 
 @contextmanager
 def _mapped_from(fd: int, identity: MemoryIdentity, begin: int = 0, length: int = 0) -> Iterator[memoryview]:
-    """``length`` bytes of it from ``begin`` on; by default all."""
+    """``length`` bytes from ``begin`` on; by default all."""
     # device-dax takes MAP_SHARED only, in multiples of its alignment; definitions are checked for that.
     at = identity.offset_bytes + begin
     mapping = mmap.mmap(fd, length or identity.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=at)
@@ -124,8 +123,8 @@ def _mapped(located: Located) -> Iterator[memoryview]:
 
 
 def chosen_pages(sizes: Sequence[int], seed: int, pages: int) -> list[int]:
-    """Page numbers in ascending order, counted on through all ranges of these ``sizes`` (bytes); the first and the last of
-    each range always among them. By SHAKE128 (FIPS 202), which is the same for every Python that a host will ever have."""
+    """Page numbers in ascending order, counted through all ranges of these ``sizes`` (bytes); always with the first and the
+    last of each range. SHAKE128 (FIPS 202) chooses them, which is the same in every version of Python."""
     ends = list(accumulate(size // PAGE for size in sizes))
     if ends[-1] <= pages:
         return list(range(ends[-1]))
@@ -136,7 +135,8 @@ def chosen_pages(sizes: Sequence[int], seed: int, pages: int) -> list[int]:
 
 
 def _parts(sizes: Sequence[int], like: Witness) -> tuple[bytes, list[tuple[int, int, int]]]:
-    """The numbers of the pages to hash, packed, and where they are: number of the range, offset in it, length (bytes)."""
+    """The numbers of the pages to hash, packed; and for each piece the number of its range, its offset there, its length
+    (bytes)."""
     chosen = chosen_pages(sizes, like.seed, like.pages)
     head = struct.pack(f"<{len(chosen)}Q", *chosen)
     if len(chosen) * PAGE == sum(sizes):
@@ -158,9 +158,9 @@ def _sampled(located: Sequence[Located], like: Witness) -> str:
 
 @contextmanager
 def _sample(located: Sequence[Located], like: Witness) -> Iterator[tuple[bytes, Iterator[_Piece]]]:
-    """What is hashed: first the numbers of the pages, packed. A guest waits for thousands of them, all over its RAM: in a
-    file each pread(2) is cheaper than the page fault of a mapping, and its end. device-dax can't be read, but maps 2 MiB at
-    once."""
+    """The input of the hash: the numbers of the pages, packed, and then the pages. A guest waits for thousands of them, all
+    over its RAM: in a file a pread(2) is cheaper than a mapping's page fault and end. device-dax can't be read, but maps 2
+    MiB at once."""
     head, parts = _parts([one.identity.size_bytes for one in located], like)
     with ExitStack() as at_end:
         readers: list[Callable[[int, int], _Piece]] = []
@@ -189,7 +189,8 @@ def _digest(seed: int, head: bytes, pieces: Iterable[_Piece]) -> str:
 
 
 def _sampled_at_random(located: Sequence[Located], like: Witness) -> str:
-    """Of checkpoints before manifest schema 3: by Python's random module, whose choice another Python may change."""
+    """For checkpoints before manifest schema 3: Python's random module chose the pages, and another Python may choose
+    others."""
     ends = list(accumulate(one.identity.size_bytes // PAGE for one in located))
     chosen = set(range(ends[-1]))
     if ends[-1] > like.pages:
@@ -206,8 +207,8 @@ def _sampled_at_random(located: Sequence[Located], like: Witness) -> str:
 
 
 def _full(located: Sequence[Located]) -> str:
-    """Each thread maps a segment at a time, and lets go of it while the others go on: at the end of a mapping of all of a
-    large guest's RAM one thread would be busy with page tables for as long as a sixth of the hashing."""
+    """Each thread maps one segment at a time, and unmaps it while the others hash. One mapping of all of a large guest's
+    RAM would at its end keep one thread busy with page tables, for as long as a sixth of the hashing."""
     whole = xxhash.xxh3_128()
     with ExitStack() as at_end:
         segments: list[tuple[int, MemoryIdentity, int, int]] = []

@@ -1,1 +1,1 @@
-"""What happened, as timelines."""
+"""Upgrades and loads that were, as stories, pictures and pages; metrics and the message of the day."""

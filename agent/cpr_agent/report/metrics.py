@@ -1,7 +1,7 @@
 """Numbers for node_exporter's textfile collector.
 
-The text is OpenMetrics 1.0 (https://openmetrics.io), and within what the collector's parser of the older format takes too:
-gauges alone, because that knows no other kind that is written alike in both.
+The text is OpenMetrics 1.0 (https://openmetrics.io) and at the same time the older format that the collector parses. It has
+gauges alone: no other kind is written alike in both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OUTCOMES = (Phase.DONE, Phase.HELD, Phase.ROLLED_BACK, Phase.REFUSED)
 
 
 class Numbers(msgspec.Struct, frozen=True, kw_only=True):
-    """By VM: the state, the last pause (s), the size of the live checkpoint's state, whether it is held."""
+    """``states``, ``pauses`` (s), ``checkpoints`` (bytes of device state) and ``held`` are by VM."""
 
     version: str
     kernel: str
@@ -27,7 +27,7 @@ class Numbers(msgspec.Struct, frozen=True, kw_only=True):
     checkpoints: Mapping[str, int] = msgspec.field(default_factory=dict)
     held: frozenset[str] = frozenset()
     kind: str = ""
-    """Of the last upgrade; "" if there was none."""
+    """The last upgrade's; "" if there was none."""
     outcome: str = ""
     changed_at: float = 0.0
 

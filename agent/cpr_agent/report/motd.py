@@ -14,11 +14,11 @@ _OUTCOMES = {
     Phase.HELD: "{guests} went on, longest pause {pause}",
     Phase.ROLLED_BACK: "all was taken back",
 }
-"""An upgrade in another phase goes without a line: it is still under way, or its caller was told that it is refused."""
+"""An upgrade in another phase has no line: it is under way, or was refused, which its caller knows."""
 
 
 def line(last: Upgrade | None, kernel: str, held: Sequence[str]) -> str:
-    """``kernel`` is the one that runs. "" if there is nothing to report."""
+    """``kernel`` is the running one. Returns "" if there is nothing to report."""
     parts = []
     if last and last.phase in _OUTCOMES:
         way = last.kernel_from if kernel == last.kernel_from else f"{last.kernel_from} -> {kernel}"

@@ -1,4 +1,4 @@
-"""How each phase of an upgrade is drawn: in a picture, on a page, on a terminal.
+"""The look of each phase of an upgrade: in a picture, on a page, on a terminal.
 
 Colours go from light to dark and back from phase to phase, so that neighbours differ on a printer without colours too.
 """
@@ -23,7 +23,7 @@ class Look(NamedTuple):
 
 
 KERNEL = Look("kernel", "k", "purple", "#54378a", "#7d5fbd")
-"""Each phase that has the new kernel's start in it, alone or with the shutdown before it."""
+"""For each phase that includes the new kernel's start: the shutdown before it may be part of the phase."""
 LOOKS: Mapping[str, Look] = {
     "check": Look("check", "c", "grey46", "#a9b4bf", "#a3aeb9", dark_label=True),
     "save": Look("save", "s", "blue", "#1f5fa8", "#3476bd"),

@@ -1,4 +1,4 @@
-"""The timeline as a picture: what goes where, in the manner of `systemd-analyze plot`. The template only writes it down.
+"""The layout of a timeline's picture, in the manner of `systemd-analyze plot`. The template only writes it down.
 
 Time zero is when the first guest stops.
 """
@@ -18,13 +18,13 @@ MARGIN = 28
 RIGHT = 104
 """Room for the pause behind the longest bar."""
 CHAR = 0.58
-"""Width of a character, of its font size: generous, because nobody knows the reader's font."""
+"""A character's width as a part of its font size: generous, because the reader's font is unknown."""
 LEAD = 0.15
-"""How much of the picture the time before the first guest stops may take."""
+"""The largest part of the picture that the time before the first guest stops may take."""
 TICKS = 10
 FEW = 12
 TWO_AXES = 16
-"""With more guests than these the time stands below them, too."""
+"""With more guests than these, a second axis stands below them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Box:
     css: str
     title: str
     label: str = ""
-    """Only where it fits."""
+    """Empty where it does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Row:
     text_x: float
     held: bool
     open_x: float = 0.0
-    """Where the bar is cut off because it goes on beyond the picture; 0 if it is whole."""
+    """The end of a bar that goes on beyond the picture; 0 for a whole one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Picture:
     bottom: float
     strip: float
     zero: float
-    """Where the first guest stops; 0 if none did."""
+    """The x at which the first guest stops; 0 if no guest did."""
     font: float
     two_axes: bool
     phases: tuple[Box, ...]
@@ -195,7 +195,7 @@ def _short(name: str, font: float) -> str:
 
 
 def ticks(begin: float, end: float) -> list[tuple[float, str]]:
-    """Round moments from ``begin`` to ``end`` (s), some ten of them, and what to write there."""
+    """About ten round moments from ``begin`` to ``end`` (s), with their labels."""
     wanted = (end - begin) / TICKS
     power = 10.0 ** math.floor(math.log10(wanted))
     decimal = [power * factor for factor in (1, 2, 5, 10)]
@@ -217,7 +217,7 @@ def _tick(at: float, step: float) -> str:
 
 
 def _legend(story: Story, y: float) -> tuple[tuple[float, float, str, str], ...]:
-    """The host's phases and how long each took, in lines."""
+    """The host's phases with their lengths, broken into lines."""
     named = [(look_of(span.name).css, f"{span.name} {length(span.length_s)}") for span in story.phases]
     known = {css for css, _ in named}
     extra: Sequence[str] = list(dict.fromkeys(span.name for guest in story.guests for span in guest.spans))

@@ -20,7 +20,7 @@ from cpr_agent.report.motd import line
 log = logging.getLogger(__name__)
 
 Write = Callable[[str], None]
-"""Puts a text in the place of the one before. Blocking. Raises OSError."""
+"""Replaces the file's text. Blocking. Raises OSError."""
 
 
 class Publisher(Listener):
@@ -49,7 +49,7 @@ class Publisher(Listener):
         self.wake()
 
     async def run(self) -> None:
-        """Until cancelled. Not while a job is under way, which may be one that guests wait for: its end wakes us."""
+        """Write after each change, until cancelled. Not during a job, because guests may wait for it: its end wakes us."""
         if not (self._metrics or self._motd):
             return
         while True:
@@ -65,7 +65,7 @@ class Publisher(Listener):
             try:
                 write(text())
                 self._complained.discard(text.__name__)
-            except OSError as error:  # guests do not depend on it
+            except OSError as error:  # no guest depends on it
                 if text.__name__ not in self._complained:
                     log.warning("%s could not be written: %s", text.__name__.strip("_"), error)
                 self._complained.add(text.__name__)

@@ -1,6 +1,6 @@
 """A story as JSON, as a picture, as a page that stands alone. The only importer of jinja2.
 
-Everything that is written into a document is escaped, and rid of what no document may hold: names and messages come from
+All text in a document is escaped, and characters that no document may have are replaced: names and messages come from
 definitions, kernels and QEMU.
 """
 
@@ -67,7 +67,7 @@ def render(story: Story, form: str) -> str:
 
 
 def document(story: Story) -> dict[str, Any]:
-    """As docs/insight.md has its fields."""
+    """docs/insight.md describes its fields."""
     out: dict[str, Any] = msgspec.to_builtins(story)
     out |= {"headline": headline(story), "verdict": verdict(story)._asdict(), "remarks": _remarks(story)}
     for guest in out["guests"]:
@@ -104,7 +104,7 @@ def headline(story: Story) -> str:
 
 
 def verdict(story: Story) -> Verdict:
-    """How it went, in a sentence."""
+    """The outcome, in a sentence."""
     through = story.of(Outcome.WENT_ON)
     words = [f"{len(through)} of {len(story.guests)} guests went on" if story.guests else "no guest was stopped"]
     if story.guests and story.outcome == Phase.ROLLED_BACK and not through:
@@ -132,20 +132,20 @@ _LESSER = (
 
 
 def _subtitle(story: Story) -> str:
-    said = verdict(story)
-    return f"{story.host} · {moment(story.started_at)} · {said.word.rstrip('.').lower()} · {said.text.rstrip('.')}"
+    how = verdict(story)
+    return f"{story.host} · {moment(story.started_at)} · {how.word.rstrip('.').lower()} · {how.text.rstrip('.')}"
 
 
 def _remarks(story: Story) -> list[str]:
-    """What the section of no guest tells."""
-    told = tuple(f"VM {guest.vm}: " for guest in story.guests if guest.why)
-    failures = [failure for failure in story.failures if not failure.startswith(told)] if told else list(story.failures)
-    hooks = [f"{g.vm}: {said}" for g in story.guests if g.timeline for said in g.timeline.hook_problems]
-    return [said for said in (story.reason, *failures, *hooks) if said]
+    """The reasons and failures that no guest's section has."""
+    explained = tuple(f"VM {guest.vm}: " for guest in story.guests if guest.why)
+    failures = [failure for failure in story.failures if not failure.startswith(explained)]
+    hooks = [f"{g.vm}: {problem}" for g in story.guests if g.timeline for problem in g.timeline.hook_problems]
+    return [remark for remark in (story.reason, *failures, *hooks) if remark]
 
 
 def _columns(story: Story) -> list[str]:
-    """Each phase that any guest went through, in the order of the longest way."""
+    """Each phase that a guest went through, in the order of the guest with most of them."""
     longest = max(story.guests, key=lambda guest: len(guest.spans), default=None)
     names = [span.name for span in longest.spans] if longest else []
     return list(dict.fromkeys([*names, *(span.name for guest in story.guests for span in guest.spans)]))
@@ -178,7 +178,7 @@ def _phase_of(guest: GuestStory, name: str) -> str:
 
 
 def _environment() -> Any:
-    """Made anew for each report, and imported then: the agent's start, for which guests wait, must not wait for it."""
+    """Made anew for each report. jinja2 is imported here: guests wait for the agent's start, which goes without it."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -120,7 +120,7 @@ class _Chapter(msgspec.Struct):
         return self.phase == Phase.CHECKED
 
 
-def tell(wanted: str, records: Iterable[Record], timelines: Sequence[GuestTimeline], host: str) -> Story:
+def story_of(wanted: str, records: Iterable[Record], timelines: Sequence[GuestTimeline], host: str) -> Story:
     """The upgrade or load whose id is ``wanted``, or begins so; for "" the last one that was more than a dry run. Raises
     NoSuchReport."""
     chapters = _chapters(records)

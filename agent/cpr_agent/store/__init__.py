@@ -1,1 +1,1 @@
-"""Checkpoints and journal on disk: atomic, checksummed, versioned. The only importer of msgspec's JSON."""
+"""Checkpoints and journal on disk: atomic, checksummed, versioned."""

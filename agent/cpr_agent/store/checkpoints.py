@@ -1,7 +1,7 @@
 """Checkpoints: ``checkpoints/VM/{vmstate,manifest.json}``. A VM has at most one live checkpoint.
 
-The manifest is what makes a checkpoint live. It is written last, and moved away first: whoever finds it knows that the
-state it names is complete and that its guest has not run since.
+A checkpoint is live as long as it has its manifest, which is written last and moved away first. A manifest that is there
+proves that the state is complete and that the guest has not run since.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HELD = msgspec.json.Decoder(Held)
 
 
 class CheckpointStore:
-    """``root`` is the checkpoints directory; ``file_directories`` are where callers may name state files of their own."""
+    """``root`` is the checkpoints directory; callers may name state files of their own below ``file_directories``."""
 
     def __init__(self, root: Path, file_directories: tuple[Path, ...]) -> None:
         self.root = root
@@ -64,7 +64,7 @@ class CheckpointStore:
         return self._manifest(vm).exists()
 
     def begin(self, vm: str, filename: str) -> PendingVmstate:
-        """Open a fresh state file for VM. ``filename`` "" is the store's own place. Raises InvalidArgument, OSError."""
+        """Open a fresh state file; ``filename`` "" is the store's own. Raises InvalidArgument, OSError."""
         directory = self.root / vm
         make_private_directory(directory)
         target = self._justified(filename, vm) if filename else directory / "vmstate"
@@ -105,7 +105,7 @@ class CheckpointStore:
         return fd
 
     def verify(self, manifest: Manifest) -> None:
-        """From the disk and not from the page cache, as far as the kernel lets go of clean pages (posix_fadvise(2))."""
+        """Read from the disk and not from the page cache, as far as the kernel drops clean pages (posix_fadvise(2))."""
         for path in (self._manifest(manifest.vm), Path(manifest.vmstate.path)):
             with contextlib.suppress(OSError), path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -136,7 +136,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return None
         except (msgspec.MsgspecError, ValueError) as error:
-            return Held(reason=f"it was held, and the record of why cannot be read: {error}")
+            return Held(reason=f"it was held; the record of the reason cannot be read: {error}")
 
     def release(self, vm: str) -> None:
         (self.root / vm / "held").unlink(missing_ok=True)
@@ -145,7 +145,7 @@ class CheckpointStore:
         return self.root / vm / "manifest.json"
 
     def _retire(self, vm: str, suffix: str) -> None:
-        """Move manifest and state aside, in this order, durably; the last generation stays as evidence."""
+        """Move manifest and state aside, in this order and durably; the last generation stays as evidence."""
         manifest = self._manifest(vm)
         try:
             state = self.live(vm)
@@ -180,7 +180,7 @@ class CheckpointStore:
 
 
 class PendingVmstate:
-    """A state file under a temporary name, open write-only for QEMU (FACTS.md: one fresh descriptor a save)."""
+    """A state file under a temporary name, open write-only for QEMU. Each save has a fresh one."""
 
     def __init__(self, vm: str, target: Path, manifest: Path, *, fresh: bool = True) -> None:
         self.vm = vm
@@ -194,7 +194,7 @@ class PendingVmstate:
         self.fd = os.open(self._temporary, os.O_WRONLY | create | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def seal(self) -> Vmstate:
-        """QEMU does not fsync what it writes (FACTS.md); after this it is durable, though not yet under its name."""
+        """Make durable what QEMU has written, which it does not fsync itself. The file keeps its temporary name."""
         os.fsync(self.fd)
         fd = os.open(self._temporary, os.O_RDONLY | os.O_NOFOLLOW)
         try:
@@ -211,14 +211,14 @@ class PendingVmstate:
         self._close()
 
     def reader(self) -> int:
-        """A descriptor to read what was written; it outlives an abort. Raises OSError."""
+        """A descriptor to read the state with; it outlives an abort. Raises OSError."""
         try:
             return os.open(self._temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:  # a commit failed half way
             return os.open(self.target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def abort(self) -> None:
-        """Leave no trace, durably, also of a commit that failed half way. Raises OSError: then the guest must not run."""
+        """Remove the state durably, also after a commit that failed half way. After an OSError the guest must not run."""
         self._close()
         self.manifest.unlink(missing_ok=True)
         sync_directory(self.manifest.parent)

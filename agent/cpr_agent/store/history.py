@@ -1,4 +1,4 @@
-"""What past loads measured: one JSON file each in ``history/``, for reports and predictions. Not needed for recovery."""
+"""The timelines of past loads, a JSON file each, for reports and predictions. Recovery does not need them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TIMELINE = msgspec.json.Decoder(GuestTimeline)
 
 
 class History:
-    """Each file is read once, and nobody else writes here."""
+    """Reads each file once: only the agent writes to the directory."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

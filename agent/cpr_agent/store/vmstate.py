@@ -1,7 +1,7 @@
-"""What QEMU's state file says of itself: that it is one, that it is whole, and of which machine it is the state.
+"""QEMU's state file: whether it is one, its machine and its CPUs.
 
-Its format is that of migration/savevm.c: a header, the machine's name, sections of devices, and last a description of
-them all in JSON.
+The format is that of migration/savevm.c: a header, the machine's name, a section for each device, and at the end a
+description of all sections in JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Device(msgspec.Struct):
 
 
 class _Description(msgspec.Struct):
-    """What is looked at of it; the rest is a hundred kilobytes of fields of devices."""
+    """The part of it that is needed; the rest is a hundred kilobytes of devices' fields."""
 
     devices: tuple[_Device, ...] = ()
 
@@ -48,7 +48,7 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
         with open(os.dup(fd), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
             file.seek(0)
             data = file.read()
-        os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from where it is
+        os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from the current one
         problem = _header_problem(data)
     if problem:
         raise NotVmstate(f"{path} is not a QEMU state file: {problem}", vm=vm, left="nothing was loaded")
