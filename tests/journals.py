@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cpr_agent.core.ledger import Replay
 from cpr_agent.core.past import Record
+from cpr_agent.core.upgrade.ledger import Replay
 from tests import stories
 
 Numbered = list[dict[str, Any]]

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpr_agent.core.ledger import Ledger
 from cpr_agent.core.model import VmState
 from cpr_agent.core.past import COMPACTED, VmEvent
+from cpr_agent.core.upgrade.ledger import Ledger
 from cpr_agent.core.vm import Vm
 from cpr_agent.store import journal as module
 from cpr_agent.store.journal import GROWN_BYTES, GROWN_RECORDS, FileJournal

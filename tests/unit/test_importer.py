@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -122,6 +123,16 @@ def test_several_backends_and_what_is_in_them_are_left_out() -> None:
         ),
         ("user,id=net0", "user,id=net0"),
         ("tap,id=net0,ifname=tap3,script=no", "tap,id=net0,ifname=tap3,script=no"),
+        ("tap,id=net0,ifname=tap3", "tap,id=net0,ifname=tap3,script=no,downscript=no"),
+        ("tap,id=net0,script=/etc/up,ifname=tap3,vhost=on", "tap,id=net0,vhost=on,ifname=tap3,script=no,downscript=no"),
+        ("bridge,id=net0,br=br0", "tap,id=net0,ifname=web1-0,script=no,downscript=no"),
+        (
+            '{"type":"bridge","id":"net0","br":"br0"}',
+            '{"type":"tap","id":"net0","ifname":"web1-0","script":"no","downscript":"no"}',
+        ),
+        ("type=bridge,id=net0,br=br0", "type=tap,id=net0,ifname=web1-0,script=no,downscript=no"),
+        ('{"type":"stream","id":"net0","addr":{"type":"unix","path":"/run/libvirt/qemu/passt/1"}}', "user,id=net0"),
+        ("socket,id=net0,fd=3", "user,id=net0"),
     ],
 )
 def test_a_descriptor_of_a_tap_becomes_its_name(netdev: str, now: str) -> None:
@@ -146,9 +157,15 @@ def test_the_name_of_an_interface_is_short_enough_for_the_kernel() -> None:
         ("socket,id=c0,host=localhost,port=1,server=on", "socket,id=c0,host=localhost,port=1,server=on"),
         ("socket,id=c0,fd=21,server=on,wait=off", "socket,id=c0,path=/run/cpr-agent/vm/web1/c0.sock,server=on,wait=off"),
         (
-            "socket,id=c0,path=/var/lib/libvirt/qemu/channel/target/domain-1-x/org.qemu.guest_agent.0",
+            "socket,id=c0,path=/var/lib/libvirt/qemu/channel/target/domain-1-x/org.qemu.guest_agent.0,server=on,wait=off",
             "socket,id=c0,path=/run/cpr-agent/vm/web1/c0.sock,server=on,wait=off",
         ),
+        (
+            "socket,id=c0,path=/run/libvirt/x,server=on",
+            "socket,id=c0,path=/run/cpr-agent/vm/web1/c0.sock,server=on,wait=off",
+        ),
+        ("socket,id=c0,path=/run/libvirt/x", "null,id=c0"),
+        ("socket,id=c0,fd=21", "null,id=c0"),
         ("file,id=c0,path=/dev/fdset/3,append=on", "null,id=c0"),
         ("stdio,id=c0,mux=on", "null,id=c0"),
     ],
@@ -171,6 +188,45 @@ def test_monitors_go_with_their_sockets() -> None:
         "-chardev",
         "-mon",
     }
+
+
+TPM = ("-tpmdev", "emulator,id=tpm0,chardev=c0", "-device", "tpm-crb,tpmdev=tpm0")
+VIRTIOFS = ("-device", "vhost-user-fs-pci,chardev=c0,tag=share")
+SWITCH = ("-netdev", "vhost-user,id=net0,chardev=c0", "-device", "virtio-net-pci,netdev=net0")
+
+
+@pytest.mark.parametrize("users", [TPM, VIRTIOFS, SWITCH])
+@pytest.mark.parametrize(
+    "chardev",
+    [
+        ("-chardev", "socket,id=c0,path=/run/libvirt/qemu/swtpm/1-web1-swtpm.sock"),
+        ("-chardev", "socket,id=c0,path=/var/run/qemu-server/114.swtpm"),
+        ("-chardev", '{"id":"c0","backend":{"type":"null"}}'),
+        ("-chardev", "null,id=c0"),
+        ("-chardev", "socket,id=c0,fd=12"),
+        (),
+    ],
+)
+def test_what_needs_a_companion_that_is_gone_is_left_out(users: tuple[str, ...], chardev: tuple[str, ...]) -> None:
+    """QEMU would not start: it is the client, and nobody listens."""
+    for words in ((*chardev, *users), (*users, *chardev)):
+        found = imported("-usb", *words)
+        assert read(found).vm.arguments == ("-usb",)
+        names = [word for word in words if word.startswith("-")]
+        assert [note.argument.split()[0] for note in found.notes if note.outcome == "left out"] == names
+
+
+@pytest.mark.parametrize(("users", "who"), [(TPM, "swtpm"), (VIRTIOFS, "virtiofsd"), (SWITCH, "vhost-user port")])
+def test_a_client_stays_a_client_and_is_told_who_must_listen(users: tuple[str, ...], who: str) -> None:
+    chardev = ("-chardev", "socket,id=c0,path=/run/companions/web1.sock")
+    found = imported(*chardev, *users)
+    assert read(found).vm.arguments == (*chardev, *users)
+    assert re.match(f"look: QEMU is the client at /run/companions/web1.sock: .*{who} must listen", why(found, "-chardev"))
+
+
+def test_a_server_for_a_companion_waits_for_it() -> None:
+    chardev = ("-chardev", "socket,id=c0,path=/run/ovs/vhu0,server=on")
+    assert "QEMU makes /run/ovs/vhu0, and waits there" in why(imported(*chardev, *SWITCH), "-chardev")
 
 
 def test_secrets_that_die_are_left_out_and_who_needs_them_is_named() -> None:
@@ -225,6 +281,180 @@ def assert_only_what_was_noted_is_gone(text: str, found: Imported) -> None:
 def test_no_terminal() -> None:
     found = imported("-nographic", "-serial", "mon:stdio")
     assert read(found).vm.arguments == ("-display", "none", "-serial", "null")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "now"),
+    [
+        (("-no-hpet",), ("-machine", "hpet=off")),
+        (("-no-acpi",), ("-machine", "acpi=off")),
+        (("-watchdog", "i6300esb"), ("-device", "i6300esb")),
+        (("-display", "gtk,gl=on"), ("-display", "none")),
+        (("-sdl",), ("-display", "none")),
+        (("-audiodev", "pa,id=snd0,server=/run/user/1000/pulse"), ("-audiodev", "none,id=snd0")),
+        (("-audiodev", '{"driver":"pipewire","id":"snd0"}'), ("-audiodev", "none,id=snd0")),
+        (("-action", "panic=pause,shutdown=pause"), ("-action", "panic=pause")),
+        (("-action", "shutdown=pause"), ()),
+        (("-run-with", "chroot=/x,async-teardown=on"), ("-run-with", "async-teardown=on")),
+        (("-run-with", "user=me"), ()),
+        (("-machine", "type=pc-q35-9.0+pve1,usb=off"), ("-machine", "type=pc-q35-9.0,usb=off")),
+        (
+            ("-vnc", "unix:/var/run/qemu-server/1.vnc,password=on"),
+            ("-vnc", "unix:/run/cpr-agent/vm/web1/vnc.sock,password=on"),
+        ),
+        (("-preconfig",), ()),
+        (("-id", "114"), ()),
+        (("-loadstate", "/x"), ()),
+        (("-global", "migration.send-section-footer=off"), ()),
+        (("-global", "PIIX4_PM.disable_s3=1"), ("-global", "PIIX4_PM.disable_s3=1")),
+        (("-vnc", ":1"), ("-vnc", ":1")),
+        (("-run-with", "async-teardown=on"), ("-run-with", "async-teardown=on")),
+        (("-action", "panic=pause"), ("-action", "panic=pause")),
+    ],
+)
+def test_what_would_not_start_or_not_end_becomes_what_does(arguments: tuple[str, ...], now: tuple[str, ...]) -> None:
+    found = imported("-name", "web1", *arguments)
+    assert read(found).vm.arguments == now
+    said = [note for note in found.notes if note.argument.startswith(arguments[0])]
+    assert [note.outcome for note in said] == ([] if now == arguments else ["changed" if now else "left out"])
+
+
+def test_a_qemu_that_is_called_kvm_takes_it() -> None:
+    found = import_command_line("/usr/bin/kvm -usb")
+    assert read(found).vm.arguments == ("-usb", "-accel", "kvm")
+    for accelerated in ("-enable-kvm", "-accel tcg", "-machine q35,accel=tcg"):
+        assert read(import_command_line(f"/usr/bin/kvm {accelerated}")).vm.arguments == tuple(accelerated.split())
+
+
+def test_a_disk_whose_writes_are_lost_gets_a_look() -> None:
+    assert why(imported("-drive", "file=/a,snapshot=on"), "-drive").startswith("look: what the guest writes")
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "whole"),
+    [
+        (("-drive", "file=web 1,,a.raw,if=virtio"), ("-drive", "file=/srv/vm/web 1,,a.raw,if=virtio")),
+        (("-drive", "if=virtio,file=../a.raw"), ("-drive", "if=virtio,file=/srv/a.raw")),
+        (("-blockdev", "driver=file,filename=a.raw"), ("-blockdev", "driver=file,filename=/srv/vm/a.raw")),
+        (
+            ("-blockdev", '{"driver":"raw","file":{"driver":"file","filename":"a.raw"},"node-name":"d"}'),
+            ("-blockdev", '{"driver":"raw","file":{"driver":"file","filename":"/srv/vm/a.raw"},"node-name":"d"}'),
+        ),
+        (("-cdrom", "a.iso"), ("-cdrom", "/srv/vm/a.iso")),
+        (("-kernel", "./vmlinuz"), ("-kernel", "/srv/vm/vmlinuz")),
+        (("-chardev", "file,id=c,path=log"), ("-chardev", "file,id=c,path=/srv/vm/log")),
+        (("-fw_cfg", "name=opt/x,file=x"), ("-fw_cfg", "name=opt/x,file=/srv/vm/x")),
+        (("a.raw",), ("-drive", "file=/srv/vm/a.raw,index=0,media=disk")),
+    ],
+)
+def test_a_relative_path_is_resolved_or_said(arguments: tuple[str, ...], whole: tuple[str, ...]) -> None:
+    option_name = whole[0]
+    found = import_command_line(f"cd /srv/vm && {shlex.join([QEMU, *arguments])}")
+    assert read(found).vm.arguments == whole
+    assert "was relative to /srv/vm" in why(found, option_name)
+    found = imported(*arguments)
+    assert why(found, option_name).startswith("look: the path")
+    assert "is relative to where that QEMU was started" in why(found, option_name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-drive", "file=/a.raw"),
+        ("-drive", "file=nbd:localhost:10809"),
+        ("-drive", "file=rbd:pool/a:id=admin"),
+        ("-blockdev", "driver=raw,file=lower"),
+        ("-blockdev", '{"driver":"raw","file":"lower"}'),
+        ("-bios", "bios-256k.bin"),
+        ("-device", "virtio-net-pci,romfile=pxe.rom"),
+    ],
+)
+def test_what_is_no_relative_path_stays(arguments: tuple[str, ...]) -> None:
+    for text in (shlex.join([QEMU, *arguments]), f"cd /srv/vm && {shlex.join([QEMU, *arguments])}"):
+        found = import_command_line(text)
+        assert read(found).vm.arguments == arguments
+        assert arguments[0] not in {note.argument.split()[0] for note in found.notes}
+
+
+# -- how it was started -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix", "user", "said"),
+    [
+        ("", "", "look: QEMU will run as cpr-vm"),
+        ("sudo ", "", "changed: that QEMU ran as root, and here it runs as cpr-vm"),
+        ("A=b exec sudo -E -n ", "", "changed: that QEMU ran as root"),
+        ("sudo -u libvirt-qemu ", "libvirt-qemu", ""),
+        ("cd /srv && sudo --user libvirt-qemu ", "libvirt-qemu", ""),
+    ],
+)
+def test_who_it_ran_as_is_taken_or_said(prefix: str, user: str, said: str) -> None:
+    found = import_command_line(f"{prefix}{QEMU} -usb")
+    assert read(found).vm.user == (user or "cpr-vm")
+    assert why(found, "vm.user").startswith(said) if said else "vm.user" not in {note.argument for note in found.notes}
+    assert read(import_command_line(f"{prefix}{QEMU} -usb", user="me")).vm.user == "me"
+
+
+def test_a_line_as_ps_shows_it_has_no_quotes() -> None:
+    shown = f"""{QEMU} -name guest=web 1 -object {{"qom-type":"iothread","id":"io 1"}} -append a b=c -usb"""
+    found = import_command_line(shown)
+    assert found.name == "web-1"
+    assert read(found).vm.arguments == ("-object", '{"qom-type":"iothread","id":"io 1"}', "-append", "a b=c", "-usb")
+    assert why(found, QEMU).startswith("look: the line has no quotes")
+
+
+CONFIGURATION = """\
+# as Proxmox VE has it
+[device "ehci"]
+  driver = "ich9-usb-ehci1"
+  bus = "pcie.0"
+  addr = "1d.7"
+
+[device "pci.0"]
+  driver = "pci-bridge"
+  chassis_nr = "1"
+[machine]
+  usb = "off"
+"""
+
+
+def configured(tmp_path: Path, content: str | bytes) -> Imported:
+    (tmp_path / "qemu-server").mkdir(exist_ok=True)
+    content = content.encode() if isinstance(content, str) else content
+    (tmp_path / "qemu-server/pve.cfg").write_bytes(content)
+    words = ["-M", "q35", "-readconfig", "/usr/share/qemu-server/pve.cfg", "-device", "usb-tablet,bus=ehci.0"]
+    return import_command_line(shlex.join([QEMU, *words]), shared=tmp_path)
+
+
+def test_a_configuration_that_a_package_brought_is_unfolded(tmp_path: Path) -> None:
+    found = configured(tmp_path, CONFIGURATION)
+    assert read(found).vm.arguments[2:] == (
+        *("-device", "driver=ich9-usb-ehci1,id=ehci,bus=pcie.0,addr=1d.7"),
+        *("-device", "driver=pci-bridge,id=pci.0,chassis_nr=1", "-machine", "usb=off"),
+        *("-device", "usb-tablet,bus=ehci.0"),
+    )
+    assert why(found, "-readconfig") == "changed: the 3 options in it stand here by themselves"
+    assert not any(note.argument.startswith("-device") for note in found.notes)
+
+
+@pytest.mark.parametrize("content", [b"\xff", "words", '[device "x"]\nnot a pair\n', "# " * 40_000])
+def test_one_that_can_not_be_read_is_left_out_and_its_devices_are_named(tmp_path: Path, content: str | bytes) -> None:
+    found = configured(tmp_path, content)
+    assert why(found, "-readconfig").startswith("left out")
+    assert why(found, "-device usb-tablet") == ("look: its bus ehci.0 was made by the file that was left out (-readconfig)")
+
+
+@pytest.mark.parametrize("path", ["/etc/shadow", "/usr/share/../../etc/shadow", "/usr/share/out", "/usr/share", "pve.cfg"])
+def test_only_what_everybody_may_read_is_read(tmp_path: Path, path: str) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "secret").write_text(CONFIGURATION)
+    (tmp_path / "shared/out").symlink_to(tmp_path / "secret")
+    found = import_command_line(shlex.join([QEMU, "-readconfig", path]), shared=tmp_path / "shared")
+    assert why(found, "-readconfig").startswith("left out")
 
 
 def test_a_word_without_a_dash_is_a_disk() -> None:

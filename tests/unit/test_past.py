@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpr_agent.core.ledger import EVENT, IN_FLIGHT, Phase
 from cpr_agent.core.model import RunState
 from cpr_agent.core.past import COMPACTED, MAX_LOADS, SPENDING, InterruptedSave, Pasts, Record, VmEvent
-from cpr_agent.report.story import tell
+from cpr_agent.core.upgrade.ledger import EVENT, IN_FLIGHT, Phase
+from cpr_agent.report.story import story_of as tell
 from cpr_agent.store import compaction
 from tests.journals import Numbered, act, many_upgrades, numbered, renumbered, replayed
 

@@ -138,12 +138,14 @@ async def _definition_path(client: Client, vm: str) -> Path:
 @click.option(
     "--cmdline",
     type=click.File("r", errors="replace"),
-    help="A file with a command line, as `virsh domxml-to-native qemu-argv` prints it; - is stdin.",
+    help="A file with a command line, as `virsh domxml-to-native qemu-argv`, `qm showcmd` or ps print it; - is stdin.",
 )
 @click.option("--name", default="", help="The VM's name (default: from -name).")
 @click.option("--device", default="", help="Where its RAM shall be: uuid:…, or a file (default: to be filled in).")
 @click.option("--offset", default="", help="Where in the device (default: 0).")
-@click.option("--user", default="", help="The user of QEMU (default: with --pid that of the process; else cpr-vm).")
+@click.option(
+    "--user", default="", help="The user of QEMU (default: with --pid that of the process, but for root; else cpr-vm)."
+)
 @click.option("--output", "file", type=click.Path(dir_okay=False), help="Write it to this file, which must not exist.")
 @click.option("--install", is_flag=True, help="Write it to the agent's definitions, where it must not exist, and reload.")
 def import_(*, pid: int | None, cmdline: TextIO | None, file: str | None, install: bool, **wanted: str) -> Work:
@@ -161,6 +163,7 @@ def import_(*, pid: int | None, cmdline: TextIO | None, file: str | None, instal
         wanted["user"] = wanted["user"] or _user(pid)
     elif cmdline is not None and pid is None:
         text = cmdline.read()
+        text = shlex.join(_words(text)) if "\0" in text else text  # a copy of /proc/PID/cmdline
     else:
         raise click.UsageError("give --pid or --cmdline")
 
@@ -183,7 +186,7 @@ async def _install(client: Client, output: Output, found: dict[str, Any]) -> int
     if problem := _write_new(path, found["definition"]):
         return output.error("Failed", problem, vm=found["name"])
     await _reload(client)
-    output.show({**found, "file": str(path)}, lambda _: click.echo(f"{path} was written"))
+    output.show({**found, "file": str(path)}, lambda _: click.echo(f"{path} was written{_next_steps(found['name'])}"))
     return 0
 
 
@@ -198,13 +201,31 @@ def _export(output: Output, found: dict[str, Any], path: Path | None) -> int:
     return 0
 
 
+def _next_steps(vm: str) -> str:
+    return f"""
+Next: look at what is said above, and mend it: cprctl edit {vm}
+      see what is wrong with it:               cprctl check {vm}
+      shut the guest down where it runs now, and start it here: cprctl start {vm}"""
+
+
 def _command_line(pid: int) -> str:
-    """As a shell would take it (proc_pid_cmdline(5))."""
+    """As a shell would take it (proc_pid_cmdline(5)): from the directory that it is in, and by sudo where it is root's."""
+    process = Path(f"/proc/{pid}")
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+        words = _words(process.joinpath("cmdline").read_bytes().decode(errors="replace"))
+        root = process.stat().st_uid == 0
     except OSError as error:
         raise click.ClickException(f"there is no process {pid} to read: {error.strerror}") from None
-    return shlex.join(words)
+    command = shlex.join([*(["sudo"] if root else []), *words])
+    try:
+        directory = process.joinpath("cwd").readlink()
+    except OSError:
+        return command
+    return command if "-daemonize" in words else f"cd {shlex.quote(str(directory))} && {command}"  # that goes to /
+
+
+def _words(text: str) -> list[str]:
+    return text.rstrip("\0").split("\0")
 
 
 def _user(pid: int) -> str:

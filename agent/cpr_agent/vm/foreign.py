@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
 from cpr_agent.errors import InvalidArgument
@@ -18,12 +19,18 @@ WITHOUT_VALUE = frozenset(
 )
 """Options that take no argument (``DEF("...", 0, ...)`` in QEMU's qemu-options.hx, 5.0 to 11.1)."""
 
-KEYED = frozenset(("-name", "-m", "-machine", "-M", "-object", "-chardev", "-mon", "-netdev", "-nic", "-net", "-device"))
+KEYED = frozenset(
+    """name m machine M object chardev mon netdev nic net device drive blockdev audiodev action run-with numa tpmdev fw_cfg
+    fsdev virtfs smbios acpitable""".split()  # noqa: SIM905
+)
 """Options whose argument has keys that an import looks at."""
 
 _ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
-_BEFORE = ("\n", "exec", "sudo", "env")
-_AFTER = ("\n", "&")
+_BEFORE = ("exec", "env", "nohup", "setsid")
+_AFTER = ("&",)
+_UNQUOTED_JSON = re.compile(r"""(?<!\S)\{"[^'\\]""")
+"""A shell would take its quotes away; ps(1) shows words as they are."""
+CONFIG_BYTES = 64 << 10
 
 
 class Value:
@@ -51,6 +58,26 @@ class Value:
         self.keys.update(words)
         return self
 
+    def renamed(self, key: str, value: str) -> Self:
+        """With another value of ``key``, which may stand first without its name."""
+        if self._json is not None or key in self.keys:
+            rest = self.keys.get(key)
+            return self if rest == value else self.without(key)._first(key, value)
+        self._words[0] = value
+        return self
+
+    def _first(self, key: str, value: str) -> Self:
+        self.keys = {key: value, **self.keys}
+        if self._json is not None:
+            self._json = {key: value, **self._json}
+        else:
+            self._words.insert(0, f"{key}={value}")
+        return self
+
+    def on(self, key: str) -> bool:
+        """Whether a key of yes or no is set; without a value it is."""
+        return self.keys.get(key, "off").lower() in ("", "on", "yes", "true", "y")
+
     def first(self, key: str) -> str:
         """The value of ``key``, which may stand first without its name."""
         head = self._words[0].replace("\0", ",") if self._words else ""
@@ -73,37 +100,120 @@ class Option(NamedTuple):
         return f"{self.name} {self.text}".strip()
 
 
-def split(command_line: str) -> tuple[list[str], str, list[Option]]:
-    """Environment, program, and options; a word that belongs to none of them is a disk image (qemu(1)). Raises
-    InvalidArgument if that is not a command line of QEMU."""
+class CommandLine(NamedTuple):
+    """``directory`` is where the program was started, "" if that is not said; ``user`` who it ran as, by ``sudo``."""
+
+    program: str
+    options: list[Option]
+    environment: list[str]
+    directory: str = ""
+    user: str = ""
+    unquoted: bool = False
+    """As ps(1) shows it: words with spaces in them may have been taken for several."""
+
+
+def split(command_line: str) -> CommandLine:
+    """A word that belongs to no option is a disk image (qemu(1)). Raises InvalidArgument if that is not a command line of
+    QEMU."""
+    unquoted = bool(_UNQUOTED_JSON.search(command_line))
+    text = re.sub(r"\\\r?\n", " ", command_line)
     try:
-        words = shlex.split(re.sub(r"\\\r?\n", " ", command_line))
+        words = _words_as_shown(text) if unquoted else shlex.split(text)
     except ValueError as error:
         remedy = "give all of it, as the shell takes it"
         raise InvalidArgument(f"this is not a command line: {error}", remedy=remedy) from None
-    environment = []
-    while words and (words[0] in _BEFORE or _ENVIRONMENT.match(words[0])):
-        word = words.pop(0)
-        environment += [] if word in _BEFORE else [word]
+    environment, directory, user = _take_prefix(words)
     while words and words[-1] in _AFTER:
         words.pop()
     program = words.pop(0) if words else ""
     if not re.search(r"(qemu|kvm)[^/]*$", program):
         what = f"this is not a command line of QEMU: it begins with {program!r}"
         raise InvalidArgument(what, remedy="give all of it, from the program on")
-    options = []
+    return CommandLine(program, _options(words, joined=unquoted), environment, directory, user, unquoted)
+
+
+def _words_as_shown(text: str) -> list[str]:
+    """Words that are separated by spaces, JSON among them. Raises ValueError."""
+    words, at = [], 0
+    while found := re.compile(r"\S+").search(text, at):
+        at = found.end()
+        if found[0].startswith('{"'):
+            _, at = json.JSONDecoder().raw_decode(text, found.start())
+        words.append(text[found.start() : at])
+    return words
+
+
+def _take_prefix(words: list[str]) -> tuple[list[str], str, str]:
+    """What a shell does before it starts the program: environment, directory, user."""
+    environment, directory, user = [], "", ""
+    while words:
+        if words[0] in _BEFORE:
+            words.pop(0)
+        elif _ENVIRONMENT.match(words[0]):
+            environment.append(words.pop(0))
+        elif words[0] == "cd" and len(words) > 2 and words[2] in ("&&", ";"):
+            directory = words[1]
+            del words[:3]
+        elif words[0] == "sudo":
+            words.pop(0)
+            user = "root"
+            while words and words[0].startswith("-"):
+                if words.pop(0) in ("-u", "--user") and words:
+                    user = words.pop(0)
+        else:
+            break
+    return environment, directory, user
+
+
+def _options(words: list[str], *, joined: bool) -> list[Option]:
+    """With ``joined`` a word that belongs to no option is the rest of the one before it, which has a space in it."""
+    pairs: list[tuple[str, str]] = []
     while words:
         name, text = single_dash(words.pop(0)), ""
         if not name.startswith("-"):
+            if joined and pairs and pairs[-1][1]:
+                pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]} {name}")
+                continue
             name, text = "-drive", f"file={name.replace(',', ',,')},index=0,media=disk"
         elif name[1:] not in WITHOUT_VALUE and words:
             text = words.pop(0)
-        options.append(_option(name, text))
-    return environment, program, options
+        pairs.append((name, text))
+    return [make_option(name, text) for name, text in pairs]
 
 
-def _option(name: str, text: str) -> Option:
+def make_option(name: str, text: str) -> Option:
+    """Raises InvalidArgument."""
     try:
-        return Option(name, text, Value(text if name in KEYED else ""))
+        return Option(name, text, Value(text if name[1:] in KEYED else ""))
     except ValueError as error:
         raise InvalidArgument(f"{name} {text}: {error}") from None
+
+
+def read_config(path: str, shared: Path) -> list[Option] | None:
+    """The options in a file of ``-readconfig`` that everybody may read, since a package brought it to /usr/share, which is
+    at ``shared``. None if it is somewhere else, or can't be read as a whole."""
+    try:
+        place = (shared / PurePosixPath(path).relative_to("/usr/share")).resolve()
+        if not place.is_relative_to(shared.resolve()) or not place.is_file():
+            return None
+        with place.open("rb") as file:
+            raw = file.read(CONFIG_BYTES + 1)
+        lines = raw.decode().splitlines()
+    except (OSError, ValueError):
+        return None
+    if len(raw) > CONFIG_BYTES:
+        return None
+    sections: list[tuple[str, dict[str, str]]] = []
+    for line in map(str.strip, lines):
+        if section := re.fullmatch(r'\[([\w-]+)(?:\s+"([^"]+)")?\]', line):
+            sections.append((section[1], {"id": section[2]} if section[2] else {}))
+        elif (pair := re.fullmatch(r'([\w.-]+)\s*=\s*"([^"]*)"', line)) and sections:
+            sections[-1][1][pair[1]] = pair[2]
+        elif line and not line.startswith("#"):
+            return None
+    return [make_option(f"-{group}", _joined(keys)) for group, keys in sections]
+
+
+def _joined(keys: dict[str, str]) -> str:
+    first = {key: keys[key] for key in ("driver", "qom-type", "backend", "type") if key in keys}
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in (first | keys).items())

@@ -1,8 +1,8 @@
 """A QEMU command line of somebody else's making, as a VM's definition, and all that can't be the same in it.
 
-Takes what ps(1), /proc/PID/cmdline or ``virsh domxml-to-native qemu-argv`` show. Nothing is left out in silence: what is
-the agent's own, what dies with the process that started that QEMU (descriptors, sockets, secrets), and what only an admin
-can decide, each becomes a note.
+Takes what ps(1), /proc/PID/cmdline, ``virsh domxml-to-native qemu-argv`` or ``qm showcmd`` show. Nothing is left out in
+silence, and nothing is kept that would not start: what is the agent's own, what dies with the process that started that
+QEMU (descriptors, sockets, secrets, companions), and what only an admin can decide, each becomes a note.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cpr_agent.core.model import Bytes, Imported, Note
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.vm.cmdline import OWN
-from cpr_agent.vm.foreign import Option, split
+from cpr_agent.vm.connections import DIES, Connections
+from cpr_agent.vm.foreign import CommandLine, Option, read_config, split
+from cpr_agent.vm.paths import whole_paths
 
 NO_DEVICE = "uuid:see-cprctl-devices"
 """Passes for a device as far as a file can be checked, and is none: ``check`` and ``start`` say so."""
@@ -27,53 +30,86 @@ _WHY = {
     "-add-fd": "descriptors die with who opened them",
     "-no-shutdown": "QEMU would stay when its guest has powered off",
     "-numa": "the agent makes NUMA nodes of [[memory.node]]",
+    "-preconfig": "the agent decides when the guest runs",
+    "-loadstate": "loads are the agent's",
+    "-full-screen": "there is no screen",
+    "-id": "Proxmox VE's QEMU alone knows it",
 }
 """Options that are left out, and why."""
 
-_DIES = re.compile(r"/dev/fdset/|/var/lib/libvirt/qemu/(?:domain|channel)[-/]|/(?:var/)?run/libvirt/")
-"""What is there only while libvirt runs the domain."""
+_INSTEAD = {
+    "-no-hpet": (("-machine", "hpet=off"), "QEMU 9 and newer have no such option"),
+    "-no-acpi": (("-machine", "acpi=off"), "QEMU 9 and newer have no such option"),
+    "-nographic": (("-display", "none"), "there is no terminal: the serial port and the monitor on it are gone"),
+    "-curses": (("-display", "none"), "there is no terminal"),
+    "-sdl": (("-display", "none"), "there is no screen"),
+}
+"""Options that become others, and why."""
+_SCREENS = ("gtk", "sdl", "cocoa", "curses", "spice-app", "default")
+_SOUND = ("alsa", "coreaudio", "dsound", "jack", "oss", "pa", "pipewire", "sdl", "sndio")
+"""Of a session at a screen. An audiodev that can't reach its server ends QEMU."""
+
 _FD_KEYS = ("fd", "fds", "vhostfd", "vhostfds")
 _IN_PLACE = ("/dev/dax", "/dev/shm/")  # noqa: S108 - where RAM is that the agent can leave in place
-_YES = ("on", "True", "yes")
+_NO_PROGRAMS = "with its sandbox QEMU starts no programs"
 
 
-def import_command_line(text: str, *, name: str = "", device: str = "", offset: str = "", user: str = "") -> Imported:
-    """``name``, ``device``, ``offset`` and ``user`` are what the definition shall have, where given. Raises InvalidArgument
-    if ``text`` is no command line of QEMU."""
-    environment, program, options = split(text)
-    draft = _Draft(program, options, device, offset or "0", user)
-    for word in environment:
+def import_command_line(
+    text: str, *, name: str = "", device: str = "", offset: str = "", user: str = "", shared: Path = Path("/usr/share")
+) -> Imported:
+    """``name``, ``device``, ``offset`` and ``user`` are what the definition shall have, where given. ``shared`` is where
+    /usr/share is. Raises InvalidArgument if ``text`` is no command line of QEMU."""
+    line = split(text)
+    draft = _Draft(line, device, offset or "0", user, shared)
+    for word in line.environment:
         draft.note("left out", word, "a VM's unit has an environment of its own")
+    if line.unquoted:
+        draft.note("look", line.program, "the line has no quotes: words with spaces in them may not be what they were")
     draft.take_name(name)
     draft.take_options()
     draft.take_memory()
-    if not user:
-        draft.note("look", "vm.user", "QEMU will run as cpr-vm, which must be allowed to open its disks and devices")
+    draft.take_user()
     return Imported(draft.name, draft.toml(), tuple(draft.notes))
 
 
 @dataclass
 class _Draft:
-    qemu: str
-    options: list[Option]
+    line: CommandLine
     device: str
     offset: str
     user: str
+    shared: Path
     name: str = ""
     size: Bytes = Bytes(0)
     arguments: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._objects = {
-            option.value.keys.get("id", ""): option.value for option in self.options if option.name == "-object"
-        }
+        self._without_config = False
+        self._options = [one for option in self.line.options for one in self._unfolded(option)]
+        objects = [option.value for option in self._options if option.name == "-object"]
+        self._objects = {value.keys.get("id", ""): value for value in objects}
         self._backends = {
             id_ for id_, value in self._objects.items() if value.first("qom-type").startswith("memory-backend-")
         }
-        self._monitors = {option.value.first("chardev") for option in self.options if option.name == "-mon"}
-        self._dead = {id_ for id_, value in self._objects.items() if _DIES.search(value.keys.get("file", ""))}
+        self._monitors = {option.value.first("chardev") for option in self._options if option.name == "-mon"}
+        self._dead = {id_ for id_, value in self._objects.items() if DIES.search(value.keys.get("file", ""))}
         self._dead |= {id_ for id_, value in self._objects.items() if value.keys.get("keyid") in self._dead}
+        self._connections = Connections(self._options)
+        self._buses = {option.value.keys["id"] for option in self._options if "id" in option.value.keys}
+        machine = "".join(option.text for option in self._options if option.name in ("-machine", "-M"))
+        self._buses |= {"pcie", "ide", "isa"} if "q35" in machine else {"pci", "ide", "isa"}
+
+    def _unfolded(self, option: Option) -> list[Option]:
+        """An option, or those in the file that it names."""
+        if option.name != "-readconfig":
+            return [option]
+        inside = read_config(option.text, self.shared)
+        if inside is None:
+            self._without_config = True
+            return [option]
+        self.note("changed", option, f"the {len(inside)} options in it stand here by themselves")
+        return inside
 
     def note(self, outcome: str, argument: object, why: str) -> None:
         self.notes.append(Note(outcome, str(argument), why))
@@ -82,31 +118,54 @@ class _Draft:
         self.note("left out", option, why)
         return ()
 
+    def _changed(self, option: Option, text: str, why: str) -> tuple[str, ...]:
+        self.note("changed", option, why)
+        return (option.name, text)
+
     def toml(self) -> str:
         """The definition, headed by the notes. JSON's strings are TOML's basic ones (toml.io, "String")."""
-        head = [f"# Imported from a command line of {self.qemu}."]
+        head = [f"# Imported from a command line of {self.line.program}."]
         head += ["# What is not as it was there, or needs a look:"] if self.notes else []
-        head += [f"#   {note.outcome}: {note.argument}: {note.why}".replace("\n", " ") for note in self.notes]
+        head += [f"#   {note.outcome}: {note.argument}: {note.why}" for note in self.notes]
         words = [f"  {', '.join(_quoted(word) for word in option)}," for option in self.arguments]
-        vm = ["", "[vm]", f"qemu = {_quoted(self.qemu)}", "arguments = [", *words, "]"]
+        vm = ["", "[vm]", f"qemu = {_quoted(self.line.program)}", "arguments = [", *words, "]"]
         vm += [f"user = {_quoted(self.user)}"] if self.user else []
         memory = {"size": _size(self.size), "device": self.device, "offset": self.offset}
-        return "\n".join([*head, *vm, "", "[memory]", *(f"{key} = {_quoted(word)}" for key, word in memory.items()), ""])
+        rest = [*vm, "", "[memory]", *(f"{key} = {_quoted(word)}" for key, word in memory.items()), ""]
+        return "\n".join([*(_commentable(line) for line in head), *rest])
 
     def take_name(self, wanted: str) -> None:
         """The one that was asked for, or the domain's, as far as a VM can be called so."""
-        given = wanted or next((option.value.first("guest") for option in self.options if option.name == "-name"), "")
+        names = [option for option in self._options if option.name == "-name"]
+        given = wanted or next((option.value.first("guest") for option in names), "")
         self.name = re.sub(r"[^A-Za-z0-9_.-]", "-", given).lstrip("_.-")[:63] or "imported"
         if self.name != given:
             self.note("changed", f"-name {given}".strip(), f"the VM is called {self.name}")
+        for option in names:
+            if "process" in option.value.keys:
+                self.note("left out", option, "the process is called as its program is")
 
     def take_options(self) -> None:
-        for option in self.options:
-            if kept := self._kept(option):
+        for option in self._options:
+            kept = self._kept(option)
+            if len(kept) == 2:
+                text, notes = whole_paths(kept[0], kept[1], self.line.directory)
+                for outcome, why in notes:
+                    self.note(outcome, option, why)
+                kept = (kept[0], text)
+            if kept:
                 self.arguments.append(kept)
+        accelerated = any(
+            option.name in ("-accel", "-enable-kvm") or option.value.keys.get("accel") for option in self._options
+        )
+        if self.line.program.endswith("kvm") and not accelerated:
+            self.note("changed", self.line.program, "a QEMU of this name takes KVM; -accel says so, whatever it is called")
+            self.arguments.append(("-accel", "kvm"))
 
     def _kept(self, option: Option) -> tuple[str, ...]:
         """The words that go into the definition for an option: none, its own, or others."""
+        if why := self._connections.why_lost(option):
+            return self._left_out(option, why)
         match option.name:
             case "-name":
                 return ()
@@ -114,32 +173,58 @@ class _Draft:
                 return self._take_size(option)
             case name if name in _WHY:
                 return self._left_out(option, _WHY[name])
-            case "-run-with" if re.search(r"\b(user|chroot)=", option.text):
-                return self._left_out(option, "vm.user and the VM's unit say that")
-            case "-serial" if option.text in ("stdio", "mon:stdio"):
-                self.note("changed", option, "there is no terminal: it leads nowhere now")
-                return ("-serial", "null")
-            case "-nographic":
-                self.note("changed", option, "there is no terminal: the serial port and the monitor on it are gone")
-                return ("-display", "none")
-            case "-machine" | "-M" if "memory-backend" in option.value.keys:
-                return (option.name, str(option.value.without("memory-backend")))
+            case name if name in _INSTEAD:
+                instead, why = _INSTEAD[name]
+                self.note("changed", option, why)
+                return instead
+            case "-run-with" if {"user", "chroot"} & set(option.value.keys):
+                rest = str(option.value.without("user", "chroot"))
+                return self._changed(option, rest, _UNIT) if rest else self._left_out(option, _UNIT)
+            case "-action" if option.value.keys.get("shutdown") == "pause":
+                rest = str(option.value.without("shutdown"))
+                return (
+                    self._changed(option, rest, _WHY["-no-shutdown"])
+                    if rest
+                    else self._left_out(option, _WHY["-no-shutdown"])
+                )
+            case "-global" if option.text.startswith("migration."):
+                return self._left_out(option, "loads are the agent's")
+            case "-serial" | "-parallel" if option.text in ("stdio", "mon:stdio"):
+                return self._changed(option, "null", "there is no terminal: it leads nowhere now")
+            case "-display" if option.text.split(",")[0] in _SCREENS:
+                return self._changed(option, "none", "there is no screen")
+            case "-audiodev" if option.value.first("driver") in _SOUND:
+                text = f"none,id={option.value.keys.get('id', '')}"
+                return self._changed(option, text, "there is no session whose sound it could be")
+            case "-watchdog":
+                self.note("changed", option, "QEMU 8 and newer have no such option")
+                return ("-device", option.text)
+            case "-vnc" if option.text.startswith("unix:") and DIES.search(option.text):
+                path = f"/run/cpr-agent/vm/{self.name}/vnc.sock"
+                text = re.sub(r"^unix:[^,]*", f"unix:{path}", option.text)
+                return self._changed(option, text, f"its directory is not the VM's: it is at {path} now")
+            case "-machine" | "-M":
+                return self._machine(option)
             case "-object":
                 return self._object(option)
-            case "-device" if option.value.keys.get("memdev") in self._backends:
-                return self._left_out(option, "its memory would not outlive QEMU")
+            case "-device":
+                return self._device(option)
             case "-chardev":
                 return self._chardev(option)
-            case "-netdev" | "-nic" | "-net" if set(_FD_KEYS) & set(option.value.keys):
+            case "-netdev" | "-nic" | "-net":
                 return self._network(option)
             case _:
                 return self._plain(option)
 
     def _plain(self, option: Option) -> tuple[str, ...]:
-        if dead := _DIES.search(option.text):
+        if dead := DIES.search(option.text):
             self.note("look", option, f"{dead[0]} is not there without who made it")
         if any(f'"{secret}"' in option.text or f"={secret}" in option.text for secret in self._dead):
             self.note("look", option, "it needs a secret that was left out")
+        if option.name == "-drive" and option.value.on("snapshot"):
+            self.note("look", option, "what the guest writes is in a temporary file, which ends with the QEMU process")
+        if option.name == "-tpmdev" and option.value.first("type") == "passthrough":
+            self.note("look", option, "what is in the host's TPM is not saved with the guest")
         return (option.name, option.text) if option.text else (option.name,)
 
     def _take_size(self, option: Option) -> tuple[str, ...]:
@@ -152,54 +237,117 @@ class _Draft:
             return self._left_out(option, "there is no memory hotplug: the VM has the size that it began with")
         return ()
 
+    def _machine(self, option: Option) -> tuple[str, ...]:
+        """[memory] says what ``memory-backend`` says."""
+        text = str(option.value.without("memory-backend")) if "memory-backend" in option.value.keys else option.text
+        if plain := re.sub(r"\+pve\d+", "", text):
+            return self._changed(option, plain, "+pve… is Proxmox VE's") if plain != text else (option.name, text)
+        return ()
+
     def _object(self, option: Option) -> tuple[str, ...]:
-        if option.value.keys.get("id") in self._backends:
-            return self._left_out(option, "[memory] says where the RAM is")
+        if (id_ := option.value.keys.get("id")) in self._backends:
+            devices = {one.value.keys.get("memdev") for one in self._options if one.name == "-device"}
+            why = "it is the memory of a device that is left out" if id_ in devices else "[memory] says where the RAM is"
+            return self._left_out(option, why)
         if option.value.keys.get("id") in self._dead:
             return self._left_out(option, "this secret dies with libvirt's domain, or needs one that does")
+        return self._plain(option)
+
+    def _device(self, option: Option) -> tuple[str, ...]:
+        if option.value.keys.get("memdev") in self._backends:
+            return self._left_out(option, "its memory would not outlive QEMU")
+        bus = option.value.keys.get("bus", "")
+        if self._without_config and bus and not {bus, bus.rpartition(".")[0]} & self._buses:
+            self.note("look", option, f"its bus {bus} was made by the file that was left out (-readconfig)")
         return self._plain(option)
 
     def _chardev(self, option: Option) -> tuple[str, ...]:
         id_, kind = option.value.keys.get("id", ""), option.value.first("backend")
         if id_ in self._monitors:
             return self._left_out(option, "it is a monitor's, and the agent has its own")
-        if kind != "stdio" and "fd" not in option.value.keys and not _DIES.search(option.text):
-            return self._plain(option)
-        if kind == "socket":
+        peer = self._connections.peer(option)
+        if kind == "stdio" or (peer.dies and (peer.client or kind != "socket")):
+            why = "what it was connected to is not there: it leads nowhere now"
+            return self._changed(option, f"null,id={id_}", why)
+        if peer.dies:
             path = f"/run/cpr-agent/vm/{self.name}/{id_}.sock"
-            self.note("changed", option, f"what it was connected to dies with libvirt: it is at {path} now")
-            return (option.name, f"socket,id={id_},path={path},server=on,wait=off")
-        self.note("changed", option, "what it was connected to is not there: it leads nowhere now")
-        return (option.name, f"null,id={id_}")
+            why = f"its socket was made for who has started that QEMU: it is at {path} now"
+            return self._changed(option, f"socket,id={id_},path={path},server=on,wait=off", why)
+        if peer.client:
+            who = f"{peer.who} must listen there" if peer.who else "somebody must listen there"
+            self.note("look", option, f"QEMU is the client at {peer.where}: {who} before the VM starts")
+        elif peer.who:
+            self.note("look", option, f"QEMU makes {peer.where}, and waits there for {peer.who}")
+        return (option.name, option.text)
 
     def _network(self, option: Option) -> tuple[str, ...]:
-        if option.value.first("type") != "tap":
-            self.note("look", option, "its descriptor dies with who opened it")
-            return (option.name, option.text)
+        value, kind = option.value, option.value.first("type")
+        fds = bool(set(_FD_KEYS) & set(value.keys))
+        if kind == "bridge" or (kind == "tap" and (fds or "helper" in value.keys or "br" in value.keys)):
+            why = (
+                f"its descriptor dies with who opened it: have a tap interface {self._interface()} at boot, or name another"
+            )
+            if not fds:
+                why = f"{_NO_PROGRAMS}, and a bridge's helper is one: have a tap interface {self._interface()} at boot"
+            more: dict[str, str | bool] = {"ifname": self._interface(), "script": "no", "downscript": "no"}
+            if {"vhostfd", "vhostfds"} & set(value.keys):
+                more["vhost"] = True
+            tap = value.without(*_FD_KEYS, "helper", "br", *more).with_(**more)
+            return self._changed(option, str(tap.renamed("type", "tap")), why)
+        if kind == "tap" and value.keys.get("script") != "no":
+            name = value.keys.get("ifname", "") or self._interface()
+            why = f"{_NO_PROGRAMS}, and its script is one: have the tap interface {name} at boot, in its bridge"
+            more = {"ifname": name, "script": "no", "downscript": "no"}
+            return self._changed(option, str(value.without(*more).with_(**more)), why)
+        if fds or (kind in ("stream", "dgram", "socket", "passt") and DIES.search(option.text)):
+            id_ = value.keys.get("id", "")
+            text = f"user,id={id_}" if id_ else "user"
+            models = [f"{key}={value.keys[key]}" for key in ("model", "mac", "macaddr") if key in value.keys]
+            why = "what it was connected to dies with who has started that QEMU: the guest is behind QEMU's own NAT now"
+            return self._changed(option, ",".join([text, *models]), why)
+        if kind == "user" and {"smb", "guestfwd"} & set(value.keys):
+            self.note("look", option, f"{_NO_PROGRAMS}: smb= and the commands of guestfwd= do not work")
+        return self._plain(option)
+
+    def _interface(self) -> str:
         number = sum(kept[0] in ("-netdev", "-nic", "-net") for kept in self.arguments)
-        interface = f"{self.name[:12]}-{number}"  # 15 characters are the kernel's limit (IFNAMSIZ)
-        why = f"its descriptor dies with who opened it: have a tap interface {interface} at boot, or name another"
-        self.note("changed", option, why)
-        more: dict[str, str | bool] = {"ifname": interface, "script": "no", "downscript": "no"}
-        if {"vhostfd", "vhostfds"} & set(option.value.keys):
-            more["vhost"] = True
-        return (option.name, str(option.value.without(*_FD_KEYS, *more).with_(**more)))
+        return f"{self.name[:12]}-{number}"  # 15 characters are the kernel's limit (IFNAMSIZ)
 
     def take_memory(self) -> None:
         """The device that was asked for; else the file that the RAM is in already; else none, and that is said."""
         if not self.size:
             self.size = DEFAULT_SIZE
             self.note("look", "-m", "none was given: this is QEMU's default")
+        nodes = [one.value for one in self._options if one.name == "-numa" and "memdev" in one.value.keys]
+        if len(nodes) > 1:
+            why = f"the guest had {len(nodes)} NUMA nodes: write a [[memory.node]] for each to keep them (cpr-vm.toml(5))"
+            self.note("look", "memory", why)
         if self.device:
             return
-        backends = [self._objects[id_].keys for id_ in self._backends]
-        files = [keys.get("mem-path", "") for keys in backends if keys.get("share") in _YES]
-        if len(files) == len(backends) == 1 and files[0].startswith(_IN_PLACE):
+        named = {value.keys["memdev"] for value in nodes}
+        named |= {one.value.keys.get("memory-backend", "") for one in self.line.options if one.name in ("-machine", "-M")}
+        ram = [self._objects[id_].keys for id_ in self._backends & named or self._backends]
+        files = [keys.get("mem-path", "") for keys in ram if keys.get("share", "off").lower() in ("", "on", "true", "yes")]
+        if len(files) == len(ram) == 1 and files[0].startswith(_IN_PLACE):
             self.device = files[0]
             return
         self.device = NO_DEVICE
         room = f"`cprctl memory allocate {self.name} --size {_size(self.size)}` finds room"
         self.note("look", "memory.device", f"the RAM was where it outlives nothing; {room}")
+
+    def take_user(self) -> None:
+        if self.user:
+            return
+        if self.line.user not in ("", "root"):
+            self.user = self.line.user
+        elif self.line.user:
+            why = "that QEMU ran as root, and here it runs as cpr-vm, which must be allowed to open its disks and devices"
+            self.note("changed", "vm.user", why)
+        else:
+            self.note("look", "vm.user", "QEMU will run as cpr-vm, which must be allowed to open its disks and devices")
+
+
+_UNIT = "vm.user and the VM's unit say that"
 
 
 def _size(count: int) -> str:
@@ -208,6 +356,11 @@ def _size(count: int) -> str:
         if count % (1 << shift) == 0:
             return f"{count >> shift}{unit}"
     return str(count)
+
+
+def _commentable(line: str) -> str:
+    """TOML allows no control characters in comments, and a reader's terminal should see none."""
+    return "".join(character if character.isprintable() else " " for character in line)
 
 
 def _quoted(word: str) -> str:
