@@ -302,6 +302,7 @@ def test_no_terminal() -> None:
             ("-vnc", "unix:/var/run/qemu-server/1.vnc,password=on"),
             ("-vnc", "unix:/run/cpr-agent/vm/web1/vnc.sock,password=on"),
         ),
+        (("-M", "q35,accel=kvm", "-accel", "tcg"), ("-M", "q35", "-accel", "tcg")),
         (("-preconfig",), ()),
         (("-id", "114"), ()),
         (("-loadstate", "/x"), ()),

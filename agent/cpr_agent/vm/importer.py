@@ -239,7 +239,11 @@ class _Draft:
 
     def _machine(self, option: Option) -> tuple[str, ...]:
         """[memory] says what ``memory-backend`` says."""
-        text = str(option.value.without("memory-backend")) if "memory-backend" in option.value.keys else option.text
+        keys = option.value.keys
+        if "accel" in keys and any(one.name == "-accel" for one in self._options):
+            self.note("changed", option, "QEMU takes one of -accel and accel= alone, and here is -accel")
+            option.value.without("accel")
+        text = str(option.value.without("memory-backend"))
         if plain := re.sub(r"\+pve\d+", "", text):
             return self._changed(option, plain, "+pve… is Proxmox VE's") if plain != text else (option.name, text)
         return ()
