@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +16,26 @@ import msgspec
 
 from cpr_agent.core.model import VM_NAME, Bytes, Definition, Imported, Launch, Located, Manifest, MemorySection, Seconds
 from cpr_agent.errors import CprError, InvalidDefinition
+from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import collisions, numa_collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CPUS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
+MAX_BYTES = 64 << 10
+"""Of a file: a definition with a hundred disks has a tenth of that."""
+MAX_DEPTH = 8
+"""Of tables and lists in each other, and of parts in a dotted key; a definition needs three."""
+MAX_DIGITS = 32
+_NO_STRUCTURE = re.compile(
+    r'''"""(?:[^"\\]|\\.|"(?!""))*"""|'''
+    r"""'''(?:[^']|'(?!''))*'''|"""
+    r"""'[^'\n]*'|"(?:[^"\\\n]|\\.)*"|#[^\n]*""",
+    re.DOTALL,
+)
+"""Strings and comments of TOML."""
+_KEY_OR_NUMBER = re.compile(r"[^\s=,\[\]{}]+")
 
 
 def _decode(kind: type, value: Any) -> Any:
@@ -37,9 +56,11 @@ READ = msgspec.json.Decoder(Definition, dec_hook=_decode)
 def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: object) -> T:
     """Read ``path``, or ``raw`` in its place, as the struct ``into``; keys are written with dashes. Raises
     InvalidDefinition, OSError."""
-    raw = path.read_bytes() if raw is None else raw
+    raw = read_text_file(path) if raw is None else raw
     try:
-        tables = _known(tomllib.loads(raw.decode()), into, path, "")
+        text = raw.decode()
+        _refuse_excess(text, path)
+        tables = _known(tomllib.loads(text), into, path, "")
         return msgspec.convert({**tables, **extra}, into, dec_hook=_decode)
     except tomllib.TOMLDecodeError as error:
         raise InvalidDefinition(f"{path} is not TOML: {error}") from error
@@ -47,6 +68,44 @@ def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: ob
         raise InvalidDefinition(f"{path} is not UTF-8: {error}") from error
     except msgspec.ValidationError as error:
         raise InvalidDefinition(f"{path}: {str(error).replace('$.', '').replace('_', '-')}") from error
+    except (ValueError, OverflowError, RecursionError) as error:  # such as of a number that is none to Python
+        raise InvalidDefinition(f"{path} can't be read: {error}") from error
+
+
+def read_text_file(path: Path) -> bytes:
+    """A regular file of at most MAX_BYTES; whatever else is there, it is not waited for. Raises InvalidDefinition,
+    OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidDefinition(f"{path} is not a regular file")
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise InvalidDefinition(f"{path} has more than {MAX_BYTES >> 10} KiB")
+    return raw
+
+
+def _refuse_excess(text: str, path: Path) -> None:
+    """What tomllib takes gigabytes, or a deep stack, to read. Raises InvalidDefinition."""
+    if unshown := sorted({char for char in text if not char.isprintable() and char not in "\t\n\r"}):
+        raise InvalidDefinition(f"{path} contains {', '.join(map(printable, unshown[:5]))}, which no text needs")
+    bare = re.sub(r"[ \t]*\.[ \t]*", ".", _NO_STRUCTURE.sub("_", text))
+    depth = deepest = 0
+    for char in bare:
+        depth += (char in "[{") - (char in "]}")
+        deepest = max(deepest, depth)
+    words = _KEY_OR_NUMBER.findall(bare)
+    if deepest > MAX_DEPTH or any(word.count(".") >= MAX_DEPTH for word in words):
+        raise InvalidDefinition(f"{path} is nested more than {MAX_DEPTH} deep")
+    if any(sum(map(str.isdigit, word)) > MAX_DIGITS for word in words):
+        raise InvalidDefinition(f"{path} has a number of more than {MAX_DIGITS} digits")
+
+
+def _refuse_unshown(definition: Definition, path: Path) -> None:
+    """TOML writes a NUL as an escape. Raises InvalidDefinition."""
+    for text in (definition.vm.description, definition.vm.qemu, definition.vm.user, *definition.vm.arguments):
+        if printable_lines(text, len(text)) != text:
+            raise InvalidDefinition(f"{path} contains a character that does not show: {printable(text, 100)}")
 
 
 def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[str, Any]:
@@ -91,6 +150,11 @@ class DefinitionDirectory:
                 good[path.stem] = read_definition(path)
             except (CprError, OSError) as error:
                 bad[path.stem] = error
+            except (
+                Exception
+            ) as error:  # a file that fails in a way not foreseen here must not keep the others from starting
+                log.exception("%s can't be read", path)
+                bad[path.stem] = InvalidDefinition(f"{path} can't be read: {printable(repr(error), 200)}", vm=path.stem)
         return good, bad
 
     @property
@@ -99,13 +163,17 @@ class DefinitionDirectory:
 
     def parse(self, name: str, text: str) -> Definition:
         if not VM_NAME.fullmatch(name):
-            raise InvalidDefinition(f"{name!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'")
-        return read_definition(self._root / f"{name}.toml", text.encode())
+            raise InvalidDefinition(
+                f"{printable(name, 100)!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'"
+            )
+        from cpr_agent.vm.apart import read_definition_apart  # likewise
+
+        return read_definition_apart(self._root / f"{name}.toml", text, READ)
 
     def import_command_line(self, text: str, *, name: str, device: str, offset: str, user: str) -> Imported:
-        from cpr_agent.vm.importer import import_command_line  # likewise
+        from cpr_agent.vm.apart import import_apart  # likewise
 
-        return import_command_line(text, name=name, device=device, offset=offset, user=user)
+        return import_apart(text, {"name": name, "device": device, "offset": offset, "user": user})
 
     def plan_start(self, definition: Definition, located: Sequence[Located]) -> Launch:
         return plan_start(definition, located, self._run_dir, self._log_dir)
@@ -129,8 +197,9 @@ def read_definition(path: Path, raw: bytes | None = None) -> Definition:
     name = path.stem
     if not VM_NAME.fullmatch(name):
         raise InvalidDefinition(f"{path}: {name!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'")
-    raw = path.read_bytes() if raw is None else raw
+    raw = read_text_file(path) if raw is None else raw
     definition = decode_toml(path, Definition, raw, name=name, digest=hashlib.sha256(raw).hexdigest())
+    _refuse_unshown(definition, path)
     _refuse_bad_memory(path, name, definition.memory)
     numa = numa_collisions(definition.vm.arguments) if definition.memory.node else []
     if found := collisions(definition.vm.arguments) + numa:
