@@ -41,7 +41,7 @@ def devices(replies: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("pci_is_known", [True, False])
-def test_devices_of_the_host_are_found_also_behind_bridges(pci_is_known: bool) -> None:
+def test_devices_of_the_host_are_found_also_behind_bridges(*, pci_is_known: bool) -> None:
     """A machine without PCI has no query-pci."""
     replies = REPLIES if pci_is_known else {key: value for key, value in REPLIES.items() if key != "query-pci"}
     places = (" at 00:03.0", " at 01:00.0") if pci_is_known else ("", "")

@@ -6,16 +6,19 @@ Fails closed: no sender, no answer, no polkit all mean no.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
+from collections import Counter
+from collections.abc import AsyncIterator
 
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from cpr_agent.errors import AccessDenied
+from cpr_agent.errors import AccessDenied, LimitsExceeded
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +27,16 @@ POLKIT_TIMEOUT_S = 25.0
 INTERACTIVE_TIMEOUT_S = 120.0
 """How long a person may take to type a password."""
 KEPT_CALLERS = 1024
+QUESTIONS_PER_USER = 4
+"""To polkit at once; others of the same user wait for their turn, but not for a password of his that may never come."""
+PASSWORDS_IN_ALL = 32
+"""Questions that a person may have to answer: dbus-daemon lets one connection wait for 128 replies."""
 _ALLOW_INTERACTION = 1
 """org.freedesktop.PolicyKit1.CheckAuthorizationFlags, AllowUserInteraction."""
 
 
 class TimedOutError(AccessDenied):
-    """Nobody answered."""
+    """A question without an answer."""
 
 
 class Authority:
@@ -39,6 +46,12 @@ class Authority:
         self._bus = bus
         self._interactive_timeout_s = interactive_timeout_s
         self._uids: dict[str, asyncio.Task[int]] = {}
+        self._questions: dict[str, set[asyncio.Task[Message]]] = {}
+        """By connection, those that wait for an answer."""
+        self._passwords: Counter[int] = Counter()
+        self._waiting: Counter[int] = Counter()
+        self._turns: dict[int, asyncio.Semaphore] = {}
+        """By user: questions that a person may have to answer, others, and the turns of these."""
         self._serials = itertools.count(1)
 
     async def uid(self, call: Message) -> int:
@@ -58,20 +71,30 @@ class Authority:
 
     async def require(self, call: Message, action: str) -> None:
         """Raises AccessDenied unless the sender of ``call`` may do ``action``."""
+        await self._require(call, action, interactive=bool(call.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION))
+
+    async def allows(self, call: Message, action: str) -> bool:
+        """Whether the sender may do ``action`` too, without a password typed for it."""
+        try:
+            await self._require(call, action, interactive=False)
+        except (AccessDenied, LimitsExceeded):
+            return False
+        return True
+
+    def gone(self, sender: str) -> None:
+        """This connection has ended: its questions need no answer."""
+        self._uids.pop(sender, None)
+        for question in self._questions.pop(sender, ()):
+            question.cancel()
+
+    async def _require(self, call: Message, action: str, *, interactive: bool) -> None:
         if not action:
             raise AccessDenied("the caller is unknown")
-        if trusted(await self.uid(call)):
+        uid = await self.uid(call)
+        if trusted(uid):
             return
-        interactive = bool(call.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION)
-        cancellation = f"cpr-agent-{next(self._serials)}"
-        subject = ["system-bus-name", {"name": Variant("s", call.sender)}]
-        flags = _ALLOW_INTERACTION if interactive else 0
-        question = _polkit("CheckAuthorization", "(sa{sv})sa{ss}us", subject, action, {}, flags, cancellation)
-        try:
-            reply = await self._ask(question, self._interactive_timeout_s if interactive else POLKIT_TIMEOUT_S)
-        except TimedOutError:
-            self._bus.send(_polkit("CancelCheckAuthorization", "s", cancellation))  # nobody need type a password any more
-            raise
+        async with self._turn(uid, interactive=interactive):
+            reply = await self._question(str(call.sender), action, interactive=interactive)
         authorized, challenge, _ = reply.body[0]
         if not authorized:
             raise AccessDenied(
@@ -79,6 +102,55 @@ class Authority:
                 left="nothing was done",
                 remedy="call again with interactive authorization" if challenge else "ask your administrator, or use sudo",
             )
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, uid: int, *, interactive: bool) -> AsyncIterator[None]:
+        """Raises LimitsExceeded, for a question that a person may have to answer, and too many of those wait."""
+        if interactive and (self._passwords[uid] >= QUESTIONS_PER_USER or self._passwords.total() >= PASSWORDS_IN_ALL):
+            raise LimitsExceeded(
+                f"{self._passwords[uid]} calls of user {uid} wait for a password",
+                left="nothing was done",
+                remedy="answer them, or end them",
+            )
+        counted = self._passwords if interactive else self._waiting
+        turns = (
+            contextlib.nullcontext() if interactive else self._turns.setdefault(uid, asyncio.Semaphore(QUESTIONS_PER_USER))
+        )
+        counted[uid] += 1
+        try:
+            async with turns:
+                yield
+        finally:
+            counted[uid] -= 1
+            if not counted[uid]:
+                del counted[uid]
+                if not interactive:
+                    del self._turns[uid]
+
+    async def _question(self, sender: str, action: str, *, interactive: bool) -> Message:
+        """Polkit's answer. A question that is given up, or whose caller has gone, is taken back: nobody need type a
+        password for it any more. Raises AccessDenied."""
+        cancellation = f"cpr-agent-{next(self._serials)}"
+        subject = ["system-bus-name", {"name": Variant("s", sender)}]
+        flags = _ALLOW_INTERACTION if interactive else 0
+        message = _polkit("CheckAuthorization", "(sa{sv})sa{ss}us", subject, action, {}, flags, cancellation)
+        timeout_s = self._interactive_timeout_s if interactive else POLKIT_TIMEOUT_S
+        question = asyncio.create_task(self._ask(message, timeout_s))
+        self._questions.setdefault(sender, set()).add(question)
+        try:
+            await asyncio.wait({question})
+            if question.cancelled():
+                raise TimedOutError("the caller has gone")
+            return question.result()
+        except (TimedOutError, asyncio.CancelledError):
+            question.cancel()
+            self._bus.send(_polkit("CancelCheckAuthorization", "s", cancellation))
+            raise
+        finally:
+            asked = self._questions.get(sender, set())
+            asked.discard(question)
+            if not asked:
+                self._questions.pop(sender, None)
 
     async def _uid(self, sender: str) -> int:
         reply = await self._ask(

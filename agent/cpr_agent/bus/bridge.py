@@ -103,8 +103,9 @@ def _ignore_interrupts() -> None:
 
 async def _said(ssh: asyncio.subprocess.Process) -> str:
     """The last line on ssh's stderr, which is read all the time lest it blocks."""
-    assert ssh.stderr
     last = ""
+    if ssh.stderr is None:
+        return last
     async for line in ssh.stderr:
         last = line.decode(errors="replace").strip() or last
     return last

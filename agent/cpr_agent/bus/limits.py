@@ -1,10 +1,14 @@
-"""How much a caller may ask for: so many calls, of so much. Root may call as often as it likes, and not more at once."""
+"""How much a caller may ask for: so many calls, of so much.
+
+Root is exempt from the rate limit, not from the concurrency limit. A call costs its user more if it costs the agent more.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dbus_next.message import Message
@@ -18,6 +22,18 @@ BURST = 1000.0
 """Calls that a user may make at once after a quiet time: `cprctl list` asks once for each VM."""
 UNDER_WAY = 128
 """Calls of one connection that wait for an answer; dbus-daemon has the same limit (max_replies_per_connection)."""
+COSTS = {
+    **dict.fromkeys(("Validate", "Import", "Report", "Check"), 20.0),
+    **dict.fromkeys(("GetManagedObjects", "ListHistory", "ListDevices", "AllocateMemory"), 5.0),
+    "GetAll": 2.0,
+}
+"""Calls that are worth several: they start a program, ask QEMUs, or look through much."""
+HEAVY_COST = 5.0
+HEAVY_PER_USER = 4
+HEAVY_IN_ALL = 8
+"""Calls of at least that cost under way for one user, and for all users but root."""
+MAX_TEXT_BYTES = 8 << 10
+"""The whole text of a file from a user other than root."""
 MAX_OPTIONS = 64
 MAX_NAME_CHARS = 64
 MAX_TEXT_CHARS = 32 << 10
@@ -35,6 +51,7 @@ class Limits:
         self._under_way: Counter[str] = Counter()
         self._left: dict[int, tuple[float, float]] = {}
         """By user: calls left, and when that was so."""
+        self._heavy: Counter[int] = Counter()
 
     def begin(self, sender: str) -> None:
         """A call of this connection, until its ``end``. Raises LimitsExceeded if too many wait for their answer."""
@@ -49,11 +66,11 @@ class Limits:
         if not self._under_way[sender]:
             del self._under_way[sender]
 
-    def spend(self, uid: int) -> None:
+    def spend(self, uid: int, cost: float = 1.0) -> None:
         """Take note of a call by this user. Raises LimitsExceeded if it is one too many."""
         now = self._clock()
         left, at = self._left.pop(uid, (BURST, now))
-        left = min(BURST, left + (now - at) * CALLS_PER_S) - 1
+        left = min(BURST, left + (now - at) * CALLS_PER_S) - cost
         self._left[uid] = max(left, -1.0), now
         while len(self._left) > _KEPT_USERS:
             del self._left[next(iter(self._left))]
@@ -63,6 +80,32 @@ class Limits:
                 left="nothing was done",
                 remedy="wait a second; GetAll and GetManagedObjects answer much in one call",
             )
+
+    @contextlib.contextmanager
+    def under_way(self, uid: int, cost: float) -> Iterator[None]:
+        """While a call of this user is done. Raises LimitsExceeded if too many heavy ones are."""
+        if cost < HEAVY_COST:
+            yield
+            return
+        if self._heavy[uid] >= HEAVY_PER_USER or self._heavy.total() >= HEAVY_IN_ALL:
+            raise LimitsExceeded(
+                f"{self._heavy[uid]} such calls of user {uid} are under way, {self._heavy.total()} of all users",
+                left="nothing was done",
+                remedy="wait for them",
+            )
+        self._heavy[uid] += 1
+        try:
+            yield
+        finally:
+            self._heavy[uid] -= 1
+            if not self._heavy[uid]:
+                del self._heavy[uid]
+
+
+def refuse_long_text(call: Message) -> None:
+    """For users other than root. Raises InvalidArgument."""
+    if call.member in WHOLE_FILES and any(isinstance(text, str) and len(text) > MAX_TEXT_BYTES for text in call.body):
+        raise _excess(f"a text of more than {MAX_TEXT_BYTES >> 10} KiB", MAX_TEXT_BYTES)
 
 
 def refuse_excess(call: Message) -> None:

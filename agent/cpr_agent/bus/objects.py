@@ -1,10 +1,10 @@
-"""What each object on the bus does: ten lines a method at most, the decisions are core's."""
+"""The objects on the bus: ten lines a method at most, the decisions are core's."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from dbus_next.signature import Variant
 
@@ -19,9 +19,22 @@ from cpr_agent.core.model import DaxDevice, Finding, Policy, Survives, survives
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.upgrade.preflight import UpgradeRequest
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidArgument
+from cpr_agent.errors import AccessDenied, CheckpointUnreadable, CprError, InvalidArgument
 
 Result = Awaitable[list[Any]]
+MANAGE_VMS = "org.cpragent1.manage-vms"
+
+
+class Caller(Protocol):
+    """Whoever makes the call that is being answered."""
+
+    def last_error(self) -> CprError | None: ...
+
+    async def may(self, action: str) -> bool:
+        """Whether polkit allows this caller that too, without a password typed for it."""
+
+    async def apart(self, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        """Do blocking work in a thread that no guest's work waits for."""
 
 
 class BusObject:
@@ -47,9 +60,9 @@ class ManagerObject(BusObject):
     interface = "org.cpragent1.Manager"
     path = ROOT
 
-    def __init__(self, manager: Manager, last_error: Callable[[], CprError | None]) -> None:
+    def __init__(self, manager: Manager, caller: Caller) -> None:
         self._manager = manager
-        self._last_error = last_error
+        self._caller = caller
 
     async def call_SaveAll(self, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"survives": "s", "policy": "s", "before-kexec": "b", "wait": "b"})
@@ -74,8 +87,18 @@ class ManagerObject(BusObject):
         return [job_path(self._manager.rollback())]
 
     async def call_Check(self, options: dict[str, Variant]) -> list[Any]:
-        manager = self._manager
-        found = await (manager.plan_findings(manager.plan(_request(options))) if options else manager.findings())
+        manager, hooks = self._manager, await self._caller.may(MANAGE_VMS)
+        if not options:
+            own = [finding for vm in manager.vms.values() if not hooks for finding in await manager.own_findings(vm)]
+            found = await manager.findings() if hooks else own
+        elif hooks:
+            found = await manager.plan_findings(manager.plan(_request(options)))
+        else:
+            raise AccessDenied(
+                f"to look at an upgrade runs the hooks of the admin: not authorized for {MANAGE_VMS}",
+                left="nothing was done",
+                remedy="leave the options out, or use sudo",
+            )
         return [[_finding(finding) for finding in found]]
 
     async def call_ListVMs(self) -> list[Any]:
@@ -99,25 +122,25 @@ class ManagerObject(BusObject):
 
         ports = self._manager.ports
         story = story_of(wanted, ports.journal.records(), ports.history.all(), ports.boot.name())
-        return [await asyncio.to_thread(render, story, form)]
+        return [await self._caller.apart(render, story, form)]
 
     async def call_Reload(self) -> list[Any]:
         await self._manager.reload()
         return [[[vm.name, str(vm.problem)] for vm in self._manager.vms.values() if vm.problem]]
 
     async def call_Validate(self, name: str, definition: str) -> list[Any]:
-        await asyncio.to_thread(self._manager.validate, name, definition)
+        await self._caller.apart(self._manager.validate, name, definition)
         return []
 
     async def call_Import(self, command_line: str, options: dict[str, Variant]) -> list[Any]:
         known = dict.fromkeys(("name", "device", "offset", "user"), "s")
         wanted = {**dict.fromkeys(known, ""), **take_options(options, known)}
-        imported, problem = await asyncio.to_thread(self._manager.import_command_line, command_line, **wanted)
+        imported, problem = await self._caller.apart(self._manager.import_command_line, command_line, **wanted)
         notes = Variant("a(sss)", [list(note) for note in imported.notes])
         return [vardict(name=imported.name, definition=imported.text, notes=notes, problem=problem)]
 
     async def call_LastError(self) -> list[Any]:
-        return [_error(self._last_error())]
+        return [_error(self._caller.last_error())]
 
     def get_Version(self) -> str:
         return __version__
@@ -150,10 +173,12 @@ class ManagerObject(BusObject):
 class VmObject(BusObject):
     interface = "org.cpragent1.VM"
 
-    def __init__(self, vm: Vm, manager: Manager, admin_socket: str) -> None:
+    def __init__(self, vm: Vm, manager: Manager, admin_socket: str, caller: Caller) -> None:
         self._vm = vm
         self._manager = manager
         self._admin_socket = admin_socket
+        self._caller = caller
+        self._asking: asyncio.Task[list[str]] | None = None
         self.path = vm_path(vm.name)
 
     async def call_CprSave(self, filename: str, mode: str, options: dict[str, Variant]) -> list[Any]:
@@ -187,7 +212,9 @@ class VmObject(BusObject):
         return []
 
     async def call_Check(self) -> list[Any]:
-        return [[_finding(finding) for finding in await self._manager.vm_findings(self._vm.name)]]
+        hooks = await self._caller.may(MANAGE_VMS)
+        found = self._manager.vm_findings(self._vm.name) if hooks else self._manager.own_findings(self._vm)
+        return [[_finding(finding) for finding in await found]]
 
     def get_Name(self) -> str:
         return self._vm.name
@@ -259,6 +286,12 @@ class VmObject(BusObject):
         )
 
     async def get_BlockedReasons(self) -> list[str]:
+        """One question at a time to each QEMU, however many callers want the answer."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._blocked_reasons())
+        return await asyncio.shield(self._asking)
+
+    async def _blocked_reasons(self) -> list[str]:
         try:
             return await self._vm.blocked_reasons()
         except CprError as error:

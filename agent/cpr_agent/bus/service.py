@@ -8,9 +8,11 @@ and always answers.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -30,15 +32,17 @@ from cpr_agent.bus.contract import (
     read_contract,
     standard_interfaces,
 )
-from cpr_agent.bus.limits import Limits, refuse_excess
+from cpr_agent.bus.limits import COSTS, Limits, refuse_excess, refuse_long_text
+from cpr_agent.bus.listeners import Listeners
 from cpr_agent.bus.logs import LogObject, LogSettings
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, vm_path
-from cpr_agent.bus.wire import AgentBus
+from cpr_agent.bus.wire import AgentBus, UnsendableError
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Busy, CprError, InvalidArgument, LimitsExceeded
+from cpr_agent.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +51,15 @@ OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 CONNECT_TIMEOUT_S = 30.0
 ERRORS_KEPT = 64
 """Callers whose last error is remembered; a caller asks for it at once, or never."""
-
+WORKERS = 2
+"""Threads for work that callers ask for. No guest waits for these: core's work has threads of its own."""
+_DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+_ANYWHERE = ("Introspect", "Ping", "GetMachineId")
+"""Methods of every path (D-Bus specification, "Standard Interfaces")."""
+_DEPARTURES = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged',arg2=''"
 
 Bus = MessageBus
-"""So that nobody else needs to import the library."""
+"""For other packages, which do not import the library."""
 
 
 class Service(Listener):
@@ -69,9 +78,11 @@ class Service(Listener):
         self._told: dict[str, dict[str, Any]] = {}
         self._changed: set[str] = set()
         self._ready = asyncio.Event()
-        self._caller: ContextVar[str] = ContextVar("caller")
+        self._call: ContextVar[Message] = ContextVar("call")
         self._errors: OrderedDict[str, CprError] = OrderedDict()
-        self._add(ManagerObject(manager, lambda: self._errors.get(self._caller.get())))
+        self._listeners = Listeners()
+        self._workers: Executor = ThreadPoolExecutor(WORKERS, "callers")
+        self._add(ManagerObject(manager, self))
         if logs:
             self._add(LogObject(logs))
         for vm in manager.vms.values():
@@ -88,6 +99,7 @@ class Service(Listener):
     @staticmethod
     async def own_name(bus: MessageBus) -> None:
         """Raises Busy if another agent has the name: a second one would act on the same guests."""
+        bus.send(Message(*_DAEMON, "AddMatch", signature="s", body=[_DEPARTURES], flags=MessageFlag.NO_REPLY_EXPECTED))
         reply = await bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
         if reply is not RequestNameReply.PRIMARY_OWNER:
             raise Busy(f"another process owns {BUS_NAME}", left="nothing was started", remedy="stop the other agent")
@@ -103,10 +115,9 @@ class Service(Listener):
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def _on_message(self, message: Message) -> bool:
-        path = str(message.path)
-        above = message.member == "Introspect" and ROOT.startswith(f"{path.rstrip('/')}/")  # who looks for what there is
-        ours = path.startswith(ROOT) or path in self._objects or above
-        if message.message_type is not MessageType.METHOD_CALL or not ours:
+        if message.message_type is MessageType.SIGNAL and message.member == "NameOwnerChanged":
+            self._departed(message)
+        if message.message_type is not MessageType.METHOD_CALL:
             return False
         try:
             self._limits.begin(str(message.sender))
@@ -119,14 +130,24 @@ class Service(Listener):
         task.add_done_callback(lambda _: self._limits.end(str(message.sender)))
         return True
 
+    def _departed(self, message: Message) -> None:
+        if message.sender == _DAEMON[0] and message.signature == "sss" and not message.body[2]:
+            self._authority.gone(message.body[0])
+            self._listeners.discard(message.body[0])
+            self._errors.pop(message.body[0], None)
+
     async def _answer(self, call: Message) -> None:
         """The guard around every call: authorized, checked, and answered whatever happens."""
-        self._caller.set(str(call.sender))
+        self._call.set(call)
         try:
             await self._ready.wait()
-            if not trusted(uid := await self._authority.uid(call)):
-                self._limits.spend(uid)
-            signature, body = await self._dispatch(call)
+            uid = await self._authority.uid(call)
+            cost = 0.0 if trusted(uid) else COSTS.get(str(call.member), 1.0)
+            if cost:
+                self._limits.spend(uid, cost)
+                refuse_long_text(call)
+            with self._limits.under_way(uid, cost):
+                signature, body = await self._dispatch(call, uid)
             reply = Message.new_method_return(call, signature, body)
         except CprError as error:
             self._remember(str(call.sender), error)
@@ -137,15 +158,18 @@ class Service(Listener):
             self._reply(call, Message.new_error(call, ErrorType.NO_REPLY.value, "the agent is going away"))
             raise
         except Exception:
-            log.exception("%s.%s on %s", call.interface, call.member, call.path)
-            reply = Message.new_error(
-                call, f"{BUS_NAME}.Error.Internal", "internal error; see: journalctl -u cpr-agent.service"
-            )
+            log.exception("%s.%s on %s", *map(_shown, (call.interface, call.member, call.path)))
+            reply = _internal_error(call)
         self._reply(call, reply)
 
     def _reply(self, call: Message, reply: Message) -> None:
-        if not call.flags & MessageFlag.NO_REPLY_EXPECTED:
+        if call.flags & MessageFlag.NO_REPLY_EXPECTED:
+            return
+        try:
             self._bus.send(reply)
+        except UnsendableError:
+            log.exception("the answer to %s can't be sent", _shown(call.member))
+            self._bus.send(_internal_error(call))
 
     def _remember(self, caller: str, error: CprError) -> None:
         """For LastError. In the error itself there is room for the text alone: GDBus shows no error with more in its body
@@ -155,22 +179,23 @@ class Service(Listener):
         if len(self._errors) > ERRORS_KEPT:
             self._errors.popitem(last=False)
 
-    async def _dispatch(self, call: Message) -> tuple[str, list[Any]]:
+    async def _dispatch(self, call: Message, uid: int) -> tuple[str, list[Any]]:
         interface, target = self._target(call)
         method = interface.methods[str(call.member)]
         if interface.name in (PROPERTIES, OBJECT_MANAGER):
             settable = self._contract[target.interface].settable if target and method.name == "Set" else ""
             await self._authority.require(call, settable or INSPECT)
+            self._listeners.add(str(call.sender), uid)
         elif interface.name in self._contract:
             await self._authority.require(call, method.action)
+            self._listeners.add(str(call.sender), uid)
         if (call.signature or "") != method.in_signature:
             raise InvalidArgument(
                 f"{interface.name}.{method.name} takes arguments of signature {method.in_signature!r}, "
                 f"not {call.signature!r}"
             )
         refuse_excess(call)
-        if interface.name in self._contract:
-            assert target
+        if target and interface.name in self._contract:
             return method.out_signature, await target.method(method.name)(*call.body)
         return method.out_signature, await self._standard_call(method.name, str(call.path), call.body)
 
@@ -179,7 +204,7 @@ class Service(Listener):
         target = self._objects.get(path)
         own = [self._contract[target.interface]] if target else []
         offered = [i for i in (*own, *self._standard.values()) if call.interface in (None, "", i.name)]
-        if target is None and member != "Introspect":
+        if target is None and member not in _ANYWHERE:
             raise _Unknown(ErrorType.UNKNOWN_OBJECT, f"there is no object {path}")
         for interface in offered:
             if member in interface.methods:
@@ -233,10 +258,21 @@ class Service(Listener):
     async def _values(self, target: BusObject) -> dict[str, Variant]:
         return {name: await self._value(target, "", name) for name in self._contract[target.interface].properties}
 
+    # -- the caller -----------------------------------------------------------------------------------------------------
+
+    def last_error(self) -> CprError | None:
+        return self._errors.get(str(self._call.get().sender))
+
+    async def may(self, action: str) -> bool:
+        return await self._authority.allows(self._call.get(), action)
+
+    async def apart(self, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, functools.partial(work, *arguments, **more))
+
     # -- signals ------------------------------------------------------------------------------------------------------
 
     def vm_added(self, vm: Vm) -> None:
-        self._add(VmObject(vm, self._manager, str(self._run_dir / "vm" / vm.name / "admin.sock")))
+        self._add(VmObject(vm, self._manager, str(self._run_dir / "vm" / vm.name / "admin.sock"), self))
 
     def vm_removed(self, vm: Vm) -> None:
         self._remove(vm_path(vm.name))
@@ -306,11 +342,28 @@ class Service(Listener):
         task.add_done_callback(self._calls.discard)
 
     def _signal(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
-        self._bus.send(Message.new_signal(path, interface, member, signature, body))
+        """To each connection that was allowed to ask for the same: a broadcast would tell everybody."""
+        for name in self._listeners:
+            signal = Message.new_signal(path, interface, member, signature, body)
+            signal.destination = name
+            try:
+                self._bus.send(signal)
+            except UnsendableError:
+                log.exception("%s of %s can't be sent", member, path)
+                return
+
+
+def _internal_error(call: Message) -> Message:
+    return Message.new_error(call, f"{BUS_NAME}.Error.Internal", "internal error; see: journalctl -u cpr-agent.service")
+
+
+def _shown(name: object) -> str:
+    """A caller's word in the log."""
+    return printable(str(name), 100)
 
 
 def _below_root(path: str) -> bool:
-    """What the ObjectManager at the root manages."""
+    """Whether the ObjectManager at the root manages the object."""
     return path.startswith(f"{ROOT}/")
 
 

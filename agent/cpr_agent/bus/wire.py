@@ -7,29 +7,42 @@ messages at once to a bus that is busy would end the agent.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import socket
 import struct
-from typing import Protocol
+from typing import Any, Protocol
 
 from dbus_next._private.unmarshaller import Unmarshaller
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import BusType
 from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+from cpr_agent.text import printable_lines
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 10
 """Of arguments. The longest are definitions and QEMU's command lines, of some KiB."""
+MAX_SENT_BYTES = 16 << 20
+"""Of a message to the bus, which hangs up at 32 MiB (dbus-daemon(1), max_message_size of the system bus)."""
+MAX_SENT_CHARS = 8 << 20
+"""Of one text: the longest is a report."""
 MESSAGES_PER_TURN = 32
 """After so many the event loop gets its turn, however many more are waiting."""
 _FIXED_BYTES = 16
 _BIG_ENDIAN = ord("B")
 
 
+class UnsendableError(ValueError):
+    """A message that the bus would hang up on, or that is none."""
+
+
 class AgentBus(MessageBus):
-    """As its parent, but for how messages are read, and that a full socket is waited for."""
+    """As its parent, but for how messages are read, that a full socket is waited for, and that no message is sent at which
+    dbus-daemon would hang up: it does at a NUL in a string, and at what is no UTF-8."""
 
     def __init__(self, address: str | None) -> None:
         super().__init__(address, BusType.SYSTEM)  # type: ignore[arg-type]  # None is its default
@@ -37,6 +50,22 @@ class AgentBus(MessageBus):
 
     def _create_unmarshaller(self) -> FrameReader:
         return FrameReader(self._stream)
+
+    def send(self, msg: Message) -> asyncio.Future[None]:  # type: ignore[override]  # as in the parent, which is untyped
+        """Raises UnsendableError."""
+        if not msg.serial:
+            msg.serial = self.next_serial()
+        msg.body = sendable(msg.body)
+        try:
+            frame = msg._marshall()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+        except Exception as error:  # it raises what it likes
+            raise UnsendableError(f"{msg.interface}.{msg.member} on {msg.path}: {error!r}") from error
+        if len(frame) > MAX_SENT_BYTES:
+            raise UnsendableError(f"{msg.interface}.{msg.member} on {msg.path}: {len(frame)} bytes")
+        sent: asyncio.Future[None] = self._loop.create_future()
+        self._writer.messages.put_nowait((frame, [], sent))
+        self._writer.schedule_write()
+        return sent
 
     def _message_reader(self) -> None:
         try:
@@ -50,6 +79,25 @@ class AgentBus(MessageBus):
             return
         if not self._disconnected:
             self._loop.call_soon(self._message_reader)  # what is in the stream's buffer wakes nobody
+
+
+def sendable(value: Any) -> Any:
+    """``value`` with every text in it printable, line by line; the same object if it is so already."""
+    match value:
+        case str():
+            return printable_lines(value, MAX_SENT_CHARS)
+        case Variant():
+            inner = sendable(value.value)
+            return value if inner is value.value else Variant(value.signature, inner)
+        case list() | tuple():
+            items = [sendable(item) for item in value]
+            return value if all(new is old for new, old in zip(items, value, strict=True)) else items
+        case dict():
+            pairs = {sendable(key): sendable(item) for key, item in value.items()}
+            same = all(new is old for new, old in zip(pairs.values(), value.values(), strict=False))
+            return value if same and pairs.keys() == value.keys() else pairs
+        case _:
+            return value
 
 
 class _PatientSocket:

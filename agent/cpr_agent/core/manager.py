@@ -126,10 +126,16 @@ class Manager:
 
     async def vm_findings(self, name: str) -> list[Finding]:
         vm = self.vm(name)
-        return [*await self._own_findings(vm), *await check_hooks(vm)]
+        return [*await self.own_findings(vm), *await check_hooks(vm)]
 
-    async def _own_findings(self, vm: Vm) -> list[Finding]:
-        return await check_vm(vm, self.ports, await self.claimed(vm.name))
+    async def own_findings(self, vm: Vm) -> list[Finding]:
+        """Those of the agent itself, without the admin's hooks. A VM that can't be looked at is a finding: the others are
+        checked all the same."""
+        try:
+            return await check_vm(vm, self.ports, await self.claimed(vm.name))
+        except CprError as error:
+            why = "whether it could be saved is not known"
+            return [Finding(severity="error", code=error.kind, what=error.what, why=why, remedy=error.remedy, vm=vm.name)]
 
     def plan(self, request: UpgradeRequest) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
@@ -158,7 +164,7 @@ class Manager:
                 Finding(severity="warning", code="will-be-shut-down", what=what, why="its guest boots anew", vm=vm.name)
             )
         # The triage has asked the hooks already.
-        for finding in [finding for vm in self.vms.values() for finding in await self._own_findings(vm)]:
+        for finding in [finding for vm in self.vms.values() for finding in await self.own_findings(vm)]:
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
             elif finding.code != MEMORY_SURVIVES and (finding.code != "volatile-memory" or finding.vm not in decided):
