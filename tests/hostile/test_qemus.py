@@ -1,0 +1,204 @@
+"""A QEMU that its guest has taken over, beside guests that nobody has: its trouble stays its own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpr_agent.bus.client import CallError
+from tests.hostile.conftest import Evil, agent_pid, assert_contained, rss_mib
+from tests.lab import Guest, Lab, until
+
+DOCUMENTED = {
+    *("Blocked", "QemuFailed", "SaveFailed", "LoadFailed", "WrongState", "AlreadyRunning", "AlreadySaved", "NoCheckpoint"),
+    *("NotVmstate", "MemoryChanged", "MachineChanged", "DiskChanged", "CheckpointUnreadable", "GuestAgentFailed", "Busy"),
+    *("ProofFailed", "InvalidDefinition"),
+}
+"""What may come of an act on the VM whose QEMU lies."""
+
+
+def answer(command: str, text: str) -> dict[str, Any]:
+    return {"on": command, "answer": text}
+
+
+LIES = {
+    "a NUL in the run state": answer("query-status", '{"status": "running\\u0000"}'),
+    "a surrogate in the run state": answer("query-status", '{"status": "\\ud800"}'),
+    "an escape in the run state": answer("query-status", '{"status": "\\u001b[2J[bold]"}'),
+    "a NUL in a blocker": answer("query-migrate", '{"blocked-reasons": ["x\\u0000y"]}'),
+    "a surrogate in a blocker": answer("query-migrate", '{"blocked-reasons": ["x\\ud800y"]}'),
+    "a bidi mark in a blocker": answer("query-migrate", '{"blocked-reasons": ["x\\u202ey"]}'),
+    "a run state that is none": answer("query-status", "{}"),
+    "a list for the run state": answer("query-status", "[]"),
+    "a number for jobs": answer("query-jobs", "5"),
+    "capabilities without names": answer("query-migrate-capabilities", "[{}]"),
+    "words for memory backends": answer("query-memdev", '["x"]'),
+    "no CPU at all": answer("query-cpus-fast", "[]"),
+    "a disk larger than numbers go": answer(
+        "query-named-block-nodes",
+        '[{"node-name": "n", "drv": "raw", "file": "nbd:x", "image": {"virtual-size": 1180591620717411303424}}]',
+    ),
+    "a disk with a NUL in its path": answer(
+        "query-named-block-nodes",
+        '[{"node-name": "n", "drv": "raw", "file": "/x\\u0000y", "image": {"virtual-size": 1}}]',
+    ),
+    "a version with a surrogate": answer(
+        "query-version", '{"qemu": {"major": 7, "minor": 2, "micro": 1}, "package": "\\ud800"}'
+    ),
+    "a version of negative numbers": answer(
+        "query-version", '{"qemu": {"major": -7, "minor": 2, "micro": 1}, "package": ""}'
+    ),
+    "a stop that was never": {"on": "event:STOP", "timestamp": '{"seconds": NaN, "microseconds": 0}'},
+    "a stop at the end of time": {"on": "event:STOP", "timestamp": '{"seconds": 1e300, "microseconds": 0}'},
+    "a stop before time": {"on": "event:STOP", "timestamp": '{"seconds": 1, "microseconds": 0}'},
+    "a stop without a time": {"on": "event:STOP", "timestamp": "[]"},
+    "an end without a status": {"on": "event:MIGRATION", "timestamp": "{}"},
+    "lists in each other": answer("query-status", "[" * 5000 + "]" * 5000),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+def test_a_lie_is_the_liars_own_trouble(lab: Lab, evil: Evil, good: Guest, lie: dict[str, Any]) -> None:
+    """The others are listed, checked, saved and loaded, and the agent starts again."""
+    saved = lab.running("saved1")
+    saved.save()
+    evil().lie(lie)
+    lab.client(lambda client: client.manager("Reload"))
+    assert good.call("Check")
+    managed = lab.client(
+        lambda client: client.call("/org/cpragent1", "org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
+    )
+    assert {path.rpartition("/")[2] for path in managed if "/vm/" in path} == {"evil", "good", "saved1"}
+    assert str(managed).isprintable()
+    assert lab.job("SaveAll", survives="qemu-restart", policy="force") in ("done", "nothing to do")
+    assert good.state == "saved"
+    assert lab.job("LoadAll") is not None
+    until(lambda: (good.state, saved.state) == ("running", "running"), "the others are loaded")
+    assert lab.end_agent() == 0
+    lab.start_agent()
+    assert (good.state, saved.state) == ("running", "running")
+    assert_contained(lab, good, saved)
+
+
+def test_no_path_that_qemu_names_is_touched(lab: Lab, evil: Evil, good: Guest) -> None:
+    """Names of sockets that it does not have: another VM's manifest, any file, and what looks like one of ours."""
+    good.save()
+    good.call("Stop", "s", "hard")
+    manifest = good.checkpoint / "manifest.json"
+    other, kept = lab.root / "any-file", lab.root / "deleted.of-1"
+    for path in (other, kept):
+        path.write_text("precious")
+    liar = evil()
+    named = [
+        {"label": f"x{path.name}", "filename": f"unix:{path},server=on"} for path in (manifest, other, lab.root / "deleted")
+    ]
+    liar.lie({"on": "query-chardev", "add": [{**one, "frontend-open": False} for one in named]})
+    liar.guest.call("Refresh", "a{sv}", {})
+    assert manifest.exists()
+    assert (other.read_text(), kept.read_text()) == ("precious", "precious")
+    lab.client(lambda client: client.manager("Reload"))
+    with pytest.raises(CallError, match="saved"):
+        good.start()
+    good.load()
+    assert_contained(lab, good, liar.guest)
+
+
+EVENT = '{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "%s", "data": {%s}}\r\n'
+FLOODS = {
+    "events that are unknown": EVENT % ("X", ""),
+    "events that matter": EVENT % ("STOP", ""),
+    "a message without end": "x" * 65536,
+    "events of megabytes": EVENT % ("X", f'"a": "{"y" * (8 << 20)}"'),
+    "answers to no question": '{"return": {}, "id": "x"}\r\n',
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())
+def test_a_flood_costs_others_next_to_nothing(lab: Lab, evil: Evil, good: Guest, flood: str) -> None:
+    good.save()
+    good.load()
+    liar = evil()
+    liar.lie({"on": "query-status", "flood": flood})
+    before = saved_in_s(lab)
+    with pytest.raises(CallError):  # its own act is answered, by whatever it comes to
+        liar.guest.save()
+    good.save()
+    assert saved_in_s(lab) <= max(1.5 * before, before + 0.5)
+    good.load()
+    assert_contained(lab, good)
+
+
+def saved_in_s(lab: Lab) -> float:
+    """How long the last guest stood still for its save, by the agent's log."""
+    lines = [line for line in lab.log.read_text().splitlines() if ": saved in " in line]
+    return float(lines[-1].partition(": saved in ")[2].split()[0])
+
+
+PANIC_IN_A_LOOP = bytes.fromhex("ba0505b002eeebfd")
+"""mov dx,0x505; mov al,2 (GUEST_CRASHLOADED, which QEMU does not limit); out dx,al; jmp -3"""
+RESET_IN_A_LOOP = bytes.fromhex("baf90cb006eeebfe")
+
+
+@pytest.mark.parametrize("code", [PANIC_IN_A_LOOP, RESET_IN_A_LOOP], ids=["panics", "resets"])
+def test_a_guest_alone_cannot_make_the_agent_grow(lab: Lab, good: Guest, code: bytes) -> None:
+    """QEMU is not compromised here: its guest does what a guest may."""
+    disk = lab.root / "boot.img"
+    disk.write_bytes(code + bytes(510 - len(code)) + b"\x55\xaa" + bytes(1 << 20))
+    guest = lab.guest("loop", "-device", "pvpanic", "-action", "panic=none", "-drive", f"file={disk},format=raw,if=virtio")
+    words = guest.definition["vm"]["arguments"]
+    del words[words.index("-kernel") : words.index("-kernel") + 2]
+    guest.definition["memory"]["size"] = "64M"
+    lab.define(guest)
+    guest.start()
+    deadline = time.monotonic() + 20
+    until(lambda: time.monotonic() > deadline or rss_mib(lab) > 120, "twenty seconds of it")
+    good.save()
+    good.load()
+    guest.save()
+    assert guest.state == "saved"
+    assert_contained(lab, good)
+
+
+def test_a_silent_qemu_does_not_keep_the_agent_from_starting(lab: Lab, evil: Evil, good: Guest) -> None:
+    evil().lie({"on": "greeting", "silent": True}, {"on": "*", "silent": True})
+    lab.end_agent()
+    began = time.monotonic()
+    lab.start_agent()
+    assert time.monotonic() - began <= 3 + 3  # three that a start takes in emulation, and the three of the budget
+    assert good.state == "running"
+    assert_contained(lab, good)
+
+
+@pytest.mark.parametrize("size", [3 << 30, 15 << 40], ids=["3 GiB", "15 TiB"])
+def test_a_state_that_is_mostly_a_hole_is_refused(lab: Lab, evil: Evil, good: Guest, size: int) -> None:
+    """It costs QEMU nothing to make its file that large; reading it would cost others their time."""
+    liar = evil()
+    liar.lie({"on": "event:MIGRATION", "state": size})
+    began = time.monotonic()
+    lab.job("SaveAll", survives="qemu-restart", policy="force")
+    assert time.monotonic() - began < 30
+    good.load()
+    assert_contained(lab, good)
+
+
+def test_another_vms_socket_in_the_place_of_its_own_is_refused(lab: Lab, good: Guest) -> None:
+    """A VM's user owns the directory of its sockets."""
+    guest = lab.running("evil")
+    lab.end_agent()
+    own = lab.run / "vm/evil/agent.sock"
+    own.rename(own.with_name("away"))
+    for target in (lab.run / "vm/good/agent.sock", Path("/run/dbus/system_bus_socket")):
+        own.symlink_to(target)
+        lab.start_agent()
+        assert guest.state == "unreachable"
+        assert good.state == "running"
+        lab.end_agent()
+        own.unlink()
+    own.with_name("away").rename(own)
+    lab.start_agent()
+    assert guest.state == "running"
+    assert agent_pid(lab)
+    assert_contained(lab, good, guest)

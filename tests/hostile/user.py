@@ -1,0 +1,98 @@
+"""What any local user may send.
+
+    python -m tests.hostile.user ADDRESS UID WHAT CALLS CONNECTIONS
+
+Prints "sent" when all calls are, and at the end how often each answer came, in JSON. "listen" makes no call; it hears
+signals until its stdin is closed, and prints those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections import Counter
+
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import MessageFlag, MessageType
+from dbus_next.message import Message
+
+from cpr_agent.bus.client import plain
+from cpr_agent.bus.wire import AgentBus
+
+NAME, ROOT = "org.cpragent1", "/org/cpragent1"
+MANAGER, PROPERTIES = f"{NAME}.Manager", "org.freedesktop.DBus.Properties"
+COMMAND_LINE = 'qemu-system-x86_64 -device \'{"x":"\\u0000","fd":1}\' -name guest=\'\\u0000\''
+SURROGATE = 'qemu-system-x86_64 -chardev \'{"id":"\\ud800","backend":"stdio"}\''
+CALLS: dict[str, tuple[str, str, str, str, list[object]]] = {
+    "list": (ROOT, MANAGER, "ListVMs", "", []),
+    "check": (ROOT, MANAGER, "Check", "a{sv}", [{}]),
+    "check-good": (f"{ROOT}/vm/good", f"{NAME}.VM", "Check", "", []),
+    "managed": (ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects", "", []),
+    "properties": (f"{ROOT}/vm/good", PROPERTIES, "GetAll", "s", [""]),
+    "report": (ROOT, MANAGER, "Report", "ss", ["", "html"]),
+    "reload": (ROOT, MANAGER, "Reload", "", []),
+    "long key": (ROOT, MANAGER, "Validate", "ss", ["x", ".".join("a" * 30_000) + "=1"]),
+    "deep key": (ROOT, MANAGER, "Validate", "ss", ["x", ".".join("a" * 4_000) + "=1"]),
+    "NUL in TOML": (ROOT, MANAGER, "Validate", "ss", ["x", '"\\u0000"=1']),
+    "NUL in a name": (ROOT, MANAGER, "Import", "sa{sv}", [COMMAND_LINE, {}]),
+    "surrogate": (ROOT, MANAGER, "Import", "sa{sv}", [SURROGATE, {}]),
+    "slow pattern": (ROOT, MANAGER, "Import", "sa{sv}", ["kvm" * 20_000 + "/", {}]),
+    "shorter pattern": (ROOT, MANAGER, "Import", "sa{sv}", ["kvm" * 2_600 + "/", {}]),
+    "elsewhere": ("/", PROPERTIES, "Get", "ss", ["a.b", "x"]),
+}
+
+
+async def send(address: str, what: str, calls: int, connections: int) -> Counter[str]:
+    path, interface, member, signature, body = CALLS[what.removesuffix(", interactively")]
+    flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if what.endswith("interactively") else MessageFlag.NONE
+    heard: Counter[str] = Counter()
+    buses = [await AgentBus(address).connect() for _ in range(connections)]
+
+    async def call(bus: MessageBus) -> None:
+        message = Message(NAME, path, interface, member, signature=signature, body=body, flags=flags)
+        try:
+            reply = await bus.call(message)
+            heard[reply.error_name.rpartition(".")[2] if reply and reply.error_name else "ok"] += 1
+        except (OSError, EOFError):
+            heard["hung up"] += 1
+
+    under_way = [asyncio.create_task(call(bus)) for bus in buses for _ in range(calls)]
+    await asyncio.sleep(0)
+    print("sent", flush=True)
+    await asyncio.gather(*under_way)
+    return heard
+
+
+async def listen(address: str) -> list[str]:
+    bus = await AgentBus(address).connect()
+    heard: list[str] = []
+
+    def on_message(message: Message) -> bool:
+        if message.message_type is MessageType.SIGNAL and str(message.path).startswith(ROOT):
+            heard.append(f"{message.member} {message.path} {plain(message.body)}")
+        return False
+
+    bus.add_message_handler(on_message)
+    daemon = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+    await bus.call(Message(*daemon, "AddMatch", signature="s", body=["type='signal'"]))
+    print("sent", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await bus.call(Message(*daemon, "GetId"))  # whatever was sent before has come
+    return heard
+
+
+def main(arguments: list[str]) -> None:
+    address, uid, what, calls, connections = arguments[1:]
+    os.setgroups([])
+    os.setgid(NOGROUP)
+    os.setuid(int(uid))
+    found = asyncio.run(listen(address) if what == "listen" else send(address, what, int(calls), int(connections)))
+    print(json.dumps(found))
+
+
+NOGROUP = 65534
+
+if __name__ == "__main__":
+    main(sys.argv)
