@@ -1,0 +1,96 @@
+"""The bus's bounds, without a bus: what is sent, what calls cost, and who hears of changes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpr_agent.bus.limits import COSTS, HEAVY_IN_ALL, HEAVY_PER_USER, MAX_TEXT_BYTES, Limits, refuse_long_text
+from cpr_agent.bus.listeners import IN_ALL, PER_USER, Listeners
+from cpr_agent.bus.wire import sendable
+from cpr_agent.errors import InvalidArgument, LimitsExceeded
+
+TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
+"""Lone surrogates, NUL and all."""
+
+
+@given(st.recursive(TEXT, lambda inner: st.lists(inner, max_size=3), max_leaves=6), TEXT, TEXT)
+def test_whatever_is_said_can_be_sent(value: object, key: str, text: str) -> None:
+    body = sendable([[text], {key: Variant("v", Variant("s", text))}, Variant("as", [text, key])])
+    message = Message.new_signal("/a", "a.b", "C", "asa{sv}v", body)
+    message.serial = 1
+    frame = bytes(message._marshall())  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+    assert text.isprintable() or b"\0" not in body[0][0].encode()
+    assert frame
+    assert not any("\0" in leaf for leaf in leaves(sendable(value)))
+
+
+def leaves(value: object) -> list[str]:
+    return [value] if isinstance(value, str) else [leaf for item in value for leaf in leaves(item)]  # type: ignore[attr-defined]
+
+
+def test_what_can_be_sent_is_sent_as_it_is() -> None:
+    body = ["a\n\tb", {"k": Variant("a{sv}", {"x": Variant("t", 7)})}, [1, 2.5, True], Variant("s", "größer")]
+    assert sendable(body) is body
+
+
+def test_heavy_calls_are_few_for_each_user_and_for_all() -> None:
+    limits = Limits(lambda: 0.0)
+    open_ = []
+
+    def begin(uid: int, cost: float = COSTS["Check"]) -> None:
+        one = limits.under_way(uid, cost)
+        one.__enter__()
+        open_.append(one)
+
+    for _ in range(HEAVY_PER_USER):
+        begin(1000)
+    with pytest.raises(LimitsExceeded, match="4 such calls of user 1000 are under way"):
+        begin(1000)
+    begin(1000, 1.0)
+    for uid in range(1001, 1001 + HEAVY_IN_ALL - HEAVY_PER_USER):
+        begin(uid)
+    with pytest.raises(LimitsExceeded, match="8 of all users"):
+        begin(2000)
+    for one in open_:
+        one.__exit__(None, None, None)
+    begin(2000)
+
+
+def test_a_call_costs_what_it_is_worth() -> None:
+    limits = Limits(lambda: 0.0)
+    for _ in range(50):
+        limits.spend(1000, COSTS["Validate"])
+    with pytest.raises(LimitsExceeded):
+        limits.spend(1000)
+
+
+def test_long_texts_are_for_root() -> None:
+    def call(member: str, length: int) -> Message:
+        return Message("a.b", "/a", "a.b", member, signature="ss", body=["x", "a" * length])
+
+    refuse_long_text(call("Validate", MAX_TEXT_BYTES))
+    refuse_long_text(call("Report", MAX_TEXT_BYTES + 1))
+    with pytest.raises(InvalidArgument, match="more than 8 KiB"):
+        refuse_long_text(call("Validate", MAX_TEXT_BYTES + 1))
+
+
+def test_listeners_are_those_who_asked_last_and_all_of_root() -> None:
+    listeners = Listeners()
+    for number in range(PER_USER + 2):
+        listeners.add(f":1.{number}", 1000)
+        listeners.add(f":1.{number}", 1000)
+    assert list(listeners) == [f":1.{number}" for number in range(2, PER_USER + 2)]
+    for number in range(2 * IN_ALL):
+        listeners.add(f":2.{number}", 2000 + number)
+        listeners.add(f":3.{number}", os.geteuid())
+    assert sum(not name.startswith(":3.") for name in listeners) == IN_ALL
+    assert sum(name.startswith(":3.") for name in listeners) == 2 * IN_ALL
+    listeners.discard(":3.0")
+    listeners.discard(":9.9")
+    assert ":3.0" not in list(listeners)
