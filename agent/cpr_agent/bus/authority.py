@@ -128,8 +128,8 @@ class Authority:
                     del self._turns[uid]
 
     async def _question(self, sender: str, action: str, *, interactive: bool) -> Message:
-        """Polkit's answer. A question that is given up, or whose caller has gone, is taken back: nobody need type a
-        password for it any more. Raises AccessDenied."""
+        """Polkit's answer. A question that is given up, or whose caller has gone, is taken back, so that polkit asks for no
+        password any more. Raises AccessDenied."""
         cancellation = f"cpr-agent-{next(self._serials)}"
         subject = ["system-bus-name", {"name": Variant("s", sender)}]
         flags = _ALLOW_INTERACTION if interactive else 0

@@ -1,7 +1,8 @@
 """The system bus of another host, by ssh: as ``busctl -H`` does it, through that host's systemd-stdio-bridge(1).
 
-ssh's end of a socket is its stdin and stdout; on ours dbus_next talks as on any bus. Who we are over there is who ssh logs
-in as: the bridge connects to its bus by itself, and believes nothing that is said on this side (``sd_bus_set_anonymous``).
+ssh's end of a socket is its stdin and stdout; on ours dbus_next talks as on any bus. Over
+there the caller is the user of the ssh login: the bridge connects to its bus by itself, and ignores the name that this side
+gives (``sd_bus_set_anonymous``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dbus_next.errors import AuthError
 HOST = re.compile(r"(?P<who>(?:[^@\s]+@)?(?:\[[^\]\s]+\]|[^:\[\]\s@]+))(?::(?P<port>\d+))?")
 END_TIMEOUT_S = 5.0
 _NO_PROGRAM = 127
-"""What a shell exits with when it finds no such program (POSIX, "Exit Status for Commands")."""
+"""A shell's exit status when it finds no such program (POSIX, "Exit Status for Commands")."""
 
 
 class BridgeError(Exception):
@@ -30,7 +31,7 @@ class BridgeError(Exception):
 
 
 class Connection(MessageBus):
-    """One that notices when its peer hangs up before it has said who it is: dbus_next 0.2.3 reads on for ever."""
+    """A connection that notices when its peer hangs up during authentication: dbus_next 0.2.3 reads on for ever."""
 
     async def _auth_readline(self) -> str:
         line = b""
@@ -97,7 +98,7 @@ async def _ssh(host: str, far: socket.socket) -> asyncio.subprocess.Process:
 
 
 def _ignore_interrupts() -> None:
-    """Ctrl-C is for us, who may have to say something over there because of it."""
+    """Ctrl-C is for cprctl, which may still have to cancel a job over this connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -35,17 +35,17 @@ class CallError(Exception):
 
 
 class Watcher(Protocol):
-    """Hears what becomes of a job."""
+    """Hears of a job's progress."""
 
     def step(self, what: str, done: float) -> None:
-        """What it does now, and how much of all is done (0 to 1)."""
+        """The job's present step, and its progress (0 to 1)."""
 
     def vm(self, name: str, state: str) -> None:
         """A VM's state when the job begins, and each change of it."""
 
 
 class NullWatcher:
-    """A watcher that says nothing."""
+    """A watcher that ignores all news."""
 
     def step(self, what: str, done: float) -> None: ...
 
@@ -54,7 +54,7 @@ class NullWatcher:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """``result`` is "done", "nothing to do", "cancelled", or what went wrong; ``error`` the parts of that."""
+    """``result`` is "done", "nothing to do", "cancelled", or the text of the error; ``error`` has its parts."""
 
     result: str
     error: dict[str, Any] = field(default_factory=dict)
@@ -183,7 +183,7 @@ class Client:
 
 
 News = tuple[str, dict[str, Any]]
-"""An object's path, and what is new of it."""
+"""An object's path, and its new values."""
 
 
 class RunningJob:
@@ -256,7 +256,7 @@ def plain(value: Any) -> Any:
 
 
 def options(**values: str | bool | float | None) -> dict[str, Variant]:
-    """``a{sv}`` of what is given: None and "" are left out, and names get dashes."""
+    """The values as ``a{sv}``: None and "" are left out, and names get dashes."""
     kinds = {bool: "b", float: "d", str: "s"}
     return {
         name.replace("_", "-"): Variant(kinds[type(value)], value)

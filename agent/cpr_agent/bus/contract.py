@@ -1,4 +1,4 @@
-"""The XML contract as tables: what can be called, with which signature, under which polkit action."""
+"""The XML contract as tables: methods and properties, their signatures, and the polkit action that each needs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Connections that hear the agent's signals: those that were allowed to ask for what signals tell.
 
 A broadcast would tell every local user of VMs, states and errors, also where polkit keeps ``inspect`` from them. So each
-signal goes to each listener by name. Whoever has made an authorized call (GetManagedObjects is where a client begins) is
-one, until its connection ends.
+signal goes to each listener by name. A connection that has made an authorized call, as each client does to begin
+with, is one until it ends.
 """
 
 from __future__ import annotations

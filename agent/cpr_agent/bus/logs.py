@@ -1,4 +1,4 @@
-"""What `systemctl service-log-level` speaks to."""
+"""The object for `systemctl service-log-level`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cpr_agent.bus.objects import BusObject
 
 
 class LogSettings(Protocol):
-    """What is logged and where to; host.journald.LogControl."""
+    """Level and target of the log; host.journald.LogControl."""
 
     level: str
     target: str

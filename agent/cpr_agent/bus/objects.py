@@ -26,7 +26,7 @@ MANAGE_VMS = "org.cpragent1.manage-vms"
 
 
 class Caller(Protocol):
-    """Whoever makes the call that is being answered."""
+    """The maker of the call that is being answered."""
 
     def last_error(self) -> CprError | None: ...
 

@@ -137,7 +137,7 @@ class Service(Listener):
             self._errors.pop(message.body[0], None)
 
     async def _answer(self, call: Message) -> None:
-        """The guard around every call: authorized, checked, and answered whatever happens."""
+        """The guard around every call: it authorizes, checks, and always answers."""
         self._call.set(call)
         try:
             await self._ready.wait()

@@ -1,8 +1,8 @@
-"""The agent's connection to the bus: nothing that somebody sends may end it, or keep it busy.
+"""The agent's connection to the bus. No message may end it, or keep it busy.
 
-dbus_next parses a message whole before it is looked at, in Python: one of the 32 MiB that dbus-daemon lets through would
-stop the agent for a minute. What it can't parse it takes as the end of the connection, and a full socket, too: many
-messages at once to a bus that is busy would end the agent.
+dbus_next parses a whole message in Python before anybody looks at it: a message of 32 MiB, which dbus-daemon lets through,
+would stop the agent for a minute. It takes a message that it can't parse for the end of the connection, and a full socket,
+too: many messages at once to a busy bus would end the agent.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class AgentBus(MessageBus):
             self._finalize(error)  # type: ignore[no-untyped-call]
             return
         if not self._disconnected:
-            self._loop.call_soon(self._message_reader)  # what is in the stream's buffer wakes nobody
+            self._loop.call_soon(self._message_reader)  # the rest is in the stream's buffer, which wakes no reader
 
 
 def sendable(value: Any) -> Any:

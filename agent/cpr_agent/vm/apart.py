@@ -1,8 +1,8 @@
 """Read a text that a caller has sent, in a process that can be ended.
 
-A parser of a file format does with 60 KB what it likes: gigabytes for a key of many parts, minutes for a pattern that
-almost matches. In a thread of the agent nothing could stop that, and guests would wait. So it happens in a child with
-limits of its own, and what comes back is data, or the words of an error.
+60 KB can cost a parser gigabytes, for a key of many parts, or minutes, for a pattern that almost matches. A thread of the
+agent could not be stopped, and guests would wait for it. So a child with limits of its own reads the text, and returns
+data, or the words of an error.
 
     python3 -m cpr_agent.vm.apart definition|import    a request in JSON on stdin, a reply on stdout
 """
@@ -29,7 +29,7 @@ CPU_S = 2.0
 WALL_S = 10.0
 """Beside many others that want a processor."""
 MEMORY_BYTES = 512 << 20
-"""Of address space, most of it the interpreter's and its libraries'. For what gets past the limits of depth and length."""
+"""Of address space, most of it the interpreter's and its libraries'. The limits of depth and length come first."""
 NICE = 10
 _ERRORS = {kind.kind: kind for kind in (InvalidDefinition, InvalidArgument)}
 
@@ -43,7 +43,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """An error of the parser's, to be raised by whoever asked."""
+    """An error of the parser, which the agent raises."""
 
     kind: str
     what: str
@@ -79,7 +79,7 @@ def import_apart(text: str, wanted: dict[str, str]) -> Imported:
 
 
 def _ask(what: str, request: Request, failure: type[CprError]) -> bytes:
-    """The child's answer. Raises what the child refused it with, ``failure`` if it came to no end."""
+    """The child's answer. Raises the child's error, or ``failure`` if the child came to no end."""
     command = [sys.executable, "-m", "cpr_agent.vm.apart", what]
     source = str(Path(__file__).parents[2])
     try:
@@ -103,8 +103,8 @@ def _ask(what: str, request: Request, failure: type[CprError]) -> bytes:
 
 
 def main(arguments: list[str]) -> int:
-    """Limits first, for whatever comes after."""
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)  # SIGPROF ends the process, whatever it is in
+    """Set the limits before anything else."""
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)  # SIGPROF ends the process, also within a regular expression
     with contextlib.suppress(OSError, ValueError):  # the agent's unit forbids both to all that it starts (@resources)
         os.nice(NICE)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -134,7 +134,8 @@ def _read(what: str, request: Request) -> Definition | Imported:
         return read_definition(Path(request.path), request.text.encode())
     from cpr_agent.vm.importer import import_command_line
 
-    return import_command_line(request.text, **request.wanted)
+    names = {name: request.wanted.get(name, "") for name in ("name", "device", "offset", "user")}
+    return import_command_line(request.text, **names)  # type: ignore[arg-type]  # ``shared`` is not among them
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""QEMU's command line: what the admin wrote, and what the agent adds to it.
+"""QEMU's command line: the admin's arguments, and those that the agent adds.
 
 The descriptors have fixed numbers, so that the argument vector of a load is that of the start, and QEMU opens its RAM
 as ``/proc/self/fd/N``: the very object that the launcher proved to be the right one, which cannot be swapped or come
@@ -26,8 +26,8 @@ MORE_MEMORY_FDS = 14
 """And on: of the second NUMA node, and those after it."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-"""What QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. No way to a new QEMU that
-the agent uses needs a program to be started by the old one; cpr-exec would (FACTS.md)."""
+"""System calls that QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. The agent gets
+a new QEMU without the old one starting a program; cpr-exec would need that (FACTS.md)."""
 
 OWN = {
     "-m": "the memory size",
@@ -47,7 +47,7 @@ OWN = {
 
 
 def collisions(arguments: tuple[str, ...]) -> list[str]:
-    """What in the admin's arguments the agent adds itself or can't have there; empty if nothing."""
+    """Arguments of the admin that the agent adds itself, or can't allow."""
     found = []
     for index, raw in enumerate(arguments):
         argument = single_dash(raw)
@@ -64,7 +64,7 @@ def collisions(arguments: tuple[str, ...]) -> list[str]:
 
 
 def numa_collisions(arguments: tuple[str, ...]) -> list[str]:
-    """What in the admin's arguments the agent adds itself for ``[[memory.node]]``; distances and CPUs are the admin's."""
+    """Arguments of the admin that the agent adds itself for ``[[memory.node]]``; distances and CPUs are the admin's."""
     values = [(value, keyed(value)) for value in option(arguments, "-numa")]
     return [f"-numa {value} (the NUMA nodes)" for value, keys in values if "node" in (*keys, keys.get("type"))]
 
@@ -114,7 +114,7 @@ def plan_load(manifest: Manifest, located: Sequence[Located], log_dir: Path) -> 
 
 def plan_transfer(draft: Manifest, located: Sequence[Located], log_dir: Path, directory: Path) -> Launch:
     """How to start the VM so that it can take its guest over from another QEMU by cpr-transfer (QEMU,
-    docs/devel/migration/CPR.rst): it waits in ``directory``, before it has a monitor, for what the other one hands over."""
+    docs/devel/migration/CPR.rst): it waits in ``directory``, before it has a monitor, for the other QEMU's descriptors."""
     load = plan_load(draft, located, log_dir)
     channel = {"channel-type": "cpr", "addr": transfer_address(directory / CPR_SOCKET)}
     return replace(load, argv=(*load.argv, "-incoming", json.dumps(channel)))
@@ -126,7 +126,8 @@ def transfer_address(path: Path) -> dict[str, str]:
 
 
 def plan_probe(launch: Launch) -> Launch:
-    """How to ask the program that is installed now what it is, without a machine: it touches neither RAM nor disks."""
+    """How to ask the installed program for its version and machine types. It gets no machine, and touches neither RAM nor
+    disks."""
     argv = (launch.base_argv[0], *("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none"), *_monitors())
     log = Path(launch.log)
     return replace(launch, kind="load", argv=argv, log=str(log.with_name(f"{launch.vm}:probe{log.suffix}")))
@@ -232,7 +233,7 @@ def listening_sockets(argv: Sequence[str]) -> dict[str, str]:
 
 
 def firmware_files(argv: Sequence[str]) -> list[str]:
-    """What holds the VM's firmware and its variables, where the admin named it by its whole path."""
+    """Files of the VM's firmware and its variables that the admin named by their whole paths."""
     files = option(argv, "-bios", "-pflash")
     files += [drive.get("file", "") for drive in map(keyed, option(argv, "-drive")) if drive.get("if") == "pflash"]
     files += [device["romfile"] for device in map(keyed, option(argv, "-device")) if "romfile" in device]
@@ -246,7 +247,7 @@ def firmware_files(argv: Sequence[str]) -> list[str]:
 
 
 def cpu_model(argv: Sequence[str]) -> dict[str, Any]:
-    """The ``-cpu`` argument as a CpuModelInfo of QAPI; qemu64 is what x86 has without one."""
+    """The ``-cpu`` argument as a CpuModelInfo of QAPI; qemu64 is the default on x86."""
     name, *features = (option(argv, "-cpu") or ["qemu64"])[-1].split(",")
     props: dict[str, object] = {}
     for feature in features:

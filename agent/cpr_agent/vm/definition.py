@@ -73,8 +73,7 @@ def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: ob
 
 
 def read_text_file(path: Path) -> bytes:
-    """A regular file of at most MAX_BYTES; whatever else is there, it is not waited for. Raises InvalidDefinition,
-    OSError."""
+    """Read a regular file of at most MAX_BYTES, and wait for no FIFO or device. Raises InvalidDefinition, OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -86,7 +85,7 @@ def read_text_file(path: Path) -> bytes:
 
 
 def _refuse_excess(text: str, path: Path) -> None:
-    """What tomllib takes gigabytes, or a deep stack, to read. Raises InvalidDefinition."""
+    """Refuse a text for which tomllib would need gigabytes or a deep stack. Raises InvalidDefinition."""
     if unshown := sorted({char for char in text if not char.isprintable() and char not in "\t\n\r"}):
         raise InvalidDefinition(f"{path} contains {', '.join(map(printable, unshown[:5]))}, which no text needs")
     bare = re.sub(r"[ \t]*\.[ \t]*", ".", _NO_STRUCTURE.sub("_", text))
@@ -192,7 +191,7 @@ class DefinitionDirectory:
 
 
 def read_definition(path: Path, raw: bytes | None = None) -> Definition:
-    """One VM's definition, checked as far as a file can be; with ``raw``, that is what would be in it. Raises
+    """One VM's definition, checked as far as a file can be; ``raw`` stands for the content of ``path``. Raises
     InvalidDefinition."""
     name = path.stem
     if not VM_NAME.fullmatch(name):

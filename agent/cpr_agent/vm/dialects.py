@@ -1,7 +1,7 @@
 """How each generation of QEMU is told to save and load with RAM left in place. One class each, one interface.
 
-Chosen by what QMP says it can do, not by version: by its commands, its migration capabilities and parameters, because a
-guest waits for the answer at each load, and the schema (``query-qmp-schema``) is 200 KB that QEMU makes in some 30 ms. What
+The choice depends on QEMU's commands, migration capabilities and parameters, not on its version. A guest waits for the
+answer at each load, and the schema (``query-qmp-schema``) is 200 KB that QEMU makes in some 30 ms. What
 was run for real is in docs/dialects.md.
 """
 
@@ -113,7 +113,7 @@ class CprSave(Dialect):
 
 
 async def fdset(qmp: Qmp, fd: int) -> str:
-    """A path by which QEMU opens ``fd``, whatever it may open itself."""
+    """A path by which QEMU opens ``fd``, also where it may not open the file itself."""
     added = await qmp.ask(ADD_FD, fd=fd)
     return f"/dev/fdset/{added.fdset_id}"
 

@@ -37,7 +37,7 @@ async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFac
 
 
 async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> list[Difference]:
-    """What a guest that was saved in ``was`` would miss of its machine."""
+    """Parts of its machine that a guest saved in ``was`` would miss."""
     out = []
     if (machine := await _machine_type(qmp)) != was.machine_type:
         out.append(Difference("machine type", was.machine_type, machine))
@@ -98,7 +98,7 @@ async def _machine_type(qmp: Qmp) -> str:
 
 
 async def _cpu(qmp: Qmp) -> CpuFacts:
-    """Of the first CPU, by what the guest's CPUID shows; all are the same model."""
+    """The CPUID words of the first CPU; all are the same model."""
     cpus = await qmp.ask(CPUS)
     words = await qmp.property(QOM_FEATURE_WORDS, cpus[0].qom_path, "feature-words", [])
     named = {
@@ -115,7 +115,7 @@ async def _features(qmp: Qmp, launch: Launch) -> tuple[str, ...]:
 
 
 async def _named(qmp: Qmp, gone: dict[str, int], was: CpuFacts, launch: Launch) -> str:
-    """Names, by what QEMU took off the model and by what the model has no more; the bits where neither knows."""
+    """Names of features that QEMU took off the model, or that the model has no more; bits where both are unnamed."""
     cpus = await qmp.ask(CPUS)
     taken = await qmp.property(QOM_TEXTS, cpus[0].qom_path, "unavailable-features", [])
     names = {*taken} & {*was.features} | {*was.features} - {*await _features(qmp, launch)}

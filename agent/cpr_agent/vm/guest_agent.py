@@ -1,7 +1,7 @@
 """The QEMU guest agent (qga), over the socket of its virtio-serial port: by it a guest's clock is set, and a guest sleeps.
 
-What is at the other end belongs to the guest, and is not believed: a reply is bounded in size and time, and has to be JSON
-of the right shape. The protocol is that of docs/interop/qemu-ga.rst and qga/qapi-schema.json.
+The peer belongs to the guest, and the agent does not trust it: a reply is bounded in size and time, and has to be JSON of
+the right shape. The protocol is that of docs/interop/qemu-ga.rst and qga/qapi-schema.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from cpr_agent.errors import GuestAgentFailed
 
 PORT = "org.qemu.guest_agent.0"
-"""What the virtio-serial port is called in the guest; qemu-ga looks for it."""
+"""The name of the virtio-serial port in the guest; qemu-ga looks for it."""
 TIMEOUT_S = 20.0
 _REPLY_BYTES = 1 << 20
 _DELIMITER = b"\xff"
@@ -27,7 +27,7 @@ _ATTEMPTS = 3
 
 
 class _RefusedError(GuestAgentFailed):
-    """It answered, with an error in the right shape; what it was asked for may be done all the same."""
+    """It answered with an error in the right shape. The guest may have obeyed all the same."""
 
 
 class GuestAgent:
@@ -64,16 +64,16 @@ class GuestAgent:
         return reply["return"]
 
     async def clock(self, timeout_s: float) -> float:
-        """What the guest's clock says (epoch s)."""
+        """The time of the guest's clock (epoch s)."""
         told = await self.execute("guest-get-time", timeout_s)
         if not isinstance(told, int) or isinstance(told, bool) or abs(told) >= 1 << 63:
             raise GuestAgentFailed("its guest agent answered guest-get-time with garbage", vm=self._vm)
         return told / 1e9
 
     async def _synchronize(self, timeout_s: float) -> None:
-        """Skip what an earlier client left unread: replies up to ours are not ours."""
+        """Skip replies that an earlier client left unread."""
         number = secrets.randbits(31)
-        self._writer.write(_DELIMITER)  # ends whatever an earlier client sent the half of
+        self._writer.write(_DELIMITER)  # ends a request of which an earlier client sent the half
         reply = await self._exchange("guest-sync-delimited", _DELIMITER, {"id": number}, timeout_s)
         if reply.get("return") != number:
             raise GuestAgentFailed("its guest agent answered with what it was not asked", vm=self._vm)
@@ -109,9 +109,9 @@ async def offers(vm: str, path: Path, command: str, timeout_s: float = TIMEOUT_S
 
 
 async def suspend(vm: str, path: Path, asleep: asyncio.Future[Any], timeout_s: float) -> None:
-    """Ask the guest to sleep (S3), and return when ``asleep`` is done: of success qemu-ga says nothing (see
-    ``guest-suspend-ram`` in its schema), and what a guest says is not believed. Raises GuestAgentFailed; it may go to sleep
-    even then."""
+    """Ask the guest to sleep (S3), and return when ``asleep`` is done. QEMU tells of the sleep: qemu-ga does not answer
+    when it succeeds (see ``guest-suspend-ram`` in its schema), and is not trusted. Raises GuestAgentFailed; the guest may go to
+    sleep even then."""
     async with GuestAgent.connected(vm, path, timeout_s) as agent:
         answer = asyncio.ensure_future(agent.execute("guest-suspend-ram", 2 * timeout_s))
         try:
@@ -130,7 +130,7 @@ async def suspend(vm: str, path: Path, asleep: asyncio.Future[Any], timeout_s: f
 async def set_clock(vm: str, path: Path, now: Callable[[], float], timeout_s: float = TIMEOUT_S) -> float:
     """Set the guest's clock to ``now()`` (epoch seconds); returns by how much it was behind (s).
 
-    What counts is the clock that is read afterwards: qemu-ga also reports an error when it has set the clock and could not
+    The clock that is read afterwards decides: qemu-ga also reports an error when it has set the clock and could not
     run ``hwclock`` for the RTC, which many guests lack, and QEMU's RTC did not stand still anyway.
     """
     async with GuestAgent.connected(vm, path, timeout_s) as agent:

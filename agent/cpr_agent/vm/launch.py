@@ -3,7 +3,7 @@
     python3 -m cpr_agent.vm.launch RUN_DIR/NAME
 
 It starts only by a ticket that the agent left, and uses it up: a ``systemctl start cpr-vm@NAME`` by hand finds none and
-fails, so that nothing can boot a VM over the RAM of its own live checkpoint. It runs as the VM's user.
+fails, so that no such start boots a VM over the RAM of its own live checkpoint. It runs as the VM's user.
 
 Every VM's pause waits for it, so that it imports what is built into Python alone: json, socket, pathlib and typing take
 twice as long as the interpreter itself, and all the rest of this.
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def take_ticket(directory: str) -> dict[str, Any]:
-    """Read and remove the ticket, in this order of safety: once it is gone nobody else can start on it."""
+    """Take the ticket away, then read it: a second start finds none."""
     path, taken = f"{directory}/{TICKET}", f"{directory}/{TICKET}.taken"
     try:
         os.rename(path, taken)
@@ -61,7 +61,7 @@ def take_ticket(directory: str) -> dict[str, Any]:
         raise RefusedError(f"there is no ticket to start it. Use: cprctl start {os.path.basename(directory)}") from None
     try:
         with open(taken, "rb") as file:
-            ticket = marshal.load(file)  # noqa: S302 - the agent's; who could forge it is the VM's user, as this is
+            ticket = marshal.load(file)  # noqa: S302 - only the VM's own user could forge it, and this runs as that user
     except (EOFError, TypeError, ValueError) as error:
         raise RefusedError(f"{path} is not a ticket: {error}") from None
     if not isinstance(ticket, dict):
@@ -114,7 +114,7 @@ def _check_program(path: str) -> None:
 
 
 def _redirect_output(log: str) -> None:
-    """Say what follows, and all that QEMU says, into the VM's log, which the agent has made."""
+    """Write stdout and stderr, QEMU's too, to the VM's log, which the agent has made."""
     fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -122,7 +122,7 @@ def _redirect_output(log: str) -> None:
 
 
 def _listen(path: str) -> _socket.socket:
-    """Bound before QEMU runs: whoever connects now waits in the queue instead of polling."""
+    """Bind before QEMU runs: a client that connects now waits in the queue instead of polling."""
     try:
         os.unlink(path)
     except FileNotFoundError:

@@ -44,7 +44,8 @@ class LiveQemu:
 
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float, launch: Launch | None = None, pid: int = 0) -> LiveQemu:
-        """Also sets what a save will need, so that QEMU names all of its blockers: later questions change nothing."""
+        """Also set the capabilities and the mode of a save, by which QEMU names all of its blockers: later questions change
+        nothing."""
         began = asyncio.get_running_loop().time()
         qemu = cls(await Qmp.connect(vm, path, timeout_s, pid), launch, pid)
         try:
@@ -66,7 +67,7 @@ class LiveQemu:
     def on_change(self, callback: Callable[[str], None]) -> None:
         self._qmp.on_event(callback)
 
-    # -- what it is -----------------------------------------------------------------------------------------------------
+    # -- questions ------------------------------------------------------------------------------------------------------
 
     async def run_state(self) -> RunState:
         status = (await self._qmp.ask(STATUS)).status
@@ -126,7 +127,7 @@ class LiveQemu:
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:
         """See the port. Raises SaveFailed; the guest then runs on by itself, or needs ``cont``: ask ``run_state``."""
         vm = self._qmp.vm
-        await self._prepare()  # another client may have changed what it was
+        await self._prepare()  # another client may have changed the mode since
         with self._qmp.expecting("STOP") as stopped:
             ended = await self._migrate((await self.dialect()).save, vmstate_fd, timeout_s)
             if ended != "completed":

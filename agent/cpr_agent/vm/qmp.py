@@ -1,8 +1,7 @@
-"""A QMP connection: bounded in time, in memory and in what it believes; safe for descriptors; honest about its end.
+"""A QMP connection: bounded in time and memory, decoded into types, safe for descriptors, and honest about its end.
 
 qemu.qmp has no timeouts of its own, keeps every event for ever, and takes any JSON for an answer (FACTS.md). Here a message
-is bounded and decoded into types, events are handled as they come and kept by none, and what a QEMU says too often or
-wrongly costs that QEMU alone.
+is bounded and decoded, and events are handled as they come, so that a flood or a lie costs the QEMU that sends it.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class QmpRefused(QemuFailed):
 
 
 class Event(NamedTuple):
-    """``problem``: why what QEMU said of the event can't be true, "" if it can."""
+    """``problem``: why QEMU's words about the event can't be true, "" if they can."""
 
     name: str
     at: float
@@ -82,7 +81,7 @@ class _Client(QMPClient):
         super().__init__(vm)
         self.readbuflen = MAX_MESSAGE_BYTES
         self.dropped = 0
-        """Events that tell nothing to the agent."""
+        """The number of events outside of EVENTS."""
         self._heard = heard
         self._in_turn = 0
         self.logger.disabled = True  # its errors reach us as exceptions
@@ -166,7 +165,7 @@ class Qmp:
 
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float, pid: int = 0) -> Qmp:
-        """Connect and negotiate, with no other process than ``pid`` if there is one. Raises QemuFailed: nobody listens, no
+        """Connect and negotiate, with no other process than ``pid`` if there is one. Raises QemuFailed: no listener, no
         greeting in time, somebody else's socket, or not QMP at all."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -256,7 +255,7 @@ class Qmp:
     @contextlib.contextmanager
     def expecting(self, name: str, fits: Callable[[Event], bool] = lambda _: True) -> Iterator[asyncio.Future[Event]]:
         """A future for the first event ``name`` that ``fits``; enter before the command that causes it. It raises
-        QemuFailed if QEMU says what can't be true of it."""
+        QemuFailed if QEMU's words about it can't be true."""
         future: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
         wait = _Wait(lambda event: event.name == name and (bool(event.problem) or fits(event)), future, time.monotonic())
         self._waits.append(wait)
@@ -271,7 +270,7 @@ class Qmp:
             future.cancel()
 
     async def quit(self) -> None:
-        """Ask QEMU to exit; that it goes away while answering is what was asked for."""
+        """Ask QEMU to exit. It may go away before it answers."""
         with contextlib.suppress(QemuFailed):
             await self.execute("quit")
 
@@ -284,7 +283,7 @@ class Qmp:
                 await self._client.disconnect()
 
     async def open(self, path: Path, pid: int) -> None:
-        """Raises what qemu.qmp raises."""
+        """Connect and negotiate. Raises the errors of qemu.qmp."""
         try:
             if pid:
                 with socket_at(path, uid_of(pid)) as address:

@@ -17,7 +17,7 @@ from cpr_agent.text import Text, printable, read_text
 T = TypeVar("T")
 
 MAX_SIZE = (1 << 63) - 1
-"""QAPI's ``size`` has 64 bits; the manifest and D-Bus take what fits in a signed one."""
+"""QAPI's ``size`` has 64 bits; the manifest and D-Bus take sizes that fit in a signed one."""
 Number = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
 Small = Annotated[int, Meta(ge=0, le=0xFFFF)]
 Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
@@ -234,7 +234,7 @@ MIGRATION = Query[Migration]("query-migrate", Migration)
 ADD_FD = Query[FdSet]("add-fd", FdSet)
 
 
-# -- what comes by itself -------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------------
 
 
 class Timestamp(Reply, frozen=True):
