@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -222,6 +223,23 @@ def state_file(path: Path, machine: bytes = b"pc-q35-10.0", cpus: int = 2) -> by
 def inspected(path: Path) -> Vmstate:
     with path.open("rb") as file:
         return vmstate.inspect(file.fileno(), str(path), "web1")
+
+
+def test_a_state_file_larger_than_any_state_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "vmstate"
+    path.write_bytes(STATE)
+    os.truncate(path, vmstate.MAX_BYTES + 1)
+    with pytest.raises(NotVmstate, match="more than the 536870912"):
+        inspected(path)
+
+
+def test_a_state_file_that_is_slow_to_parse_is_not_parsed(tmp_path: Path) -> None:
+    """Each byte 0x06 could begin the description."""
+    path = tmp_path / "vmstate"
+    path.write_bytes(STATE + b"\x06" * (8 << 20))
+    began = time.process_time()
+    assert inspected(path).cpus == 0
+    assert time.process_time() - began < 2
 
 
 def test_a_state_file_says_of_which_machine_it_is(tmp_path: Path) -> None:

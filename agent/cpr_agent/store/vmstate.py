@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import stat
+from typing import BinaryIO
 
 import msgspec
 
@@ -22,6 +23,17 @@ VERSION = 3
 _CONFIGURATION = b"\x07"
 _DESCRIPTION = b"\x06"
 """QEMU_VM_CONFIGURATION and QEMU_VM_VMDESCRIPTION, the bytes that begin these sections."""
+
+
+MAX_BYTES = 512 << 20
+"""Of a state: it has some hundred KB, and as much more as its devices have RAM of their own. A QEMU may make its file as
+large as it likes, and others wait while it is read."""
+_CHUNK_BYTES = 1 << 20
+_HEAD_BYTES = 4096
+_TAIL_BYTES = 4 << 20
+"""The description is at the end, and has some hundred KB."""
+_MAX_CANDIDATES = 20_000
+"""Bytes that could begin the description."""
 
 
 class _Device(msgspec.Struct):
@@ -44,22 +56,37 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         problem = "it is not a regular file"
+    elif info.st_size > MAX_BYTES:
+        problem = f"it has {info.st_size} bytes, more than the {MAX_BYTES} that a state may have"
     else:
         with open(os.dup(fd), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
             file.seek(0)
-            data = file.read()
-        os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from the current one
-        problem = _header_problem(data)
+            digest, size = _digest(file, info.st_size)
+            file.seek(0)
+            head = file.read(_HEAD_BYTES)
+            file.seek(max(0, size - _TAIL_BYTES))
+            tail = file.read(_TAIL_BYTES)
+        os.lseek(fd, 0, os.SEEK_SET)  # the duplicate shares the offset, and QEMU reads from where it is
+        problem = _header_problem(head)
     if problem:
         raise NotVmstate(f"{path} is not a QEMU state file: {problem}", vm=vm, left="nothing was loaded")
-    devices = _description(data).devices
+    devices = _description(tail).devices
     return Vmstate(
         path=path,
-        size_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        machine=_machine(data),
+        size_bytes=size,
+        sha256=digest,
+        machine=_machine(head),
         cpus=sum(device.name == "cpu_common" for device in devices),
     )
+
+
+def _digest(file: BinaryIO, most: int) -> tuple[str, int]:
+    """SHA-256 and number of the next bytes, at most so many: a QEMU may go on to write."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(min(_CHUNK_BYTES, most - size)):
+        digest.update(chunk)
+        size += len(chunk)
+    return digest.hexdigest(), size
 
 
 def _header_problem(data: bytes) -> str:
@@ -80,11 +107,14 @@ def _machine(data: bytes) -> str:
     return data[13 : 13 + length].decode("ascii", "replace")
 
 
-def _description(data: bytes) -> _Description:
+def _description(tail: bytes) -> _Description:
     """The file's last section; empty if the file was cut off before its end."""
-    at = len(data)
-    while (at := data.rfind(_DESCRIPTION, 0, at)) > 0:
-        if int.from_bytes(data[at + 1 : at + 5], "big") == len(data) - at - 5:
-            with contextlib.suppress(msgspec.MsgspecError):
-                return _DECODER.decode(data[at + 5 :])
+    at = len(tail)
+    for _ in range(_MAX_CANDIDATES):
+        at = tail.rfind(_DESCRIPTION, 0, at)
+        if at < 0:
+            break
+        if int.from_bytes(tail[at + 1 : at + 5], "big") == len(tail) - at - 5:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+                return _DECODER.decode(tail[at + 5 :])
     return _Description()

@@ -110,8 +110,8 @@ async def offers(vm: str, path: Path, command: str, timeout_s: float = TIMEOUT_S
 
 async def suspend(vm: str, path: Path, asleep: asyncio.Future[Any], timeout_s: float) -> None:
     """Ask the guest to sleep (S3), and return when ``asleep`` is done. QEMU tells of the sleep: qemu-ga does not answer
-    when it succeeds (see ``guest-suspend-ram`` in its schema), and is not trusted. Raises GuestAgentFailed; the guest may go to
-    sleep even then."""
+    when it succeeds (see ``guest-suspend-ram`` in its schema), and is not trusted. Raises GuestAgentFailed; the guest may
+    go to sleep even then."""
     async with GuestAgent.connected(vm, path, timeout_s) as agent:
         answer = asyncio.ensure_future(agent.execute("guest-suspend-ram", 2 * timeout_s))
         try:

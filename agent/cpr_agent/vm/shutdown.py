@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+MAX_LINE_CHARS = 1 << 20
 SAVED = ("postmigrate", "save-vm")
 QUIT_AT_ONCE = (*SAVED, "inmigrate", "prelaunch", "shutdown", "paused", "guest-panicked", "internal-error")
 
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
             connection.settimeout(timeout_s)
             connection.connect(str(path))
             stream = connection.makefile("rw", encoding="utf-8")
-            json.loads(stream.readline())  # the greeting
+            json.loads(stream.readline(MAX_LINE_CHARS))  # the greeting
             _execute(stream, "qmp_capabilities")
             state = _execute(stream, "query-status")["status"]
             if state not in QUIT_AT_ONCE:
@@ -34,11 +35,11 @@ def main(arguments: list[str]) -> int:
                 _execute(stream, "system_powerdown")
             else:
                 _execute(stream, "quit")
-            while stream.readline():
+            while stream.readline(MAX_LINE_CHARS):
                 pass
     except (ConnectionResetError, FileNotFoundError):
         pass  # QEMU exits or has exited, which was the aim
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         # A guest that does not heed its power button, too. Systemd goes on with SIGTERM, which makes QEMU exit.
         print(f"{path}: {error}", file=sys.stderr)  # noqa: T201 - stderr is the journal
     return 0
@@ -48,14 +49,16 @@ def _execute(stream: Any, command: str) -> Any:
     stream.write(json.dumps({"execute": command}) + "\n")
     stream.flush()
     while True:
-        line = stream.readline()
+        line = stream.readline(MAX_LINE_CHARS)
         if not line:
             raise OSError(f"QEMU closed the connection at {command}")
         reply = json.loads(line)
+        if not isinstance(reply, dict):
+            raise TypeError(f"QEMU answered {command} with a {type(reply).__name__}")
         if "return" in reply:
             return reply["return"]
         if "error" in reply:
-            raise OSError(f"{command}: {reply['error'].get('desc')}")
+            raise OSError(f"{command}: {reply['error']!r:.500}")
 
 
 if __name__ == "__main__":
