@@ -302,6 +302,35 @@ def test_the_wait_for_ones_turn_counts(tmp_path: Path) -> None:
     asyncio.run(act())
 
 
+def test_a_peer_that_reads_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection would go on to be read, and each connection after it, too."""
+    monkeypatch.setattr(module, "CLOSE_TIMEOUT_S", 0.1)
+
+    async def act() -> None:
+        hung_up = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(raw(GREETING))
+            await reader.read(65536)
+            writer.write(raw({"return": {}}))
+            reader._transport.pause_reading()  # type: ignore[attr-defined]  # asyncio has no other way
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    writer.write(raw(event("X")))
+                    await writer.drain()
+            hung_up.set()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
+            qmp = await Qmp.connect("web1", tmp_path / "qmp", 20.0)
+            with pytest.raises(QemuFailed, match="did not answer stop"):
+                await qmp.execute("stop", {"much": "x" * (4 << 20)}, timeout_s=0.1)
+            await qmp.close()
+            async with asyncio.timeout(20):
+                await hung_up.wait()
+
+    asyncio.run(act())
+
+
 # -- what it tells of ---------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 30.0
 """QEMU answers in milliseconds; only a stuck one, or a host in deep trouble, needs more than this."""
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
+"""For a QEMU to read the last command; one that does not is hung up on."""
 ATTEMPTS = 5
 """At a connection that an event disturbs, of which a QEMU has few as it comes up."""
 MAX_MESSAGE_BYTES = 1 << 20
@@ -77,6 +78,9 @@ class _Client(QMPClient):
     ``heard`` gets each event of EVENTS. The parent's own listeners get none: they keep all.
     """
 
+    _limit = MAX_MESSAGE_BYTES
+    """As ``readbuflen``, for qemu.qmp before 0.0.4."""
+
     def __init__(self, vm: str, heard: Callable[[Event], None]) -> None:
         super().__init__(vm)
         self.readbuflen = MAX_MESSAGE_BYTES
@@ -94,6 +98,11 @@ class _Client(QMPClient):
             return 0
         pid, _, _ = _PEER.unpack(endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         return int(pid)
+
+    def abort(self) -> None:
+        """Hang up, whether or not the peer has read what was sent."""
+        if self._writer:
+            self._writer.transport.abort()
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg  # the parent formats each for a log, which takes as long as all else that is done for it
@@ -278,9 +287,12 @@ class Qmp:
         if self._watching:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        with contextlib.suppress(Exception):  # after the peer's end disconnect() raises what ended it
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._client.disconnect()
+        with contextlib.suppress(Exception):  # after the peer's end disconnect() raises its cause
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._client.disconnect()
+            except TimeoutError:
+                self._client.abort()
 
     async def open(self, path: Path, pid: int) -> None:
         """Connect and negotiate. Raises the errors of qemu.qmp."""
