@@ -135,6 +135,11 @@ build/man/org.cpragent1.5: packaging/man/interface agent/cpr_agent/bus/org.cprag
 	@mkdir -p build/man
 	python3 $^ | scdoc >$@
 
+.PHONY: docs
+docs: ## Make a site of documents and man pages, in build/site; a link that leads nowhere fails
+	@scripts/bootstrap --docs
+	$(PYTHON) -m mkdocs build --strict --config-file packaging/site/mkdocs.yml
+
 .PHONY: install
 install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -d $(DESTDIR)/usr/lib/cpr-agent $(DESTDIR)/usr/libexec/cpr-agent $(DESTDIR)/etc/cpr-agent/vms
@@ -164,7 +169,8 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 packaging/agent.toml $(DESTDIR)/etc/cpr-agent/agent.toml
 	install -D -m 644 agent/cpr_agent/cli/example-vm.toml $(DESTDIR)/usr/share/doc/cpr-agent/examples/web1.toml
 	install -D -m 755 packaging/example-check-hook $(DESTDIR)/usr/share/doc/cpr-agent/examples/check-hook
-	install -D -m 644 docs/*.md -t $(DESTDIR)/usr/share/doc/cpr-agent
+	install -D -m 644 docs/*.md docs/*.svg -t $(DESTDIR)/usr/share/doc/cpr-agent
+	install -D -m 644 docs/adr/*.md -t $(DESTDIR)/usr/share/doc/cpr-agent/adr
 	install -D -m 644 docs/schema/*.json -t $(DESTDIR)/usr/share/doc/cpr-agent/schema
 	for page in $(MAN_PAGES); do \
 	    install -D -m 644 $$page -t $(DESTDIR)/usr/share/man/man$${page##*.}; \

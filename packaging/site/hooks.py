@@ -50,7 +50,7 @@ def on_files(files: Any, *, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     here = page.file.src_uri
     if here.startswith("man/"):
         return markdown
@@ -136,7 +136,7 @@ def man_sources() -> Iterator[tuple[str, str]]:
             yield name, path.read_text()
         else:
             contract = ROOT / "agent/cpr_agent/bus/org.cpragent1.xml"
-            command = [sys.executable, MAN / "interface", contract, ROOT / "docs/operations.md"]
+            command = [sys.executable, *map(str, (MAN / "interface", contract, ROOT / "docs/operations.md"))]
             yield name, subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -180,7 +180,9 @@ def man_line(page: str, line: str) -> str:
     """Markdown of one line of scdoc's text: bold, underlined, and references."""
     out = "".join(_INLINE[kind](text) for kind, text in inline(line))
     out = re.sub(rf"<b>({OURS})</b>\((\d)\)", lambda m: f"[{m[1]}({m[2]})]({known_man_page(page, m[1], m[2])}.md)", out)
-    return re.sub(r"(?:/usr/share/doc/cpr-agent/)?\b([\w-]+\.md)\b(?!\))", lambda m: f"[{m[0]}]({document(page, m[1])})", out)
+    return re.sub(
+        r"(?:/usr/share/doc/cpr-agent/)?\b([\w-]+\.md)\b(?!\))", lambda m: f"[{m[0]}]({document(page, m[1])})", out
+    )
 
 
 def document(page: str, name: str) -> str:
@@ -191,7 +193,9 @@ def document(page: str, name: str) -> str:
 
 def inline(line: str) -> Iterator[tuple[str, str]]:
     """Pieces of a line, each with its kind: "plain", "bold", or "underlined"."""
-    marks = r"\*(?P<bold>(?:\\.|[^*\\])+)\*|(?<![\w/])_(?P<underlined>(?:\\.|[^\\])+?)_(?!\w)|(?P<plain>(?:\\.|[^*_\\])+|[*_])"
+    marks = (
+        r"\*(?P<bold>(?:\\.|[^*\\])+)\*|(?<![\w/])_(?P<underlined>(?:\\.|[^\\])+?)_(?!\w)|(?P<plain>(?:\\.|[^*_\\])+|[*_])"
+    )
     for found in re.finditer(marks, line):
         assert found.lastgroup is not None
         yield found.lastgroup, re.sub(r"\\(.)", r"\1", found[0] if found.lastgroup == "plain" else found[found.lastgroup])

@@ -12,7 +12,8 @@ from cpr_agent.errors import CprError
 from cpr_agent.memory.witness import DEFAULT_PAGES
 
 ROOT = Path(__file__).parent.parent.parent
-TEXT = (ROOT / "docs/witness.md").read_text()
+DOCS = ROOT / "docs"
+TEXT = (DOCS / "witness.md").read_text()
 
 
 def test_the_table_of_the_witness_is_its_formula() -> None:
@@ -50,15 +51,59 @@ def test_each_phase_of_an_upgrade_is_explained() -> None:
     assert explained == set(Phase) - passing
 
 
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/adr/*.md")]
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """File and anchor of each link and picture; either may be empty."""
+    return re.findall(r"\]\((?![a-z]+:)([^)#]*)#?([^)]*)\)", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in DOCUMENTS:
+        for target, anchor in links(page):
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(there), f"{page.name}: {target}#{anchor}"
+
+
+def test_installed_documents_link_to_installed_ones_alone() -> None:
+    """`make install` puts docs/ into one directory, with the decisions and the schema below it."""
+    patterns = ("*.md", "*.svg", "adr/*.md", "schema/*.json")
+    installed = {path.resolve() for pattern in patterns for path in DOCS.glob(pattern)}
+    for page in DOCS.rglob("*.md"):
+        for target, _ in links(page):
+            assert not target or (page.parent / target).resolve() in installed, f"{page.name}: {target}"
+
+
+def test_each_document_is_in_the_index() -> None:
+    for folder in (DOCS, DOCS / "adr"):
+        index = {target for target, _ in links(folder / "README.md")}
+        assert {path.name for path in folder.glob("*.md")} - {"README.md"} <= index
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_the_way_around_the_code_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([\w-]+(?:/[\w.-]*)+|errors\.py)`", text)
+    assert len(named) > 20
+    for path in named:
+        assert (ROOT / path).exists() or (ROOT / "agent/cpr_agent" / path).exists(), path
 
 
 def test_each_member_of_the_contract_is_described() -> None:
     """By a comment inside of it; org.cpragent1(5) is made of these."""
     contract, operations = ROOT / "agent/cpr_agent/bus/org.cpragent1.xml", ROOT / "docs/operations.md"
-    command = [sys.executable, ROOT / "packaging/man/interface", contract, operations]
+    command = [sys.executable, *map(str, (ROOT / "packaging/man/interface", contract, operations))]
     made = subprocess.run(command, check=False, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
