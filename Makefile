@@ -9,7 +9,7 @@ PYTHON = $(VENV)/bin/python
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/cpr_agent/__init__.py)
 DEB := build/cpr-agent_$(VERSION)_all.deb
 RPM := build/cpr-agent-$(VERSION)-1.noarch.rpm
-SOURCES = $(shell git ls-files --cached --others --exclude-standard agent units policies packaging docs Makefile NEWS.md 2>/dev/null)
+SOURCES = $(shell git ls-files --cached --others --exclude-standard agent units policies packaging docs Makefile NEWS.md COPYING 2>/dev/null)
 MAN_PAGES := $(patsubst packaging/man/%.scd,build/man/%,$(wildcard packaging/man/*.scd)) build/man/org.cpragent1.5
 
 .PHONY: help

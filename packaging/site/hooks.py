@@ -147,7 +147,7 @@ def man_page(source: str) -> str:
 
 
 def block(lines: list[str], line_of: Callable[[str], str]) -> Iterator[str]:
-    """The lines of one level: paragraphs, headings, lists, code, and entries with their indented descriptions."""
+    """The lines of one level: paragraphs, headings, lists, code, and entries with indented descriptions; no comments."""
     in_code = False
     for number, line in enumerate(lines):
         if line == "```":
@@ -159,7 +159,7 @@ def block(lines: list[str], line_of: Callable[[str], str]) -> Iterator[str]:
             yield f"#{line.replace('[', chr(92) + '[')}"
         elif line.startswith("- "):
             yield f"- {line_of(line[2:])}"
-        elif not line.startswith("\t"):
+        elif not line.startswith(("\t", "; ")):
             yield line_of(line)
             described = indented(lines[number + 1 :]) if line else []
             if described:

@@ -17,6 +17,7 @@ ONLY_DEB = {
 ONLY_RPM = {
     "/usr/share/doc/cpr-agent/NEWS.md": "changelog.gz of the .deb",
     "/usr/share/licenses/cpr-agent": "where RPMs have it",
+    "/usr/share/licenses/cpr-agent/COPYING": "/usr/share/common-licenses/GPL-2 of Debian",
     "/usr/share/licenses/cpr-agent/copyright": "copyright of the .deb",
 }
 

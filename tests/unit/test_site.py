@@ -57,6 +57,7 @@ def test_links_are_those_of_the_site() -> None:
 
 
 SCDOC = """name(1)
+; a comment
 
 # OPTIONS
 
