@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The journal's file: whatever happens while it is made smaller, it says the same. The agent is killed around each call to
 the kernel, the power is cut there, the disk is full."""
 
@@ -22,6 +23,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
+from cpr_agent.core.listener import Listener
 from cpr_agent.core.model import VmState
 from cpr_agent.core.past import COMPACTED, VmEvent
 from cpr_agent.core.upgrade.ledger import Ledger
@@ -55,7 +58,7 @@ def said(journal: FileJournal) -> object:
     """All that any act asks of the journal."""
     vms = [*(f"web{number}" for number in range(4)), *(f"gone{number}" for number in range(20))]
     names = {str(r["checkpoint"]) for r in history() if "checkpoint" in r}
-    ledger = Ledger(journal, HOST)
+    ledger = Ledger(journal, HOST, Listener())
     return (
         [
             (past.in_refresh, past.in_transfer, past.put_to_sleep, past.awaits_cold_start, past.interrupted_save)
@@ -72,12 +75,12 @@ def said(journal: FileJournal) -> object:
 
 def reopened(path: Path) -> object:
     """It also goes on, with a higher number."""
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     answers = said(journal)
     last = max(record["n"] for record in journal.records())
     assert journal.append("discard", vm="another")["n"] > last
     journal.close()
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     assert journal.records()[-1]["vm"] == "another"
     assert said(journal) == answers
     journal.close()
@@ -94,13 +97,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def compact(path: Path) -> None:
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     journal.compact()
     journal.close()
 
 
 def test_it_is_smaller_and_says_the_same(path: Path) -> None:
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     before, size, records = said(journal), path.stat().st_size, journal.records()
     journal.compact()
     assert said(journal) == before
@@ -108,7 +111,7 @@ def test_it_is_smaller_and_says_the_same(path: Path) -> None:
     assert [record for record in records if record in journal.records()] == journal.records()
     journal.append("woken", vm="web1")
     journal.close()
-    again = FileJournal(path, HOST)
+    again = FileJournal(path, HOST, HOST)
     assert again.records() == journal.records()
     assert not again.past("web1").put_to_sleep
     assert [p.name for p in path.parent.iterdir()] == ["journal"]
@@ -130,13 +133,13 @@ def test_it_is_compacted_once_it_has_grown_and_then_not_before_it_has_grown_agai
     one = {"event": "woken", "vm": "web1", "text": "x" * length}
     for number in (records, records + 1):
         write(path, renumbered([one] * (number - 1)))
-        journal = FileJournal(path, HOST)
+        journal = FileJournal(path, HOST, HOST)
         journal.compact_if_grown()
         assert len(journal.records()) == number - 1 if number == records else len(journal.records()) < number - 1
         journal.close()
     assert marks(path) == 1
     content = path.read_bytes()
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     for _ in range(3):
         journal.append("woken", vm="web1")
         journal.compact_if_grown()
@@ -146,7 +149,7 @@ def test_it_is_compacted_once_it_has_grown_and_then_not_before_it_has_grown_agai
 def test_one_that_grows_under_an_agent_waits_until_it_is_told(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     write(path, renumbered([{"event": "woken", "vm": "web1"}] * (GROWN_RECORDS - 1)))
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     journal.append("suspend", vm="web1")
     assert marks(path) == 0
     journal.compact_if_grown()
@@ -195,7 +198,7 @@ def each_kill(path: Path, work: Callable[[], None]) -> Iterator[int]:
 
 
 def test_killed_at_any_call_to_the_kernel_it_says_the_same(path: Path) -> None:
-    expected = said(FileJournal(path, HOST))
+    expected = said(FileJournal(path, HOST, HOST))
     found = set()
     for number in each_kill(path, lambda: compact(path)):
         found.add(marks(path))
@@ -212,8 +215,8 @@ def test_killed_as_a_damaged_one_is_set_aside_it_says_what_stood_before_the_dama
     damaged = path.read_bytes()
     copy = path.with_name("copy")
     shutil.copy(path, copy)
-    expected = said(FileJournal(copy, HOST))
-    for number in each_kill(path, lambda: FileJournal(path, HOST).close()):
+    expected = said(FileJournal(copy, HOST, HOST))
+    for number in each_kill(path, lambda: FileJournal(path, HOST, HOST).close()):
         assert reopened(path) == expected, f"at passage {number}"
         assert path.read_bytes().startswith(b"".join(lines[:30]))
         assert damaged in [aside.read_bytes() for aside in path.parent.glob("journal.damaged-*")]
@@ -277,7 +280,7 @@ def disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 def test_after_a_power_cut_it_says_the_same(path: Path, tmp_path: Path, disk: Disk) -> None:
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     expected = said(journal)
     journal.compact()
     journal.close()
@@ -294,7 +297,7 @@ def test_after_a_power_cut_it_says_the_same(path: Path, tmp_path: Path, disk: Di
 
 def test_after_a_power_cut_an_appended_record_is_there(path: Path, tmp_path: Path, disk: Disk) -> None:
     """Also right after a compaction."""
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     journal.compact()
     disk.after_cuts.clear()
     journal.append("woken", vm="web1")
@@ -302,7 +305,7 @@ def test_after_a_power_cut_an_appended_record_is_there(path: Path, tmp_path: Pat
     disk.cut()
     for number, state in enumerate(disk.after_cuts):
         (tmp_path / str(number)).write_bytes(state["journal"])
-        assert FileJournal(tmp_path / str(number), HOST).records()[-1]["event"] == "woken"
+        assert FileJournal(tmp_path / str(number), HOST, HOST).records()[-1]["event"] == "woken"
 
 
 # -- the disk is full ----------------------------------------------------------------------------------------------------
@@ -331,7 +334,7 @@ def test_a_record_for_which_there_is_no_room_leaves_nothing(path: Path, room: in
     whole = path.read_bytes()
 
     def fill() -> None:
-        journal = FileJournal(path, HOST)
+        journal = FileJournal(path, HOST, HOST)
         with pytest.raises(OSError):
             journal.append("woken", vm="web1")
         assert path.read_bytes() == whole
@@ -341,14 +344,14 @@ def test_a_record_for_which_there_is_no_room_leaves_nothing(path: Path, room: in
 
     with_files_of_at_most(len(whole) + room, fill)
     assert path.read_bytes().startswith(whole)
-    assert FileJournal(path, HOST).records()[-1]["event"] == "discard"
+    assert FileJournal(path, HOST, HOST).records()[-1]["event"] == "discard"
 
 
 def test_without_room_for_the_new_one_the_old_one_stays(path: Path) -> None:
     whole = path.read_bytes()
 
     def fill() -> None:
-        journal = FileJournal(path, HOST)
+        journal = FileJournal(path, HOST, HOST)
         before = said(journal)
         journal.compact()
         assert (path.read_bytes(), said(journal)) == (whole, before)
@@ -357,11 +360,11 @@ def test_without_room_for_the_new_one_the_old_one_stays(path: Path) -> None:
         assert path.read_bytes().startswith(whole)
 
     with_files_of_at_most(len(whole) // 4, fill)
-    assert FileJournal(path, HOST).records()[-1]["event"] == "woken"
+    assert FileJournal(path, HOST, HOST).records()[-1]["event"] == "woken"
 
 
 def test_one_that_somebody_else_wrote_to_is_left_for_the_next_start(path: Path) -> None:
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     with path.open("ab") as file:
         file.write(b"something")
     content = path.read_bytes()
@@ -377,7 +380,7 @@ def test_one_that_somebody_else_wrote_to_is_left_for_the_next_start(path: Path) 
 
 
 def test_a_record_that_is_too_long_is_shortened(path: Path) -> None:
-    journal = FileJournal(path, HOST)
+    journal = FileJournal(path, HOST, HOST)
     evidence = [["witness", "a" * 3000, '"' * 3000]] * 500
     record = journal.append(VmEvent.HELD, vm="web1", reason="\0" * 300_000, evidence=evidence, upgrade="f00")
     journal.close()
@@ -385,7 +388,7 @@ def test_a_record_that_is_too_long_is_shortened(path: Path) -> None:
     assert 0 < len(record["reason"]) < 300_000
     assert all(len(one) == 3 for one in record["evidence"])
     assert len(path.read_bytes().splitlines()[-1]) <= module._LINE_BYTES
-    assert FileJournal(path, HOST).records()[-1] == record
+    assert FileJournal(path, HOST, HOST).records()[-1] == record
 
 
 def line(content: object) -> bytes:
@@ -411,7 +414,7 @@ def test_a_line_that_is_no_record_is_damage(path: Path, bad: bytes, last: bool) 
     whole = path.read_bytes()
     path.write_bytes(whole + bad + (b"" if last else line({"event": "woken", "vm": "web1"})))
     content = path.read_bytes()
-    FileJournal(path, HOST).close()
+    FileJournal(path, HOST, HOST).close()
     assert path.read_bytes() == whole
     asides = list(path.parent.glob("journal.damaged-*"))
     torn = last and len(bad) <= module._LINE_BYTES
@@ -433,15 +436,15 @@ def test_no_record_stops_the_start_and_each_is_kept(tmp_path: Path, contents: li
     path = tmp_path / "journal"
     path.write_bytes(b"".join(line(content) for content in contents))
     whole = path.read_bytes()
-    journal = FileJournal(path, HOST)
-    Ledger(journal, HOST)
+    journal = FileJournal(path, HOST, HOST)
+    Ledger(journal, HOST, Listener())
     number = journal.append("woken", vm="web1")["n"]
     assert path.read_bytes().startswith(whole)
     journal.compact()
     assert journal.append("woken", vm="web1")["n"] > number
     journal.close()
-    journal = FileJournal(path, HOST)
-    Ledger(journal, HOST)
+    journal = FileJournal(path, HOST, HOST)
+    Ledger(journal, HOST, Listener())
     assert journal.records()[-1]["event"] == "woken"
     journal.close()
 
@@ -450,12 +453,12 @@ def test_no_record_stops_the_start_and_each_is_kept(tmp_path: Path, contents: li
 
 
 async def save(vm: Vm) -> None:
-    await vm.save("", "reboot")
+    await vm.save(SaveRequest())
 
 
 async def save_and_load(vm: Vm) -> None:
     await save(vm)
-    await vm.load("")
+    await vm.load(LoadRequest())
 
 
 async def save_and_resume(vm: Vm) -> None:
@@ -468,7 +471,7 @@ async def refresh(vm: Vm) -> None:
 
 
 async def refresh_in_turn(vm: Vm) -> None:
-    await vm.replace_qemu(in_turn=True)
+    await vm.replace_qemu(Replacement.IN_TURN)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +558,7 @@ def test_a_hundred_thousand_records_are_opened_in_60_ms_once_compacted(tmp_path:
     gc.disable()  # as the agent does while it starts
     for _ in range(5):
         begin = time.process_time()
-        journal = FileJournal(path, HOST)
+        journal = FileJournal(path, HOST, HOST)
         times.append(time.process_time() - begin)
         journal.close()
     gc.enable()
