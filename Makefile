@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # What can be done with this tree. Everything that is built goes to build/ or to ~/.cache/cpr-agent.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

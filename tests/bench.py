@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Core on a bench: real store, journal, definitions and memory on files; QEMUs are fakes, and the agent can be killed."""
 
 from __future__ import annotations

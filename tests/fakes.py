@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Fakes of what the unit tests can't have: QEMU processes that can be told how to fail, and dax devices.
 
 Everything else around core is real in the unit tests too: store, journal, definitions, memory and its witness, on files.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The host VM as tests run it: one processor, and the built package installed."""
 
 from __future__ import annotations

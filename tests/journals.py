@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Journals as agents write them, for tests of what becomes of them."""
 
 from __future__ import annotations

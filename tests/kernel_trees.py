@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels as distributions lay them out, as trees of small files; archives and images in them are real ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A lab whose host can be upgraded: real QEMUs and a real agent, with a kexec that only the lab's files know of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A private lab: a dbus-daemon, a real agent, real QEMUs with the tiny guest, RAM in a directory of its own in /dev/shm."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A QEMU with the original proposal's ``cpr-save`` and ``cpr-load``, of which no binary exists here: a scripted peer.
 
 Commands, refusals and run states are those of migration/cpr.c in the last version of S. Sistare's "Live Update" series

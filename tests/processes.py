@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Processes that have a guest's memory open."""
 
 from __future__ import annotations

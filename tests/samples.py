@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Valid values for tests to vary."""
 
 from __future__ import annotations

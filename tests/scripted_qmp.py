@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A QMP connection without a QEMU: what one would answer, through the same decoding."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Upgrades as the journal and the history have them, for tests of what is told of them."""
 
 from __future__ import annotations

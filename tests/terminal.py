@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A program on a terminal of its own, which script(1) gives it: what it shows, and what is typed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``python -m cpr_agent`` is cpr-agentd, whose start guests may wait for."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """cpr-agentd: wires the layers together, and runs until a signal ends it or the bus is lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Every error that a caller can see, one class per D-Bus error name.
 
     CprError                  org.cpragent1.Error.Failed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files that a crash leaves whole or absent, directories that only the agent may enter, and locks."""
 
 from __future__ import annotations

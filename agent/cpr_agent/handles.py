@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Names that others may change: opened once, looked at through the descriptor, and used by it.
 
 A VM's user owns the directory of its sockets, and may put a link in the place of any of them. Root must not follow.

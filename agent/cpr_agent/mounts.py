@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The mounts of this host (proc_pid_mountinfo(5))."""
 
 from __future__ import annotations

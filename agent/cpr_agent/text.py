@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Text from elsewhere, made fit for the bus, a terminal and a log.
 
 QEMU, a guest, a file or a caller may put anything into a string: a NUL, at which dbus-daemon hangs up; a lone surrogate,

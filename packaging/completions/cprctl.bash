@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # bash completion for cprctl(1): cprctl itself knows its words, and the agent knows the VMs.
 # cprctl gets the line as it stands, because COMP_WORDS splits user@host at the "@".
 

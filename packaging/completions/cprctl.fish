@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # fish completion for cprctl(1): cprctl itself knows its words, and the agent knows the VMs.
 
 function __cprctl_complete

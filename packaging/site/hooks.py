@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Hooks of MkDocs: the documents outside of docs/ become pages, and links between all of them lead somewhere.
 
 - A man page becomes ``man/NAME.SECTION.md``, from the source that scdoc reads.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The least that saves and loads a guest: sockets, QMP, and the fsyncs without which a checkpoint is not one. It proves
 nothing, checks nothing, and can take nothing back.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A figure: what was measured, what it is to reach, and every raw run behind it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What there is to measure, and what each figure has to reach. docs/bench.md has the same table; a test compares them."""
 
 from __future__ import annotations

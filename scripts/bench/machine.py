@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A lab of the tests with a real agent, and bare guests beside it, all of the tiny guest and this machine's own QEMU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Many guests saved and loaded at once, by the agent's jobs and by as many threads of the bare script."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The witness against what the machine's memory gives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One guest's pause: through the agent, the bare script and libvirt, each with the same guest in the same run."""
 
 from __future__ import annotations

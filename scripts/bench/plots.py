@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Pictures of what the figures are made of."""
 
 from __future__ import annotations

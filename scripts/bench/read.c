@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * read FILE THREADS: how many seconds it takes to map FILE and to read all of it, each thread a part. The least that any
  * program that looks at each byte of a guest's RAM must do.

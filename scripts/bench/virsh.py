@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What an administrator has without the agent: ``virsh managedsave`` and ``virsh start``, on a session libvirtd of our own.
 
 A libvirtd that is root's would read the host's configuration, so that this one is nobody's. Needs root to become that.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the agent weighs when nothing happens, and how long one waits for it and for its command."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a test guest said on its console: did it survive?
 
 Its boot id and counter are in its RAM alone, so one boot id and an unbroken counter over a save and a load prove that the

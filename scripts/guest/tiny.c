@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The smallest guest that can prove that it survived: its boot id and its counter are in RAM alone.
  *

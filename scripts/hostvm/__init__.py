@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The host VM: a throw-away virtual KVM host in which tests really kexec.
 
 Debian 13 with systemd, two kernels (cloud and generic), QEMU 10, an NVDIMM and nested KVM, all emulated. A scenario is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """host-vm: a throw-away virtual KVM host (Debian 13, emulated, with NVDIMM and nested KVM) in which tests kexec.
 
 exit codes: 0 done, or the verdict is pass; 1 the verdict is fail; 2 the harness could not run; 3 timeout; 4 the host

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a run leaves behind: the journal of every boot and the scenario's artefacts, also of a run that was killed."""
 
 import shutil

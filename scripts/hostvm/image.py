@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The host VM's root directory and disk image, built once and cached by what goes into them.
 
 A cache entry is `host-KEY/` with `root/` (which QEMU, kernels and modules for guests come from too), `base.img`, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Programs of the host VM's root directory, run on this machine without chroot.
 
 They go through the root's own dynamic loader, so that file descriptors, paths and /dev/shm are this machine's while

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One run of the host VM: payload in, scenario, verdict and artefacts out.
 
 The guest sees three virtio disks by serial number: its root (an overlay), `payload` (a raw tar) and `artefacts` (a raw

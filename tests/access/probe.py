@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Calls every method of every interface that the contract has, as whoever runs it; prints a line for each.
 
     python3 probe.py MODE JOB VM

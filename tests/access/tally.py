@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `make test-access` prints last, and the counts that it stands on: those of the scenario."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Runs a command as a user at a terminal of its own, and types a password where it is asked for one.
 
 python3 terminal.py USER PASSWORD COMMAND…

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who may call what, by a real polkitd: in the host VM, as root, as an operator, and as others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What confines the agent and QEMU, enforced: in the host VM, whose kernel has AppArmor for once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Fixtures: the QEMUs of this machine, the tiny guest, a lab with a running agent."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A polkit for the private bus, where the real one would want a system bus, sessions and rules of this machine.
 
     python -m tests.bus.fake_polkit ADDRESS yes|no|challenge|error|silence

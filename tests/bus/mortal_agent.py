@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """An agent that kills itself at one point, and whose host seems to kexec: cpr-agentd's own parts, but for a journal and a
 store that carry the knife, and fakes for what this machine can't do to itself.
 

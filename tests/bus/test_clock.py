@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest's clock after a pause, set by a real qemu-ga in a real Linux."""
 
 from __future__ import annotations

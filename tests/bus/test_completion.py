@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Completion in real shells, with a real agent, and without one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """cprctl as scripts see it: exit codes, JSON by its schema, errors, colours, lines of progress."""
 
 from __future__ import annotations

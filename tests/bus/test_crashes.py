@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The agent is killed at each record of its journal and each act of its store; the next one finishes or takes back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """cprctl edit and import, with a real agent, sed as the editor, and a QEMU that somebody else has started."""
 
 from __future__ import annotations

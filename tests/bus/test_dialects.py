@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What every dialect has to do, whichever QEMU speaks it: the tests in tests/guests run them with more of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A load that must not be, or goes wrong: nothing is started, and guest and files stay as they were."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A save that can't be, or goes wrong: the guest runs on, and no file is left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A start that can't be: each reason has its own clear error, and nothing runs or is created."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files that callers name: below the configured directories, and by no detour that somebody else could have laid."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What an admin is told by the real agent, and what an admin's hooks tell it: reports, logs, metrics, motd."""
 
 from __future__ import annotations

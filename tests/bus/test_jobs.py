@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Jobs: seen from outside while they run, cancelled, and in the way of other calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A VM's life with a real QEMU: start, save, load, resume, stop, and an agent that comes and goes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What callers may send at all: nothing of it ends the agent, keeps it from others, or is more than it needs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest with two NUMA nodes, each in memory of its own: real QEMUs of each generation."""
 
 from __future__ import annotations

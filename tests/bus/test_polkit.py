@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What polkit says is what happens to callers other than root; without a clear yes it is a no."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is proved before a load, beyond the state file and the RAM: disks, and that nobody else has the memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """cprctl -H: the agent of another host, through a real sshd and systemd-stdio-bridge."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The bus surface and cprctl, as callers see them: introspection, authorization, bad requests, exit codes, busctl."""
 
 from __future__ import annotations

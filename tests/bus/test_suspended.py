@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest that sleeps (S3) by its own will stays asleep over a save and a load. A real Linux: the tiny one can't."""
 
 from __future__ import annotations

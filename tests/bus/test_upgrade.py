@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The upgrade with real QEMUs, up to the kexec, which is the lab's; the real one is in tests/host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `make test-corruption` prints last. A corruption that a load did not notice is counted, and fails its test."""
 
 from __future__ import annotations

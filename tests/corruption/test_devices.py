@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What can happen to dax devices: in the host VM, which has an NVDIMM, and RAM that memmap= keeps from the kernel."""
 
 from __future__ import annotations

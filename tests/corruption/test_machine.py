@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Another machine, other firmware, other disks than those that the guest was saved with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """RAM in two pieces: whatever happens to either, or to which is which, must be noticed. QEMU itself takes swapped ones of
 equal size (FACTS.md)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """RAM that is not what it was: by its contents, or because it is another memory."""
 
 from __future__ import annotations

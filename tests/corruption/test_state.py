@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Checkpoints that are damaged, cut off, of another VM, or of another day."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What became of the guests of a host whose power was cut again and again? Runs inside the host VM, in each boot.
 
 It reads the guests' consoles and what the scenario noted in each boot before the agent started (``BOOTS/N/``): ``kind``

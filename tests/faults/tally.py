@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `make test-faults` prints last. Each test notes the faults that it injected, once all guests have stood them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A drill, a shutdown that hangs, a kernel that can not load the guests, the way back, a kexec refused at the last step."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The agent killed around each record of its journal and each act of its store, at each repetition, with real QEMUs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Power cuts at random instants of upgrades: with an installed package, systemd as PID 1, a dax device and real kexecs.
 
 Not part of ``make test``: a cut takes two to three minutes. ``CPR_TEST_CUTS`` is how many, ``CPR_TEST_SEED`` repeats

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Host VMs that run at once, and the playbook as an admin runs it on them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Two hosts are upgraded with the Ansible role, one after the other, and left alone where anything speaks against it."""
 
 from __future__ import annotations

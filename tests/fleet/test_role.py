@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How the role deals with batches and with bad settings, on hosts that are none: nothing is upgraded here."""
 
 from __future__ import annotations

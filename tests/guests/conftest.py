@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The lab of tests/bus, for other guests, other memory and other QEMUs too."""
 
 from collections.abc import Generator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A Debian guest with systemd, on an overlay over the host VM's image. What it does all the time is in debian-guest; the
 other end of its TCP connection is here, in a network namespace."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Guests in the host VM: what the tests of tests/guests that need one share."""
 
 from __future__ import annotations

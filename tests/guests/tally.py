@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `make test-guests` prints last. A guest that was not kept is counted, and fails its test."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A Debian guest with systemd, four CPUs, a disk under load and a TCP connection: saved, loaded, and given a new QEMU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The conformance suite of tests/bus/test_dialects.py, with every QEMU that there is, and a peer."""
 
 from __future__ import annotations

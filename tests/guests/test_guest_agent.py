@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Guest agents that hang, lie or speak garbage, in a real Linux: its guest is as before, and the error says what to do.
 
 What they say is scripts/guest/lying-agent's; more of what one could say is in tests/unit/test_guest_agent.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Guests in memory of all kinds; in the host VM, which has them."""
 
 from __future__ import annotations

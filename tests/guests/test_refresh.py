@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A new QEMU for a running guest, without a reboot: real QEMUs, the old one beside the new one."""
 
 from __future__ import annotations

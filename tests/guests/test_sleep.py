@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Guests that are put to sleep (S3) for a save, by a real qemu-ga in a real Linux, on QEMU 10: up to 8.2 a save wakes them.
 
 Of VFIO devices there are none here; that they are found is tested on recorded replies (tests/unit/test_qemu_devices.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The main job, whole and real: an installed package, systemd as PID 1, a dax device, a kexec into another kernel."""
 
 from __future__ import annotations

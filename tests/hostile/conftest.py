@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Fixtures: a lab with an agent, guests whose QEMU lies, and local users who may only look."""
 
 from __future__ import annotations

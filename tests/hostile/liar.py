@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A compromised QEMU: a real one, whose QMP with the agent goes through here, where it is changed by rules.
 
     python3 liar.py QEMU LIES QEMU-ARGUMENT…

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A polkit for the private bus that lets everybody look.
 
     python -m tests.hostile.polkit ADDRESS looking|no

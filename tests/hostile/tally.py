@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `make test-hostile` prints last: a line is noted for each test, and one for each fuzzer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Nonsense by chance, with its seed printed: only documented errors come of it.
 
 CPR_TEST_FUZZ_S is how long each campaign takes (s), CPR_TEST_SEED where it begins.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A QEMU that its guest has taken over, beside guests that nobody has: its trouble stays its own."""
 
 from __future__ import annotations

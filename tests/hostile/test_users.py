@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Local users, who may look by default: what one of them sends costs little, and ends nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What any local user may send.
 
     python -m tests.hostile.user ADDRESS UID WHAT CALLS CONNECTIONS

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The packages that `make` has built, and how to build others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is in the built packages: clean, complete, and the same in both."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The commands of docs/quick-start.md, as they stand there, on a host whose memory `memmap=` sets aside."""
 
 from __future__ import annotations

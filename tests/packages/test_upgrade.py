@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Upgrade, removal and purge of the package on a host whose guests run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Command lines of libvirt and Proxmox VE: each argument has an outcome, and a real QEMU starts what is kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A host whose newest kernel could not start: a real upgrade is refused, and the guests run on."""
 
 from __future__ import annotations

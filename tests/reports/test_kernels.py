@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels that a host could not start: whatever a distribution lays out, an upgrade chooses none of them without an error.
 
 The kernel that an upgrade takes when its caller names none is the first of ``installed``; an error refuses the upgrade

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Ranges of devices: nobody gets a byte that is somebody's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The role's settings are described where an admin looks them up."""
 
 from __future__ import annotations

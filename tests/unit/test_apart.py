@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Texts of callers are read in a process of their own, with an end; and no file of root's keeps another from being read."""
 
 from __future__ import annotations

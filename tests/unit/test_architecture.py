@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who may import whom, and which part has which library: the tables of ADR 15, held against every import of the agent."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The bench's own sums; what it measures, `make bench` measures."""
 
 from __future__ import annotations

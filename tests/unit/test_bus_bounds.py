@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The bus's bounds, without a bus: what is sent, what calls cost, and who hears of changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernel command lines: the words that guest RAM hangs on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The contract, the objects that fulfil it, the errors, the command lines and the dialects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One VM's acts, where they go wrong: a guest is neither lost nor run twice, and the caller learns what is left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All VMs at once: all are saved or none is, and the most pause-sensitive guests wait the least."""
 
 from __future__ import annotations

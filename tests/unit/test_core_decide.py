@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """ADR 4's table as a function: what becomes of a live QEMU that an earlier agent left in the middle of an act."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """No guest runs without its proof in hand (invariant 9): who may let one run, and what a proof is."""
 
 from __future__ import annotations

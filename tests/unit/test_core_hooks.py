@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """When the admin's hooks run, and what becomes of a guest whose hook fails: never is one stopped for it."""
 
 from __future__ import annotations

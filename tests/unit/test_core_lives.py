@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Any acts, any faults, and agents that are killed anywhere: the guest is never corrupted, run twice, or lost."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Memory that is lost, and memory that is only doubtful: what starts afresh, and what is held."""
 
 from __future__ import annotations

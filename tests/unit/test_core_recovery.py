@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the next agent makes of what a dead one left: every run state of QEMU, checkpoint and journal that there can be."""
 
 from __future__ import annotations

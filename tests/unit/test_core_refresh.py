@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A new QEMU for a guest without a reboot: beside the old one, which takes the guest back if anything fails."""
 
 from __future__ import annotations

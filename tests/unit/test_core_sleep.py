@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Guests that must sleep while they are saved: put to sleep, woken after the load, and never left asleep."""
 
 from __future__ import annotations

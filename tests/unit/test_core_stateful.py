@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Any sequence of upgrades, crashes, restarts, reboots and hands on the admin's socket: what no such sequence may reach."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Many guests at once: none stands still for another one's sake longer than it must."""
 
 from __future__ import annotations

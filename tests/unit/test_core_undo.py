@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Undos come to their end, however often the act that they take back is cancelled."""
 
 from __future__ import annotations

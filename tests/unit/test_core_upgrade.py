@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The upgrade as a transaction: what it does when all is well, and what it takes back when it is not."""
 
 from __future__ import annotations

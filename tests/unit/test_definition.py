@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Definitions: strict, and errors that help."""
 
 from __future__ import annotations

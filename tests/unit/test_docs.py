@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Numbers in the documents are computed, not typed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Examples in the documents are read by what they are for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest agent that hangs, lies or speaks garbage: what it says is bounded, and believed only in its right shape."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Foreign command lines become definitions, and whatever can't be the same is said."""
 
 from __future__ import annotations

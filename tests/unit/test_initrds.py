@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Initrds are read to their end: every compression, several archives in one file, and whatever is cut off or damaged."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Journal entries and their catalog, metrics, the message of the day."""
 
 from __future__ import annotations

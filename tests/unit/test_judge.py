@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The judge of power cuts: it must see what must not happen, and not cry wolf at lines that a cut took."""
 
 from __future__ import annotations

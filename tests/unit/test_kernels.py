@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels: which are installed, what speaks against them, and what kexec says."""
 
 from __future__ import annotations

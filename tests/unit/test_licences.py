@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Each file that git knows says which licence it has: in a line of its own, or in REUSE.toml where it can't carry one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The man pages say all there is: what is not in its page fails here."""
 
 from __future__ import annotations

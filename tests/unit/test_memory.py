@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Memory: found by identity, never by name; proved before it is used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What /proc/self/mountinfo says, read for memory and for kernels alike."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A VM over several ranges of memory, one for each NUMA node: whatever is proved of one is proved of each."""
 
 from __future__ import annotations

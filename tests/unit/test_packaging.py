@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the packages' sources say of each other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the journal says of a VM, folded: the same as by scanning all records, also after compactions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whether only root could swap a file for another, which callers name and hooks are."""
 
 from __future__ import annotations

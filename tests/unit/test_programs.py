@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Programs that are kept, of real processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Devices of the host that a guest has. There are none here: QEMU's replies are written by its schema (qapi/pci.json,
 qapi/qom.json), and its refusal is that of hw/vfio/cpr.c."""
 

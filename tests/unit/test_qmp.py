@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A QEMU over QMP, as it comes up and as a hostile one behaves: bounded, decoded, and believed in nothing that can't be."""
 
 from __future__ import annotations

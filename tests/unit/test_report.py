@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is told of an upgrade or a load: the story, the picture of it, and what is written down of that."""
 
 from __future__ import annotations

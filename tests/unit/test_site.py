@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The site that `make docs` builds: its pages are made, and what they refer to is there, without MkDocs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The names of a QEMU's sockets, while another one is tried that binds them anew."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Checkpoints and journal: whole or not at all, and nothing is guessed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What people see of cprctl on a terminal that is narrow."""
 
 from __future__ import annotations

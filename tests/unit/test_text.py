@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Text from elsewhere: whatever is in it, it shows, and it ends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The D-Bus surface: parse, authorize, call, format. The only importer of dbus_next."""
 
 import sys

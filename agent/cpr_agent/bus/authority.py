@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """May this caller do that? polkit decides; root, and the user that the agent itself is, need not ask.
 
 Fails closed: no sender, no answer, no polkit all mean no.

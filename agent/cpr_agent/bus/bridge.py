@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The system bus of another host, by ssh: as ``busctl -H`` does it, through that host's systemd-stdio-bridge(1).
 
 ssh's end of a socket is its stdin and stdout; on ours dbus_next talks as on any bus. Over

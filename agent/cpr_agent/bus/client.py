@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The client side, for cprctl: calls with timeouts, jobs to follow, and errors as they came."""
 
 from __future__ import annotations

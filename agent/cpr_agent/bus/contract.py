@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The XML contract as tables: methods and properties, their signatures, and the polkit action that each needs."""
 
 from __future__ import annotations

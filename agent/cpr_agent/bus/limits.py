@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How much a caller may ask for: so many calls, of so much.
 
 Root is exempt from the rate limit, not from the concurrency limit. A call costs its user more if it costs the agent more.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Connections that hear the agent's signals: those that were allowed to ask for what signals tell.
 
 A broadcast would tell every local user of VMs, states and errors, also where polkit keeps ``inspect`` from them. So each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The object for `systemctl service-log-level`."""
 
 from __future__ import annotations

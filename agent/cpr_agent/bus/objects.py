@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The objects on the bus: ten lines a method at most, the decisions are core's."""
 
 from __future__ import annotations

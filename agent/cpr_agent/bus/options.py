@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """``a{sv}`` in and out: strict when it comes from a caller, typed when it goes to one."""
 
 from __future__ import annotations

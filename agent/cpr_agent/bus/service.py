@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon on the bus: one way in for every call, driven by the XML contract.
 
 Below dbus_next's service classes on purpose (ADR 3): their handlers know no sender, answer unexpected errors with a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The agent's connection to the bus. No message may end it, or keep it busy.
 
 dbus_next parses a whole message in Python before anybody looks at it: a message of 32 MiB, which dbus-daemon lets through,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Completions that only the agent knows. They must come quickly, and an error must print nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Commands about VM definitions: edit, read again, and take over from elsewhere.
 
 The agent alone knows what a definition may hold (ADR 10). cprctl writes the files, with the rights of its caller.

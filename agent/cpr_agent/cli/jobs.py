@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Jobs of the agent, followed to their end: on a terminal each guest in a row of its own, in a pipe a line a change."""
 
 from __future__ import annotations

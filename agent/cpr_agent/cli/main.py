@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """cprctl, the admin's command."""
 
 from __future__ import annotations

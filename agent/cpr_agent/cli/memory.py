@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Commands about the memory that guests can be in."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command that shows how an upgrade or a load went."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A job on a terminal: a row for each guest, and below them the job's step. Imported when it is needed: rich is slow."""
 
 from __future__ import annotations

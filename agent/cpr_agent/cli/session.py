@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A command's way to the agent and back: connect, do its work, print the result or the error, exit with a code."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A report on the terminal: the timeline, the verdict, and the guests that did not go on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Commands about the host's kernel: upgrade, drill, rollback, and what they cost the guests."""
 
 from __future__ import annotations

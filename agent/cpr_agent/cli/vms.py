@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Commands about VMs: list and show them, and act on one or all of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The ranges of dax devices: which VM has them, and where a guest's RAM can go."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reasons why a save, or a load after a kexec, would fail now. Looks, and touches nothing that a guest could notice."""
 
 from __future__ import annotations

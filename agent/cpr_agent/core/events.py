@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What happens to guests and hosts that an admin wants to be told by name, in the system's journal.
 
 Each has a MESSAGE_ID (host/journald.py) and an entry in the catalog (units/cpr-agent.catalog).

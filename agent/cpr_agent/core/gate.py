@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The gate that every guest passes before it runs: with the proof in hand (invariant 9). The only caller of ``Qemu.cont``
 and ``Qemu.wake``.
 

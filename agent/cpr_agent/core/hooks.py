@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """When the admin's own programs run, and what their failure means. Never while the agent has stopped a guest.
 
 ``check`` may veto a save; ``pre-save`` refuses one while all guests run; ``post-load`` is told of, and undoes nothing: its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Long acts on the whole host, as objects that a caller can watch. They go on without their caller."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who wants to hear of changes: the bus, the publisher of metrics. Core tells, and asks for no answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The live QEMU of one VM, and what is derived from it and from the live checkpoint. Nothing is remembered (ADR 4)."""
 
 from __future__ import annotations

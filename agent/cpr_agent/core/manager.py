@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All VMs of a host, and what is done to all of them at once."""
 
 from __future__ import annotations

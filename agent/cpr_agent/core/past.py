@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the journal says of the VMs, folded record by record: each question is answered without a look at the records.
 
 The journal's adapter keeps one ``Pasts`` and gives it each record once: those that it finds when it is opened, then each

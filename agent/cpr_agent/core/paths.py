@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files that a caller names, or that root runs: whether a path leads where it says, and stays so."""
 
 from __future__ import annotations

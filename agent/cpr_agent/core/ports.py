@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What core needs of the layers below, as Protocols. The adapters live in vm/, memory/, store/ and host/."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What must be true of memory and disks before a QEMU may touch them. Errors name the VM, the cause and the remedy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Reasons why a VM can't be saved now, and what its definition allows to be done then. Asks, and stops no guest."""
 
 from __future__ import annotations

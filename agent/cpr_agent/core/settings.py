@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What agent.toml can set."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The words for a VM's state, a guest's run state, and what its memory outlives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest's pause, split into the phases that make it up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Many guests in one act: each stands still only while its own turn lasts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How an act that fails is taken back: to its end, however often its caller is cancelled meanwhile."""
 
 from __future__ import annotations

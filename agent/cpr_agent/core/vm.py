@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One VM: the lock, the act under way, and who may act. The acts themselves are functions, in core/acts."""
 
 from __future__ import annotations

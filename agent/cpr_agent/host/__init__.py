@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The machine below: systemd, processes, clock. The only importer of pystemd."""
 
 import sys

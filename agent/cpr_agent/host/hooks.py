@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The admin's own programs around a save; implements core.ports.Hooks.
 
 They run as root, so only root may be able to change them. They run inside the agent's sandbox (units/cpr-agent.service).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The agent's log in the system's journal, with MESSAGE_IDs and fields; its level and target, which
 org.freedesktop.LogControl1(5) sets.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The kexec into the next kernel, through systemd; implements core.ports.Kexec."""
 
 from __future__ import annotations

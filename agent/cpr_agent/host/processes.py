@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """VMs as processes of their own, where systemd is not PID 1: a container, a test machine. Everything but the kexec works.
 
 Each QEMU leads a session of its own, so that neither the agent's end nor a signal to its group reaches it.

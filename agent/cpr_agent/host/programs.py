@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Copies of programs that VMs run, kept for when a new one takes their place; implements core.ports.Programs."""
 
 from __future__ import annotations

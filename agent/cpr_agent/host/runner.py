@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What both runners share: the ticket, the record of what runs, QMP sockets, and the wait for a process's end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The names of Unix sockets at which a QEMU listens, while another one that would take them over is tried.
 
 A QEMU that starts binds its sockets anew by their paths, and whoever listened there before is not reached any more, also

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """VMs as units of systemd, and what else the agent asks of PID 1.
 
 ``sd_bus_call`` blocks with the GIL held (FACTS.md), so calls are short ones to PID 1 and waiting is done on signals, on a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Time, identity and programs of this boot; implements core.ports.Clock, Boot, Files and Sockets."""
 
 from __future__ import annotations

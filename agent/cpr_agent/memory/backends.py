@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The memory that a definition or a manifest names, located on this host and checked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Device-DAX devices by uuid, from udev: those that are there, and those that appear.
 
 A namespace's node can have another name after a kexec: /dev/dax1.0 was /dev/dax0.0 then. The uuid stays. It is that of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The processes that have a memory object open or mapped. QEMU takes no lock on it: two QEMUs would share their RAM."""
 
 from __future__ import annotations

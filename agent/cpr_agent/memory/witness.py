@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The witness: a digest of pages of guest RAM, taken when the guest has stopped, and again before it runs.
 
 A guest's NUMA nodes count as one RAM, in their order. ``sampled`` divides it into ``pages`` equal parts and hashes one page

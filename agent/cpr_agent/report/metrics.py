@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Numbers for node_exporter's textfile collector.
 
 The text is OpenMetrics 1.0 (https://openmetrics.io) and at the same time the older format that the collector parses. It has

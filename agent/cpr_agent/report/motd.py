@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One line for those who log in (motd(5)): how the last upgrade went, and which guests are held."""
 
 from __future__ import annotations

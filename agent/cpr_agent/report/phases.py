@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The look of each phase of an upgrade: in a picture, on a page, on a terminal.
 
 Colours go from light to dark and back from phase to phase, so that neighbours differ on a printer without colours too.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The layout of a timeline's picture, in the manner of `systemd-analyze plot`. The template only writes it down.
 
 Time zero is when the first guest stops.

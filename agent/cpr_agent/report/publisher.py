@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files that others read instead of asking the agent, kept up to date: metrics, and the message of the day."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A story as JSON, as a picture, as a page that stands alone. The only importer of jinja2.
 
 All text in a document is escaped, and characters that no document may have are replaced: names and messages come from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The story of one upgrade, or of one load, from the journal's records and the guests' timelines.
 
 A story has only what is on record: a phase without a record is left out, and so is a guest whose record is lost.

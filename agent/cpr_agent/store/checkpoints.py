@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Checkpoints: ``checkpoints/VM/{vmstate,manifest.json}``. A VM has at most one live checkpoint.
 
 A checkpoint is live as long as it has its manifest, which is written last and moved away first. A manifest that is there

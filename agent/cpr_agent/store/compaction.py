@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which records of the journal a later decision or report needs."""
 
 from __future__ import annotations

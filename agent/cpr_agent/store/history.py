@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The timelines of past loads, a JSON file each, for reports and predictions. Recovery does not need them."""
 
 from __future__ import annotations

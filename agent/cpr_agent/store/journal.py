@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The journal: a checksummed record a line, durable before the act that it announces (invariant 5).
 
 It is only appended to, but for its compaction, which leaves out what no later decision or report needs.

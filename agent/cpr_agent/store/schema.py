@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Manifests and launch records of older agents, read as today's: they outlive the agent that wrote them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """QEMU's state file: whether it is one, its machine and its CPUs.
 
 The format is that of migration/savevm.c: a header, the machine's name, a section for each device, and at the end a

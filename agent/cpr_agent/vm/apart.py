@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Read a text that a caller has sent, in a process that can be ended.
 
 60 KB can cost a parser gigabytes, for a key of many parts, or minutes, for a pattern that almost matches. A thread of the

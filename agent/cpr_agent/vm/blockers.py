@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Why a guest can't be saved now, as QMP tells it. Every question here leaves QEMU as it is."""
 
 from __future__ import annotations

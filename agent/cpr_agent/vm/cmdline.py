@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """QEMU's command line: the admin's arguments, and those that the agent adds.
 
 The descriptors have fixed numbers, so that the argument vector of a load is that of the start, and QEMU opens its RAM

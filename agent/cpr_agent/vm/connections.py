@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a QEMU of somebody else's making is connected to, and whether that is still there without who has started it.
 
 A character device is a server, which makes its socket, or a client, for whom somebody must listen before QEMU starts:

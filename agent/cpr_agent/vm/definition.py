@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """VM definitions in TOML: strict, and with errors that name the file, the key and the nearest known key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Devices of a live QEMU: those of the host that it has, the chipset's S3, and the port of the guest agent."""
 
 from __future__ import annotations

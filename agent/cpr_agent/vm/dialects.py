@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How each generation of QEMU is told to save and load with RAM left in place. One class each, one interface.
 
 The choice depends on QEMU's commands, migration capabilities and parameters, not on its version. A guest waits for the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The facts of a QEMU that a saved guest depends on: its version, its machine, its CPUs, its TPM."""
 
 from __future__ import annotations

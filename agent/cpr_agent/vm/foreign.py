@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Command lines of QEMU that somebody else has made: into environment, program and options, and arguments into keys."""
 
 from __future__ import annotations

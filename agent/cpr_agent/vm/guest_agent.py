@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The QEMU guest agent (qga), over the socket of its virtio-serial port: by it a guest's clock is set, and a guest sleeps.
 
 The peer belongs to the guest, and the agent does not trust it: a reply is bounded in size and time, and has to be JSON of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A QEMU command line of somebody else's making, as a VM's definition, and all that can't be the same in it.
 
 Takes what ps(1), /proc/PID/cmdline, ``virsh domxml-to-native qemu-argv`` or ``qm showcmd`` show. Nothing is left out in

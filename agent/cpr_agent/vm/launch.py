@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The program that ``cpr-vm@NAME.service`` runs: prove the memory, bind the sockets, become QEMU.
 
     python3 -m cpr_agent.vm.launch RUN_DIR/NAME

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Paths in QEMU's arguments that are relative to where it was started: a VM's unit starts it somewhere else."""
 
 from __future__ import annotations

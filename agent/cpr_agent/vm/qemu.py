@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One live QEMU; implements core.ports.Qemu."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A QMP connection: bounded in time and memory, decoded into types, safe for descriptors, and honest about its end.
 
 qemu.qmp has no timeouts of its own, keeps every event for ever, and takes any JSON for an answer (FACTS.md). Here a message

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The commands by which the agent asks a QEMU, and the type of each answer.
 
 A QEMU is its guest's, and may answer anything. An answer is bytes until ``Query.read`` has made a value of the right

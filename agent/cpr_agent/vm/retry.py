@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The policies of every retry. The only importer of tenacity."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The program that ``cpr-vm@NAME.service`` runs to stop: an orderly shutdown of the guest, unless it is saved.
 
     python3 -m cpr_agent.vm.shutdown RUN_DIR/NAME TIMEOUT_S

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Work that is left once a guest runs again, and that no guest waits for: its timeline, its clock, the post-load hooks."""
 
 from __future__ import annotations

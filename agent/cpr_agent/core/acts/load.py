@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A saved guest goes on in a new QEMU, once all that it depends on is proved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """An earlier agent ended in the middle of an act: what is true now decides what becomes of it (ADR 4)."""
 
 from __future__ import annotations

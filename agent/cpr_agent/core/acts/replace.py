@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A new QEMU for a guest that stays on its host and in its RAM."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The caller's wishes for an act, in one piece."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest that stands still goes on in the QEMU that it is in, if its proof holds; and a checkpoint is given up."""
 
 from __future__ import annotations

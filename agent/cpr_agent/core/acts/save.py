@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest is saved: its device state goes to a file, its RAM stays where it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest that must sleep while it is saved: a device of the host keeps state that only the guest's own driver can put
 aside (QEMU, hw/vfio/cpr.c)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A guest boots, or is powered off."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The nouns that all layers share: definitions, identities, manifests. Plain frozen data.
 
 They are structs of msgspec: Python takes a hundred times as long to make a dataclass, and at each boot guests would wait

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A checkpoint, and the facts that its manifest records."""
 
 from __future__ import annotations

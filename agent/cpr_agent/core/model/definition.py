@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A VM as its admin wrote it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which memory a VM's RAM is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Sizes and durations, as an admin writes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernel command lines: the words on which the guests' memory depends, and those that another line would lose.
 
 A ``memmap=4G!8G`` that the new kernel's line lacks makes guest RAM free RAM. Quoting is the kernel's (``next_arg`` in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel that an upgrade loads for its kexec, and takes away if the kexec does not come."""
 
 from __future__ import annotations

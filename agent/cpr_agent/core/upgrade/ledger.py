@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The upgrade as one transaction: its phases, and which may follow which. Each is durable before it is acted on.
 
 The journal is its only memory: after a crash at any instant the journal's records are all of the ledger (invariant 5).

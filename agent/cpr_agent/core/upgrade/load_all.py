@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All guests after a boot: each checkpoint is loaded, and each guest that was shut down is started again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The plan of an upgrade, and the host's part of its check. Looks, and changes nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A new QEMU for every guest of the host, which stays in its kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How an upgrade is taken back: every guest goes on in this boot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All guests are saved, or none is: from the first that stops to the point of no return."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the acts of an upgrade share: the ports, the ledger, and the way to act on many VMs at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The sorting of all VMs before a save: those that can be saved, and the fate of the others."""
 
 from __future__ import annotations

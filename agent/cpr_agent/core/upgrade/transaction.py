@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The upgrade as one transaction: the lock that excludes a second one, and the order of the phases (invariants 2 to 6)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels on disk: which there are, what speaks against each, and the one that is loaded for a kexec.
 
 ``layout`` finds them as distributions and boot loaders lay them out, ``versions`` orders them, the other modules look at

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """An initrd, read to its end as the kernel will: cpio archives one after the other, each as it is or compressed.
 
 Sources: init/initramfs.c, lib/decompress.c, Documentation/driver-api/early-userspace/buffer-format.rst. The kernel does not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whether a kernel can mount its root: its image, its initrd, and the drivers of the root between the two."""
 
 from __future__ import annotations

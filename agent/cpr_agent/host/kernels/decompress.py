@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What initrds are compressed with, unpacked piece by piece. Sources: lib/decompress*.c; RFC 8878 (zstd)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Boot loader entries, which say which initrd belongs to an image (UAPI.1, "Boot Loader Specification").
 
 systemd-boot and GRUB (as Fedora has it) read the same files. They lie on a file system without owners, and people write

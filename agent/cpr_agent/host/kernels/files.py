@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files of other people's making, opened so that none can hold the agent up."""
 
 from __future__ import annotations

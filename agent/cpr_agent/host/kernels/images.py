@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A kernel's image: a bzImage, or a unified kernel image (UKI) that has kernel, initrd and command line as sections.
 
 Sources: Documentation/arch/x86/boot.rst, ``bzImage64_probe`` (arch/x86/kernel/kexec-bzimage64.c), "PE Format"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels on disk, and the one that waits for a kexec; implements core.ports.Kernels.
 
 Whether a new kernel can mount the root, and brings what the guests' memory needs to appear again, is read from its files

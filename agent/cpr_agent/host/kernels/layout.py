@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Where distributions and boot loaders put kernels, and which initrd belongs to which.
 
 /boot/vmlinuz-VERSION            Debian, Ubuntu, Fedora, RHEL, openSUSE; with initrd.img-, initramfs-….img, initrd-

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Loads a kernel for a kexec, by the program kexec(8).
 
 ``--kexec-file-syscall`` only: it is the form that works under lockdown, and the kernel checks what it is given

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whether a kernel has the drivers of the guests' memory, without which they are held after the kexec."""
 
 from __future__ import annotations

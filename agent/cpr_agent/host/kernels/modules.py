@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A kernel's modules on disk: what it has built in, what it can load, and whether all of that is there.
 
 Sources: modules.dep(5), modules.builtin (Documentation/kbuild/kbuild.rst), deb-postinst and dpkg(1) on a package's states.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a new kernel must be able to mount: the file systems of / and /usr, and the devices below them as /sys shows them.
 
 Sources: sysfs(5), Documentation/ABI/testing/sysfs-{block,bus-pci}, systemd's mount units (/usr is

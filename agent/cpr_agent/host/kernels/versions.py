@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernels' versions: their order, and the flavour that is in them."""
 
 from __future__ import annotations
