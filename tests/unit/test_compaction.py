@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import resource
 import shutil
@@ -36,6 +37,10 @@ from tests.fakes import FakeHost
 from tests.journals import Numbered, act, many_upgrades, renumbered
 
 HOST = FakeHost()
+
+
+def opened(path: Path) -> FileJournal:
+    return FileJournal(path, HOST, HOST)
 
 
 def write(path: Path, records: Numbered) -> None:
@@ -75,12 +80,12 @@ def said(journal: FileJournal) -> object:
 
 def reopened(path: Path) -> object:
     """It also goes on, with a higher number."""
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     answers = said(journal)
     last = max(record["n"] for record in journal.records())
     assert journal.append("discard", vm="another")["n"] > last
     journal.close()
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     assert journal.records()[-1]["vm"] == "another"
     assert said(journal) == answers
     journal.close()
@@ -97,13 +102,13 @@ def path(tmp_path: Path) -> Path:
 
 
 def compact(path: Path) -> None:
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     journal.compact()
     journal.close()
 
 
 def test_it_is_smaller_and_says_the_same(path: Path) -> None:
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     before, size, records = said(journal), path.stat().st_size, journal.records()
     journal.compact()
     assert said(journal) == before
@@ -111,7 +116,9 @@ def test_it_is_smaller_and_says_the_same(path: Path) -> None:
     assert [record for record in records if record in journal.records()] == journal.records()
     journal.append("woken", vm="web1")
     journal.close()
-    again = FileJournal(path, HOST, HOST)
+    numbers = [json.loads(line[17:])["n"] for line in path.read_bytes().splitlines()]
+    assert numbers == sorted(set(numbers))
+    again = opened(path)
     assert again.records() == journal.records()
     assert not again.past("web1").put_to_sleep
     assert [p.name for p in path.parent.iterdir()] == ["journal"]
@@ -131,25 +138,35 @@ def test_it_is_compacted_once_it_has_grown_and_then_not_before_it_has_grown_agai
 ) -> None:
     path = tmp_path / "journal"
     one = {"event": "woken", "vm": "web1", "text": "x" * length}
-    for number in (records, records + 1):
-        write(path, renumbered([one] * (number - 1)))
-        journal = FileJournal(path, HOST, HOST)
-        journal.compact_if_grown()
-        assert len(journal.records()) == number - 1 if number == records else len(journal.records()) < number - 1
-        journal.close()
+    write(path, renumbered([one] * (records - 1)))
+    opened(path).close()
+    assert marks(path) == 0
+    write(path, renumbered([one] * records))
+    opened(path).close()
     assert marks(path) == 1
     content = path.read_bytes()
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     for _ in range(3):
         journal.append("woken", vm="web1")
         journal.compact_if_grown()
     assert path.read_bytes().startswith(content)
 
 
+def test_what_a_compaction_has_left_does_not_count_as_growth(tmp_path: Path) -> None:
+    """Of one upgrade of very many guests."""
+    path = tmp_path / "journal"
+    write(path, many_upgrades(1, GROWN_RECORDS))
+    compact(path)
+    content = path.read_bytes()
+    assert content.count(b"\n") > GROWN_RECORDS
+    opened(path).close()
+    assert path.read_bytes() == content
+
+
 def test_one_that_grows_under_an_agent_waits_until_it_is_told(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     write(path, renumbered([{"event": "woken", "vm": "web1"}] * (GROWN_RECORDS - 1)))
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     journal.append("suspend", vm="web1")
     assert marks(path) == 0
     journal.compact_if_grown()
@@ -198,7 +215,7 @@ def each_kill(path: Path, work: Callable[[], None]) -> Iterator[int]:
 
 
 def test_killed_at_any_call_to_the_kernel_it_says_the_same(path: Path) -> None:
-    expected = said(FileJournal(path, HOST, HOST))
+    expected = said(opened(path))
     found = set()
     for number in each_kill(path, lambda: compact(path)):
         found.add(marks(path))
@@ -215,8 +232,8 @@ def test_killed_as_a_damaged_one_is_set_aside_it_says_what_stood_before_the_dama
     damaged = path.read_bytes()
     copy = path.with_name("copy")
     shutil.copy(path, copy)
-    expected = said(FileJournal(copy, HOST, HOST))
-    for number in each_kill(path, lambda: FileJournal(path, HOST, HOST).close()):
+    expected = said(opened(copy))
+    for number in each_kill(path, lambda: opened(path).close()):
         assert reopened(path) == expected, f"at passage {number}"
         assert path.read_bytes().startswith(b"".join(lines[:30]))
         assert damaged in [aside.read_bytes() for aside in path.parent.glob("journal.damaged-*")]
@@ -280,7 +297,7 @@ def disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 def test_after_a_power_cut_it_says_the_same(path: Path, tmp_path: Path, disk: Disk) -> None:
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     expected = said(journal)
     journal.compact()
     journal.close()
@@ -297,7 +314,7 @@ def test_after_a_power_cut_it_says_the_same(path: Path, tmp_path: Path, disk: Di
 
 def test_after_a_power_cut_an_appended_record_is_there(path: Path, tmp_path: Path, disk: Disk) -> None:
     """Also right after a compaction."""
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     journal.compact()
     disk.after_cuts.clear()
     journal.append("woken", vm="web1")
@@ -305,7 +322,7 @@ def test_after_a_power_cut_an_appended_record_is_there(path: Path, tmp_path: Pat
     disk.cut()
     for number, state in enumerate(disk.after_cuts):
         (tmp_path / str(number)).write_bytes(state["journal"])
-        assert FileJournal(tmp_path / str(number), HOST, HOST).records()[-1]["event"] == "woken"
+        assert opened(tmp_path / str(number)).records()[-1]["event"] == "woken"
 
 
 # -- the disk is full ----------------------------------------------------------------------------------------------------
@@ -334,7 +351,7 @@ def test_a_record_for_which_there_is_no_room_leaves_nothing(path: Path, room: in
     whole = path.read_bytes()
 
     def fill() -> None:
-        journal = FileJournal(path, HOST, HOST)
+        journal = opened(path)
         with pytest.raises(OSError):
             journal.append("woken", vm="web1")
         assert path.read_bytes() == whole
@@ -344,14 +361,14 @@ def test_a_record_for_which_there_is_no_room_leaves_nothing(path: Path, room: in
 
     with_files_of_at_most(len(whole) + room, fill)
     assert path.read_bytes().startswith(whole)
-    assert FileJournal(path, HOST, HOST).records()[-1]["event"] == "discard"
+    assert opened(path).records()[-1]["event"] == "discard"
 
 
 def test_without_room_for_the_new_one_the_old_one_stays(path: Path) -> None:
     whole = path.read_bytes()
 
     def fill() -> None:
-        journal = FileJournal(path, HOST, HOST)
+        journal = opened(path)
         before = said(journal)
         journal.compact()
         assert (path.read_bytes(), said(journal)) == (whole, before)
@@ -360,11 +377,11 @@ def test_without_room_for_the_new_one_the_old_one_stays(path: Path) -> None:
         assert path.read_bytes().startswith(whole)
 
     with_files_of_at_most(len(whole) // 4, fill)
-    assert FileJournal(path, HOST, HOST).records()[-1]["event"] == "woken"
+    assert opened(path).records()[-1]["event"] == "woken"
 
 
 def test_one_that_somebody_else_wrote_to_is_left_for_the_next_start(path: Path) -> None:
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     with path.open("ab") as file:
         file.write(b"something")
     content = path.read_bytes()
@@ -380,7 +397,7 @@ def test_one_that_somebody_else_wrote_to_is_left_for_the_next_start(path: Path) 
 
 
 def test_a_record_that_is_too_long_is_shortened(path: Path) -> None:
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     evidence = [["witness", "a" * 3000, '"' * 3000]] * 500
     record = journal.append(VmEvent.HELD, vm="web1", reason="\0" * 300_000, evidence=evidence, upgrade="f00")
     journal.close()
@@ -388,7 +405,7 @@ def test_a_record_that_is_too_long_is_shortened(path: Path) -> None:
     assert 0 < len(record["reason"]) < 300_000
     assert all(len(one) == 3 for one in record["evidence"])
     assert len(path.read_bytes().splitlines()[-1]) <= module._LINE_BYTES
-    assert FileJournal(path, HOST, HOST).records()[-1] == record
+    assert opened(path).records()[-1] == record
 
 
 def line(content: object) -> bytes:
@@ -414,7 +431,7 @@ def test_a_line_that_is_no_record_is_damage(path: Path, bad: bytes, last: bool) 
     whole = path.read_bytes()
     path.write_bytes(whole + bad + (b"" if last else line({"event": "woken", "vm": "web1"})))
     content = path.read_bytes()
-    FileJournal(path, HOST, HOST).close()
+    opened(path).close()
     assert path.read_bytes() == whole
     asides = list(path.parent.glob("journal.damaged-*"))
     torn = last and len(bad) <= module._LINE_BYTES
@@ -436,33 +453,36 @@ def test_no_record_stops_the_start_and_each_is_kept(tmp_path: Path, contents: li
     path = tmp_path / "journal"
     path.write_bytes(b"".join(line(content) for content in contents))
     whole = path.read_bytes()
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     Ledger(journal, HOST, Listener())
     number = journal.append("woken", vm="web1")["n"]
     assert path.read_bytes().startswith(whole)
     journal.compact()
     assert journal.append("woken", vm="web1")["n"] > number
     journal.close()
-    journal = FileJournal(path, HOST, HOST)
+    journal = opened(path)
     Ledger(journal, HOST, Listener())
     assert journal.records()[-1]["event"] == "woken"
     journal.close()
 
 
+@pytest.mark.parametrize("number", [2**53, 2**70, -5, 1.5, "7", None])
+def test_a_number_that_no_agent_gave_is_not_gone_on_from(path: Path, number: object) -> None:
+    with path.open("ab") as file:
+        file.write(line({"event": "woken", "vm": "web1", "n": number, "at": 1.0}))
+    assert opened(path).append("woken", vm="web1")["n"] == len(history()) + 1
+
+
 # -- what core makes of it -----------------------------------------------------------------------------------------------
 
 
-async def save(vm: Vm) -> None:
-    await vm.save(SaveRequest())
-
-
 async def save_and_load(vm: Vm) -> None:
-    await save(vm)
+    await vm.save(SaveRequest())
     await vm.load(LoadRequest())
 
 
 async def save_and_resume(vm: Vm) -> None:
-    await save(vm)
+    await vm.save(SaveRequest())
     await vm.resume()
 
 
@@ -558,7 +578,7 @@ def test_a_hundred_thousand_records_are_opened_in_60_ms_once_compacted(tmp_path:
     gc.disable()  # as the agent does while it starts
     for _ in range(5):
         begin = time.process_time()
-        journal = FileJournal(path, HOST, HOST)
+        journal = opened(path)
         times.append(time.process_time() - begin)
         journal.close()
     gc.enable()

@@ -12,7 +12,7 @@ from cpr_agent.core.acts.requests import Replacement
 from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_hooks, check_vm
 from cpr_agent.core.jobs import Job, Jobs
-from cpr_agent.core.listener import Listeners
+from cpr_agent.core.listener import Listener, Listeners
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.saveable import waits_when_blocked
@@ -33,6 +33,7 @@ class Manager:
     def __init__(self, ports: Ports, settings: Settings) -> None:
         self.vms: dict[str, Vm] = {}
         self.listeners = Listeners()
+        self.listeners.add(_Housekeeper(self))
         self.jobs = Jobs(self.listeners)
         self.ports = ports
         self.ledger = Ledger(ports.journal, ports.boot, self.listeners)
@@ -249,7 +250,20 @@ class Manager:
     def _others(self, asking: str) -> list[Vm]:
         return [vm for vm in self.vms.values() if vm.name != asking]
 
+    def tidy(self) -> None:
+        """Compact the journal if it has grown, unless an act is under way, for which a guest may wait."""
+        if not self.jobs.current and not any(vm.busy for vm in self.vms.values()):
+            self.ports.journal.compact_if_grown()
+
     async def close(self) -> None:
         await self.jobs.drain(60.0)
         for vm in self.vms.values():
             await vm.close()
+
+
+class _Housekeeper(Listener):
+    def __init__(self, manager: Manager) -> None:
+        self._manager = manager
+
+    def job_removed(self, job: Job) -> None:  # noqa: ARG002 - whichever it was
+        self._manager.tidy()

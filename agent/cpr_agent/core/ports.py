@@ -289,6 +289,10 @@ class Journal(Protocol):
     def records(self) -> list[dict[str, Any]]:
         """For reports, oldest first."""
 
+    def compact_if_grown(self) -> None:
+        """Leave out the records that no later decision or report needs. Blocking, up to 50 ms: only while no act is under
+        way."""
+
 
 class Clock(Protocol):
     def now(self) -> float:

@@ -83,6 +83,11 @@ class Vm:
         return self.machine.ports.runner.unit(self.name)
 
     @property
+    def busy(self) -> bool:
+        """Whether an act is under way."""
+        return self._act is not None
+
+    @property
     def qemu(self) -> Qemu | None:
         """The live QEMU, if there is one that answers."""
         return self.machine.qemu

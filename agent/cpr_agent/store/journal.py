@@ -175,9 +175,9 @@ class FileJournal:
 
 def _intact(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The lines and their records, up to the end or to the first line that is none of ours."""
-    while line := file.readline(_LINE_BYTES + 1):
+    while line := file.readline(_LINE_BYTES):
         body = line[_CHECKSUM_CHARS + 1 : -1]
-        if len(line) > _LINE_BYTES or line != _line(body):
+        if line != _line(body):
             return
         try:
             record = _RECORD.decode(body)
