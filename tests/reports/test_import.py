@@ -35,6 +35,8 @@ ELSEWHERE = {
     r",splash=[^, ']*": "",
     r"/run/virtiofsd/web1.sock|/run/ovs/vhu0": "/run/libvirt/gone",
     r"/srv/a.qcow2": "null-co://",
+    r"-plugin /usr/lib/x.so": "",
+    r"file=/srv/x": "file=/usr/share/x",
 }
 """What the machine of a test does not have, and what stands for it: storage elsewhere, KVM, firmware, a newer QEMU."""
 

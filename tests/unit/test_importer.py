@@ -328,6 +328,14 @@ def test_a_qemu_that_is_called_kvm_takes_it() -> None:
         assert read(import_command_line(f"/usr/bin/kvm {accelerated}")).vm.arguments == tuple(accelerated.split())
 
 
+def test_only_one_way_to_name_the_accelerator_is_kept() -> None:
+    """QEMU refuses -accel beside the others."""
+    found = imported("-enable-kvm", "-accel", "tcg")
+    assert read(found).vm.arguments == ("-accel", "tcg")
+    assert why(found, "-enable-kvm").startswith("left out")
+    assert read(imported("-enable-kvm", "-M", "q35")).vm.arguments == ("-enable-kvm", "-M", "q35")
+
+
 def test_a_disk_whose_writes_are_lost_gets_a_look() -> None:
     assert why(imported("-drive", "file=/a,snapshot=on"), "-drive").startswith("look: what the guest writes")
 
@@ -507,7 +515,7 @@ def test_any_words_are_taken_or_refused(words: list[str]) -> None:
 
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z-]{0,8}", fullmatch=True), st.text(max_size=9), min_size=1))
 def test_keys_are_taken_out_and_the_rest_stays(keys: dict[str, str]) -> None:
-    keys = {key: value.replace("\0", "") for key, value in keys.items()}
+    keys = {f"x-{key}": value.replace("\0", "") for key, value in keys.items()}
     gone = next(iter(keys))
     rest = {key: value for key, value in keys.items() if key != gone}
     text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in {"id": "x", **keys}.items())

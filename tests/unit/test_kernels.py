@@ -342,6 +342,15 @@ def test_modules_that_are_not_all_there_are_an_error(root: Path, how: str) -> No
     assert "dpkg --configure -a" in found["modules-incomplete"].remedy
 
 
+def test_a_link_to_a_module_of_a_kernel_that_is_gone_is_none_of_them(root: Path) -> None:
+    """As weak-modules of RHEL leaves it."""
+    directory = root / f"usr/lib/modules/{VERSION}"
+    write(directory / "modules.dep", f"{DEPENDS}weak-updates/kmod.ko.xz:\n")
+    (directory / "weak-updates").mkdir()
+    (directory / "weak-updates/kmod.ko.xz").symlink_to("/lib/modules/6.12.1-amd64/extra/kmod.ko.xz")
+    assert findings(root) == []
+
+
 @pytest.mark.parametrize("name", ["dax_pmem.ko.xz.dpkg-new", "dax_pmem.ko.xz;5f3a0c1d"])
 def test_files_that_a_package_manager_left_half_way_are_an_error(root: Path, name: str) -> None:
     left = write(root / f"usr/lib/modules/{VERSION}/kernel/drivers/dax/{name}", "x")

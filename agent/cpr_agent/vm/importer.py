@@ -18,6 +18,7 @@ from cpr_agent.errors import InvalidArgument
 from cpr_agent.vm.cmdline import OWN
 from cpr_agent.vm.connections import DIES, Connections
 from cpr_agent.vm.foreign import CommandLine, Option, read_config, split
+from cpr_agent.vm.networks import at_home
 from cpr_agent.vm.paths import whole_paths
 
 NO_DEVICE = "uuid:see-cprctl-devices"
@@ -50,9 +51,9 @@ _SCREENS = ("gtk", "sdl", "cocoa", "curses", "spice-app", "default")
 _SOUND = ("alsa", "coreaudio", "dsound", "jack", "oss", "pa", "pipewire", "sdl", "sndio")
 """Of a session at a screen. An audiodev that can't reach its server ends QEMU."""
 
-_FD_KEYS = ("fd", "fds", "vhostfd", "vhostfds")
 _IN_PLACE = ("/dev/dax", "/dev/shm/")  # noqa: S108 - where RAM is that the agent can leave in place
-_NO_PROGRAMS = "with its sandbox QEMU starts no programs"
+_UNIT = "vm.user and the VM's unit say that"
+_ONE_ACCEL = "-accel says that, and QEMU takes one of the two alone"
 
 
 def import_command_line(
@@ -97,6 +98,7 @@ class _Draft:
         self._dead = {id_ for id_, value in self._objects.items() if DIES.search(value.keys.get("file", ""))}
         self._dead |= {id_ for id_, value in self._objects.items() if value.keys.get("keyid") in self._dead}
         self._connections = Connections(self._options)
+        self._accel = any(option.name == "-accel" for option in self._options)
         self._buses = {option.value.keys["id"] for option in self._options if "id" in option.value.keys}
         machine = "".join(option.text for option in self._options if option.name in ("-machine", "-M"))
         self._buses |= {"pcie", "ide", "isa"} if "q35" in machine else {"pci", "ide", "isa"}
@@ -156,10 +158,8 @@ class _Draft:
                 kept = (kept[0], text)
             if kept:
                 self.arguments.append(kept)
-        accelerated = any(
-            option.name in ("-accel", "-enable-kvm") or option.value.keys.get("accel") for option in self._options
-        )
-        if self.line.program.endswith("kvm") and not accelerated:
+        said = self._accel or any(one.name == "-enable-kvm" or "accel" in one.value.keys for one in self._options)
+        if self.line.program.endswith("kvm") and not said:
             self.note("changed", self.line.program, "a QEMU of this name takes KVM; -accel says so, whatever it is called")
             self.arguments.append(("-accel", "kvm"))
 
@@ -178,6 +178,8 @@ class _Draft:
                 instead, why = _INSTEAD[name]
                 self.note("changed", option, why)
                 return instead
+            case "-enable-kvm" if self._accel:
+                return self._left_out(option, _ONE_ACCEL)
             case "-run-with" if {"user", "chroot"} & set(option.value.keys):
                 rest = str(option.value.without("user", "chroot"))
                 return self._changed(option, rest, _UNIT) if rest else self._left_out(option, _UNIT)
@@ -241,8 +243,8 @@ class _Draft:
     def _machine(self, option: Option) -> tuple[str, ...]:
         """[memory] says what ``memory-backend`` says."""
         keys = option.value.keys
-        if "accel" in keys and any(one.name == "-accel" for one in self._options):
-            self.note("changed", option, "QEMU takes one of -accel and accel= alone, and here is -accel")
+        if "accel" in keys and self._accel:
+            self.note("changed", option, _ONE_ACCEL)
             option.value.without("accel")
         text = str(option.value.without("memory-backend"))
         if plain := re.sub(r"\+pve\d+", "", text):
@@ -286,32 +288,11 @@ class _Draft:
         return (option.name, option.text)
 
     def _network(self, option: Option) -> tuple[str, ...]:
-        value, kind = option.value, option.value.first("type")
-        fds = bool(set(_FD_KEYS) & set(value.keys))
-        if kind == "bridge" or (kind == "tap" and (fds or "helper" in value.keys or "br" in value.keys)):
-            why = (
-                f"its descriptor dies with who opened it: have a tap interface {self._interface()} at boot, or name another"
-            )
-            if not fds:
-                why = f"{_NO_PROGRAMS}, and a bridge's helper is one: have a tap interface {self._interface()} at boot"
-            more: dict[str, str | bool] = {"ifname": self._interface(), "script": "no", "downscript": "no"}
-            if {"vhostfd", "vhostfds"} & set(value.keys):
-                more["vhost"] = True
-            tap = value.without(*_FD_KEYS, "helper", "br", *more).with_(**more)
-            return self._changed(option, str(tap.renamed("type", "tap")), why)
-        if kind == "tap" and value.keys.get("script") != "no":
-            name = value.keys.get("ifname", "") or self._interface()
-            why = f"{_NO_PROGRAMS}, and its script is one: have the tap interface {name} at boot, in its bridge"
-            more = {"ifname": name, "script": "no", "downscript": "no"}
-            return self._changed(option, str(value.without(*more).with_(**more)), why)
-        if fds or (kind in ("stream", "dgram", "socket", "passt") and DIES.search(option.text)):
-            id_ = value.keys.get("id", "")
-            text = f"user,id={id_}" if id_ else "user"
-            models = [f"{key}={value.keys[key]}" for key in ("model", "mac", "macaddr") if key in value.keys]
-            why = "what it was connected to dies with who has started that QEMU: the guest is behind QEMU's own NAT now"
-            return self._changed(option, ",".join([text, *models]), why)
-        if kind == "user" and {"smb", "guestfwd"} & set(value.keys):
-            self.note("look", option, f"{_NO_PROGRAMS}: smb= and the commands of guestfwd= do not work")
+        changed, why = at_home(option.value, self._interface())
+        if changed is not None:
+            return self._changed(option, changed, why)
+        if why:
+            self.note("look", option, why)
         return self._plain(option)
 
     def _interface(self) -> str:
@@ -350,9 +331,6 @@ class _Draft:
             self.note("changed", "vm.user", why)
         else:
             self.note("look", "vm.user", "QEMU will run as cpr-vm, which must be allowed to open its disks and devices")
-
-
-_UNIT = "vm.user and the VM's unit say that"
 
 
 def _size(count: int) -> str:

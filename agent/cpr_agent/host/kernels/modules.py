@@ -113,8 +113,9 @@ class Modules(msgspec.Struct, frozen=True):
         return self.directory / (path.partition(f"/{self.directory.name}/")[2] if path.startswith("/") else path)
 
     def missing(self) -> list[str]:
-        """The files of modules.dep that are not there."""
-        return [paths[0] for paths in self.loadable.values() if not self.is_there(paths[0])]
+        """The kernel's own files of modules.dep that are not there. Of others (extra/, weak-updates/) a link may lead
+        nowhere, once a kernel that they were shared with is gone."""
+        return [paths[0] for paths in self.loadable.values() if "kernel/" in paths[0] and not self.is_there(paths[0])]
 
     def of_file_system(self, kind: str) -> str:
         """The module that mounts ``kind``: ext3 is ext4's to mount."""
