@@ -53,7 +53,7 @@ async def bridge(host: str, timeout_s: float) -> AsyncIterator[MessageBus]:
     bus, far = _socket()
     with far:
         ssh = await _ssh(host, far)
-    said = asyncio.ensure_future(_said(ssh))
+    said = asyncio.ensure_future(_stderr_tail(ssh))
     try:
         try:
             async with asyncio.timeout(timeout_s):
@@ -103,7 +103,7 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-async def _said(ssh: asyncio.subprocess.Process) -> str:
+async def _stderr_tail(ssh: asyncio.subprocess.Process) -> str:
     """The last line on ssh's stderr, which is read all the time lest it blocks."""
     last = ""
     if ssh.stderr is None:

@@ -18,7 +18,7 @@ from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, listening_sockets, tra
 from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused
 from cpr_agent.vm.replies import MIGRATION, STATUS
-from cpr_agent.vm.retry import until
+from cpr_agent.vm.retry import poll_until
 
 _NO_TRANSFER = "this QEMU has no cpr-transfer (10.0 and newer have)"
 _WOULD_WAKE = "this QEMU (before 9.0) would wake it by saving"
@@ -116,7 +116,7 @@ class LiveQemu:
         return reasons + await blockers.save_blockers(self._qmp, launch)
 
     async def until_saveable(self, launch: Launch, timeout_s: float) -> list[str]:
-        return await until(lambda: self.blocked_reasons(launch), lambda reasons: not reasons, timeout_s, slowest_s=1.0)
+        return await poll_until(lambda: self.blocked_reasons(launch), lambda reasons: not reasons, timeout_s, slowest_s=1.0)
 
     async def _keeps_suspended(self) -> bool:
         """No schema tells; measured up to 7.2 and from 10.0, and read in between (FACTS.md, "Run states")."""
@@ -133,7 +133,7 @@ class LiveQemu:
             ended = await self._migrate((await self.dialect()).save, vmstate_fd, timeout_s)
             if ended != "completed":
                 raise SaveFailed(f"QEMU could not write its state: {await self._why(ended)}", vm=vm)
-            state = await until(self.run_state, lambda now: now is RunState.POSTMIGRATE, _SETTLE_S)
+            state = await poll_until(self.run_state, lambda now: now is RunState.POSTMIGRATE, _SETTLE_S)
             if state is not RunState.POSTMIGRATE:
                 raise SaveFailed(f"QEMU wrote its state but is {state}, not postmigrate", vm=vm)
             return stopped.result().at if stopped.done() else 0.0
@@ -150,7 +150,7 @@ class LiveQemu:
         ended = await self._migrate(act, fd, timeout_s)
         if ended != "completed":
             raise LoadFailed(f"QEMU could not read the state: {await self._why(ended)}", vm=self._qmp.vm)
-        state = await until(self.run_state, lambda now: now is not RunState.INMIGRATE, _SETTLE_S)
+        state = await poll_until(self.run_state, lambda now: now is not RunState.INMIGRATE, _SETTLE_S)
         if state not in (RunState.PAUSED, RunState.SUSPENDED):
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
 
@@ -173,7 +173,7 @@ class LiveQemu:
     async def _cancel_migration(self) -> None:
         """Returns when none is under way: it would stop the guest after the caller has looked whether it runs."""
         await self._qmp.execute("migrate_cancel")
-        status = await until(self._migration_status, lambda now: now in ("none", *_ENDED), _SETTLE_S)
+        status = await poll_until(self._migration_status, lambda now: now in ("none", *_ENDED), _SETTLE_S)
         if status not in ("none", *_ENDED):
             raise QemuFailed(f"QEMU did not cancel its migration within {_SETTLE_S:.0f} s", vm=self._qmp.vm)
 
@@ -206,7 +206,7 @@ class LiveQemu:
         with self._qmp.expecting("STOP") as stopped:
 
             async def handed_over() -> float:
-                status = await until(self._migration_status, lambda now: now in _ENDED, timeout_s)
+                status = await poll_until(self._migration_status, lambda now: now in _ENDED, timeout_s)
                 state = await self.run_state()
                 if (status, state) != ("completed", RunState.POSTMIGRATE):
                     why = await self._why(status)
@@ -233,7 +233,7 @@ class LiveQemu:
                 return error.what
             return ""
 
-        if refused := await until(offer, lambda refusal: not refusal, timeout_s):
+        if refused := await poll_until(offer, lambda refusal: not refusal, timeout_s):
             raise QemuFailed(f"the new QEMU was not there within {timeout_s:.0f} s: {refused}", vm=self._qmp.vm)
 
     async def _withdraw_offer(self) -> None:

@@ -11,7 +11,7 @@ T = TypeVar("T")
 FASTEST_S = 0.005
 
 
-async def until(
+async def poll_until(
     probe: Callable[[], Awaitable[T]], good: Callable[[T], bool], timeout_s: float, slowest_s: float = 0.1
 ) -> T:
     """Ask QEMU again until the answer is ``good``, for the few changes that it announces by no event.

@@ -29,7 +29,7 @@ class LoadTimes(NamedTuple):
     resumed_at: float
 
 
-async def tell(machine: Machine, manifest: Manifest, times: LoadTimes) -> None:
+async def report(machine: Machine, manifest: Manifest, times: LoadTimes) -> None:
     """Record how the guest came through, set its clock, and run the hooks."""
     timeline = await _timeline(machine, manifest, times)
     facts = about(Event.LOADED, **entry(manifest, "load"), pause=f"{timeline.pause_s:.3f}")

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
 
-from cpr_agent.core.acts.afterwards import LoadTimes, entry, tell
+from cpr_agent.core.acts.afterwards import LoadTimes, entry, report
 from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.acts.start import boot
 from cpr_agent.core.events import Event, about
@@ -276,7 +276,7 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
         async with request.turn:
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
             loaded = await _load_located(machine, manifest, fd, located, vessel)
-        machine.spawn(tell(machine, manifest, LoadTimes(load_at, memory_at, *loaded)))
+        machine.spawn(report(machine, manifest, LoadTimes(load_at, memory_at, *loaded)))
 
 
 async def _load_located(

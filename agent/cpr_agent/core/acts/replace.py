@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 from msgspec.structs import replace as changed
 
-from cpr_agent.core.acts.afterwards import LoadTimes, tell
+from cpr_agent.core.acts.afterwards import LoadTimes, report
 from cpr_agent.core.acts.load import Beside, go_on, holding, load_by_either, load_into
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.acts.resume import take_back
@@ -129,7 +129,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     vessel = Beside(machine, new)
     resumed_at = await uninterrupted(go_on(machine, new, draft, Unbroken.HANDED_OVER, vessel))
     loaded = LoadTimes(handed_at, handed_at, handed_at, resumed_at)
-    machine.spawn(tell(machine, changed(draft, times=times), loaded))
+    machine.spawn(report(machine, changed(draft, times=times), loaded))
 
 
 @contextlib.asynccontextmanager
