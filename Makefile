@@ -82,11 +82,11 @@ test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and w
 .PHONY: bench
 bench: ## What the agent costs, against a bare script, libvirt, and this machine (docs/bench.md)
 	@scripts/bootstrap --bench
-	env -u PYTHONDONTWRITEBYTECODE PYTHONPATH=scripts:. $(PYTHON) -m bench
+	env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m scripts.bench
 
 .PHONY: bench-host
 bench-host: bootstrap host-root $(DEB) ## From the start of userspace to the first guest's cont, against a bare unit, by real kexecs
-	PYTHONPATH=scripts:. $(PYTHON) -m bench.host
+	$(PYTHON) -m scripts.bench.host
 
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots

@@ -25,13 +25,13 @@ def run_scenario(scenario: Path, name: str, payload: Sequence[Path], timeout_s: 
 
 def scenario_command(
     scenario: Path, name: str, payload: Sequence[Path], timeout_s: float, *options: str
-) -> tuple[Path, list[Path | str]]:
+) -> tuple[Path, list[str]]:
     """What ``run_scenario`` runs, for who has something else to do meanwhile; what an earlier run left is gone."""
     out = ROOT / "build" / name
     subprocess.run(["rm", "-rf", out], check=True)
     (deb,) = ROOT.glob("build/cpr-agent_*_all.deb")
     return out, [
-        *(ROOT / "scripts/host-vm", "run", "--follow", "--smp", "1", f"--timeout={timeout_s}", *options),
-        *("--out", out, "--scenario", scenario, "--deb", deb),
-        *("--payload", *payload, ROOT / "scripts/guest/console.py"),
+        *(str(ROOT / "scripts/host-vm"), "run", "--follow", "--smp", "1", f"--timeout={timeout_s}", *options),
+        *("--out", str(out), "--scenario", str(scenario), "--deb", str(deb)),
+        *("--payload", *map(str, payload), str(ROOT / "scripts/guest/console.py")),
     ]

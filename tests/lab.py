@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts.guest.console import ConsoleReport, read_console
 
 from cpr_agent.bus.client import CallError, Client, plain
 from cpr_agent.bus.client import options as variants
+from scripts.guest.console import ConsoleReport, read_console
 
 ROOT = Path(__file__).parent.parent
 DAEMON = (sys.executable, "-m", "cpr_agent", "--runner", "process")

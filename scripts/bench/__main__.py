@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""python -m bench: measure, print a table, write bench.json and the pictures. See docs/bench.md.
+# SPDX-License-Identifier: GPL-2.0-or-later
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""python -m scripts.bench: measure, print a table, write bench.json and the pictures. See docs/bench.md.
 
 exit codes: 0 all was measured, whether or not it reached what it should; 1 something could not be measured
 """
@@ -15,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import many, memory, pause, weight
-from bench.figures import Figure, number, table, write
+from scripts.bench import many, memory, pause, weight
+from scripts.bench.figures import Figure, number, table, write
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def main() -> int:
         write(figures, options.out / "bench.json")
         print(options.out / "bench.json")
     try:
-        from bench.plots import draw  # what is printed needs no matplotlib
+        from scripts.bench.plots import draw  # what is printed needs no matplotlib
     except ImportError as error:
         print(f"bench: no pictures: {error}; run: scripts/bootstrap --bench", file=sys.stderr)
         return 1

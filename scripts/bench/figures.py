@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.goals import Goal
+from scripts.bench.goals import Goal
 
 
 @dataclass(frozen=True)

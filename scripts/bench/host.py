@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""python -m bench.host: what needs a kexec, in the host VM. Writes bench-host.json. See docs/bench.md.
+# SPDX-License-Identifier: GPL-2.0-or-later
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""python -m scripts.bench.host: what needs a kexec, in the host VM. Writes bench-host.json. See docs/bench.md.
 
-exit codes: as of python -m bench
+exit codes: as of python -m scripts.bench
 """
 
 from __future__ import annotations
@@ -10,10 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from scripts.bench.figures import Figure, Runs, table, write
+from scripts.bench.goals import HOST_GOALS
 from tests.host_vm import ROOT, build_guests, run_scenario
-
-from bench.figures import Figure, Runs, table, write
-from bench.goals import HOST_GOALS
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 1800

@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cpr_agent.bus.client import Client, options, plain
+from scripts.bench.bare import BareVm
 from scripts.guest.console import read_console
 from tests.lab import PATIENCE_S, ROOT, Guest, Lab, private_bus, until
-
-from bench.bare import BareVm
-from cpr_agent.bus.client import Client, options, plain
 
 MIB = 1 << 20
 _PREFIX = "cpr-agent-bench-"

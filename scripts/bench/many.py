@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import mean
 
+from scripts.bench.bare import BareVm
+from scripts.bench.figures import Figure, Runs
+from scripts.bench.goals import GOALS
+from scripts.bench.machine import machine, standing_still
 from tests.lab import Guest
-
-from bench.bare import BareVm
-from bench.figures import Figure, Runs
-from bench.goals import GOALS
-from bench.machine import machine, standing_still
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
 ROUNDS = 5

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.figures import Figure, Runs
-from bench.goals import GOALS
-from bench.machine import MIB, fill
 from cpr_agent.core.model import Located, MemoryIdentity, Survives
 from cpr_agent.memory.witness import new_witness, take_witness
+from scripts.bench.figures import Figure, Runs
+from scripts.bench.goals import GOALS
+from scripts.bench.machine import MIB, fill
 
 SIZE_MIB = 2048
 ROUNDS = 7

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from bench.figures import Figure, Runs
-from bench.goals import GOALS
-from bench.machine import MIB, Pause, fill, machine
-from bench.virsh import Libvirt
+from scripts.bench.figures import Figure, Runs
+from scripts.bench.goals import GOALS
+from scripts.bench.machine import MIB, Pause, fill, machine
+from scripts.bench.virsh import Libvirt
 
 ROUNDS = 15
 WRITTEN = 0.7

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure as Picture
 
-from bench.figures import Figure
+from scripts.bench.figures import Figure
 
 BY_RAM, BY_VMS = "pause-by-ram.svg", "pause-by-vms.svg"
 _AGENT, _OTHER, _FLOOR = "#1f77b4", "#d62728", "#7f7f7f"

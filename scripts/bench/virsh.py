@@ -16,9 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from scripts.bench.machine import console_lines
 from tests.lab import until
-
-from bench.machine import console_lines
 
 NAME = "bench"
 _NOBODY = 65534

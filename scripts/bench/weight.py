@@ -13,12 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.bench.bare import cpu_s
+from scripts.bench.figures import Figure, Runs
+from scripts.bench.goals import GOALS
+from scripts.bench.machine import Machine, machine
 from tests.lab import DAEMON, PATIENCE_S, ROOT
-
-from bench.bare import cpu_s
-from bench.figures import Figure, Runs
-from bench.goals import GOALS
-from bench.machine import Machine, machine
 
 DEFINED, RUNNING = 100, 50
 IDLE_S = 60

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.guest.console import read_console
-
 from cpr_agent.bus.contract import read_contract, standard_interfaces
+from scripts.guest.console import read_console
 from tests.access.probe import OPEN
 from tests.access.tally import take_tally
 from tests.host_vm import build_guests, run_scenario

@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -18,14 +19,15 @@ def dies(lab: Lab, guest: Guest, point: str, member: str) -> None:
     """The agent is replaced by one that is killed at ``point`` of this call, and that one by an ordinary one."""
     lab.end_agent()
     lab.start_agent((sys.executable, "-m", "tests.bus.mortal_agent", point))
+    acts: dict[str, Callable[[], object]] = {
+        "save": guest.save,
+        "load": guest.load,
+        "resume": lambda: guest.call("Resume"),
+        "refresh": lambda: guest.call("Refresh", "a{sv}", {}),
+        "refresh in turn": lambda: guest.call("Refresh", "a{sv}", variants(in_turn=True)),
+    }
     with pytest.raises(CallError) as caught:
-        {
-            "save": guest.save,
-            "load": guest.load,
-            "resume": lambda: guest.call("Resume"),
-            "refresh": lambda: guest.call("Refresh", "a{sv}", {}),
-            "refresh in turn": lambda: guest.call("Refresh", "a{sv}", variants(in_turn=True)),
-        }[member]()
+        acts[member]()
     assert caught.value.kind == "org.freedesktop.DBus.Error.NoReply"
     assert lab.agent_ended() == -signal.SIGKILL
     lab.start_agent()

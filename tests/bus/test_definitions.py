@@ -118,7 +118,11 @@ def test_at_a_terminal_the_editor_comes_again(lab: Lab, tmp_path: Path) -> None:
 
 def test_the_agent_itself_says_what_is_valid(lab: Lab) -> None:
     text = (Path(__file__).parents[2] / "agent/cpr_agent/cli/example-vm.toml").read_text()
-    lab.client(lambda client: client.manager("Validate", "ss", "web1", text))
+
+    def validate(name: str, definition: str) -> None:
+        lab.client(lambda client: client.manager("Validate", "ss", name, definition))
+
+    validate("web1", text)
     for name, definition, said in (
         ("a/b", text, "is not a VM name"),
         ("", text, "is not a VM name"),
@@ -126,7 +130,7 @@ def test_the_agent_itself_says_what_is_valid(lab: Lab) -> None:
         ("web1", "#" * (1 << 17), "64 KiB"),
     ):
         with pytest.raises(CallError) as caught:
-            lab.client(lambda client, sent=(name, definition): client.manager("Validate", "ss", *sent))
+            validate(name, definition)
         assert said in str(caught.value)
 
 

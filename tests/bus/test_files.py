@@ -92,6 +92,11 @@ def test_a_link_under_the_name_of_a_save(lab: Lab, guest: Guest, elsewhere: Path
     guest.assert_unbroken()
 
 
+def give_to_a_group(place: Path) -> None:
+    os.chown(place, 0, NOBODY)
+    place.chmod(0o770)
+
+
 @AS_ROOT
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -99,12 +104,12 @@ def test_a_link_under_the_name_of_a_save(lab: Lab, guest: Guest, elsewhere: Path
         (lambda place: place.chmod(0o777), "others may write to"),
         (lambda place: place.chmod(0o1777), "others may write to"),
         (lambda place: os.chown(place, NOBODY, NOBODY), f"belongs to user {NOBODY}"),
-        (lambda place: (os.chown(place, 0, NOBODY), place.chmod(0o770)), "others may write to"),
+        (give_to_a_group, "others may write to"),
     ],
 )
 @pytest.mark.parametrize("below", [False, True])
 def test_a_directory_that_others_may_change(
-    lab: Lab, guest: Guest, change: Callable[[Path], object], said: str, below: bool
+    lab: Lab, guest: Guest, change: Callable[[Path], object], said: str, *, below: bool
 ) -> None:
     place = lab.exports / "shared"
     target = place / "below" if below else place

@@ -146,8 +146,8 @@ def test_a_hook_that_hangs_is_killed_with_its_children_and_counts_as_failed(lab:
     pids = lab.root / "pids"
     hook(lab, "pre-save", "10-hangs", f"sleep 1000 & echo $$ $! >{pids}; wait")
     refused(guest, "SaveFailed", "10-hangs: did not end within 1 s, and was killed", "not stopped", member="CprSave")
-    for pid in pids.read_text().split():
-        until(lambda pid=pid: not Path(f"/proc/{pid}/exe").exists(), f"process {pid} is gone")
+    programs = [Path(f"/proc/{pid}/exe") for pid in pids.read_text().split()]
+    until(lambda: not any(program.exists() for program in programs), "the hook and its child are gone")
     guest.assert_unbroken()
 
 

@@ -24,13 +24,13 @@ from tests.lab import PATIENCE_S, Guest, Lab, let_others_in
 MANAGER = f"{BUS_NAME}.Manager"
 
 
-def message(member: str, *body: object, signature: str = "", **more: object) -> Message:
-    return Message(BUS_NAME, ROOT, MANAGER, member, signature=signature, body=list(body), **more)
+def message(member: str, *body: object, signature: str = "") -> Message:
+    return Message(BUS_NAME, ROOT, MANAGER, member, signature=signature, body=list(body))
 
 
 def marshalled(one: Message, serial: int = 7) -> bytearray:
     one.serial = serial
-    return bytearray(one._marshall())
+    return bytearray(one._marshall())  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
 
 
 @pytest.fixture

@@ -145,13 +145,14 @@ def test_a_password_that_nobody_types_is_not_waited_for_any_more(
 
     async def ask() -> None:
         bus = await Service.connect(lab.address)
-        call = Message(BUS_NAME, OBJECT, f"{BUS_NAME}.Manager", "Reload", sender=bus.unique_name)
+        caller = str(bus.unique_name)
+        call = Message(BUS_NAME, OBJECT, f"{BUS_NAME}.Manager", "Reload", sender=caller)
         call.flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
         asking = Authority(bus, interactive_timeout_s=0.1)
-        asking._uids[str(bus.unique_name)] = asyncio.create_task(_somebody())
+        asking._uids[caller] = asyncio.create_task(_somebody())
         with pytest.raises(TimedOutError, match="did not answer within"):
             await asking.require(call, f"{BUS_NAME}.manage-vms")
-        await asking._uid(str(bus.unique_name))  # an answer to this means that all before it was sent
+        await asking._uid(caller)  # an answer to this means that all before it was sent
         bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
 
     asyncio.run(ask())

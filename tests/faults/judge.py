@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -71,7 +71,7 @@ class Boot:
     kind: Kind
     sizes: dict[str, int] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
-    events: tuple[dict[str, object], ...] = ()
+    events: tuple[Mapping[str, object], ...] = ()
     damaged: tuple[str, ...] = ()
 
 
@@ -109,12 +109,12 @@ def judge_guest(name: str, log: bytes, boots: Sequence[Boot]) -> list[Judgement]
     before = first[-1] if first else None
     out = []
     for boot, part in zip(boots, parts, strict=True):
-        out.append(_judge_boot(boot.kind, name in boot.saved, before, part))
+        out.append(_judge_boot(boot.kind, before, part, saved=name in boot.saved))
         before = part[-1] if part else before
     return out
 
 
-def _judge_boot(kind: Kind, saved: bool, before: Said | None, part: list[Said]) -> Judgement:
+def _judge_boot(kind: Kind, before: Said | None, part: list[Said], *, saved: bool) -> Judgement:
     if not part:
         return Judgement(None, "said nothing")
     now = part[0]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.guest.console import ConsoleReport, read_console
-
 from tests.host_vm import ROOT, scenario_command
 
 PLAYBOOK = ROOT / "packaging/ansible/upgrade-hosts.yml"
@@ -30,11 +29,11 @@ LIFE_S = 3600
 
 
 class Boot(NamedTuple):
-    """Which one a host is in; ``count`` is how many there were."""
+    """Which one a host is in; ``number`` is how many there were."""
 
     kernel: str
     boot_id: str
-    count: int
+    number: int
 
 
 class Host:
@@ -159,20 +158,21 @@ class Play:
 class Controller:
     """Where the admin sits; what it keeps is below ``home``."""
 
-    def __init__(self, home: Path, hosts: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, home: Path, hosts: Mapping[str, Mapping[str, object]], playbook: Path = PLAYBOOK) -> None:
         home.mkdir(exist_ok=True)
         self._home = home
+        self._playbook = playbook
         self._inventory = home / "hosts.json"
         self._inventory.write_text(json.dumps({"kvm_hosts": {"hosts": hosts}}))
 
-    def play(self, *options: str, playbook: Path = PLAYBOOK, **settings: Any) -> Play:
+    def play(self, *options: str, **settings: object) -> Play:
         """Run it with these settings of the role, shown as it goes."""
         report = self._home / "report"
         subprocess.run(["rm", "-rf", report], check=True)
         extra = {f"cpr_agent_upgrade_{name}": value for name, value in {"report_dir": str(report), **settings}.items()}
         command = [
-            *(Path(sys.executable).with_name("ansible-playbook"), "-i", self._inventory),
-            *("-e", json.dumps(extra), *options, playbook),
+            *(str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(self._inventory)),
+            *("-e", json.dumps(extra), *options, str(self._playbook)),
         ]
         print("\n$ ansible-playbook", *options, json.dumps(settings), flush=True)
         with subprocess.Popen(

@@ -44,7 +44,7 @@ class Fleet:
         assert play.code == 0
         assert set(play.results.values()) == {"upgraded"}
         assert set(play.changed.values()) == {1}
-        assert [(host.boot.kernel, host.boot.count) for host in self.hosts] == [(kernel, 2)] * len(self.hosts)
+        assert [(host.boot.kernel, host.boot.number) for host in self.hosts] == [(kernel, 2)] * len(self.hosts)
         (earlier,), (later,) = (record["guests"] for record in play.summary)
         assert earlier["resumed-at"] < later["stopped-at"]
         print(play.table)

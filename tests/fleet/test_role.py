@@ -30,16 +30,17 @@ def cprctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def upgraded(*, kernel: str = "6.2", state: str = "running", held: str = "", **upgrade: Any) -> dict[str, Any]:
+def upgraded(*, kernel: str = "6.2", state: str = "running", held: str = "", **upgrade: object) -> dict[str, Any]:
     """What is known of a host after its upgrade from 6.1 to 6.2, on which web1 ran."""
-    done = {"phase": "done", "reason": "", "failures": [], "cold-started": []}
+    done = {"phase": "done", "reason": "", "failures": [], "cold_started": []}
+    told = {name.replace("_", "-"): value for name, value in (done | upgrade).items()}
     vms = [{"Name": "web1", "State": state, "Held": {"error": held} if held else {}, "Problem": held}] if state else []
     return {
         **HERE,
         "__cpr_agent_upgrade_needed": True,
         "__cpr_agent_upgrade_wanted": "6.2",
         "__cpr_agent_upgrade_ran": {"web1": "running"},
-        "__cpr_agent_upgrade_status": {"Kernel": kernel, "VMs": vms, "Upgrade": {**done, **upgrade}},
+        "__cpr_agent_upgrade_status": {"Kernel": kernel, "VMs": vms, "Upgrade": told},
     }
 
 
@@ -55,7 +56,7 @@ AFTERWARDS = {
         "its upgrade ended as held: VM web1: memory changed; web1 is held: memory changed",
     ),
     "lost-memory": (
-        upgraded(**{"cold-started": ["web1: the device is another one"]}),
+        upgraded(cold_started=["web1: the device is another one"]),
         "memory was lost, and the guest booted anew: web1: the device is another one",
     ),
     "stopped": (upgraded(state="stopped"), "web1 was running, and is stopped"),
@@ -66,7 +67,7 @@ AFTERWARDS = {
 
 def test_a_host_that_is_not_well_after_its_upgrade_fails_with_what_is_wrong(tmp_path: Path) -> None:
     hosts = {name: host for name, (host, _) in AFTERWARDS.items()}
-    play = Controller(tmp_path / "admin", hosts).play(playbook=Path(__file__).parent / "health.yml")
+    play = Controller(tmp_path / "admin", hosts, Path(__file__).parent / "health.yml").play()
     assert play.failed == {name: words for name, (_, words) in AFTERWARDS.items() if words}
 
 

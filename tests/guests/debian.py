@@ -18,7 +18,6 @@ from pathlib import Path
 from scripts.hostvm.image import Image, find_image
 from scripts.hostvm.qemu import loader_command
 from scripts.hostvm.vm import COMMAND_LINE, pack_payload
-
 from tests.lab import DAEMON, PATIENCE_S, Lab, until
 
 HERE = Path(__file__).parent

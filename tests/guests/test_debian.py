@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from scripts.guest.console import read_console
 from scripts.hostvm.image import find_image
 from scripts.hostvm.vm import pack_payload
-
 from tests.bus.conftest import _qemu
 from tests.guests.debian import HERE, Debian, command_line, judge, network, rebase
 from tests.guests.tally import case

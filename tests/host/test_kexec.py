@@ -7,7 +7,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from scripts.guest.console import read_console
-
 from tests.host_vm import build_guests, run_scenario
 
 TIMEOUT_S = 2400

@@ -71,7 +71,7 @@ def test_what_an_admin_changes_is_kept() -> None:
 
 
 def test_lintian_finds_no_error_and_no_warning() -> None:
-    command = ["lintian", "--allow-root", "--fail-on", "error,warning", built("cpr-agent_*_all.deb")]
+    command = ["lintian", "--allow-root", "--fail-on", "error,warning", str(built("cpr-agent_*_all.deb"))]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

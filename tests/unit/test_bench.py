@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from scripts.bench.__main__ import PARTS
+from scripts.bench.figures import Figure, Runs, table, write
+from scripts.bench.goals import GOALS, HOST_GOALS, Goal
+from scripts.bench.host import figures as host_figures
+
 ROOT = Path(__file__).parent.parent.parent
-sys.path.append(str(ROOT / "scripts"))
-
-from bench.__main__ import PARTS  # noqa: E402 - after the path that leads to it
-from bench.figures import Figure, Runs, table, write  # noqa: E402
-from bench.goals import GOALS, HOST_GOALS, Goal  # noqa: E402
-from bench.host import figures as host_figures  # noqa: E402
-
 AT_MOST, AT_LEAST = Goal("a ratio", 1.15), Goal("times faster", 40, at_least=True)
 
 
@@ -28,7 +25,7 @@ def test_one_slow_run_does_not_move_the_median() -> None:
 @pytest.mark.parametrize(
     ("goal", "value", "met"), [(AT_MOST, 1.15, True), (AT_MOST, 1.16, False), (AT_LEAST, 40, True), (AT_LEAST, 39.9, False)]
 )
-def test_a_figure_is_met_on_its_own_side_of_its_goal(goal: Goal, value: float, met: bool) -> None:
+def test_a_figure_is_met_on_its_own_side_of_its_goal(goal: Goal, value: float, *, met: bool) -> None:
     figure = Figure("one", goal, value, {})
     assert figure.met is met
     assert table([figure]).startswith("yes" if met else "NO")

@@ -21,7 +21,7 @@ from cpr_agent.errors import InvalidArgument, NoSuchReport
 from cpr_agent.report.phases import KERNEL, LOOKS, look_of
 from cpr_agent.report.picture import draw, ticks
 from cpr_agent.report.render import render, verdict
-from cpr_agent.report.story import Story, story_of
+from cpr_agent.report.story import Outcome, Story, story_of
 from cpr_agent.store.history import History
 from cpr_agent.words import exact_size, length, size
 from tests.stories import T0, UPGRADE, told, upgrade
@@ -57,7 +57,7 @@ def test_an_upgrade_is_told_with_the_phases_of_its_host_and_guests() -> None:
 
 def test_a_guest_that_is_held_is_told_with_why_and_what_was_found() -> None:
     story = told(3, held=("web2",))
-    (held,) = story.of("held")
+    (held,) = story.of(Outcome.HELD)
     assert (held.vm, held.pause_s) == ("web2", None)
     assert "contents of its memory" in held.why
     assert held.evidence[0][0] == "witness of 4096 pages"
@@ -69,7 +69,7 @@ def test_a_guest_that_is_held_is_told_with_why_and_what_was_found() -> None:
 
 def test_all_guests_held_is_a_report_too() -> None:
     story = told(2, held=("web1", "web2"))
-    assert len(story.of("held")) == 2
+    assert len(story.of(Outcome.HELD)) == 2
     assert "shutdown + kexec + kernel" in names(story)
     render(story, "html")
 

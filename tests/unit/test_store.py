@@ -331,8 +331,10 @@ def test_threads_may_be_the_first_to_read_anything(tmp_path: Path) -> None:
     """An agent ended in a segmentation fault as three guests were saved: msgspec worked out the same type in three threads.
     Without its decoders this fails in one run of three."""
     description = b'{"devices": [{"name": "timer", "instance_id": 0}]}'
-    at = dict.fromkeys(("stopped_at", "saved_at", "shutdown_at", "userspace_at", "load_at", "memory_at", "resumed_at"), 1.0)
-    timeline = GuestTimeline(id="c0ffee", vm="web1", upgrade="", kernel_before="", kernel_after="", by_kexec=True, **at)
+    timeline = GuestTimeline(
+        id="c0ffee", vm="web1", upgrade="", kernel_before="", kernel_after="", by_kexec=True, stopped_at=1.0, saved_at=1.0,
+        shutdown_at=1.0, userspace_at=1.0, load_at=1.0, memory_at=1.0, resumed_at=1.0,
+    )  # fmt: skip
     contents = (
         STATE + b"\x06" + len(description).to_bytes(4, "big") + description,
         msgspec.json.encode(manifest()),

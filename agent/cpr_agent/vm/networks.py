@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Networks of a QEMU of somebody else's making, as one that a VM's unit starts can have them.
 
 That one inherits no descriptors, and its sandbox forbids it to start programs (``spawn=deny``, cmdline.SANDBOX): neither a
