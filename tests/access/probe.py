@@ -38,9 +38,8 @@ def sample(signature: str, mode: str) -> Any:
     return SAMPLES.get(signature, 1)
 
 
-async def call(bus: MessageBus, path: str, interface: str, member: str, signature: str, body: list[Any]) -> str:
-    flags = MessageFlag.NONE  # nobody can type a password here: a no is wanted at once
-    message = Message(BUS_NAME, path, interface, member, signature=signature, body=body, flags=flags)
+async def answer_to(bus: MessageBus, message: Message) -> str:
+    message.flags = MessageFlag.NONE  # nobody can type a password here: a no is wanted at once
     reply = await bus.call(message)
     assert reply
     return "done" if reply.message_type is MessageType.METHOD_RETURN else str(reply.error_name).rpartition(".")[2]
@@ -64,8 +63,8 @@ async def main(mode: str, job: str, vm: str) -> None:
                 signature = method.in_signature
                 body = [sample(kind.signature, mode) for kind in SignatureTree._get(signature).types]
             action = method.action or (method.name == "Set" and settable[path]) or f"{BUS_NAME}.inspect"
-            answer = await call(bus, path, interface.name, method.name, signature, body)
-            print(path, interface.name, method.name, action, answer)
+            call = Message(BUS_NAME, path, interface.name, method.name, signature=signature, body=body)
+            print(path, interface.name, method.name, action, await answer_to(bus, call))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from scripts.hostvm.image import Image, find_image
 from scripts.hostvm.qemu import loader_command
@@ -118,10 +119,17 @@ def _socket_in(namespace: Path) -> socket.socket:
     return made[0]
 
 
+class Nic(NamedTuple):
+    """The arguments of QEMU's two halves of it."""
+
+    netdev: str
+    device: str
+
+
 class Debian:
     """The guest, its peer and its disk."""
 
-    def __init__(self, lab: Lab, namespace: Path, netdev: str, nic: str, qemu: str, smp: int = 4) -> None:
+    def __init__(self, lab: Lab, namespace: Path, nic: Nic, qemu: str, smp: int = 4) -> None:
         self.image = find_image()
         self.peer = Peer(namespace)
         self._work = lab.root
@@ -143,7 +151,7 @@ class Debian:
                 "chardev:log",
             ),
             *disk_arguments(self.disk, payload),
-            *("-netdev", netdev, "-device", nic, "-device", "virtio-rng-pci", *lab.agent_port()),
+            *("-netdev", nic.netdev, "-device", nic.device, "-device", "virtio-rng-pci", *lab.agent_port()),
             *("-initrd", str(initrd), "-append", f"{command_line()} cpr.net={GUEST}/24,{HOST}:{PORT}"),
             qemu=qemu,
             size="768M",

@@ -13,7 +13,7 @@ from scripts.guest.console import read_console
 from scripts.hostvm.image import find_image
 from scripts.hostvm.vm import pack_payload
 from tests.bus.conftest import _qemu
-from tests.guests.debian import HERE, Debian, command_line, judge, network, rebase
+from tests.guests.debian import HERE, Debian, Nic, command_line, judge, network, rebase
 from tests.guests.tally import case
 from tests.guests.test_refresh import installed, refresh, version
 from tests.host_vm import run_scenario
@@ -26,11 +26,11 @@ TAP = "tap,id=net0,ifname=cpr0,script=no,downscript=no"
 @contextlib.contextmanager
 def debian(lab: Lab, qemu: str, *, queues: int = 1, smp: int = 4) -> Iterator[Debian]:
     """Its tap device has one queue, or is made for several."""
-    netdev, nic = TAP, NIC
+    nic = Nic(TAP, NIC)
     if queues > 1:
-        netdev, nic = f"{TAP},queues={queues}", f"{NIC},mq=on,vectors={2 * queues + 2}"
+        nic = Nic(f"{TAP},queues={queues}", f"{NIC},mq=on,vectors={2 * queues + 2}")
     with network("cpr0", *(["multi_queue"] if queues > 1 else [])) as namespace:
-        guest = Debian(lab, namespace, netdev, nic, qemu, smp)
+        guest = Debian(lab, namespace, nic, qemu, smp)
         try:
             yield guest
         finally:

@@ -58,7 +58,7 @@ def guest(lab: Lab) -> Guest:
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
-def test_a_guest_gets_the_qemu_that_is_installed_now(lab: Lab, guest: Guest, in_turn: bool) -> None:
+def test_a_guest_gets_the_qemu_that_is_installed_now(lab: Lab, guest: Guest, *, in_turn: bool) -> None:
     options = ["--in-turn"] if in_turn else []
     for expected in ("7.2", "10.0", "10.0"):
         installed(lab, expected)

@@ -81,7 +81,7 @@ def test_a_sleep_that_never_comes(lab: Lab, linux_with_agent: Path) -> None:
 
 
 @pytest.mark.parametrize("port", [True, False])
-def test_no_guest_agent_answers(lab: Lab, port: bool) -> None:
+def test_no_guest_agent_answers(lab: Lab, *, port: bool) -> None:
     """The tiny guest has none, with a port for it or without."""
     guest = lab.guest("web1", *(lab.agent_port() if port else ()))
     guest.definition["save"] = {"suspend": "always"}

@@ -198,7 +198,7 @@ def test_a_guest_agent_that_does_not_put_its_guest_to_sleep(tmp_path: Path, answ
         (b'{"return": 7}\n', None),
     ],
 )
-def test_what_a_guest_agent_offers(tmp_path: Path, info: bytes, offered: bool | None) -> None:
+def test_what_a_guest_agent_offers(tmp_path: Path, info: bytes, *, offered: bool | None) -> None:
     async def ask() -> bool:
         path = tmp_path / "qga"
         peer = scripted(lambda request: info if request["execute"] == "guest-info" else good(request))

@@ -31,7 +31,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("how", COMPRESSORS)
-def test_an_initrd_of_any_kind_is_read_to_its_end(path: Path, how: str, early: bool) -> None:
+def test_an_initrd_of_any_kind_is_read_to_its_end(path: Path, how: str, *, early: bool) -> None:
     contents = read_initrd(write(path, initrd(VERSION, how, early=early)))
     assert contents.init
     assert contents.modules == {*ROOT_MODULES}

@@ -31,7 +31,7 @@ def lines(boot: str, first: int, last: int, bad: int = 0) -> bytes:
     return b"".join(b"cpr-guest boot=%s count=%d bad=%d\n" % (boot.encode(), n, bad) for n in range(first, last + 1))
 
 
-def judge(kind: Kind, before: bytes, after: bytes, saved: bool = True) -> Judgement:
+def judge(kind: Kind, before: bytes, after: bytes, *, saved: bool = True) -> Judgement:
     boot = Boot(kind, {"one": len(before)}, {"one": "checkpoint"} if saved else {})
     (judgement,) = judge_guest("one", before + after, [boot])
     return judgement

@@ -21,7 +21,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1)
-        listener.setblocking(False)
+        listener.settimeout(0)
         yield listener
 
 
@@ -39,7 +39,7 @@ def reaches(path: Path, listener: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("bound", [True, False])
-def test_a_name_is_given_back_if_its_owner_stays(tmp_path: Path, bound: bool) -> None:
+def test_a_name_is_given_back_if_its_owner_stays(tmp_path: Path, *, bound: bool) -> None:
     path = tmp_path / "qga"
     with listening(path) as first:
         keep([str(path)], os.getpid())
