@@ -22,8 +22,9 @@ bootstrap: ## Install what building and testing need (apt packages, a venv in th
 	@scripts/bootstrap
 
 .PHONY: check
-check: bootstrap ## Lint and type-check everything
+check: bootstrap ## Lint and type-check everything; the unit tests, and how much of core they run
 	scripts/check $(VENV)
+	scripts/coverage $(VENV)
 
 .PHONY: test-unit
 test-unit: bootstrap ## Unit tests alone
@@ -40,7 +41,7 @@ test-host: bootstrap host-root $(DEB) ## One real kexec in the host VM, with the
 .PHONY: test
 test: check ## Everything: lint, unit, bus, one real kexec
 	$(MAKE) host-root $(DEB) $(RPM)
-	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/unit tests/packages/test_packages.py tests/bus
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/packages/test_packages.py tests/bus
 	$(PYTHON) -m pytest -s tests/host
 
 .PHONY: test-faults
