@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# SPDX-License-Identifier: GPL-2.0-or-later
-# SPDX-License-Identifier: GPL-2.0-or-later
 """python -m scripts.bench: measure, print a table, write bench.json and the pictures. See docs/bench.md.
 
 exit codes: 0 all was measured, whether or not it reached what it should; 1 something could not be measured

@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# SPDX-License-Identifier: GPL-2.0-or-later
-# SPDX-License-Identifier: GPL-2.0-or-later
 """python -m scripts.bench.host: what needs a kexec, in the host VM. Writes bench-host.json. See docs/bench.md.
 
 exit codes: as of python -m scripts.bench

@@ -122,7 +122,8 @@ def test_what_is_kept_starts(tmp_path: Path, name: str) -> None:
 def on_this_machine(word: str, tmp_path: Path) -> str:
     """With files of the test's own for those of the host; its network is QEMU's own, since a test makes no interfaces."""
     if "ifname" in word:
-        return '{"type":"user","id":"' + re.findall(r'"?id"?[:=]"?(\w+)', word)[0] + '"}'
+        name: str = re.findall(r'"?id"?[:=]"?(\w+)', word)[0]
+        return f'{{"type":"user","id":"{name}"}}'
     if word == "kvm":
         return "tcg"
     word = word.replace("/run/cpr-agent/vm/", f"{tmp_path}/").replace("accel=kvm,kernel-irqchip=split", "accel=tcg")

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts.guest.console import read_console
-
 from tests.access.test_confinement import APPARMOR
 from tests.host_vm import build_guests, run_scenario
 

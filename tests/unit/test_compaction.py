@@ -427,7 +427,7 @@ def line(content: object) -> bytes:
     ids=["long", "list", "text", "no JSON", "deep", "no UTF-8", "empty", "very long"],
 )
 @pytest.mark.parametrize("last", [False, True])
-def test_a_line_that_is_no_record_is_damage(path: Path, bad: bytes, last: bool) -> None:
+def test_a_line_that_is_no_record_is_damage(path: Path, bad: bytes, *, last: bool) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole + bad + (b"" if last else line({"event": "woken", "vm": "web1"})))
     content = path.read_bytes()

@@ -36,8 +36,9 @@ def why(imported: Imported, argument: str) -> str:
     return found[0]
 
 
-def imported(*arguments: str, **wanted: str) -> Imported:
-    return import_command_line(shlex.join([QEMU, *arguments]), **wanted)
+def imported(*arguments: str, name: str = "", device: str = "", offset: str = "", user: str = "") -> Imported:
+    line = shlex.join([QEMU, *arguments])
+    return import_command_line(line, name=name, device=device, offset=offset, user=user)
 
 
 def test_what_can_be_the_same_is_the_same() -> None:

@@ -82,7 +82,7 @@ def test_each_entry_of_reuse_toml_is_of_use() -> None:
         ("docs/reportXsvg", "docs/report.svg", False),
     ],
 )
-def test_patterns_are_those_of_reuse(path: str, pattern: str, matched: bool) -> None:
+def test_patterns_are_those_of_reuse(path: str, pattern: str, *, matched: bool) -> None:
     assert matches(path, pattern) == matched
 
 
