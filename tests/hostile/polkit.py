@@ -4,8 +4,8 @@
     python -m tests.hostile.polkit ADDRESS looking|no
 
 "looking" allows ``inspect``, answers nothing when a password may be typed for anything else, and else says no: the user has
-an authentication agent of his own, which never answers. "no" denies everything. Prints "ready", and "cancelled" for each
-question that is taken back.
+an authentication agent of his own, which never answers. "no" denies everything. Prints "ready", "asked" for each
+password that a user should type, and "cancelled" for each question that is taken back.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ async def serve(address: str, answer: str) -> None:
         _, action, _, flags, _ = message.body
         allowed = answer == "looking" and action.endswith(".inspect")
         if flags & 1 and not allowed and answer == "looking":
+            print("asked", flush=True)
             return True
         return Message.new_method_return(message, "(bba{ss})", [[allowed, False, {}]])
 

@@ -69,13 +69,15 @@ def test_a_look_runs_no_program_of_roots(lab: Lab, good: Guest, polkit: Polkit) 
 def test_questions_to_polkit_are_few_and_end_with_their_caller(lab: Lab, good: Guest, polkit: Polkit) -> None:
     process = polkit("looking")
     user = User(lab, "reload, interactively", calls=120, connections=4)
+    assert process.stdout
+    assert [process.stdout.readline() for _ in range(4)] == ["asked\n"] * 4
     assert User(lab, "list", uid=1).answers() == {"ok": 1}
     good.save()
     good.load()
     user.end()
-    assert process.stdout
     assert [process.stdout.readline() for _ in range(4)] == ["cancelled\n"] * 4
     other = User(lab, "reload, interactively")  # it has its turn again
+    assert process.stdout.readline() == "asked\n"
     other.end()
     assert process.stdout.readline() == "cancelled\n"
     assert_contained(lab, good)
