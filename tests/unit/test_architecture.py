@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -143,3 +144,11 @@ def test_of_core_the_command_line_may_import_the_words_alone(tmp_path: Path) -> 
         (tmp_path / f"{name}.py").touch()
     (tmp_path / "cli/main.py").write_text("from cpr_agent.core.states import Policy\nfrom cpr_agent.core.jobs import Job\n")
     assert refused(imports(tmp_path), table("part")) == {("cli/main.py", "core.jobs")}
+
+
+def test_cprctl_starts_without_what_only_tables_and_the_agent_need() -> None:
+    """It is part of a boot: guests wait for it (`cprctl load --all`)."""
+    code = "import sys, cpr_agent.cli.main; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "cpr_agent.core.states" in loaded
+    assert not {"rich", "jinja2", "cpr_agent.core.model", "cpr_agent.report.story"} & set(loaded)

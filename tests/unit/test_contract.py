@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-import cpr_agent
 from cpr_agent import errors
 from cpr_agent.bus.contract import escape, introspection, read_contract
 from cpr_agent.bus.logs import LogObject
@@ -69,32 +68,6 @@ def test_the_tree_of_errors_lists_every_class() -> None:
 def test_an_error_says_which_vm_what_is_left_and_what_to_do() -> None:
     error = errors.SaveFailed("could not be saved: disk full", vm="web1", left="the guest runs on", remedy="free some room")
     assert str(error) == "VM web1: could not be saved: disk full. The guest runs on. Free some room."
-
-
-def test_one_package_imports_each_library() -> None:
-    """DESIGN: one third-party library, one importing package (msgspec is the language of data)."""
-    owners = {
-        "dbus_next": {"bus"},
-        "pystemd": {"host"},
-        "pyudev": {"memory"},
-        "xxhash": {"memory"},
-        "qemu": {"vm"},
-        "tenacity": {"vm"},
-        "click": {"cli"},
-        "rich": {"cli"},
-        "jinja2": {"report"},
-    }
-    root = Path(cpr_agent.__file__).parent
-    for path in root.rglob("*.py"):
-        package = path.relative_to(root).parts[0]
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if len(words) > 1 and words[0] in ("import", "from"):
-                library = words[1].split(".")[0]
-                assert package in owners.get(library, {package}), f"{path} imports {library}"
-                if package == "core":
-                    own = ("cpr_agent", "__future__", "msgspec")  # ADR 14
-                    assert library in own or library in sys.stdlib_module_names
 
 
 def test_the_agents_start_takes_nothing_along_that_no_guest_waits_for() -> None:
