@@ -47,14 +47,19 @@ class MortalJournal(FileJournal):
     """The real one, and the agent can die before and after each record."""
 
     def __init__(self, path: Path, host: ThisHost, point: Callable[[str], None]) -> None:
-        super().__init__(path, host, host)
         self._point = point
+        super().__init__(path, host, host)
 
     def append(self, event: str, **facts: object) -> Record:
         self._point(f"before {event}")
         record = super().append(event, **facts)
         self._point(f"after {event}")
         return record
+
+    def compact(self) -> None:
+        self._point("before compact")
+        super().compact()
+        self._point("after compact")
 
 
 class MortalState:

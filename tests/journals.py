@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cpr_agent.core.past import Record
 from cpr_agent.core.upgrade.ledger import Replay
+from cpr_agent.store.journal import _line_of
 from tests import stories
 
 Numbered = list[dict[str, Any]]
@@ -79,3 +81,26 @@ def replayed(records: Sequence[Record]) -> Replay:
     for record in records:
         replay = replay.after(record)
     return replay
+
+
+def years(count: int = 100_000) -> Numbered:
+    """Of 20 guests that were saved, loaded and refreshed for years, with an upgrade of all now and then."""
+    records: list[dict[str, Any]] = []
+    upgrades = many_upgrades(60, 20)
+    each = len(upgrades) // 60
+    number = 0
+    while len(records) < count:
+        number += 1
+        if number % 250 == 0:
+            first = (number // 250 - 1) * each
+            records += upgrades[first : first + each]
+        vm, old, new = f"web{number % 20}", f"{number:032x}", f"a{number:031x}"
+        script = act("save", vm, "", old, "running") + act("load", vm, old, "", "running")
+        script += act("refresh", vm, "", new, "running")
+        records += [{"event": event, "vm": vm, **facts} for event, facts in script]
+    boot = "0b0c5a7e-2a3b-4d5e-8f90-a1b2c3d4e5f6"
+    return [{**record, "n": n, "boot": boot} for n, record in enumerate(records[:count])]
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    path.write_bytes(b"".join(_line_of(record) for record in records))
