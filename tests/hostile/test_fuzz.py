@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 from dbus_next.constants import MessageFlag
 from dbus_next.message import Message
@@ -23,16 +25,23 @@ from dbus_next.signature import SignatureTree, SignatureType, Variant
 from cpr_agent.bus.client import CallError
 from cpr_agent.bus.contract import read_contract, standard_interfaces
 from cpr_agent.bus.wire import AgentBus
+from cpr_agent.core.listener import Listener
+from cpr_agent.core.upgrade.ledger import Ledger
 from cpr_agent.errors import CprError
+from cpr_agent.store import vmstate
+from cpr_agent.store.journal import FileJournal, _line, _line_of
 from cpr_agent.store.schema import read_launch, read_manifest
 from cpr_agent.vm import replies
 from cpr_agent.vm.definition import read_definition
 from cpr_agent.vm.importer import import_command_line
 from cpr_agent.vm.replies import Query, UnreadableReplyError
+from tests.fakes import FakeHost
 from tests.hostile.conftest import Evil, assert_contained
 from tests.hostile.tally import note_fuzz
 from tests.hostile.test_qemus import DOCUMENTED
+from tests.journals import many_upgrades
 from tests.lab import Guest, Lab
+from tests.samples import launch, manifest
 
 pytestmark = pytest.mark.fuzz
 
@@ -112,28 +121,64 @@ COMMAND_LINE = (
 )
 
 
-def read_answer(campaign: Campaign, raw: bytes) -> None:
-    campaign.chance.choice(QUERIES).read(raw)
+STATE = (
+    b"QEVM" + (3).to_bytes(4, "big") + b"\x07" + (11).to_bytes(4, "big") + b"pc-q35-10.0" + bytes(2000)
+    + b"\x06" + (35).to_bytes(4, "big") + b'{"devices":[{"name":"cpu_common"}]}'
+)  # fmt: skip
+HOST = FakeHost()
+JOURNAL = b"".join(_line_of(record) for record in many_upgrades(1))
+UNREADABLE = (msgspec.MsgspecError, KeyError, ValueError)
+"""What store and runner take for a record that can't be read."""
 
 
-PARSERS: dict[str, tuple[tuple[bytes, ...], Callable[[Campaign, bytes], Any], tuple[type[Exception], ...]]] = {
-    "answers": (ANSWERS, read_answer, (UnreadableReplyError,)),
-    "definitions": ((DEFINITION,), lambda _, raw: read_definition(Path("/etc/web1.toml"), raw), (CprError,)),
-    "command lines": ((COMMAND_LINE,), lambda _, raw: import_command_line(raw.decode(errors="replace")), (CprError,)),
+class Parser(NamedTuple):
+    seeds: tuple[bytes, ...]
+    read: Callable[[bytes, random.Random], object]
+    documented: tuple[type[Exception], ...]
+
+
+def read_state(raw: bytes, _: random.Random) -> object:
+    with tempfile.TemporaryFile() as file:
+        file.write(raw)
+        file.flush()
+        return vmstate.inspect(file.fileno(), "state", "web1")
+
+
+def read_journal(raw: bytes, chance: random.Random) -> object:
+    """Half of the time with the right checksums: another agent's records, or a downgrade's."""
+    body = b"".join(_line(line.partition(b" ")[2]) for line in raw.splitlines()) if chance.random() < 0.5 else raw
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "journal"
+        path.write_bytes(body)
+        journal = FileJournal(path, HOST, HOST)
+        try:
+            Ledger(journal, HOST, Listener())
+            return journal.append("woken", vm="web1")
+        finally:
+            journal.close()
+
+
+PARSERS: dict[str, Parser] = {
+    "answers": Parser(ANSWERS, lambda raw, chance: chance.choice(QUERIES).read(raw), (UnreadableReplyError,)),
+    "definitions": Parser((DEFINITION,), lambda raw, _: read_definition(Path("/etc/web1.toml"), raw), (CprError,)),
+    "command lines": Parser((COMMAND_LINE,), lambda raw, _: import_command_line(raw.decode(errors="replace")), (CprError,)),
+    "states": Parser((STATE,), read_state, (CprError, OSError)),
+    "manifests": Parser((msgspec.json.encode(manifest()),), lambda raw, _: read_manifest(raw), UNREADABLE),
+    "launch records": Parser((msgspec.json.encode(launch()),), lambda raw, _: read_launch(raw), UNREADABLE),
+    "journals": Parser((JOURNAL,), read_journal, ()),
 }
 
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_parser_raises_documented_errors_alone(name: str) -> None:
-    seeds, read, documented = PARSERS[name]
-    campaign = Campaign()
+    parser, campaign = PARSERS[name], Campaign()
     while campaign.goes_on():
-        raw = mutated(campaign.chance, campaign.chance.choice(seeds))
+        raw = mutated(campaign.chance, campaign.chance.choice(parser.seeds))
         campaign.inputs += 1
         began = time.process_time()
         try:
-            read(campaign, raw)
-        except documented:
+            parser.read(raw, campaign.chance)
+        except parser.documented:
             pass
         except Exception as error:
             campaign.surprise(f"{type(error).__name__}: {error} of {raw[:200]!r}")
@@ -255,25 +300,4 @@ def test_calls_of_any_shape(lab: Lab, good: Guest) -> None:
     if good.state == "saved":
         good.load()
     assert_contained(lab, good)
-    campaign.close()
-
-
-@pytest.mark.parametrize("read", [read_manifest, read_launch])
-def test_a_record_of_the_agents_own_is_read_or_refused(read: Callable[[bytes], Any]) -> None:
-    """As store and runner read them, which take these errors for an unreadable record."""
-    import msgspec
-
-    from tests.samples import launch, manifest
-
-    seed = msgspec.json.encode(manifest() if read is read_manifest else launch())
-    campaign = Campaign()
-    while campaign.goes_on():
-        raw = mutated(campaign.chance, seed)
-        campaign.inputs += 1
-        try:
-            read(raw)
-        except (msgspec.MsgspecError, KeyError, ValueError):
-            pass
-        except Exception as error:
-            campaign.surprise(f"{type(error).__name__}: {error} of {raw[:200]!r}")
     campaign.close()

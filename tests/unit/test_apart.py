@@ -17,6 +17,7 @@ from cpr_agent.vm import apart
 from cpr_agent.vm.definition import DefinitionDirectory
 
 GOOD = '[vm]\nqemu = "/usr/bin/qemu"\narguments = ["-nodefaults"]\n[memory]\nsize = "16M"\ndevice = "/dev/shm/x"\n'
+NUMA = """[[memory.node]]\nsize = "16M"\ndevice = "/dev/shm/x"\n[vm]\nqemu = "/usr/bin/qemu"\n"""
 NO_WISHES = {"name": "", "device": "", "offset": "", "user": ""}
 
 
@@ -46,6 +47,7 @@ BAD = {
     "an escape sequence": GOOD.replace("[vm]", r"[vm]" + "\n" + r'description="\u001b[2J"'),
     "a bidi mark": GOOD.replace("[vm]", "[vm]\ndescription='\u202e'"),
     "an unknown key": f"{'k' * 6000}=1",
+    "an argument that is no JSON": f"{NUMA}arguments = ['-numa', '{{']\n",
     "open strings": '"""\\' * 1000,
 }
 
@@ -109,6 +111,7 @@ def test_a_text_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) ->
         "A=1 " * 2000 + "qemu",
         "qemu -device '" + '{"a":' * 1500,
         "qemu -m " + "9" * 8000,
+        "qemu-system-x86_64 -fw_cfg '{' -unknown '{}x' -smbios '{\"a\":'",
     ],
 )
 def test_a_command_line_is_read_or_refused_in_time(text: str) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from cpr_agent.core.model import RAM_ID, Definition, Launch, Located, Manifest, MemoryIdentity, MemorySection, Ram, ram_of
+from cpr_agent.errors import InvalidArgument
+from cpr_agent.text import printable
 
 MEMORY_FD = 10
 SOCKET_FDS = {"agent.sock": 11, "unit.sock": 12, "admin.sock": 13}
@@ -201,9 +203,13 @@ def option(argv: Sequence[str], *names: str) -> list[str]:
 
 
 def keyed(value: str) -> dict[str, str]:
-    """``a=b,c=d`` as QEMU reads it, with ``,,`` for a comma in a value; JSON where it takes that too."""
+    """``a=b,c=d`` as QEMU reads it, with ``,,`` for a comma in a value; JSON where it takes that too. Raises
+    InvalidArgument."""
     if value.startswith("{"):
-        return _flat(json.loads(value))
+        try:
+            return _flat(json.loads(value))
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgument(f"{printable(value, 100)} can't be read as JSON: {error}") from error
     words = (word.replace("\0", ",").partition("=") for word in value.replace(",,", "\0").split(","))
     return {key: word for key, _, word in words}
 

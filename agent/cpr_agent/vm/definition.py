@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import msgspec
 
 from cpr_agent.core.model import VM_NAME, Bytes, Definition, Imported, Launch, Located, Manifest, MemorySection, Seconds
-from cpr_agent.errors import CprError, InvalidDefinition
+from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition
 from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import collisions, numa_collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
 
@@ -201,7 +201,10 @@ def read_definition(path: Path, raw: bytes | None = None) -> Definition:
     definition = decode_toml(path, Definition, raw, name=name, digest=hashlib.sha256(raw).hexdigest())
     _refuse_unshown(definition, path)
     _refuse_bad_memory(path, name, definition.memory)
-    numa = numa_collisions(definition.vm.arguments) if definition.memory.node else []
+    try:
+        numa = numa_collisions(definition.vm.arguments) if definition.memory.node else []
+    except InvalidArgument as error:
+        raise InvalidDefinition(f"{path}: vm.arguments: {error.what}", vm=name) from error
     if found := collisions(definition.vm.arguments) + numa:
         raise InvalidDefinition(
             f"{path}: vm.arguments contain what the agent adds itself: {'; '.join(found)}",

@@ -186,8 +186,8 @@ def make_option(name: str, text: str) -> Option:
     """Raises InvalidArgument."""
     try:
         return Option(name, text, Value(text if name[1:] in KEYED else ""))
-    except ValueError as error:
-        raise InvalidArgument(f"{name} {text}: {error}") from None
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name}: {error.what}") from error
 
 
 def read_config(path: str, shared: Path) -> list[Option] | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os.path
 import re
+from collections.abc import Callable
 from typing import Any
 
 _WHOLE = frozenset(
@@ -45,19 +46,28 @@ def whole_paths(name: str, text: str, directory: str) -> tuple[str, list[tuple[s
     if name in _WHOLE:
         return whole(text), notes
     keys = _KEYS.get(name, ())
+    if not keys:
+        return text, notes
     if text.startswith("{"):
-        value: dict[str, Any] = json.loads(text)
-        for key in keys:
-            _at(value, key.split("."), whole)
-        return (
-            json.dumps(value, separators=(",", ":")) if any(outcome == "changed" for outcome, _ in notes) else text
-        ), notes
+        return _whole_in_json(text, keys, whole), notes
     words = text.replace(",,", "\0").split(",")
     for index, word in enumerate(words):
         key, equals, path = word.partition("=")
         if equals and key in keys:
             words[index] = f"{key}={whole(path.replace(chr(0), ',')).replace(',', chr(0))}"
     return ",".join(words).replace("\0", ",,"), notes
+
+
+def _whole_in_json(text: str, keys: tuple[str, ...], whole: Callable[[str], str]) -> str:
+    """``text`` as it is if no path in it changes, or if it is no JSON, which QEMU would refuse."""
+    try:
+        value: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    before = json.dumps(value)
+    for key in keys:
+        _at(value, key.split("."), whole)
+    return text if json.dumps(value) == before else json.dumps(value, separators=(",", ":"))
 
 
 def _at(value: dict[str, Any], path: list[str], change: Any) -> None:
