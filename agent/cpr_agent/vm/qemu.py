@@ -132,8 +132,9 @@ class LiveQemu:
         with self._qmp.expecting("STOP") as stopped:
             ended = await self._migrate((await self.dialect()).save, vmstate_fd, timeout_s)
             if ended != "completed":
+                await uninterrupted(self._let_go_of())
                 raise SaveFailed(f"QEMU could not write its state: {await self._why(ended)}", vm=vm)
-            state = await poll_until(self.run_state, lambda now: now is RunState.POSTMIGRATE, _SETTLE_S)
+            state = await uninterrupted(poll_until(self.run_state, lambda now: now is RunState.POSTMIGRATE, _SETTLE_S))
             if state is not RunState.POSTMIGRATE:
                 raise SaveFailed(f"QEMU wrote its state but is {state}, not postmigrate", vm=vm)
             return stopped.result().at if stopped.done() else 0.0
@@ -151,7 +152,8 @@ class LiveQemu:
         if ended != "completed":
             raise LoadFailed(f"QEMU could not read the state: {await self._why(ended)}", vm=self._qmp.vm)
         state = await poll_until(self.run_state, lambda now: now is not RunState.INMIGRATE, _SETTLE_S)
-        if state not in (RunState.PAUSED, RunState.SUSPENDED):
+        # It runs if another client has sent `cont` before: the caller spends the checkpoint at once.
+        if state not in (RunState.PAUSED, RunState.SUSPENDED, RunState.RUNNING):
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
 
     async def _migrate(self, act: Callable[[Qmp, int], Awaitable[None]], fd: int, timeout_s: float) -> str:
@@ -170,12 +172,18 @@ class LiveQemu:
                 await uninterrupted(self._cancel_migration())
                 raise
 
+    async def _let_go_of(self) -> None:
+        """Wait until a migration that has ended lets go of the guest: before, QEMU refuses ``cont``."""
+        await poll_until(self.run_state, lambda now: now is not RunState.FINISH_MIGRATE, _SETTLE_S)
+
     async def _cancel_migration(self) -> None:
-        """Returns when none is under way: it would stop the guest after the caller has looked whether it runs."""
+        """Returns when none is under way: it would stop the guest after the caller has looked whether it runs. For
+        ``uninterrupted``."""
         await self._qmp.execute("migrate_cancel")
         status = await poll_until(self._migration_status, lambda now: now in ("none", *_ENDED), _SETTLE_S)
         if status not in ("none", *_ENDED):
             raise QemuFailed(f"QEMU did not cancel its migration within {_SETTLE_S:.0f} s", vm=self._qmp.vm)
+        await self._let_go_of()
 
     async def _migration_status(self) -> str:
         return (await self._qmp.ask(MIGRATION)).status
@@ -213,8 +221,8 @@ class LiveQemu:
                     raise SaveFailed(f"QEMU did not hand its guest over, and is {state}: {why}", vm=self._qmp.vm)
                 return (await stopped).at
 
-            await self._offer(directory, taker_lives, timeout_s)
             try:
+                await self._offer(directory, taker_lives, timeout_s)
                 yield handed_over
             except BaseException:
                 await uninterrupted(self._withdraw_offer())
@@ -269,8 +277,9 @@ class LiveQemu:
     async def cont(self) -> float:
         with self._qmp.expecting("RESUME") as resumed:
             await self._qmp.execute("cont")
-            if await self.run_state() is RunState.SUSPENDED:
-                return 0.0
+            state = await self.run_state()
+            if state is RunState.SUSPENDED or (state is RunState.RUNNING and not resumed.done()):
+                return 0.0  # QEMU tells of no RESUME where another client has let the guest run before
             return await self._time_of(resumed, "resume the guest")
 
     async def wake(self) -> float:

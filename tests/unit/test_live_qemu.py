@@ -1,0 +1,120 @@
+"""Acts on one QEMU that are cancelled, or into which another client of its speaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from cpr_agent.vm.qemu import LiveQemu
+from tests.fakes import Gate
+from tests.scripted_qmp import ScriptedQmp
+
+
+class Peer(ScriptedQmp):
+    """A QEMU with cpr-reboot and cpr-transfer, whose migrations go on until they are cancelled. A command of ``gates``
+    waits. ``states`` are its run states, one after the other; the last stays."""
+
+    def __init__(self) -> None:
+        super().__init__(self._answer)
+        self.gates: dict[str, Gate] = {}
+        self.states = ["running"]
+        self.migration = "none"
+
+    async def _raw(
+        self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
+    ) -> msgspec.Raw:
+        if gate := self.gates.get(command):
+            gate.entered.set()
+            await gate.go.wait()
+        return await super()._raw(command, arguments, fd, timeout_s)
+
+    def _answer(self, command: str, arguments: dict[str, object]) -> object:  # noqa: ARG002
+        match command:
+            case "query-commands":
+                return [{"name": "migrate"}]
+            case "query-migrate-capabilities":
+                return [{"capability": "x-ignore-shared", "state": False}]
+            case "query-migrate-parameters":
+                return {"mode": "normal"}
+            case "query-qmp-schema":
+                return [{"name": "0", "meta-type": "enum", "values": ["cpr-reboot", "cpr-transfer"]}]
+            case "query-status":
+                return {"status": self.states.pop(0) if len(self.states) > 1 else self.states[0], "running": True}
+            case "query-migrate":
+                return {"status": self.migration}
+            case "add-fd":
+                return {"fdset-id": 1, "fd": 1}
+            case "migrate":
+                self.migration = "active"
+            case "migrate_cancel":
+                self.migration = "cancelled"
+        return {}
+
+
+async def turns() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def cancelled_thrice(peer: Peer, act: asyncio.Task[None], asked: str) -> None:
+    """First once it has ``asked``, then while the migration is being cancelled."""
+    cancelling = peer.gates["migrate_cancel"] = Gate()
+    while asked not in peer.asked:
+        await asyncio.sleep(0)
+    await turns()
+    act.cancel()
+    await cancelling.entered.wait()
+    for _ in range(2):
+        act.cancel()
+        await turns()
+        assert not act.done(), "its migration is still under way"
+    cancelling.go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await act
+
+
+async def save(qemu: LiveQemu) -> None:
+    await qemu.save(0, 60.0)
+
+
+async def hand_over(qemu: LiveQemu) -> None:
+    async def lives() -> bool:
+        return True
+
+    async with qemu.handing_over("/run/cpr-agent/vm/web1:b", lives, 60.0):
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("act", [save, hand_over])
+def test_however_often_it_is_cancelled_its_migration_is_over_before(act: Callable[[LiveQemu], asyncio.Task[None]]) -> None:
+    """It would stop the guest after the caller has seen it run."""
+
+    async def story() -> None:
+        peer = Peer()
+        peer.states = ["finish-migrate", "finish-migrate", "running"]
+        await cancelled_thrice(peer, asyncio.ensure_future(act(LiveQemu(peer))), "migrate")
+        assert peer.states == ["running"], "QEMU refuses `cont` as long as a migration has its guest"
+
+    asyncio.run(story())
+
+
+def test_an_offer_that_is_cancelled_as_it_is_made_is_withdrawn() -> None:
+    async def story() -> None:
+        peer = Peer()
+        offering = peer.gates["migrate"] = Gate()
+        act = asyncio.ensure_future(hand_over(LiveQemu(peer)))
+        await offering.entered.wait()
+        act.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await act
+        assert "migrate_cancel" in peer.asked
+
+    asyncio.run(story())
+
+
+def test_a_guest_that_runs_already_is_not_waited_for() -> None:
+    """QEMU tells of no RESUME then."""
+    assert asyncio.run(LiveQemu(Peer()).cont()) == 0.0
