@@ -61,7 +61,7 @@ class ProcessPlace(QemuPlace):
             finally:
                 os.close(pidfd)
                 ready_path.unlink(missing_ok=True)
-        reap_when_done(child)
+                reap_when_done(child)
         if not started:
             await self.kill()
             raise QemuFailed(f"QEMU could not be started: {self.log_tail()}", vm=launch.vm)

@@ -20,6 +20,7 @@ from pystemd.dbusexc import DBusBaseError
 from pystemd.dbuslib import DBus, apply_signature, path_encode
 
 from cpr_agent.core.model import Launch
+from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import QemuFailed
 from cpr_agent.host.runner import BaseRunner, QemuPlace, RunFiles
 
@@ -187,7 +188,8 @@ class UnitPlace(QemuPlace):
         self._files.write_ticket(launch, self._place)
         self._set_user(unit, launch.user)
         try:
-            result = await self._systemd.start_unit(unit)
+            # To its end, so that ``kill`` finds its process: the job would go on without a caller.
+            result = await uninterrupted(self._systemd.start_unit(unit))
         except DBusBaseError as error:
             result = str(error)
         if result != "done":

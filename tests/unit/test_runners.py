@@ -1,0 +1,106 @@
+"""A start that is cancelled: the process that it would have become is found, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.daemon import PROGRAMS
+from cpr_agent.host import processes, systemd
+from cpr_agent.host.processes import ProcessPlace
+from cpr_agent.host.runner import RunFiles
+from cpr_agent.host.systemd import UnitPlace
+from tests.samples import launch
+
+
+class SlowSystemd:
+    """Stands for host.systemd.Systemd: a unit has a process once its job is done, and the job needs no caller for that."""
+
+    def __init__(self) -> None:
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._job: asyncio.Task[None] | None = None
+
+    async def start_unit(self, name: str) -> str:  # noqa: ARG002
+        self._job = asyncio.ensure_future(self._start())
+        self.asked.set()
+        await asyncio.shield(self._job)
+        return "done"
+
+    async def _start(self) -> None:
+        await self.go.wait()
+        self.processes.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+
+    def main_pid(self, name: str) -> int:  # noqa: ARG002
+        return next((process.pid for process in self.processes if process.poll() is None), 0)
+
+    def kill_unit(self, name: str) -> None:  # noqa: ARG002
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def forget_failure(self, name: str) -> None:
+        pass
+
+    def reload(self) -> None:
+        pass
+
+
+def files(tmp_path: Path) -> RunFiles:
+    return RunFiles(tmp_path / "run", tmp_path / "log", PROGRAMS)
+
+
+def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "RUNTIME_UNITS", tmp_path / "units")
+
+    async def story() -> None:
+        slow = SlowSystemd()
+        place = UnitPlace("web1", "web1", files(tmp_path), slow)  # type: ignore[arg-type]  # as much of it as is used
+        start = asyncio.ensure_future(place.start(launch(user="root", log=str(tmp_path / "web1.log"))))
+        await slow.asked.wait()
+        start.cancel()
+        await asyncio.sleep(0)
+        slow.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        assert await place.pid()
+        await place.kill()
+        assert not await place.pid()
+
+    asyncio.run(story())
+
+
+def test_a_process_whose_start_is_cancelled_leaves_no_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    reap: Callable[[subprocess.Popen[bytes]], None] = processes.reap_when_done
+
+    def reaped(child: subprocess.Popen[bytes]) -> None:
+        started.append(child)
+        reap(child)
+
+    monkeypatch.setattr(processes, "reap_when_done", reaped)
+    launcher = tmp_path / "launcher"
+    launcher.write_text("import sys, time\ntime.sleep(60)\n")
+
+    async def story() -> None:
+        place = ProcessPlace("web1", "web1", RunFiles(tmp_path / "run", tmp_path, PROGRAMS._replace(launcher=str(launcher))))
+        start = asyncio.ensure_future(place.start(launch(user="root", log=str(tmp_path / "web1.log"))))
+        while not (tmp_path / "run/vm/web1/pid").exists():
+            await asyncio.sleep(0)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        pid = await place.pid()
+        assert pid
+        await place.kill()
+        while started[0].returncode is None:  # the loop reaps it
+            await asyncio.sleep(0)
+        assert not os.path.exists(f"/proc/{pid}")
+
+    asyncio.run(story())
