@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,9 +25,11 @@ from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, 
 from cpr_agent.files import write_atomically
 from cpr_agent.host.runner import RunFiles
 from cpr_agent.host.this_host import ThisHost
+from cpr_agent.store import journal as journal_module
 from cpr_agent.store import vmstate
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.journal import FileJournal
+from cpr_agent.store.reserve import RESERVE_BYTES
 from tests.samples import launch, manifest
 
 STATE = b"QEVM\x00\x00\x00\x03" + b"device state" * 100
@@ -347,3 +350,55 @@ def test_threads_may_be_the_first_to_read_anything(tmp_path: Path) -> None:
         path.write_bytes(content)
     for _ in range(12):
         subprocess.run([sys.executable, "-c", FIRST_READS, *paths], check=True)
+
+
+# -- a full disk ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a journal; once there is a file "full", its only room is what the journal gives up."""
+    write, root = os.write, tmp_path
+
+    def write_if_there_is_room(fd: int, data: bytes) -> int:
+        if (root / "full").exists() and (root / "journal.reserve").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data)
+
+    monkeypatch.setattr(journal_module.os, "write", write_if_there_is_room)
+    return tmp_path
+
+
+def test_the_journal_keeps_room_for_a_full_disk(disk: Path) -> None:
+    journal = FileJournal(disk / "journal", ThisHost())
+    journal.append("start", vm="web1")
+    assert os.stat(disk / "journal.reserve").st_blocks * 512 >= RESERVE_BYTES
+    (disk / "full").touch()
+    journal.append("save-undone", vm="web1")
+    assert not (disk / "journal.reserve").exists()
+    (disk / "full").unlink()
+    journal.append("resumed", vm="web1")
+    assert (disk / "journal.reserve").exists()
+    journal.close()
+    assert [record["event"] for record in FileJournal(disk / "journal", ThisHost()).records()] == [
+        "start",
+        "save-undone",
+        "resumed",
+    ]
+
+
+def test_without_room_there_is_no_reserve_and_the_journal_is_what_it_was(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    journal = FileJournal(disk / "journal", ThisHost())
+    journal.append("start", vm="web1")
+    assert not (disk / "journal.reserve").exists()
+    (disk / "journal.reserve").touch()  # whatever makes the write fail
+    (disk / "full").touch()
+    with pytest.raises(OSError, match="No space left"):
+        journal.append("save-begin", vm="web1")
+    assert [record["event"] for record in journal.records()] == ["start"]

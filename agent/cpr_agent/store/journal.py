@@ -21,6 +21,7 @@ from cpr_agent.core.past import COMPACTED, Past, Pasts, Record
 from cpr_agent.core.ports import Boot, Clock
 from cpr_agent.files import make_private_directory, sync_directory, write_atomically
 from cpr_agent.store.compaction import needed
+from cpr_agent.store.reserve import Reserve
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class FileJournal:
         self._next = 0
         self._size = self._grown_records = self._grown_bytes = 0
         self._fd = -1
+        self._reserve = Reserve(path.with_name(f"{path.name}.reserve"))
         make_private_directory(path.parent)
         if path.exists():
             self._open_existing()
@@ -60,11 +62,24 @@ class FileJournal:
             self._fd = self._open(os.O_CREAT)
             sync_directory(path.parent)
         self.compact_if_grown()
+        self._reserve.take()
 
     def append(self, event: str, **facts: object) -> Record:
         """Raises OSError; the journal is then what it was before."""
         record = _fitting({**self._stamp(), "event": event, **facts})
         line = _line_of(record)
+        try:
+            self._write(line)
+        except OSError as error:
+            if not self._reserve.gives_way_to(error):
+                raise
+            self._write(line)
+        else:
+            self._reserve.take()
+        self._take(record, len(line))
+        return record
+
+    def _write(self, line: bytes) -> None:
         try:
             if os.write(self._fd, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
@@ -74,8 +89,6 @@ class FileJournal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)
             raise
-        self._take(record, len(line))
-        return record
 
     def past(self, vm: str) -> Past:
         return self._pasts.of(vm)
