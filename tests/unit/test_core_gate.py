@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -183,6 +185,47 @@ def test_a_held_guest_is_given_up_and_its_qemu_ends(bench: Bench) -> None:
     assert "manifest.json.discarded" in bench.files()
     bench.vm(lambda vm: vm.start())
     assert bench.run(state) is VmState.RUNNING
+
+def test_a_hold_keeps_no_other_guest_from_a_kexec(bench: Bench) -> None:
+    """Its own guest is saved, whether its old QEMU is still there or not."""
+    spoil(bench)
+    with pytest.raises(MemoryChanged):
+        bench.vm(lambda vm: vm.resume())
+
+    async def hook(manager: Manager) -> None:
+        bench.kexec.begin()
+        await manager.before_kexec().over()
+
+    bench.run(hook)
+    assert bench.kexec.promised
+    assert bench.run(state) is VmState.HELD
+
+
+def test_an_agent_that_dies_as_it_ends_a_hold_leaves_none(bench: Bench) -> None:
+    """The memory is right again, and the guest is resumed: a hold without a checkpoint would stop it for ever."""
+    was = spoil(bench)
+    with pytest.raises(MemoryChanged):
+        bench.vm(lambda vm: vm.resume())
+    with (bench.root / "web1.dax").open("r+b") as ram:
+        ram.seek(8192)
+        ram.write(was)
+    with contextlib.suppress(OSError):
+        bench.vm(_resume_while_the_checkpoint_can_not_be_moved)
+    assert "held" not in bench.files()
+    assert "manifest.json" in bench.files()
+    bench.vm(lambda vm: vm.resume())
+    assert bench.qemu().status == "running"
+
+
+async def _resume_while_the_checkpoint_can_not_be_moved(vm: Vm) -> None:
+    """The agent gets no further than to that."""
+    aside = Path(vm.machine.live_checkpoint().vmstate.path).with_name("manifest.json.discarded")  # type: ignore[union-attr]
+    (aside / "in-the-way").mkdir(parents=True)
+    try:
+        await vm.resume()
+    finally:
+        shutil.rmtree(aside)
+
 
 
 def test_a_saved_guest_that_could_be_resumed_is_not_given_up(bench: Bench) -> None:

@@ -402,3 +402,17 @@ def test_without_room_there_is_no_reserve_and_the_journal_is_what_it_was(
     with pytest.raises(OSError, match="No space left"):
         journal.append("save-begin", vm="web1")
     assert [record["event"] for record in journal.records()] == ["start"]
+
+
+def test_a_hold_ends_before_its_checkpoint(store: CheckpointStore) -> None:
+    """An agent that dies in between leaves a checkpoint that is proved again, and no hold that stops another guest."""
+    save(store)
+    store.hold("web1", Held(reason="no"))
+    in_the_way = store.root / "web1/manifest.json.loaded/x"
+    in_the_way.mkdir(parents=True)
+    live = store.live("web1")
+    assert live
+    with pytest.raises(OSError, match="directory|exists"):
+        store.consume(live)
+    assert store.held("web1") is None
+    assert store.live("web1") == live

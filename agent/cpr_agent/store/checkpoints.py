@@ -146,8 +146,10 @@ class CheckpointStore:
         return self.root / vm / "manifest.json"
 
     def _retire(self, vm: str, suffix: str) -> None:
-        """Move manifest and state aside, in this order and durably; the last generation stays as evidence."""
+        """Move manifest and state aside, in this order, durably; the last generation stays as evidence. The hold ends before
+        them: one that outlived its checkpoint would keep the guest from running."""
         manifest = self._manifest(vm)
+        self.release(vm)
         try:
             state = self.live(vm)
         except CheckpointUnreadable:
@@ -159,7 +161,6 @@ class CheckpointStore:
         with contextlib.suppress(FileNotFoundError):
             rename_aside(path, suffix)
             sync_directory(path.parent)
-        self.release(vm)
 
     def _owner_of(self, found: Vmstate) -> str:
         for vm in self.live_all():

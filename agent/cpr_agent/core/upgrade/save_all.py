@@ -17,6 +17,8 @@ from cpr_agent.core.upgrade.sort import Triage
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, KernelRefused, SaveFailed
 
+_SAVED = (VmState.SAVED, VmState.HELD)
+
 
 async def save(scope: Scope, job: Job, found: Triage, need: Survives) -> int:
     """From CHECKING to SAVED; or everything is taken back and it raises SaveFailed. Returns how many guests it stopped."""
@@ -45,9 +47,9 @@ async def commit(scope: Scope, job: Job) -> None:
 
 
 async def promise(scope: Scope) -> None:
-    """Tell the gate that each guest is saved. Raises SaveFailed if one is not."""
+    """Tell the gate that each guest is saved, or held. Raises SaveFailed if one is not."""
     await on_all(scope.vms(), lambda vm: vm.refresh())
-    if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.machine.powered_off and vm.state is not VmState.SAVED]:
+    if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.machine.powered_off and vm.state not in _SAVED]:
         raise SaveFailed(f"not saved: {', '.join(f'{vm.name} ({vm.state})' for vm in unsaved)}")
     scope.ports.kexec.promise()
 
