@@ -41,6 +41,27 @@ def test_work_ends_before_its_last_cancellation_is_raised() -> None:
     asyncio.run(story())
 
 
+def test_the_failure_of_cancelled_work_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        gate = Gate()
+
+        async def work() -> None:
+            await gate.go.wait()
+            raise ValueError("it failed")
+
+        task = asyncio.ensure_future(uninterrupted(work()))
+        await turn()
+        task.cancel()
+        await turn()
+        gate.go.set()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert isinstance(caught.value.__cause__, ValueError)
+
+    asyncio.run(story())
+    assert "it failed" in caplog.text
+
+
 def test_without_a_cancellation_the_result_or_the_error_is_the_works() -> None:
     async def fail() -> None:
         raise ValueError("no")

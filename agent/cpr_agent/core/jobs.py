@@ -86,7 +86,9 @@ class Jobs:
 
     def cancel(self, job_id: int) -> None:
         """Raises WrongState when it is too late."""
-        job = self.current[job_id]
+        job = self.current.get(job_id)
+        if job is None:
+            raise WrongState(f"job {job_id} is over", left="nothing was done")
         if not job.cancellable:
             raise WrongState(f"job {job.id} ({job.kind}) can't be cancelled any more: {job.step}", left="it goes on")
         self._tasks[job_id].cancel()

@@ -380,8 +380,9 @@ class Machine:
         task.add_done_callback(self._tasks.discard)
 
     async def settled(self) -> None:
-        """Wait for the work that acts left to be done after their guests ran."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Wait for the work that acts left to be done after their guests ran. It goes on if the caller is cancelled."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 def _not_started(vm: str, error: CprError, left: str, said: str) -> QemuFailed:

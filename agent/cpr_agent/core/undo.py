@@ -24,7 +24,10 @@ async def uninterrupted(work: Awaitable[T]) -> T:
         except asyncio.CancelledError as error:
             cancellation = error
     if cancellation:
-        raise cancellation from (None if task.cancelled() else task.exception())
+        error = None if task.cancelled() else task.exception()
+        if error:  # the caller is told of its cancellation instead
+            log.error("work that was to be cancelled has failed", exc_info=error)
+        raise cancellation from error
     return task.result()
 
 

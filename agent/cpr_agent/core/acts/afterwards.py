@@ -21,17 +21,16 @@ log = logging.getLogger(__name__)
 
 
 class LoadTimes(NamedTuple):
-    """Epoch seconds: when a load began, had its memory, had its state, and when its guest ran."""
+    """Epoch seconds: when a load began, had its memory, and had its state."""
 
     load_at: float
     memory_at: float
     loaded_at: float
-    resumed_at: float
 
 
-async def report(machine: Machine, manifest: Manifest, times: LoadTimes) -> None:
-    """Record how the guest came through, set its clock, and run the hooks."""
-    timeline = await _timeline(machine, manifest, times)
+async def report(machine: Machine, manifest: Manifest, times: LoadTimes, resumed_at: float) -> None:
+    """Record how the guest came through, which ran at ``resumed_at`` (epoch s), set its clock, and run the hooks."""
+    timeline = await _timeline(machine, manifest, times, resumed_at)
     facts = about(Event.LOADED, **entry(manifest, "load"), pause=f"{timeline.pause_s:.3f}")
     log.info("VM %s: loaded, it was stopped for %.3f s", machine.name, timeline.pause_s, extra=facts)
     await _store(machine, timeline)
@@ -47,9 +46,8 @@ def entry(manifest: Manifest, phase: str) -> dict[str, str]:
     return {"vm": manifest.vm, "upgrade": manifest.upgrade, "checkpoint": manifest.id, "phase": phase}
 
 
-async def _timeline(machine: Machine, manifest: Manifest, loaded: LoadTimes) -> GuestTimeline:
-    clock, boot = machine.ports.clock, machine.ports.boot
-    times, resumed_at = manifest.times, loaded.resumed_at
+async def _timeline(machine: Machine, manifest: Manifest, loaded: LoadTimes, resumed_at: float) -> GuestTimeline:
+    clock, boot, times = machine.ports.clock, machine.ports.boot, manifest.times
     rebooted = boot.boot_id() != manifest.boot_id
     stepped_s = 0.0
     if not rebooted and times.stopped_uptime_s:

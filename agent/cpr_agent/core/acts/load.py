@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from msgspec.structs import replace
 
@@ -175,11 +175,6 @@ class Beside:
         await self._machine.spare.kill()
 
 
-class _Loaded(NamedTuple):
-    loaded_at: float
-    resumed_at: float
-
-
 async def load(machine: Machine, request: LoadRequest) -> str:
     """Load the live checkpoint, which stays up to the moment at which the guest runs: till then the load can be repeated.
     Returns "", or why the guest was started afresh: its memory is lost, and the definition wants that. Raises CprError."""
@@ -275,13 +270,14 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
         memory_at = ports.clock.now()
         async with request.turn:
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
-            loaded = await _load_located(machine, manifest, fd, located, vessel)
-        machine.spawn(report(machine, manifest, LoadTimes(load_at, memory_at, *loaded)))
+            qemu, proven = await _load_located(machine, manifest, fd, located, vessel)
+            times = LoadTimes(load_at, memory_at, ports.clock.now())
+            await uninterrupted(go_on(machine, qemu, manifest, proven, vessel, times))
 
 
 async def _load_located(
     machine: Machine, manifest: Manifest, fd: int, located: Sequence[Located], vessel: Vessel
-) -> _Loaded:
+) -> tuple[Qemu, Proven]:
     """Once its memory is there."""
     ports = machine.ports
     proving = Proving(machine, manifest, located)
@@ -306,9 +302,7 @@ async def _load_located(
         if isinstance(error, (ProofFailed, MemoryUnusable)):
             raise
         raise _failed(manifest, error, said, vessel.remedy) from error
-    loaded_at = ports.clock.now()
-    resumed_at = await uninterrupted(go_on(machine, qemu, manifest, proven, vessel))
-    return _Loaded(loaded_at, resumed_at)
+    return qemu, proven
 
 
 def _failed(manifest: Manifest, error: CprError | TimeoutError, said: str, remedy: str) -> LoadFailed:
@@ -324,9 +318,11 @@ def _failed(manifest: Manifest, error: CprError | TimeoutError, said: str, remed
     return failure
 
 
-async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, vessel: Vessel) -> float:
-    """Its state is loaded: let the guest do what it did when it was saved. Returns when it ran (epoch s). The point of no
-    return is in here, so that a caller runs it to its end."""
+async def go_on(
+    machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, vessel: Vessel, times: LoadTimes | None = None
+) -> None:
+    """Its state is loaded: let the guest do what it did when it was saved. The point of no return is in here, so that a
+    caller runs it to its end. ``times``: of a load, whose record is written later; None for the undo of a save."""
     ports = machine.ports
     machine.record(VmEvent.RESUME, checkpoint=manifest.id, run_state=manifest.run_state)
     await vessel.adopt(qemu)
@@ -340,11 +336,12 @@ async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, 
     machine.record(VmEvent.RESUMED, checkpoint=manifest.id, resumed_at=resumed_at)
     if manifest.wakes:
         resumed_at = await wake(machine, proof) or resumed_at
+    if times:
+        machine.spawn(report(machine, manifest, times, resumed_at))
     launch = machine.launched()
     if launch and launch.argv[0] == launch.base_argv[0]:  # a kept copy is still running: its firmware links must stay
         await asyncio.to_thread(ports.programs.forget, machine.name)
     await vessel.settle()
-    return resumed_at
 
 
 async def _lost(machine: Machine, manifest: Manifest, error: CprError) -> str:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 from msgspec.structs import replace as changed
 
-from cpr_agent.core.acts.afterwards import LoadTimes, report
+from cpr_agent.core.acts.afterwards import LoadTimes
 from cpr_agent.core.acts.load import Beside, go_on, holding, load_by_either, load_into
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.acts.resume import take_back
@@ -75,8 +75,7 @@ async def _in_turn(machine: Machine, launch: Launch) -> None:
         log.warning("VM %s: should its new QEMU fail, it will stay saved%s", machine.name, unkept)
     manifest = await save(machine, launch, SaveRequest())
     try:
-        with holding(machine, manifest):
-            failed = await load_by_either(machine, manifest, LoadRequest())
+        failed = await uninterrupted(_load(machine, manifest))  # a cancelled job must not leave the guest stopped
     except CprError as error:
         raise LoadFailed(
             f"could not get a new QEMU: {error.what}",
@@ -89,6 +88,11 @@ async def _in_turn(machine: Machine, launch: Launch) -> None:
 
 
 async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa: ARG001 - as _transfer
+async def _load(machine: Machine, manifest: Manifest) -> LoadFailed | None:
+    with holding(machine, manifest):
+        return await load_by_either(machine, manifest, LoadRequest())
+
+
     """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
     RAM, and writes nothing to it before that (FACTS.md: only ``-incoming`` skips writing firmware into RAM)."""
     request = SaveRequest()
@@ -126,10 +130,9 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     times = changed(
         draft.times, stopped_at=stopped_at, written_at=handed_at, durable_at=handed_at, stopped_uptime_s=uptime_s
     )
-    vessel = Beside(machine, new)
-    resumed_at = await uninterrupted(go_on(machine, new, draft, Unbroken.HANDED_OVER, vessel))
-    loaded = LoadTimes(handed_at, handed_at, handed_at, resumed_at)
-    machine.spawn(report(machine, changed(draft, times=times), loaded))
+    handed = changed(draft, times=times)
+    loaded = LoadTimes(handed_at, handed_at, handed_at)
+    await uninterrupted(go_on(machine, new, handed, Unbroken.HANDED_OVER, Beside(machine, new), loaded))
 
 
 @contextlib.asynccontextmanager

@@ -35,7 +35,7 @@ from cpr_agent.core.model import (
 from cpr_agent.core.past import InterruptedSave, VmEvent
 from cpr_agent.core.ports import PendingState
 from cpr_agent.core.proof import digest_firmware, identify_disks, refuse_foreign_state
-from cpr_agent.core.undo import Undo
+from cpr_agent.core.undo import Undo, uninterrupted
 from cpr_agent.errors import CprError, QemuFailed, SaveFailed
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,8 @@ async def _store_state(
             stopped_uptime_s=clock.uptime_s() - (clock.now() - written.stopped_at),
         ),
     )
-    await asyncio.to_thread(pending.commit, manifest)
+    # A cancellation does not end the thread: it would go on to make the checkpoint live while the undo removes it.
+    await uninterrupted(asyncio.to_thread(pending.commit, manifest))
     machine.record(VmEvent.SAVED, checkpoint=draft.id, stopped_at=written.stopped_at)
     return manifest
 

@@ -1,0 +1,184 @@
+"""A job that is cancelled leaves nothing behind: no work that goes on, and no guest without what it needs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
+from cpr_agent.core.jobs import Job, JobState
+from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import RunState, Survives, VmState
+from cpr_agent.core.vm import Vm
+from cpr_agent.errors import CprError, QemuFailed, WrongState
+from cpr_agent.store import checkpoints
+from tests.bench import Bench, ended
+from tests.fakes import Gate
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A VM that runs on a dax device."""
+    bench = Bench(tmp_path)
+    bench.define("web1", bench.define_device("web1"))
+    bench.vm(lambda vm: vm.start())
+    return bench
+
+
+async def turns(number: int = 50) -> None:
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def save(vm: Vm) -> None:
+    await vm.save(SaveRequest())
+
+
+def test_a_checkpoint_that_becomes_live_does_so_before_it_is_taken_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread writes it, which no cancellation ends."""
+    write = checkpoints.write_atomically
+    writing, go = asyncio.Event(), threading.Event()
+
+    async def act(vm: Vm) -> None:
+        loop = asyncio.get_running_loop()
+
+        def write_late(path: Path, content: bytes) -> None:
+            if path.name == "manifest.json":
+                loop.call_soon_threadsafe(writing.set)
+                go.wait()
+            write(path, content)
+
+        monkeypatch.setattr(checkpoints, "write_atomically", write_late)
+        task = asyncio.ensure_future(save(vm))
+        await writing.wait()
+        task.cancel()
+        for _ in range(10):  # an undo that did not wait would be over then
+            await turns()
+            await asyncio.to_thread(lambda: None)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await loop.shutdown_default_executor()
+
+    bench.vm(act)
+    assert bench.qemu().status == "running"
+    assert bench.files() == []
+
+
+@pytest.mark.parametrize("status", ["running", "paused"])
+def test_a_load_that_is_cancelled_as_its_guest_goes_on_is_a_load(bench: Bench, status: str) -> None:
+    """The guest has its timeline, its clock, and its hooks."""
+    bench.qemu().by_hand(status)
+    bench.vm(save)
+    point = "before resume" if status == "paused" else "before resumed"
+
+    async def cancel(manager: Manager) -> Job:
+        job = manager.load_all()
+        bench.runner.at[point] = lambda: manager.jobs.cancel(job.id)
+        await ended(manager, job)
+        await manager.vm("web1").settled()
+        return job
+
+    assert bench.run(cancel).state is JobState.CANCELLED
+    assert bench.qemu().status == status
+    assert [timeline.vm for timeline in bench.history()] == ["web1"]
+    assert [phase for phase, *_ in bench.hooks.ran][-1] == "post-load"
+
+
+def test_a_transfer_that_is_cancelled_as_its_guest_goes_on_is_one(bench: Bench) -> None:
+    bench.runner.transfers = True
+
+    async def cancel(manager: Manager) -> Job:
+        job = manager.refresh_all()
+        bench.runner.at["before resumed"] = lambda: manager.jobs.cancel(job.id)
+        await ended(manager, job)
+        await manager.vm("web1").settled()
+        return job
+
+    old = bench.qemu()
+    assert bench.run(cancel).state is JobState.CANCELLED
+    assert bench.qemu() is not old
+    assert bench.qemu().status == "running"
+    assert [timeline.vm for timeline in bench.history()] == ["web1"]
+    assert bench.runner.violations == []
+
+
+def test_work_that_a_load_has_left_goes_on_when_its_job_is_cancelled(bench: Bench) -> None:
+    bench.vm(save)
+
+    async def cancel(manager: Manager) -> Job:
+        clock = bench.runner.gates["web1", "set_guest_clock"] = Gate()
+        job = manager.load_all()
+        await clock.entered.wait()
+        await turns()
+        manager.jobs.cancel(job.id)
+        await ended(manager, job)
+        clock.go.set()
+        await manager.vm("web1").settled()
+        return job
+
+    assert bench.run(cancel).state is JobState.CANCELLED
+    assert [phase for phase, *_ in bench.hooks.ran][-1] == "post-load"
+
+
+@pytest.mark.parametrize("point", ["save", "after-save", "start", "connect", "load", "after-load", "cont"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_refresh_in_turn_that_is_cancelled_leaves_its_guest_running(bench: Bench, point: str, times: int) -> None:
+    """Once the old QEMU has ended, the load comes to its end."""
+
+    async def cancel(manager: Manager) -> Job:
+        gate = bench.runner.gates["web1", point] = Gate()
+        job = manager.refresh_all_in_turn()
+        await gate.entered.wait()
+        for _ in range(times):
+            with contextlib.suppress(WrongState):  # it may be over already
+                manager.jobs.cancel(job.id)
+            await turns()
+        gate.go.set()
+        return await ended(manager, job)
+
+    old = bench.qemu()
+    assert bench.run(cancel).state is JobState.CANCELLED
+    assert (bench.qemu() is old) == ("save" in point)
+    assert bench.qemu().status == "running"
+    assert "manifest.json" not in bench.files()
+    assert bench.records()[-1] == "refreshed"
+    assert bench.runner.violations == []
+
+
+def test_a_refresh_in_turn_that_is_cancelled_holds_a_guest_whose_memory_has_changed(bench: Bench) -> None:
+    async def cancel(manager: Manager) -> Job:
+        job = manager.refresh_all_in_turn()
+
+        def spoil() -> None:
+            manager.jobs.cancel(job.id)
+            with (bench.root / "web1.dax").open("r+b") as ram:
+                ram.seek(8192)
+                ram.write(b"another guest's")
+
+        bench.runner.at["after saved"] = spoil
+        return await ended(manager, job)
+
+    assert bench.run(cancel).state is JobState.CANCELLED
+
+    async def look(vm: Vm) -> VmState:
+        return vm.state
+
+    assert bench.vm(look) is VmState.HELD
+    assert bench.qemu().status == "postmigrate"
+
+
+def test_a_job_that_is_over_can_not_be_cancelled(bench: Bench) -> None:
+    async def late(manager: Manager) -> None:
+        job = await ended(manager, manager.save_all(Survives.KEXEC))
+        with pytest.raises(WrongState, match="job 1 is over"):
+            manager.jobs.cancel(job.id)
+
+    bench.run(late)
