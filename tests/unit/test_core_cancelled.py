@@ -182,3 +182,43 @@ def test_a_job_that_is_over_can_not_be_cancelled(bench: Bench) -> None:
             manager.jobs.cancel(job.id)
 
     bench.run(late)
+
+
+# -- what QEMU tells of at the end of an act ------------------------------------------------------------------------------
+
+
+def after_the_last_look(bench: Bench, vm: Vm, event: Callable[[], None]) -> None:
+    """``event`` happens once the act has looked at QEMU for the last time, and before it is over."""
+    derive, looks = vm.machine.derive, [0]
+
+    async def derive_then() -> None:
+        await derive()
+        looks[0] += 1
+        if looks[0] == 2:
+            event()
+
+    vm.machine.derive = derive_then  # type: ignore[method-assign]
+
+
+def test_an_event_at_the_very_end_of_an_act_is_not_missed(bench: Bench) -> None:
+    async def act(vm: Vm) -> None:
+        after_the_last_look(bench, vm, lambda: bench.qemu().by_hand("paused"))
+        with pytest.raises(CprError):
+            await vm.load(LoadRequest())
+        await vm.settled()
+        assert (vm.state, vm.run_state) == (VmState.PAUSED, RunState.PAUSED)
+
+    bench.vm(act)
+
+
+def test_a_guest_that_can_not_be_woken_is_no_obstacle_for_others(bench: Bench) -> None:
+    async def act(manager: Manager) -> None:
+        vm = manager.vm("web1")
+        vm.machine.expect_late_sleep(60)
+        bench.runner.faults["web1", "wake"] = QemuFailed("it sleeps on", vm="web1")
+        bench.qemu().by_hand("suspended")
+        await manager.reload()
+        await vm.settled()
+        assert vm.state is VmState.SUSPENDED
+
+    bench.run(act)

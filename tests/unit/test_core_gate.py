@@ -32,8 +32,7 @@ CALLERS = {
     ("core/acts/resume.py", "take_back", "let_run"): "proven",
     ("core/acts/save.py", "_run_again", "let_run"): "Unbroken.SAVE_UNDONE",
     ("core/acts/save.py", "run_after_interrupted_save", "let_run"): "Unbroken.SAVE_INTERRUPTED",
-    ("core/acts/sleep.py", "end_sleep", "wake"): "Unbroken.ASLEEP",
-    ("core/acts/sleep.py", "wake_late_sleeper", "wake"): "Unbroken.ASLEEP",
+    ("core/acts/sleep.py", "_try_to_wake", "wake"): "Unbroken.ASLEEP",
 }
 """Each call of the gate, with its proof. Whoever adds one has thought about invariants 1, 2 and 9."""
 GOING_ON = {

@@ -47,6 +47,8 @@ class Vm:
         self._successor = saveable.Successor(self.machine)
         self._lock = asyncio.Lock()
         self._act: Act | None = None
+        self._outdated = False
+        """Whether QEMU has told of something since the act's last look at it."""
 
     # -- facts that others read -----------------------------------------------------------------------------------------
 
@@ -256,9 +258,16 @@ class Vm:
                     raise
                 finally:
                     await uninterrupted(self.machine.derive())
+                    self._outdated = False
         finally:
             self._act = None
 
+            if self._outdated:
+                self.machine.spawn(self.refresh())
     def _on_qemu_event(self, event: str) -> None:
-        if event in _STATE_EVENTS and not self._act:
+        if event not in _STATE_EVENTS:
+            return
+        if self._act:
+            self._outdated = True
+        else:
             self.machine.spawn(self.refresh())

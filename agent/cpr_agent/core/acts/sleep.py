@@ -70,14 +70,18 @@ async def end_sleep(machine: Machine) -> None:
     if machine.checkpointed or not machine.past.put_to_sleep:
         return
     machine.expect_late_sleep(LATE_SLEEP_S)
+    await _try_to_wake(machine)
+
+
+async def wake_late_sleeper(machine: Machine) -> None:
+    if machine.run_state is RunState.SUSPENDED and machine.expects_late_sleep and not machine.checkpointed:
+        log.warning("VM %s: its guest went to sleep after the suspend had timed out; waking it", machine.name)
+        await _try_to_wake(machine)
+
+
+async def _try_to_wake(machine: Machine) -> None:
+    """A guest that stays asleep is no reason for the caller to fail, which may be about to look at the other VMs."""
     try:
         await wake(machine, Unbroken.ASLEEP)
     except (QemuFailed, ProofFailed) as error:
         log.error("VM %s: its guest was put to sleep, and could not be woken: %s", machine.name, error.what)
-
-
-async def wake_late_sleeper(machine: Machine) -> None:
-    """Raises QemuFailed, ProofFailed."""
-    if machine.run_state is RunState.SUSPENDED and machine.expects_late_sleep and not machine.checkpointed:
-        log.warning("VM %s: its guest went to sleep after the suspend had timed out; waking it", machine.name)
-        await wake(machine, Unbroken.ASLEEP)
