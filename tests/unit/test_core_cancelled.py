@@ -222,3 +222,43 @@ def test_a_guest_that_can_not_be_woken_is_no_obstacle_for_others(bench: Bench) -
         assert vm.state is VmState.SUSPENDED
 
     bench.run(act)
+
+
+# -- a hand on another socket of QEMU's -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["load", "resume"])
+def test_a_saved_guest_that_is_let_run_by_hand_while_it_is_proved_is_not_ended(bench: Bench, act: str) -> None:
+    if act == "resume":
+        bench.qemu().by_hand("paused")
+    bench.vm(save)
+    old = bench.qemu()
+    bench.runner.at["before load-begin"] = lambda: old.by_hand("running")
+
+    async def load(vm: Vm) -> None:
+        with pytest.raises(CprError, match="was resumed by hand meanwhile"):
+            await (vm.load(LoadRequest()) if act == "load" else vm.resume())
+        assert vm.state is VmState.RUNNING
+
+    bench.vm(load)
+    assert (bench.qemu(), old.status) == (old, "running")
+    assert bench.records()[-1] == "resumed-by-hand"
+    assert bench.runner.violations == []
+
+
+@pytest.mark.parametrize("transfers", [False, True])
+def test_a_guest_that_is_let_run_by_hand_during_a_refresh_runs_in_no_other_qemu(bench: Bench, *, transfers: bool) -> None:
+    bench.runner.transfers = transfers
+    old = bench.qemu()
+    bench.runner.at["before resume"] = lambda: old.by_hand("running")
+
+    async def refresh(vm: Vm) -> None:
+        with pytest.raises(CprError, match="was resumed by hand meanwhile"):
+            await vm.replace_qemu()
+        assert vm.state is VmState.RUNNING
+
+    bench.vm(refresh)
+    assert (bench.qemu(), old.status) == (old, "running")
+    assert bench.runner.beside == {}
+    assert "manifest.json" not in bench.files()
+    assert bench.runner.violations == []

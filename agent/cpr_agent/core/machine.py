@@ -29,7 +29,7 @@ from cpr_agent.core.ports import Place, Ports, Qemu
 from cpr_agent.core.proof import naming
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.undo import Undo
-from cpr_agent.errors import CheckpointUnreadable, CprError, InvalidDefinition, MemoryUnusable, QemuFailed
+from cpr_agent.errors import AlreadyRunning, CheckpointUnreadable, CprError, InvalidDefinition, MemoryUnusable, QemuFailed
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +184,13 @@ class Machine:
                 left=left,
                 remedy=f"`cprctl stop --hard {self.name}` ends QEMU, if you know that it has not",
             )
+
+    async def require_stands_saved(self) -> None:
+        """Raises AlreadyRunning if the live QEMU's guest was let run on another socket since the last look, QemuFailed."""
+        now = RunState(await self.require_qemu().run_state())
+        if now is not RunState.POSTMIGRATE:
+            what = f"was resumed by hand meanwhile: its QEMU is {now}"
+            raise AlreadyRunning(what, vm=self.name, left="the guest goes on in the QEMU that it has")
 
     def stamped(self, launch: Launch) -> Launch:
         return replace(launch, created_at=self.ports.clock.now(), boot_id=self.ports.boot.boot_id())

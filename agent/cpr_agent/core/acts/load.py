@@ -75,7 +75,7 @@ class Vessel(Protocol):
         """Prove before ending the old QEMU, which can still resume the guest. None where there is no old one."""
 
     async def make_room(self) -> None:
-        """End the QEMU that stands in the way."""
+        """End the QEMU that stands in the way. Raises AlreadyRunning if its guest was let run by hand."""
 
     async def start(self, plan: Launch, proving: Proving, proven: Proven | None) -> tuple[Qemu, Proven]:
         """A QEMU that waits for the state, and the proof in hand. Raises QemuFailed, ProofFailed, MemoryUnusable."""
@@ -84,7 +84,7 @@ class Vessel(Protocol):
         """Let go of it: it has run no guest."""
 
     async def adopt(self, qemu: Qemu) -> None:
-        """Make it the VM's own."""
+        """Make it the VM's own. Raises AlreadyRunning if the old one's guest was let run by hand."""
 
     async def settle(self) -> None:
         """Its guest runs: end the QEMU that had the guest before."""
@@ -110,6 +110,7 @@ class Fresh:
 
     async def make_room(self) -> None:
         if self._machine.pid:
+            await self._machine.require_stands_saved()
             await self._machine.end()
 
     async def start(self, plan: Launch, proving: Proving, proven: Proven | None) -> tuple[Qemu, Proven]:
@@ -168,6 +169,7 @@ class Beside:
         """The act that started it ends it."""
 
     async def adopt(self, qemu: Qemu) -> None:
+        await self._machine.require_stands_saved()
         await self._machine.adopt(qemu)
 
     async def settle(self) -> None:
