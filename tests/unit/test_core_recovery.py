@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,18 @@ import pytest
 from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CheckpointUnreadable, CprError, LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.errors import (
+    CheckpointUnreadable,
+    CprError,
+    LoadFailed,
+    MemoryInUse,
+    QemuFailed,
+    SaveFailed,
+    WrongState,
+)
 from cpr_agent.store.checkpoints import CheckpointStore
 from tests.bench import Bench
+from tests.processes import holding
 
 SAVED = ["manifest.json", "vmstate"]
 LOADED = ["manifest.json.loaded", "vmstate.loaded"]
@@ -176,14 +186,103 @@ def test_the_state_of_a_guest_that_did_not_run_is_stored_after_an_interrupted_sa
     assert bench.runner.violations == []
 
 
-def test_a_guest_that_an_admin_migrated_away_after_a_save_that_failed_is_not_resumed(bench: Bench) -> None:
-    bench.runner.faults["web1", "after-save"] = SaveFailed("no room", vm="web1")
+@pytest.mark.parametrize("fault", ["save", "after-save"])
+def test_a_guest_that_an_admin_migrated_away_after_a_save_that_failed_is_not_resumed(bench: Bench, fault: str) -> None:
+    bench.runner.faults["web1", fault] = SaveFailed("no room", vm="web1")
     with pytest.raises(SaveFailed):
         bench.vm(save)
     bench.runner.faults.clear()
     bench.qemu().status = "postmigrate"
     assert recover(bench) is VmState.PAUSED
     assert bench.qemu().status == "postmigrate"
+
+
+@pytest.mark.parametrize("status", ["running", "paused"])
+def test_a_guest_that_an_admin_migrated_away_after_a_save_that_was_interrupted_is_not_resumed(
+    bench: Bench, status: str
+) -> None:
+    bench.qemu().by_hand(status)
+    bench.dies("after save-begin", save)
+    recover(bench)
+    bench.qemu().status = "postmigrate"
+    assert recover(bench) is VmState.PAUSED
+    assert bench.qemu().status == "postmigrate"
+
+
+def test_a_guest_that_an_admin_let_run_and_migrated_away_is_not_resumed(bench: Bench) -> None:
+    """The rollback did not come to its end."""
+    bench.vm(save)
+
+    async def resume_in_vain(vm: Vm) -> None:
+        bench.runner.faults["web1", "cont"] = QemuFailed("the disk is locked", vm="web1")
+        with pytest.raises(QemuFailed, match="could not be resumed"):
+            await vm.resume()
+        bench.runner.faults.clear()
+        bench.qemu().by_hand("running")
+        await vm.refresh()
+
+    bench.vm(resume_in_vain)
+    bench.qemu().status = "postmigrate"
+    assert recover(bench) is VmState.PAUSED
+    assert bench.qemu().status == "postmigrate"
+
+
+@pytest.mark.parametrize("point", ["before seal", "before resumed"])
+def test_a_guest_that_was_not_resumed_because_of_another_process_is_resumed_once_that_has_ended(
+    bench: Bench, point: str
+) -> None:
+    """Of a save that was interrupted, or of a load."""
+    if point == "before resumed":
+        bench.vm(save)
+    bench.dies(point, save if point == "before seal" else lambda vm: vm.load(LoadRequest()))
+    bench.qemu().status = "postmigrate" if point == "before seal" else "paused"
+
+    async def resume(vm: Vm) -> None:
+        assert vm.state is VmState.PAUSED
+        with pytest.raises(MemoryInUse):
+            await vm.resume()
+        other.stdin.close()  # type: ignore[union-attr]
+        other.wait()
+        await vm.resume()
+        assert vm.state is VmState.RUNNING
+
+    with holding(bench.root / "web1.ram") as other:
+        bench.vm(resume)
+    assert bench.records()[-1] == "resumed"
+    with pytest.raises(WrongState, match="nothing to resume"):
+        bench.vm(lambda vm: vm.resume())
+    assert bench.runner.violations == []
+
+
+def test_a_guest_that_its_old_qemu_did_not_take_back_at_once_is_resumed_in_it(bench: Bench) -> None:
+    """After a transfer that failed. Nothing else than the journal knows that the guest has run nowhere else."""
+    bench.runner.transfers = True
+    old = bench.qemu()
+
+    async def fail(vm: Vm) -> None:
+        bench.runner.faults["web1", "half-taken"] = QemuFailed("the new one is broken", vm="web1")
+        bench.runner.faults["web1", "cont"] = QemuFailed("the disk is locked", vm="web1")
+        with pytest.raises(LoadFailed, match="the disk is locked"):
+            await vm.replace_qemu()
+        bench.runner.faults.clear()
+        await vm.resume()
+        assert vm.state is VmState.RUNNING
+
+    bench.vm(fail)
+    assert (bench.qemu(), old.status) == (old, "running")
+    assert bench.records()[-3:] == ["transfer-undone", "resumed", "refreshed"]
+
+
+def test_one_vm_that_can_not_be_recorded_keeps_no_agent_from_its_start(bench: Bench) -> None:
+    bench.dies("before seal", save)
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    bench.runner.at["before save-undone"] = full
+    assert recover(bench) is VmState.PAUSED
+    bench.runner.at.clear()
+    assert recover(bench) is VmState.RUNNING
 
 
 def test_a_save_that_was_interrupted_before_its_last_record_is_a_save(bench: Bench) -> None:
@@ -247,3 +346,15 @@ def test_a_guest_whose_checkpoint_can_not_be_read_is_not_resumed(bench: Bench) -
     assert bench.qemu().status == "running"
     with pytest.raises(CprError):
         bench.vm(lambda vm: vm.load(LoadRequest()))
+
+
+def test_an_agent_that_dies_as_it_takes_a_transfer_back_leaves_that_to_the_next(bench: Bench) -> None:
+    bench.runner.transfers = True
+    bench.runner.faults["web1", "half-taken"] = QemuFailed("the new one is broken", vm="web1")
+    old = bench.qemu()
+    bench.dies("after transfer-undone", lambda vm: vm.replace_qemu())
+    bench.runner.faults.clear()
+    assert old.status == "postmigrate"
+    assert recover(bench) is VmState.RUNNING
+    assert (bench.qemu(), old.status) == (old, "running")
+    assert bench.runner.violations == []

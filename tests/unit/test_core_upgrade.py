@@ -575,6 +575,26 @@ def test_a_roll_back_holds_a_guest_whose_ram_was_overwritten_and_resumes_the_oth
     assert "manifest.json" in bench.files("web2")
 
 
+def test_an_agent_that_dies_in_the_middle_of_a_save_takes_a_paused_guest_back_too(bench: Bench) -> None:
+    """Its state is stored by the next agent, as part of the same upgrade."""
+    for name in ("web1", "web3"):  # saved after it
+        path = bench.definitions / f"{name}.toml"
+        path.write_text(path.read_text().replace("order = 100", "order = 1"))
+    bench.qemu("web2").status = "paused"
+    bench.runner.die_at = "before seal"
+    with pytest.raises(AgentKilled):
+        bench.run(until_kexec(bench))
+    bench.runner.die_at = ""
+    assert bench.run(drained) == {"web1": VmState.RUNNING, "web2": VmState.PAUSED, "web3": VmState.RUNNING}
+    assert phases(bench)[-2:] == ["rolling-back", "rolled-back"]
+    assert bench.runner.violations == []
+
+
+async def drained(manager: Manager) -> dict[str, VmState]:
+    await manager.jobs.drain(10)
+    return await look(manager)
+
+
 def test_a_roll_back_names_a_guest_whose_checkpoint_can_not_be_read_and_resumes_the_others(bench: Bench) -> None:
     def damage() -> None:
         (bench.root / "checkpoints/web2/manifest.json").write_text("{")

@@ -224,6 +224,7 @@ class Machine:
             self.spawn(self._after_end())
             return
         await self._retire_if_resumed_by_hand()
+        self._end_save_that_was_taken_back()
         self.enter(self._state_with_qemu())
 
     @property
@@ -254,6 +255,14 @@ class Machine:
             log.warning("VM %s: its guest was resumed by hand; the checkpoint is retired", self.name)
             self.record(VmEvent.RESUMED_BY_HAND, checkpoint=manifest.id)
             await asyncio.to_thread(self.ports.store.discard, self.name)
+
+    def _end_save_that_was_taken_back(self) -> None:
+        """The guest runs again, by whoever's hand. Should its QEMU stand in postmigrate later, an admin has migrated it away
+        (invariant 2)."""
+        begun = self.past.interrupted_save
+        if begun and begun.last is not VmEvent.SAVE_BEGIN and self.run_state is RunState.RUNNING:
+            with contextlib.suppress(OSError):  # the next look tries again
+                self.record(VmEvent.RESUMED, checkpoint=begun.checkpoint)
 
     def _ran_since(self, manifest: Manifest) -> bool:
         """Whether the live QEMU's guest ran after it was saved: its QEMU left postmigrate, and does not load just this."""

@@ -77,7 +77,7 @@ SPENDING = (VmEvent.RESUMED, VmEvent.RESUMED_BY_HAND)
 _ANSWERS: Mapping[str, Mapping[str, bool]] = {
     VmEvent.REFRESH: {"in_refresh": True},
     VmEvent.TRANSFER: {"in_transfer": True},
-    VmEvent.TRANSFER_UNDONE: {"in_transfer": False},
+    VmEvent.RESUMED: {"in_transfer": False},
     VmEvent.REFRESHED: {"in_refresh": False, "in_transfer": False},
     VmEvent.SUSPEND: {"put_to_sleep": True},
     VmEvent.WOKEN: {"put_to_sleep": False},
@@ -96,6 +96,8 @@ class InterruptedSave(NamedTuple):
     """The guest's, before the save."""
     path: str
     """The file that QEMU writes its state to."""
+    upgrade: str
+    """The id of the upgrade that saves; "" for a save by hand."""
     last: VmEvent
     """SAVE_BEGIN: nothing came after. SAVE_UNDONE, ROLLBACK: it was being taken back."""
 
@@ -174,7 +176,11 @@ class Past:
         if checkpoint != last["checkpoint"] or self.spent_by(checkpoint):
             return None
         return InterruptedSave(
-            checkpoint, RunState(str(save.get("run_state"))), str(save.get("path", "")), VmEvent(str(event))
+            checkpoint,
+            RunState(str(save.get("run_state"))),
+            str(save.get("path", "")),
+            str(save.get("upgrade", "")),
+            VmEvent(str(event)),
         )
 
     def loads_begun(self, checkpoint: str) -> int:

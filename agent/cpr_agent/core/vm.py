@@ -169,7 +169,8 @@ class Vm:
     async def resume(self) -> None:
         """Take a save back, or let a paused guest go on. Raises ProofFailed, and the VM is held then; CprError."""
         async with self._admitted(Act.RESUME):
-            await resume.resume(self.machine)
+            if not await recover.resume_unfinished(self.machine):
+                await resume.resume(self.machine)
 
     async def discard(self) -> None:
         """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs it. Raises CprError."""
@@ -257,13 +258,13 @@ class Vm:
                     self.machine.error = error.text
                     raise
                 finally:
-                    await uninterrupted(self.machine.derive())
                     self._outdated = False
+                    await uninterrupted(self.machine.derive())
         finally:
             self._act = None
-
             if self._outdated:
                 self.machine.spawn(self.refresh())
+
     def _on_qemu_event(self, event: str) -> None:
         if event not in _STATE_EVENTS:
             return

@@ -41,6 +41,9 @@ class Recovery(enum.Enum):
     """The checkpoint is spent, and it was announced that its guest would run."""
 
 
+_LETS_RUN = (Recovery.RUN_ON, Recovery.FINISH_RESUME, Recovery.UNDO_TRANSFER)
+
+
 class Facts(NamedTuple):
     """All that the decision depends on."""
 
@@ -90,7 +93,7 @@ async def recover(machine: Machine) -> None:
     if machine.qemu is None:
         return
     past = machine.past
-    if past.in_transfer:
+    if past.in_transfer or past.interrupted_save:  # QEMU may still be at it
         await machine.qemu.withdraw()
         await machine.derive()
     if past.in_refresh:
@@ -104,6 +107,20 @@ async def recover(machine: Machine) -> None:
         return
     await end_sleep(machine)
     end_refresh(machine)
+
+
+async def resume_unfinished(machine: Machine) -> bool:
+    """A guest may stand that its recovery, or the undo of an act, could not let run. Returns whether there was one, which
+    runs now. Raises CprError."""
+    await machine.derive()
+    launch = machine.launched()
+    recovery = decide(_facts(machine, launch, None))
+    if machine.qemu is None or recovery not in _LETS_RUN:
+        return False
+    await machine.spare.kill()
+    await _carry_out(machine, recovery, launch, None)
+    end_refresh(machine)
+    return True
 
 
 def end_refresh(machine: Machine) -> None:
@@ -153,6 +170,8 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
         case Recovery.FINISH_RESUME if launch:
             await _refuse_strangers(machine, launch)
             await _finish_resume(machine, launch.checkpoint)
+        case Recovery.NOTHING if begun and begun.last is VmEvent.SAVE_BEGIN and not machine.stands_saved:
+            machine.record(VmEvent.SAVE_UNDONE, checkpoint=begun.checkpoint)
         case Recovery.LEAVE:
             machine.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
 

@@ -48,7 +48,8 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
             await (_beside if how is Replacement.BESIDE else _transfer)(machine, qemu, launch)
         return how
     finally:
-        machine.record(VmEvent.REFRESHED)
+        if not (machine.stands_saved and machine.past.in_transfer):  # else a resume can still end what was begun
+            machine.record(VmEvent.REFRESHED)
 
 
 async def _choose(machine: Machine, qemu: Qemu, launch: Launch) -> Replacement:
@@ -87,12 +88,12 @@ async def _in_turn(machine: Machine, launch: Launch) -> None:
         raise failed
 
 
-async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa: ARG001 - as _transfer
 async def _load(machine: Machine, manifest: Manifest) -> LoadFailed | None:
     with holding(machine, manifest):
         return await load_by_either(machine, manifest, LoadRequest())
 
 
+async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa: ARG001 - as _transfer
     """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
     RAM, and writes nothing to it before that (FACTS.md: only ``-incoming`` skips writing firmware into RAM)."""
     request = SaveRequest()

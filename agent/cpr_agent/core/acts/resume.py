@@ -17,8 +17,8 @@ from cpr_agent.errors import NoCheckpoint, QemuFailed, WrongState
 
 async def resume(machine: Machine) -> None:
     """Take a save back, or let a paused guest go on. ``cont`` does it for a guest that ran when it was saved; one that was
-    paused or suspended must be loaded (FACTS.md, "Rollback"). Raises ProofFailed, and the VM is held then; CprError."""
-    await machine.derive()
+    paused or suspended must be loaded (FACTS.md, "Rollback"). The machine's state is derived. Raises ProofFailed, and the
+    VM is held then; CprError."""
     manifest = machine.live_checkpoint()
     if manifest is None:
         await _unpause(machine)

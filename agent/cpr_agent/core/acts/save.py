@@ -113,7 +113,7 @@ async def save_drafted(machine: Machine, draft: Manifest, request: SaveRequest, 
 
 async def finish(machine: Machine, launch: Launch, begun: InterruptedSave) -> Manifest:
     """Store the state that QEMU has written for a save whose agent ended then. Raises SaveFailed."""
-    request = SaveRequest()
+    request = SaveRequest(upgrade=begun.upgrade)
     draft = await draft_manifest(machine, launch, begun.run_state, request, begun.checkpoint)
     located = await machine.relocated(draft.memory)
     try:
@@ -151,7 +151,8 @@ def _as_it_was(draft: Manifest, sleep: Sleep | None) -> Manifest:
 async def _write_state(machine: Machine, pending: PendingState, draft: Manifest, sleep: Sleep | None) -> _Written:
     """QEMU's part: the guest stops, and its state is written. Raises SaveFailed, QemuFailed."""
     clock = machine.ports.clock
-    machine.record(VmEvent.SAVE_BEGIN, checkpoint=draft.id, run_state=draft.run_state, path=pending.path)
+    facts = {"checkpoint": draft.id, "run_state": draft.run_state, "path": pending.path, "upgrade": draft.upgrade}
+    machine.record(VmEvent.SAVE_BEGIN, **facts)
     machine.enter(VmState.SAVING)
     timeout_s = machine.definition.save.timeout if machine.definition else _DEFAULT_TIMEOUT_S
     stopped_at = await machine.require_qemu().save(pending.fd, timeout_s) or clock.now()
@@ -199,7 +200,7 @@ async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, lo
     """Make the guest what it was before a save that failed; returns a sentence for the error. While the half-written
     checkpoint can't be removed the guest stays stopped: a load could use it."""
     run_state = was.run_state
-    machine.record(VmEvent.SAVE_UNDONE, checkpoint=was.id)
+    _record_if_possible(machine, VmEvent.SAVE_UNDONE, was)
     try:
         with contextlib.ExitStack() as at_end:
             state = -1
@@ -224,10 +225,11 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
     "Rollback"): a new QEMU reads the state that was written. Returns the run state then. Raises CprError."""
     qemu = machine.require_qemu()
     now = RunState(await qemu.run_state())
-    if was.run_state == RunState.RUNNING and now is not RunState.RUNNING:
-        await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
-        machine.record(VmEvent.RESUMED, checkpoint=was.id)
-    elif was.run_state != RunState.RUNNING and now is RunState.POSTMIGRATE:
+    if was.run_state == RunState.RUNNING:
+        if now is not RunState.RUNNING:
+            await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
+        _record_if_possible(machine, VmEvent.RESUMED, was)
+    elif now is RunState.POSTMIGRATE:
         await machine.end()
         qemu = await machine.launch(machine.stamped(machine.ports.definitions.plan_load(was, located)))
         await qemu.load(state, machine.settings.agent.load_timeout)
@@ -235,6 +237,14 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
     else:
         return now
     return RunState(await qemu.run_state())
+
+
+def _record_if_possible(machine: Machine, event: VmEvent, was: Manifest) -> None:
+    """A disk that is full must not keep the guest stopped: without these records the run state of its QEMU tells as much."""
+    try:
+        machine.record(event, checkpoint=was.id)
+    except OSError as error:
+        log.error("VM %s: the journal can't be told of %s: %s", machine.name, event, error)
 
 
 async def run_after_interrupted_save(machine: Machine, checkpoint: str) -> None:
