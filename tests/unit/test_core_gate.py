@@ -185,6 +185,7 @@ def test_a_held_guest_is_given_up_and_its_qemu_ends(bench: Bench) -> None:
     bench.vm(lambda vm: vm.start())
     assert bench.run(state) is VmState.RUNNING
 
+
 def test_a_hold_keeps_no_other_guest_from_a_kexec(bench: Bench) -> None:
     """Its own guest is saved, whether its old QEMU is still there or not."""
     spoil(bench)
@@ -224,7 +225,6 @@ async def _resume_while_the_checkpoint_can_not_be_moved(vm: Vm) -> None:
         await vm.resume()
     finally:
         shutil.rmtree(aside)
-
 
 
 def test_a_saved_guest_that_could_be_resumed_is_not_given_up(bench: Bench) -> None:

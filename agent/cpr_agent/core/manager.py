@@ -69,7 +69,10 @@ class Manager:
             if not known:
                 self.listeners.vm_added(vm)
         for vm in self.vms.values():
-            await vm.refresh()
+            try:
+                await vm.refresh()
+            except OSError as error:
+                log.error("VM %s: its state could not be recorded: %s", vm.name, error)
 
     def validate(self, name: str, text: str) -> None:
         """Whether ``text`` could be the definition of a VM ``name``. Raises InvalidDefinition."""
@@ -92,7 +95,7 @@ class Manager:
         for vm in self.vms.values():
             try:
                 await vm.recover()
-            except CprError as error:
+            except (CprError, OSError) as error:
                 log.error("VM %s: could not be recovered: %s", vm.name, error)
         if await self._transaction.recover(self.jobs):
             return

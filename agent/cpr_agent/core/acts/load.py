@@ -219,13 +219,16 @@ def holding(machine: Machine, manifest: Manifest) -> Iterator[None]:
         yield
     except ProofFailed as error:
         held = Held(reason=error.text, error=error.kind, at=machine.ports.clock.now(), evidence=error.evidence)
-        machine.record(
-            VmEvent.HELD,
-            upgrade=manifest.upgrade,
-            reason=error.what,
-            evidence=[list(one) for one in error.evidence],
-        )
-        machine.ports.store.hold(machine.name, held)
+        try:
+            machine.record(
+                VmEvent.HELD,
+                upgrade=manifest.upgrade,
+                reason=error.what,
+                evidence=[list(one) for one in error.evidence],
+            )
+            machine.ports.store.hold(machine.name, held)
+        except OSError as unwritten:  # its checkpoint keeps the guest from running all the same
+            log.error("VM %s: its hold could not be written: %s", machine.name, unwritten)
         found = "; ".join(f"{one.what}: expected {one.expected}, found {one.found}" for one in error.evidence)
         log.error("%s", error.text, extra=about(Event.HELD, **entry(manifest, "load"), evidence=found))
         raise

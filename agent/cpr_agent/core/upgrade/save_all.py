@@ -39,8 +39,8 @@ async def save(scope: Scope, job: Job, found: Triage, need: Survives) -> int:
 async def commit(scope: Scope, job: Job) -> None:
     """The point of no return: from here on no guest may run in this boot. Raises SaveFailed after a rollback."""
     job.cancellable = False
-    current = scope.ledger.enter(Phase.COMMITTING)
     async with or_roll_back(scope, job, "mend the cause and try again"):
+        current = scope.ledger.enter(Phase.COMMITTING)
         if current.kind.loads_kernel and not scope.ports.kernels.loaded():
             raise KernelRefused("the kernel that was loaded is not loaded any more")
         await promise(scope)

@@ -109,7 +109,10 @@ class Transaction:
             raise Busy("guests are just being saved, loaded or resumed", left=UNTOUCHED, remedy="see cprctl status")
 
     def _begin(self, kind: Kind, policy: Policy, **facts: object) -> None:
+        """With the lock held, so that no check is under way. Raises Busy."""
         ledger = self._ledger
+        if ledger.phase is Phase.CHECKING:
+            ledger.enter(Phase.REFUSED, reason="its check came to no end on record")
         if not ledger.free:
             what = f"another {ledger.current.kind if ledger.current else 'upgrade'} is under way"
             raise Busy(f"{what} ({ledger.phase})", left=UNTOUCHED, remedy="`cprctl rollback` takes it back")
