@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A job that is cancelled leaves nothing behind: no work that goes on, and no guest without what it needs."""
 
 from __future__ import annotations

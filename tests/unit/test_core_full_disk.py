@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A disk that is full: no record can be written, and no guest is left stopped, or let run, because of that."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Acts on one QEMU that are cancelled, or into which another client of its speaks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A start that is cancelled: the process that it would have become is found, and ended."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Room on the disk for the journal when all other room is taken."""
 
 from __future__ import annotations
