@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kernels on disk, and the one that waits for a kexec; implements core.ports.Kernels.
+"""Kernels on disk, and the one that waits for a kexec.
 
 Whether a new kernel can mount the root, and brings what the guests' memory needs to appear again, is read from its files
 before any guest stops.
@@ -30,10 +30,10 @@ RAMDISK_SIZE = 0x21C
 """In the boot parameters that the running kernel was given (boot.rst)."""
 
 
-class InstalledKernels:
-    """Kernels under ``root``; ``kexec`` is the program that loads them, and may take ``timeout_s``."""
+class KernelsOnDisk:
+    """See InstalledKernels, which is this one once it is asked."""
 
-    def __init__(self, root: Path = Path("/"), kexec: str = "kexec", timeout_s: float = loading.TIMEOUT_S) -> None:
+    def __init__(self, root: Path, kexec: str, timeout_s: float) -> None:
         self._root = root
         self._layout = Layout(root)
         self._loader = loading.Loader(kexec, timeout_s, self.loaded)
