@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cpr_agent.core.acts.requests import SaveRequest
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.jobs import Job, JobState
+from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
 from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed, WrongState
@@ -229,6 +230,40 @@ def test_two_loads_of_all_do_not_meet(bench: Bench) -> None:
 
     assert bench.run(twice) == ["done", "nothing to do"]
     assert sorted(bench.runner.started) == sorted((name, "load") for name in NAMES)
+
+
+@pytest.mark.parametrize("act", ["start", "load"])
+def test_a_load_of_all_waits_for_whoever_just_then_wants_something_of_a_vm(bench: Bench, act: str) -> None:
+    """A call that is refused, or one that loads the guest, keeps it from nothing."""
+
+    async def storm(manager: Manager) -> Job:
+        await save_all(manager)
+        vm = manager.vm("middle")
+        comes_to_middle = asyncio.Event()
+
+        class AtMiddle(Listener):
+            def job_changed(self, job: Job) -> None:
+                if job.step == "loading middle":
+                    comes_to_middle.set()
+
+        manager.listeners.add(AtMiddle())
+        before = bench.runner.gates["first", "load"] = Gate()
+        job = manager.load_all()
+        await before.entered.wait()
+        meanwhile = bench.runner.gates["middle", "run_state"] = Gate()
+        other = asyncio.ensure_future(vm.start() if act == "start" else vm.load(LoadRequest()))
+        await meanwhile.entered.wait()
+        before.go.set()
+        await comes_to_middle.wait()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        meanwhile.go.set()
+        await asyncio.gather(other, return_exceptions=True)
+        return await ended(manager, job)
+
+    assert bench.run(storm).result == "done"
+    assert {qemu.status for qemu in bench.runner.qemus.values()} == {"running"}
+    assert bench.runner.violations == []
 
 
 def test_autostart_starts_what_waits_for_nothing(bench: Bench) -> None:

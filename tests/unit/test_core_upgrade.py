@@ -590,6 +590,27 @@ def test_an_agent_that_dies_in_the_middle_of_a_save_takes_a_paused_guest_back_to
     assert bench.runner.violations == []
 
 
+@pytest.mark.parametrize("act", ["start", "resume"])
+def test_a_roll_back_waits_for_whoever_just_then_wants_something_of_a_vm(bench: Bench, act: str) -> None:
+    """Else any caller, also one whose call is refused, could keep guests stopped."""
+
+    async def storm(manager: Manager) -> Job:
+        assert (await ended(manager, manager.save_all(Survives.KEXEC))).result == "done"
+        vm = manager.vm("web2")
+        gate = bench.runner.gates["web2", "run_state"] = Gate()
+        other = asyncio.ensure_future(vm.start() if act == "start" else vm.resume())
+        await gate.entered.wait()
+        job = manager.rollback()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        gate.go.set()
+        await asyncio.gather(other, return_exceptions=True)
+        return await ended(manager, job)
+
+    assert bench.run(storm).result == "done"
+    assert_all_run(bench)
+
+
 async def drained(manager: Manager) -> dict[str, VmState]:
     await manager.jobs.drain(10)
     return await look(manager)

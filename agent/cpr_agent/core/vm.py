@@ -47,6 +47,8 @@ class Vm:
         self._successor = saveable.Successor(self.machine)
         self._lock = asyncio.Lock()
         self._act: Act | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._outdated = False
         """Whether QEMU has told of something since the act's last look at it."""
 
@@ -138,6 +140,11 @@ class Vm:
         return manifest is not None and self.machine.past.load_interrupted(manifest.id)
 
     # -- acts -----------------------------------------------------------------------------------------------------------
+
+    async def idle(self) -> None:
+        """Wait for the end of the act under way. Whoever acts before it waits for anything else finds the VM free."""
+        while self._act:
+            await self._idle.wait()
 
     async def refresh(self) -> None:
         """Derive the state anew, connecting to a QEMU that is there."""
@@ -247,6 +254,7 @@ class Vm:
                 remedy="try again when it is done",
             )
         self._act = act
+        self._idle.clear()
         self.machine.error = ""
         try:
             async with self._lock:
@@ -262,6 +270,7 @@ class Vm:
                     await uninterrupted(self.machine.derive())
         finally:
             self._act = None
+            self._idle.set()
             if self._outdated:
                 self.machine.spawn(self.refresh())
 

@@ -13,7 +13,7 @@ from cpr_agent.core.model import VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.turns import places
 from cpr_agent.core.upgrade.ledger import Phase, Upgrade
-from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all, on_each
+from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all, on_each, start_if_off
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import LoadFailed
 
@@ -67,7 +67,8 @@ async def load_each(job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool
     free = places()
 
     async def load(vm: Vm) -> None:
-        if lost := await vm.load(LoadRequest(turn=free)):
+        await vm.idle()
+        if vm.checkpointed and (lost := await vm.load(LoadRequest(turn=free))):
             out.cold_started.append(f"{vm.name}: {lost}")
 
     done = 0
@@ -77,7 +78,7 @@ async def load_each(job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool
         done += len(group)
     if fresh:
         job.advance(done, out.total, f"starting {names(fresh)}")
-        out.failures += await on_each(fresh, lambda vm: vm.start())
+        out.failures += await on_each(fresh, start_if_off)
     await on_all(waiting, lambda vm: vm.settled())
     return out
 

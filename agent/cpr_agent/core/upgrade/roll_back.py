@@ -11,7 +11,7 @@ from cpr_agent.core.model import RunState
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.core.upgrade import kernel
 from cpr_agent.core.upgrade.ledger import Phase
-from cpr_agent.core.upgrade.scope import Scope, names, on_each, reason
+from cpr_agent.core.upgrade.scope import Scope, names, on_each, reason, start_if_off
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, SaveFailed
 
@@ -47,9 +47,9 @@ async def _roll_back(scope: Scope, job: Job, why: str) -> str:
     current = ledger.require_current()
     saved = [vm for vm in scope.vms() if _stands_for(vm, current.id)]
     job.advance(0, max(1, len(saved)), f"rolling back: resuming {names(saved)}" if saved else "rolling back")
-    failures = await on_each(saved, lambda vm: vm.resume())
+    failures = await on_each(saved, lambda vm: _resume(vm, current.id))
     ended = [vm for vm in scope.vms() if vm.name in current.shut_down and not vm.pid and not vm.checkpointed]
-    failures += await on_each(ended, lambda vm: vm.start())
+    failures += await on_each(ended, start_if_off)
     if current.kind.loads_kernel:
         await kernel.unload(scope.ports.kernels)
     ledger.enter(Phase.ROLLED_BACK, failures=list(map(str, failures)))
@@ -63,6 +63,13 @@ async def _roll_back(scope: Scope, job: Job, why: str) -> str:
             f", but not {'; '.join(map(str, failures))}" if failures else "",
         )
     )
+
+
+async def _resume(vm: Vm, upgrade: str) -> None:
+    """Another caller who just then wants something of the VM must not keep its guest stopped by that."""
+    await vm.idle()
+    if _stands_for(vm, upgrade):
+        await vm.resume()
 
 
 def _stands_for(vm: Vm, upgrade: str) -> bool:

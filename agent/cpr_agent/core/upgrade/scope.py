@@ -57,6 +57,13 @@ async def on_all(vms: Iterable[Vm], act: Callable[[Vm], Awaitable[object]]) -> N
         raise failure.error
 
 
+async def start_if_off(vm: Vm) -> None:
+    """Once no other caller wants anything of it: a guest must not stay off because of a call that was refused."""
+    await vm.idle()
+    if not vm.pid:
+        await vm.start()
+
+
 def in_turn(vms: Iterable[Vm]) -> list[list[Vm]]:
     """Groups of VMs with the same ``order``, the lowest first: it is for guests to whom each second of pause counts."""
     return [list(group) for _, group in groupby(sorted(vms, key=_order), key=_order)]
