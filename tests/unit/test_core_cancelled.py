@@ -17,6 +17,7 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import RunState, Survives, VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, QemuFailed, WrongState
+from cpr_agent.files import write_atomically
 from cpr_agent.store import checkpoints
 from tests.bench import Bench, ended
 from tests.fakes import Gate
@@ -44,7 +45,7 @@ def test_a_checkpoint_that_becomes_live_does_so_before_it_is_taken_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread writes it, which no cancellation ends."""
-    write = checkpoints.write_atomically
+    write = write_atomically
     writing, go = asyncio.Event(), threading.Event()
 
     async def act(vm: Vm) -> None:
@@ -188,7 +189,7 @@ def test_a_job_that_is_over_can_not_be_cancelled(bench: Bench) -> None:
 # -- what QEMU tells of at the end of an act ------------------------------------------------------------------------------
 
 
-def after_the_last_look(bench: Bench, vm: Vm, event: Callable[[], None]) -> None:
+def after_the_last_look(vm: Vm, event: Callable[[], None]) -> None:
     """``event`` happens once the act has looked at QEMU for the last time, and before it is over."""
     derive, looks = vm.machine.derive, [0]
 
@@ -203,7 +204,7 @@ def after_the_last_look(bench: Bench, vm: Vm, event: Callable[[], None]) -> None
 
 def test_an_event_at_the_very_end_of_an_act_is_not_missed(bench: Bench) -> None:
     async def act(vm: Vm) -> None:
-        after_the_last_look(bench, vm, lambda: bench.qemu().by_hand("paused"))
+        after_the_last_look(vm, lambda: bench.qemu().by_hand("paused"))
         with pytest.raises(CprError):
             await vm.load(LoadRequest())
         await vm.settled()

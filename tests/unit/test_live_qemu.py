@@ -63,8 +63,9 @@ async def turns() -> None:
 async def cancelled_thrice(peer: Peer, act: asyncio.Task[None], asked: str) -> None:
     """First once it has ``asked``, then while the migration is being cancelled."""
     cancelling = peer.gates["migrate_cancel"] = Gate()
-    while asked not in peer.asked:
-        await asyncio.sleep(0)
+    waiting = peer.gates[asked] = Gate()
+    await waiting.entered.wait()
+    waiting.go.set()
     await turns()
     act.cancel()
     await cancelling.entered.wait()

@@ -43,7 +43,7 @@ class Scan:
         return self.last_of(vm, "refresh", "refreshed", "start") == "refresh"
 
     def in_transfer(self, vm: str) -> bool:
-        return self.last_of(vm, "transfer", "transfer-undone", "refreshed", "start") == "transfer"
+        return self.last_of(vm, "transfer", "resumed", "refreshed", "start") == "transfer"
 
     def put_to_sleep(self, vm: str) -> bool:
         return self.last_of(vm, "suspend", "woken", "start") == "suspend"
@@ -57,14 +57,15 @@ class Scan:
         under_way = self.in_refresh(vm) or (begun and events[-1] in ("load-begin", "load-interrupted"))
         return bool(under_way) and begun < MAX_LOADS
 
-    def interrupted_save(self, vm: str) -> tuple[str, str, str, str] | None:
+    def interrupted_save(self, vm: str) -> tuple[str, str, str, str, str] | None:
         records = [r for r in self.records if r.get("vm") == vm and "checkpoint" in r]
         last = records[-1] if records else {"event": "none", "checkpoint": ""}
         begun = [r for r in records if r["event"] == "save-begin" and r["checkpoint"] == last["checkpoint"]]
         interrupted = begun and last["event"] in ("save-begin", "save-undone", "rollback")
         if not interrupted:
             return None
-        return begun[-1]["checkpoint"], str(begun[-1]["run_state"]), begun[-1]["path"], last["event"]
+        save = begun[-1]
+        return save["checkpoint"], str(save["run_state"]), save["path"], last["event"], save.get("upgrade", "")
 
     def resume_interrupted(self, checkpoint: str) -> bool:
         records = [r for r in self.records if r.get("checkpoint") == checkpoint]

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,7 +34,7 @@ class SlowSystemd:
 
     async def _start(self) -> None:
         await self.go.wait()
-        self.processes.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
+        self.processes.append(process())
 
     def main_pid(self, name: str) -> int:  # noqa: ARG002
         return next((process.pid for process in self.processes if process.poll() is None), 0)
@@ -51,6 +49,10 @@ class SlowSystemd:
 
     def reload(self) -> None:
         pass
+
+
+def process() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 
 
 def files(tmp_path: Path) -> RunFiles:
@@ -78,30 +80,29 @@ def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path, monk
 
 
 def test_a_process_whose_start_is_cancelled_leaves_no_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-    reap: Callable[[subprocess.Popen[bytes]], None] = processes.reap_when_done
-
-    def reaped(child: subprocess.Popen[bytes]) -> None:
-        started.append(child)
-        reap(child)
-
-    monkeypatch.setattr(processes, "reap_when_done", reaped)
     launcher = tmp_path / "launcher"
-    launcher.write_text("import sys, time\ntime.sleep(60)\n")
+    launcher.write_text("import signal\nsignal.pause()\n")
+    waits, first = asyncio.Event(), processes._first
+
+    async def wait(ready: int, ended: int, timeout_s: float) -> bool:
+        waits.set()
+        return await first(ready, ended, timeout_s)
+
+    monkeypatch.setattr(processes, "_first", wait)
 
     async def story() -> None:
-        place = ProcessPlace("web1", "web1", RunFiles(tmp_path / "run", tmp_path, PROGRAMS._replace(launcher=str(launcher))))
+        programs = PROGRAMS._replace(launcher=str(launcher))
+        place = ProcessPlace("web1", "web1", RunFiles(tmp_path / "run", tmp_path / "log", programs))
         start = asyncio.ensure_future(place.start(launch(user="root", log=str(tmp_path / "web1.log"))))
-        while not (tmp_path / "run/vm/web1/pid").exists():
-            await asyncio.sleep(0)
+        await waits.wait()
         start.cancel()
         with pytest.raises(asyncio.CancelledError):
             await start
         pid = await place.pid()
-        assert pid
         await place.kill()
-        while started[0].returncode is None:  # the loop reaps it
+        for _ in range(10):  # the loop reaps it, once it is told
             await asyncio.sleep(0)
-        assert not os.path.exists(f"/proc/{pid}")
+        assert pid
+        assert not Path(f"/proc/{pid}").exists()
 
     asyncio.run(story())

@@ -25,7 +25,6 @@ from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, 
 from cpr_agent.files import write_atomically
 from cpr_agent.host.runner import RunFiles
 from cpr_agent.host.this_host import ThisHost
-from cpr_agent.store import journal as journal_module
 from cpr_agent.store import vmstate
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.journal import FileJournal
@@ -365,14 +364,14 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(fd, data)
 
-    monkeypatch.setattr(journal_module.os, "write", write_if_there_is_room)
+    monkeypatch.setattr(os, "write", write_if_there_is_room)
     return tmp_path
 
 
 def test_the_journal_keeps_room_for_a_full_disk(disk: Path) -> None:
-    journal = FileJournal(disk / "journal", ThisHost())
+    journal = FileJournal(disk / "journal", ThisHost(), ThisHost())
     journal.append("start", vm="web1")
-    assert os.stat(disk / "journal.reserve").st_blocks * 512 >= RESERVE_BYTES
+    assert (disk / "journal.reserve").stat().st_blocks * 512 >= RESERVE_BYTES
     (disk / "full").touch()
     journal.append("save-undone", vm="web1")
     assert not (disk / "journal.reserve").exists()
@@ -380,7 +379,7 @@ def test_the_journal_keeps_room_for_a_full_disk(disk: Path) -> None:
     journal.append("resumed", vm="web1")
     assert (disk / "journal.reserve").exists()
     journal.close()
-    assert [record["event"] for record in FileJournal(disk / "journal", ThisHost()).records()] == [
+    assert [record["event"] for record in FileJournal(disk / "journal", ThisHost(), ThisHost()).records()] == [
         "start",
         "save-undone",
         "resumed",
@@ -390,11 +389,11 @@ def test_the_journal_keeps_room_for_a_full_disk(disk: Path) -> None:
 def test_without_room_there_is_no_reserve_and_the_journal_is_what_it_was(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(fd: int, offset: int, length: int) -> None:
+    def refuse(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    journal = FileJournal(disk / "journal", ThisHost())
+    journal = FileJournal(disk / "journal", ThisHost(), ThisHost())
     journal.append("start", vm="web1")
     assert not (disk / "journal.reserve").exists()
     (disk / "journal.reserve").touch()  # whatever makes the write fail

@@ -257,8 +257,8 @@ class Machine:
             await asyncio.to_thread(self.ports.store.discard, self.name)
 
     def _end_save_that_was_taken_back(self) -> None:
-        """The guest runs again, by whoever's hand. Should its QEMU stand in postmigrate later, an admin has migrated it away
-        (invariant 2)."""
+        """The guest runs again, by whoever's hand. Should its QEMU stand in postmigrate later, an admin has migrated it
+        away (invariant 2)."""
         begun = self.past.interrupted_save
         if begun and begun.last is not VmEvent.SAVE_BEGIN and self.run_state is RunState.RUNNING:
             with contextlib.suppress(OSError):  # the next look tries again

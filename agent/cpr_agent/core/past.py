@@ -96,10 +96,10 @@ class InterruptedSave(NamedTuple):
     """The guest's, before the save."""
     path: str
     """The file that QEMU writes its state to."""
-    upgrade: str
-    """The id of the upgrade that saves; "" for a save by hand."""
     last: VmEvent
     """SAVE_BEGIN: nothing came after. SAVE_UNDONE, ROLLBACK: it was being taken back."""
+    upgrade: str = ""
+    """The id of the upgrade that saves; "" for a save by hand."""
 
 
 class CheckpointPast(NamedTuple):
@@ -179,8 +179,8 @@ class Past:
             checkpoint,
             RunState(str(save.get("run_state"))),
             str(save.get("path", "")),
-            str(save.get("upgrade", "")),
             VmEvent(str(event)),
+            str(save.get("upgrade", "")),
         )
 
     def loads_begun(self, checkpoint: str) -> int:

@@ -24,10 +24,10 @@ async def uninterrupted(work: Awaitable[T]) -> T:
         except asyncio.CancelledError as error:
             cancellation = error
     if cancellation:
-        error = None if task.cancelled() else task.exception()
-        if error:  # the caller is told of its cancellation instead
-            log.error("work that was to be cancelled has failed", exc_info=error)
-        raise cancellation from error
+        failure = None if task.cancelled() else task.exception()
+        if failure:  # the caller is told of its cancellation instead
+            log.error("work that was to be cancelled has failed", exc_info=failure)
+        raise cancellation from failure
     return task.result()
 
 

@@ -146,8 +146,8 @@ class CheckpointStore:
         return self.root / vm / "manifest.json"
 
     def _retire(self, vm: str, suffix: str) -> None:
-        """Move manifest and state aside, in this order, durably; the last generation stays as evidence. The hold ends before
-        them: one that outlived its checkpoint would keep the guest from running."""
+        """Move manifest and state aside, in this order and durably; the last generation stays as evidence. The hold ends
+        before them: one that outlived its checkpoint would keep the guest from running."""
         manifest = self._manifest(vm)
         self.release(vm)
         try:

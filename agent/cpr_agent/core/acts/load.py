@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -277,7 +277,7 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
             qemu, proven = await _load_located(machine, manifest, fd, located, vessel)
             times = LoadTimes(load_at, memory_at, ports.clock.now())
-            await uninterrupted(go_on(machine, qemu, manifest, proven, vessel, times))
+            await finish_load(machine, manifest, times, go_on(machine, qemu, manifest, proven, vessel))
 
 
 async def _load_located(
@@ -323,11 +323,19 @@ def _failed(manifest: Manifest, error: CprError | TimeoutError, said: str, remed
     return failure
 
 
-async def go_on(
-    machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, vessel: Vessel, times: LoadTimes | None = None
-) -> None:
-    """Its state is loaded: let the guest do what it did when it was saved. The point of no return is in here, so that a
-    caller runs it to its end. ``times``: of a load, whose record is written later; None for the undo of a save."""
+async def finish_load(machine: Machine, manifest: Manifest, times: LoadTimes, going_on: Awaitable[float]) -> None:
+    """``going_on`` is a ``go_on``: whoever is cancelled meanwhile, it comes to its end, and its guest has its record, its
+    clock and its hooks."""
+
+    async def run() -> None:
+        machine.spawn(report(machine, manifest, times, await going_on))
+
+    await uninterrupted(run())
+
+
+async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, vessel: Vessel) -> float:
+    """Its state is loaded: let the guest do what it did when it was saved. Returns when it ran (epoch s). The point of no
+    return is in here, so that a caller runs it to its end."""
     ports = machine.ports
     machine.record(VmEvent.RESUME, checkpoint=manifest.id, run_state=manifest.run_state)
     await vessel.adopt(qemu)
@@ -341,12 +349,11 @@ async def go_on(
     machine.record(VmEvent.RESUMED, checkpoint=manifest.id, resumed_at=resumed_at)
     if manifest.wakes:
         resumed_at = await wake(machine, proof) or resumed_at
-    if times:
-        machine.spawn(report(machine, manifest, times, resumed_at))
     launch = machine.launched()
     if launch and launch.argv[0] == launch.base_argv[0]:  # a kept copy is still running: its firmware links must stay
         await asyncio.to_thread(ports.programs.forget, machine.name)
     await vessel.settle()
+    return resumed_at
 
 
 async def _lost(machine: Machine, manifest: Manifest, error: CprError) -> str:

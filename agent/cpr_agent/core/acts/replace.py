@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from msgspec.structs import replace as changed
 
 from cpr_agent.core.acts.afterwards import LoadTimes
-from cpr_agent.core.acts.load import Beside, go_on, holding, load_by_either, load_into
+from cpr_agent.core.acts.load import Beside, finish_load, go_on, holding, load_by_either, load_into
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.acts.resume import take_back
 from cpr_agent.core.acts.save import draft_manifest, save, save_drafted
@@ -19,7 +19,7 @@ from cpr_agent.core.acts.sleep import must_sleep
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.machine import Machine
-from cpr_agent.core.model import Launch, RunState, Survives
+from cpr_agent.core.model import Launch, Manifest, RunState, Survives
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.ports import Qemu
 from cpr_agent.core.proof import refuse_lesser_machine
@@ -133,7 +133,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     )
     handed = changed(draft, times=times)
     loaded = LoadTimes(handed_at, handed_at, handed_at)
-    await uninterrupted(go_on(machine, new, handed, Unbroken.HANDED_OVER, Beside(machine, new), loaded))
+    await finish_load(machine, handed, loaded, go_on(machine, new, draft, Unbroken.HANDED_OVER, Beside(machine, new)))
 
 
 @contextlib.asynccontextmanager

@@ -240,7 +240,7 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
 
 
 def _record_if_possible(machine: Machine, event: VmEvent, was: Manifest) -> None:
-    """A disk that is full must not keep the guest stopped: without these records the run state of its QEMU tells as much."""
+    """A full disk must not keep the guest stopped: without these records the run state of its QEMU tells as much."""
     try:
         machine.record(event, checkpoint=was.id)
     except OSError as error:

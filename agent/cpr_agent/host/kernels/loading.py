@@ -17,7 +17,6 @@ from cpr_agent.errors import KernelRefused
 from cpr_agent.host.kernels.files import open_regular
 from cpr_agent.host.kernels.images import NoUki, Part, read_uki
 
-
 SAID_BY_KEXEC = {
     "Required key not available": "the kernel wants a signed image: boot a signed kernel, or enrol its key (mokutil(1))",
     "Key was rejected": "the image's signature is not one that the running kernel trusts: enrol its key (mokutil(1))",
