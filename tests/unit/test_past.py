@@ -27,7 +27,8 @@ CHECKPOINTS = ["c0ffee", "decaf", "beef"]
 
 
 class Scan:
-    """How each question was answered before: by a look at all records. Each function is as it stood in core."""
+    """How each question was answered before: by a look at all records. Each function is as it stood in core, but for the
+    end of a transfer, which was its undo's announcement then."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
@@ -126,6 +127,8 @@ def anything(draw: st.DrawFn) -> dict[str, Any]:
         record["run_state"] = str(draw(RUN_STATES))
     if event == VmEvent.SAVE_BEGIN:
         record["path"] = f"/var/lib/{record['vm']}/{draw(st.integers(0, 3))}"
+        if upgrade := draw(st.sampled_from(["", "f00"])):
+            record["upgrade"] = upgrade
     return record
 
 
@@ -218,8 +221,10 @@ def test_who_keeps_a_past_sees_it_change() -> None:
 
 def test_an_interrupted_save_is_told_with_what_its_guest_was() -> None:
     begun = {"event": "save-begin", "vm": "web1", "checkpoint": "c0ffee", "run_state": "suspended", "path": "/state"}
+    by_upgrade = {**begun, "upgrade": "f00"}
     undone = {"event": "save-undone", "vm": "web1", "checkpoint": "c0ffee"}
-    expected = InterruptedSave("c0ffee", RunState.SUSPENDED, "/state", VmEvent.SAVE_BEGIN)
+    expected = InterruptedSave("c0ffee", RunState.SUSPENDED, "/state", "", VmEvent.SAVE_BEGIN)
+    assert Pasts([by_upgrade]).of("web1").interrupted_save == expected._replace(upgrade="f00")
     assert Pasts([begun]).of("web1").interrupted_save == expected
     assert Pasts([begun, undone]).of("web1").interrupted_save == expected._replace(last=VmEvent.SAVE_UNDONE)
     assert Pasts([begun, {**undone, "event": "saved"}]).of("web1").interrupted_save is None
@@ -409,7 +414,7 @@ def test_a_save_that_is_taken_back_after_a_compaction_is_understood() -> None:
     pasts = Pasts(compacted(numbered(saved)))
     assert pasts.of("web1").interrupted_save is None
     pasts.fold({"event": VmEvent.ROLLBACK, "vm": "web1", "checkpoint": "c0ffee"})
-    expected = InterruptedSave("c0ffee", RunState.RUNNING, saved[0]["path"], VmEvent.ROLLBACK)
+    expected = InterruptedSave("c0ffee", RunState.RUNNING, saved[0]["path"], "", VmEvent.ROLLBACK)
     assert pasts.of("web1").interrupted_save == expected
 
 
