@@ -80,6 +80,12 @@ test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and w
 	$(PYTHON) -m pytest -s tests/access
 	@$(PYTHON) -m tests.access.tally
 
+.PHONY: test-hostile
+test-hostile: bootstrap host-root ## Lying, flooding and silent QEMUs, local users, and fuzzed input of every kind
+	rm -f build/hostile
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/hostile
+	@$(PYTHON) -m tests.hostile.tally
+
 .PHONY: bench
 bench: ## What the agent costs, against a bare script, libvirt, and this machine (docs/bench.md)
 	@scripts/bootstrap --bench

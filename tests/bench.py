@@ -181,7 +181,7 @@ class Bench:
             )
             manager = Manager(ports, self.settings)
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
-                await manager.reload()
+                await manager.read_definitions()
                 await manager.recover()
                 await manager.jobs.drain(PATIENCE_S)
                 point("recovered")

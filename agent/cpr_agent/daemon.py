@@ -159,7 +159,7 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
 
 
 async def _serve(service: Service, manager: Manager, published: Publisher, *, units: bool) -> int:
-    await manager.reload()
+    await manager.read_definitions()
     await manager.recover()
     service.open()
 

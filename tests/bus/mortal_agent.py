@@ -127,7 +127,7 @@ async def serve(paths: Paths, address: str, point: str) -> None:
     manager = type(manager)(ports, Settings())
     service = Service(bus, manager, paths.run)
     await Service.own_name(bus)
-    await manager.reload()
+    await manager.read_definitions()
     await manager.recover()
     service.open()
     print("recovered; VMs run as processes", file=sys.stderr, flush=True)

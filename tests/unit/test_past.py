@@ -223,7 +223,7 @@ def test_an_interrupted_save_is_told_with_what_its_guest_was() -> None:
     begun = {"event": "save-begin", "vm": "web1", "checkpoint": "c0ffee", "run_state": "suspended", "path": "/state"}
     by_upgrade = {**begun, "upgrade": "f00"}
     undone = {"event": "save-undone", "vm": "web1", "checkpoint": "c0ffee"}
-    expected = InterruptedSave("c0ffee", RunState.SUSPENDED, "/state", "", VmEvent.SAVE_BEGIN)
+    expected = InterruptedSave("c0ffee", RunState.SUSPENDED, "/state", VmEvent.SAVE_BEGIN)
     assert Pasts([by_upgrade]).of("web1").interrupted_save == expected._replace(upgrade="f00")
     assert Pasts([begun]).of("web1").interrupted_save == expected
     assert Pasts([begun, undone]).of("web1").interrupted_save == expected._replace(last=VmEvent.SAVE_UNDONE)
@@ -414,7 +414,7 @@ def test_a_save_that_is_taken_back_after_a_compaction_is_understood() -> None:
     pasts = Pasts(compacted(numbered(saved)))
     assert pasts.of("web1").interrupted_save is None
     pasts.fold({"event": VmEvent.ROLLBACK, "vm": "web1", "checkpoint": "c0ffee"})
-    expected = InterruptedSave("c0ffee", RunState.RUNNING, saved[0]["path"], "", VmEvent.ROLLBACK)
+    expected = InterruptedSave("c0ffee", RunState.RUNNING, saved[0]["path"], VmEvent.ROLLBACK)
     assert pasts.of("web1").interrupted_save == expected
 
 

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 EXIT_S = 10.0
 """For a QEMU that is on its way out: the kernel frees its memory."""
+GREETING_S = 5.0
+"""For a QEMU that runs already, and greets at once unless it is stopped or held by a debugger. The next look asks again."""
 RELOCATE_S = 5.0
 """For memory that a live QEMU has open, so that its device is there."""
 _FROM_RUN_STATE = {
@@ -215,7 +217,7 @@ class Machine:
             self.enter(self._state_without_qemu())
             return
         try:
-            qemu = self.qemu or await self._connect()
+            qemu = self.qemu or await self._connect(GREETING_S)
             self.run_state = RunState(await qemu.run_state())
         except QemuFailed as error:
             self.error = error.text
@@ -288,7 +290,7 @@ class Machine:
                 undo.push(place.kill)
                 await place.start(launch)
                 self.pid = await place.pid()
-                qemu = await self._connect()
+                qemu = await self._connect(self.settings.agent.qemu_start_timeout)
                 undo.done()
                 return qemu
         except BaseException as error:
@@ -335,8 +337,8 @@ class Machine:
             await place.kill()
         self.pid = 0
 
-    async def _connect(self) -> Qemu:
-        qemu = await self.own.connect(self.settings.agent.qemu_start_timeout)
+    async def _connect(self, timeout_s: float) -> Qemu:
+        qemu = await self.own.connect(timeout_s)
         qemu.on_change(self._hear)
         self.qemu = qemu
         return qemu

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -47,8 +48,12 @@ class Manager:
             raise NoSuchVM(f"there is no VM {name!r}", remedy="see `cprctl list`") from None
 
     async def reload(self) -> None:
-        """Read the definitions again. A VM without a usable one stays, as long as it runs or is saved: it is somebody's
-        guest."""
+        """Read the definitions again, and look at each VM."""
+        await self.read_definitions()
+        await self._on_each(Vm.refresh, "its state could not be derived")
+
+    async def read_definitions(self) -> None:
+        """A VM without a usable one stays, as long as it runs or is saved: it is somebody's guest."""
         good, bad = self.ports.definitions.load_all()
         kept = set(self.ports.store.live_all())
         for name in self.ports.runner.launched_all():
@@ -68,11 +73,6 @@ class Manager:
             self.vms[name] = vm
             if not known:
                 self.listeners.vm_added(vm)
-        for vm in self.vms.values():
-            try:
-                await vm.refresh()
-            except OSError as error:
-                log.error("VM %s: its state could not be recorded: %s", vm.name, error)
 
     def validate(self, name: str, text: str) -> None:
         """Whether ``text`` could be the definition of a VM ``name``. Raises InvalidDefinition."""
@@ -88,21 +88,28 @@ class Manager:
         return imported, ""
 
     async def recover(self) -> None:
-        """Once, after the agent has started: finish or take back what an earlier one left.
+        """Once, after the definitions were read: finish or take back what an earlier agent left.
 
         What may have to wait for devices or for guests goes on as a job.
         """
-        for vm in self.vms.values():
-            try:
-                await vm.recover()
-            except (CprError, OSError) as error:
-                log.error("VM %s: could not be recovered: %s", vm.name, error)
+        await self._on_each(Vm.recover, "it could not be recovered")
         if await self._transaction.recover(self.jobs):
             return
         if self.ledger.phase is Phase.BOOTED:
             pass  # cpr-load.service asks for the load of all
         elif interrupted := [vm for vm in self.vms.values() if vm.load_interrupted()]:
             self.jobs.start("recover", lambda job: self._transaction.load_again(job, interrupted))
+
+    async def _on_each(self, act: Callable[[Vm], Awaitable[None]], failed: str) -> None:
+        """All VMs at once, so that none waits for another one's silent QEMU; the failure of one is no other's."""
+        vms = list(self.vms.values())
+        for vm, result in zip(vms, await asyncio.gather(*map(act, vms), return_exceptions=True), strict=True):
+            if isinstance(result, CprError | OSError):
+                log.error("VM %s: %s: %s", vm.name, failed, result)
+            elif isinstance(result, Exception):
+                log.error("VM %s: %s", vm.name, failed, exc_info=result)
+            elif result is not None:
+                raise result
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
