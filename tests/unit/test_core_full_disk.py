@@ -89,6 +89,23 @@ def test_a_guest_whose_hold_can_not_be_written_does_not_run(bench: Bench, act: s
     assert "manifest.json" in bench.files()
 
 
+def test_a_load_whose_end_can_not_be_announced_is_repeated_by_a_resume(bench: Bench) -> None:
+    """Its guest stands in the new QEMU, and has not run."""
+
+    async def load(vm: Vm) -> None:
+        await vm.save(SaveRequest())
+        bench.runner.at["before resume"] = full
+        with pytest.raises(OSError, match="No space left"):
+            await vm.load(LoadRequest())
+        assert bench.qemu().status == "paused"
+        bench.runner.at.clear()
+        await vm.resume()
+
+    bench.vm(load)
+    assert bench.qemu().status == "running"
+    assert bench.runner.violations == []
+
+
 @pytest.mark.parametrize("phase", [Phase.SAVING, Phase.SAVED, Phase.COMMITTING])
 def test_a_phase_that_can_not_be_written_stops_no_guest(bench: Bench, phase: Phase) -> None:
     async def upgrade(manager: Manager) -> Job:

@@ -187,10 +187,11 @@ class Machine:
                 remedy=f"`cprctl stop --hard {self.name}` ends QEMU, if you know that it has not",
             )
 
-    async def require_stands_saved(self) -> None:
-        """Raises AlreadyRunning if the live QEMU's guest was let run on another socket since the last look, QemuFailed."""
+    async def refuse_resumed_by_hand(self, manifest: Manifest) -> None:
+        """Another look at the saved guest, before its QEMU is ended. Raises AlreadyRunning if it was let run on another
+        socket, QemuFailed."""
         now = RunState(await self.require_qemu().run_state())
-        if now is not RunState.POSTMIGRATE:
+        if self._ran_since(manifest, now):
             what = f"was resumed by hand meanwhile: its QEMU is {now}"
             raise AlreadyRunning(what, vm=self.name, left="the guest goes on in the QEMU that it has")
 
@@ -253,7 +254,7 @@ class Machine:
     async def _retire_if_resumed_by_hand(self) -> None:
         """A saved guest that runs was let run on the admin's own QMP socket: its checkpoint is history."""
         manifest = self.readable_checkpoint()
-        if manifest and self._ran_since(manifest):
+        if manifest and self._ran_since(manifest, self.run_state):
             log.warning("VM %s: its guest was resumed by hand; the checkpoint is retired", self.name)
             self.record(VmEvent.RESUMED_BY_HAND, checkpoint=manifest.id)
             await asyncio.to_thread(self.ports.store.discard, self.name)
@@ -266,11 +267,11 @@ class Machine:
             with contextlib.suppress(OSError):  # the next look tries again
                 self.record(VmEvent.RESUMED, checkpoint=begun.checkpoint)
 
-    def _ran_since(self, manifest: Manifest) -> bool:
+    def _ran_since(self, manifest: Manifest, now: RunState) -> bool:
         """Whether the live QEMU's guest ran after it was saved: its QEMU left postmigrate, and does not load just this."""
         launch = self.launched()
         loading = launch is None or (launch.kind == "load" and launch.checkpoint == manifest.id)
-        return self.run_state in (RunState.RUNNING, RunState.SUSPENDED) or not (loading or self.stands_saved)
+        return now in (RunState.RUNNING, RunState.SUSPENDED) or not (loading or now is RunState.POSTMIGRATE)
 
     async def _after_end(self) -> None:
         """A QEMU's connection ends a moment before its process does: derive again if that is what its silence meant."""

@@ -96,6 +96,7 @@ class Fresh:
     def __init__(self, machine: Machine, manifest: Manifest, program: str = "") -> None:
         self.remedy = f"it was saved by QEMU {manifest.qemu.version}: if another is installed now, try that one again"
         self._machine = machine
+        self._manifest = manifest
         self._program = program
 
     @property
@@ -110,7 +111,7 @@ class Fresh:
 
     async def make_room(self) -> None:
         if self._machine.pid:
-            await self._machine.require_stands_saved()
+            await self._machine.refuse_resumed_by_hand(self._manifest)
             await self._machine.end()
 
     async def start(self, plan: Launch, proving: Proving, proven: Proven | None) -> tuple[Qemu, Proven]:
@@ -144,8 +145,9 @@ class Beside:
 
     remedy = ""
 
-    def __init__(self, machine: Machine, qemu: Qemu) -> None:
+    def __init__(self, machine: Machine, manifest: Manifest, qemu: Qemu) -> None:
         self._machine = machine
+        self._manifest = manifest
         self._qemu = qemu
 
     @property
@@ -169,7 +171,7 @@ class Beside:
         """The act that started it ends it."""
 
     async def adopt(self, qemu: Qemu) -> None:
-        await self._machine.require_stands_saved()
+        await self._machine.refuse_resumed_by_hand(self._manifest)
         await self._machine.adopt(qemu)
 
     async def settle(self) -> None:

@@ -102,7 +102,7 @@ async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa
     new = await machine.launch_spare(machine.stamped(plan))
     await refuse_lesser_machine(new, draft)
     manifest = await save_drafted(machine, draft, request)
-    await load_into(machine, manifest, LoadRequest(), Beside(machine, new))
+    await load_into(machine, manifest, LoadRequest(), Beside(machine, manifest, new))
 
 
 async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
@@ -133,7 +133,8 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     )
     handed = changed(draft, times=times)
     loaded = LoadTimes(handed_at, handed_at, handed_at)
-    await finish_load(machine, handed, loaded, go_on(machine, new, draft, Unbroken.HANDED_OVER, Beside(machine, new)))
+    vessel = Beside(machine, handed, new)
+    await finish_load(machine, handed, loaded, go_on(machine, new, handed, Unbroken.HANDED_OVER, vessel))
 
 
 @contextlib.asynccontextmanager
