@@ -794,3 +794,39 @@ def test_a_kexec_that_hangs_is_ended(root: Path) -> None:
     with pytest.raises(KernelRefused, match=r"did not end within 0\.5 s"):
         asyncio.run(kernels.unload())
     assert not Path("/proc", (root / "pid").read_text().strip()).exists()
+
+
+def test_a_load_that_is_cancelled_again_and_again_waits_for_the_end_of_kexec(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the kernel may still take the image, though kexec was killed: a look whether it has one is too early."""
+    kernels = kexec(root, "#!/bin/sh\nexec sleep 1000\n")
+    started, waiting, go = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    wait = asyncio.subprocess.Process.wait
+
+    async def talk_long(process: asyncio.subprocess.Process) -> None:  # noqa: ARG001 - it never ends
+        started.set()
+        await asyncio.Event().wait()
+
+    async def wait_long(process: asyncio.subprocess.Process) -> int:
+        waiting.set()
+        await go.wait()
+        return await wait(process)
+
+    async def cancel() -> None:
+        monkeypatch.setattr(asyncio.subprocess.Process, "communicate", talk_long)
+        monkeypatch.setattr(asyncio.subprocess.Process, "wait", wait_long)
+        load = asyncio.ensure_future(kernels.unload())
+        await started.wait()
+        load.cancel()
+        await waiting.wait()
+        for _ in range(2):
+            load.cancel()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not load.done()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+
+    asyncio.run(cancel())

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from cpr_agent.core.model import Kernel
+from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import KernelRefused
 from cpr_agent.host.kernels.files import open_regular
 from cpr_agent.host.kernels.images import NoUki, Part, read_uki
@@ -79,7 +80,7 @@ class Loader:
         finally:
             if kexec.returncode is None:
                 kexec.kill()
-                await kexec.wait()
+                await uninterrupted(kexec.wait())  # the kernel may still load what it was given: see whether it did, then
         if kexec.returncode:
             said = "; ".join(line.strip() for line in output.splitlines() if line.strip())
             remedy = next((remedy for what, remedy in SAID_BY_KEXEC.items() if what in said), "")
