@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
 
+from cpr_agent.errors import GuestAgentFailed
+from cpr_agent.vm import guest_agent
 from cpr_agent.vm.qemu import LiveQemu
+from cpr_agent.vm.qmp import Event
 from tests.fakes import Gate
 from tests.scripted_qmp import ScriptedQmp
 
@@ -113,6 +118,45 @@ def test_an_offer_that_is_cancelled_as_it_is_made_is_withdrawn() -> None:
         with pytest.raises(asyncio.CancelledError):
             await act
         assert "migrate_cancel" in peer.asked
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_a_guest_that_is_on_its_way_to_sleep_is_waited_for(monkeypatch: pytest.MonkeyPatch, *, sleeps: bool) -> None:
+    """One that does not tell QEMU of its sleep (s2idle) is woken by a key, which must not come before it sleeps."""
+    asked = Gate()
+
+    async def suspend(vm: str, path: Path, asleep: asyncio.Future[Event], timeout_s: float) -> None:  # noqa: ARG001
+        asked.entered.set()
+        await asked.go.wait()
+        if not sleeps:
+            raise GuestAgentFailed("it did not within 60 s", vm=vm)
+        asleep.set_result(Event("SUSPEND", 1.0, ""))
+
+    async def port(qemu: LiveQemu) -> Path:  # noqa: ARG001
+        return Path("/qga")
+
+    @contextlib.contextmanager
+    def at(qemu: LiveQemu, path: Path) -> Iterator[Path]:  # noqa: ARG001
+        yield path
+
+    monkeypatch.setattr(guest_agent, "suspend", suspend)
+    monkeypatch.setattr(LiveQemu, "_guest_agent", port)
+    monkeypatch.setattr(LiveQemu, "_at", at)
+
+    async def story() -> None:
+        peer = Peer()
+        act = asyncio.ensure_future(LiveQemu(peer).suspend(60.0))
+        await asked.entered.wait()
+        for _ in range(2):
+            act.cancel()
+            await turns()
+            assert not act.done()
+        asked.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await act
+        assert ("send-key" in peer.asked) != sleeps
 
     asyncio.run(story())
 

@@ -326,6 +326,10 @@ class LiveQemu:
         path = await self._guest_agent()
         if path is None:
             raise GuestAgentFailed("it has no guest agent", vm=self._qmp.vm)
+        # Once it was asked to, a guest has to be seen to sleep, or not to: else it is not known how it could be woken.
+        return await uninterrupted(self._fall_asleep(path, timeout_s))
+
+    async def _fall_asleep(self, path: Path, timeout_s: float) -> float:
         with self._qmp.expecting("SUSPEND") as asleep:
             try:
                 with self._at(path) as address:
