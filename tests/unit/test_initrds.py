@@ -91,9 +91,10 @@ def test_the_last_bytes_count(path: Path, how: str, cut: int) -> None:
 @SHARED
 @given(data=st.data())
 def test_a_damaged_byte_is_found_where_there_is_a_checksum(path: Path, how: str, data: st.DataObject) -> None:
-    """Those of the header apart: time, name and level of gzip and lzop are covered by none."""
+    """Those of the header apart: time, name and level of gzip and lzop are covered by none. The last byte of bzip2 ends
+    with bits that fill it up."""
     made = bytearray(initrd(VERSION, how))
-    at = data.draw(st.integers(64, len(made) - 1))
+    at = data.draw(st.integers(64, len(made) - (2 if how == "bzip2" else 1)))
     made[at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(BadArchive):
         read_initrd(write(path, bytes(made)))
