@@ -267,7 +267,8 @@ class Vm:
                     raise
                 finally:
                     self._outdated = False
-                    await uninterrupted(self.machine.derive())
+                    if not (act is Act.RECOVER and self.machine.state is VmState.UNREACHABLE):  # it was just asked in vain
+                        await uninterrupted(self.machine.derive())
         finally:
             self._act = None
             self._idle.set()
