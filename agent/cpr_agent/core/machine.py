@@ -176,6 +176,18 @@ class Machine:
             raise QemuFailed("has no QEMU that answers", vm=self.name)
         return self.qemu
 
+    async def answering_qemu(self) -> Qemu:
+        """The live QEMU, to which the agent connects anew where it has lost its connection: for an undo, which must not
+        leave a guest stopped because of that. Raises QemuFailed."""
+        with contextlib.suppress(QemuFailed):
+            qemu = self.require_qemu()
+            await qemu.run_state()
+            return qemu
+        await self.disconnect()
+        if not await self.own.pid():
+            raise QemuFailed("its QEMU has ended", vm=self.name)
+        return await self._connect(GREETING_S)
+
     def refuse_silent_qemu(self, left: str) -> None:
         """Raises QemuFailed. A QEMU that does not answer can't say whether its guest still stands where it was saved, and
         the witness, a sample, need not show it (invariant 2)."""

@@ -139,8 +139,10 @@ class _Client(QMPClient):
     async def _on_message(self, msg: Message) -> None:
         if isinstance(event := msg.get("decoded"), Event):
             self._heard(event)
-        else:
+        elif "id" not in msg or msg["id"] in self._pending:
             await super()._on_message(msg)
+        # Else it answers a command whose caller was cancelled. The parent would format it for a log, which fails for an
+        # answer that is still bytes, and so would end the connection.
 
 
 def _greeting(raw: msgspec.Raw) -> object:
