@@ -104,6 +104,25 @@ def test_a_save_whose_qemu_dies_says_so(bench: Bench) -> None:
     assert bench.files() == []
 
 
+@pytest.mark.parametrize("status", ["running", "paused"])
+def test_a_connection_that_is_lost_keeps_no_guest_stopped(bench: Bench, status: str) -> None:
+    """Its QEMU is still there."""
+    bench.qemu().by_hand(status)
+    bench.runner.faults["web1", "after-save"] = SaveFailed("no room", vm="web1")
+    qemu = bench.qemu()
+    run_state = qemu.run_state
+
+    async def lost() -> str:
+        qemu.run_state = run_state  # type: ignore[method-assign]
+        raise QemuFailed("QEMU closed the connection", vm="web1")
+
+    bench.runner.at["before save-undone"] = lambda: setattr(qemu, "run_state", lost)
+    with pytest.raises(SaveFailed, match=f"The guest is {status}, as before"):
+        bench.vm(save)
+    assert bench.qemu().status == status
+    assert bench.runner.violations == []
+
+
 def test_a_guest_stays_stopped_while_its_half_written_checkpoint_can_not_be_removed(bench: Bench) -> None:
     """It could be loaded later; so nothing may run on that RAM."""
 

@@ -279,6 +279,37 @@ def test_a_message_without_end_is_bounded(tmp_path: Path) -> None:
         talk(tmp_path / "qmp", lambda qmp: qmp.ask(replies.STATUS), endless)
 
 
+def test_an_answer_that_nobody_waits_for_any_more_ends_no_connection(tmp_path: Path) -> None:
+    """Its caller was cancelled: the undo of what that wanted needs the connection."""
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(raw(GREETING))
+        while request := await reader.readline():
+            command = json.loads(request)
+            if command["execute"] == "query-block":
+                asked.set()
+                await go.wait()
+            answer = {"status": "running"} if command["execute"] == "query-status" else []
+            writer.write(raw({"return": answer, "id": command["id"]}))
+        writer.close()
+
+    async def story() -> None:
+        async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
+            qmp = await Qmp.connect("web1", tmp_path / "qmp", 20.0)
+            cancelled = asyncio.ensure_future(qmp.execute("query-block"))
+            await asked.wait()
+            cancelled.cancel()
+            await asyncio.gather(cancelled, return_exceptions=True)
+            go.set()
+            for _ in range(2):
+                assert (await qmp.ask(replies.STATUS)).status == "running"
+            assert not qmp.gone
+            await qmp.close()
+
+    asyncio.run(story())
+
+
 def test_the_wait_for_ones_turn_counts(tmp_path: Path) -> None:
     """Commands go one at a time: behind one that is not answered, others must not wait longer than they may."""
 
