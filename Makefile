@@ -68,6 +68,17 @@ test-guests: bootstrap host-root $(DEB) ## Other guests, other memory, other QEM
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/guests
 	@$(PYTHON) -m tests.guests.tally
 
+.PHONY: qemu-cpr
+qemu-cpr: bootstrap ## Build (once) QEMUs that have cpr-save and cpr-load, from Debian's sources
+	@scripts/qemu-cpr build 13
+	@scripts/qemu-cpr build 12
+
+.PHONY: test-original
+test-original: bootstrap host-root qemu-cpr $(DEB) ## A QEMU with cpr-save and cpr-load, alone and under the agent
+	rm -f build/original
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/original
+	@$(PYTHON) -m tests.original.tally
+
 .PHONY: test-fleet
 test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible role, three kexecs in all
 	rm -f build/fleet/summary

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # What x86_64 guests of tests have; everything else is left out, which makes the build short.
 CONFIG_I440FX=y
 CONFIG_ISA_DEBUG=y
