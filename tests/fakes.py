@@ -355,22 +355,31 @@ class FakeQemu:
         if self._runner.vfio.get(self.launch.vm) and self.status != "suspended":
             raise SaveFailed("VFIO device only supports cpr-reboot for runstate suspended", vm=self.launch.vm)
         self._slept = self.status == "suspended"
-        state = {"vm": self.launch.vm, "count": self.count, "asleep": self._slept}
+        state = {"vm": self.launch.vm, "count": self.count, "was": self.status}
         os.write(vmstate_fd, HEADER + json.dumps(state).encode())
         self.status = "postmigrate"
         await self._step("after-save")
         return 0.0
 
-    async def load(self, vmstate_fd: int, timeout_s: float) -> None:  # noqa: ARG002
+    async def load_runs_guest(self) -> bool:
+        return self._runner.load_runs_guest
+
+    async def load(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
         await self._step("load")
         state = json.loads(os.read(vmstate_fd, 1000).removeprefix(HEADER))
         if self.status != "inmigrate":
             raise LoadFailed("it is not waiting for a state", vm=self.launch.vm)
-        self._slept = bool(state.pop("asleep"))
+        was = state.pop("was")
+        self._slept = was == "suspended"
         if state != {"vm": self.launch.vm, "count": self.count}:
             self._runner.violations.append(f"VM {self.launch.vm}: {state} loaded onto count {self.count}")
         self.status, self.loaded = "paused", True
+        if self._runner.load_runs_guest and was != "paused":
+            self.status = was
+            if was == "running":
+                self.run()
         await self._step("after-load")
+        return time.time() if self.status == "running" else 0.0
 
     async def transfer_problem(self) -> str:
         return "" if self._runner.transfers else "aux-ram-share=on is required"
@@ -536,6 +545,7 @@ class FakeRunner:
         self.vfio: dict[str, list[str]] = {}
         self.lacking: list[Difference] = []
         self.transfers = False
+        self.load_runs_guest = False
         self.disks: dict[str, Path] = {}
         self.counts: dict[str, int] = {}
         self.violations: list[str] = []

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts.guest.console import read_console
 
+from scripts.guest.console import read_console
 from tests.lab import PATIENCE_S, ROOT, until
 
 SIZE = "16M"

@@ -254,6 +254,17 @@ def test_a_state_file_says_of_which_machine_it_is(tmp_path: Path) -> None:
     assert (inspected(path).machine, inspected(path).cpus) == ("pc-q35-10.0", 0)
 
 
+def test_a_state_file_without_a_description_says_how_many_cpus_it_is_of(tmp_path: Path) -> None:
+    """As cpr-save writes it: by the sections, each of which begins with its number, its name, its instance and version."""
+    path = tmp_path / "vmstate"
+    sections = b"".join(
+        b"\x04" + number.to_bytes(4, "big") + b"\x0acpu_common" + cpu.to_bytes(4, "big") + b"\0\0\0\1state\x7e"
+        for number, cpu in enumerate(range(3), 5)
+    )
+    path.write_bytes(b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-10.0" + sections + b"\0")
+    assert (inspected(path).machine, inspected(path).cpus) == ("pc-q35-10.0", 3)
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_after_the_header_are_no_reason_to_fail(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as directory:

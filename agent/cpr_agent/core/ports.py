@@ -67,8 +67,12 @@ class Qemu(Protocol):
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:
         """Write device state to a fresh descriptor; the guest is stopped after. Returns when it stopped (epoch s)."""
 
-    async def load(self, vmstate_fd: int, timeout_s: float) -> None:
-        """Read device state; needs a QEMU started with ``-incoming defer -S``. The guest does not run after."""
+    async def load_runs_guest(self) -> bool:
+        """Whether ``load`` lets a guest that did not stand still go on by itself: its checkpoint must be spent before."""
+
+    async def load(self, vmstate_fd: int, timeout_s: float) -> float:
+        """Read device state; needs a QEMU started with ``-incoming defer -S``. Returns when the guest ran (epoch s), 0
+        where it does not. Raises LoadFailed if it has certainly not run; after QemuFailed the run state tells, if any."""
 
     async def transfer_problem(self) -> str:
         """Why it can't hand its guest over to another QEMU, "" if it can. Touches nothing that the guest sees."""

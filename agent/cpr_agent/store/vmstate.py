@@ -2,7 +2,8 @@
 """QEMU's state file: whether it is one, its machine and its CPUs.
 
 The format is that of migration/savevm.c: a header, the machine's name, a section for each device, and at the end a
-description of all sections in JSON.
+description of all sections in JSON. A file of cpr-save has no description; one of the original proposal names no machine
+either.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 from typing import BinaryIO
 
@@ -24,7 +26,8 @@ VERSION = 3
 _CONFIGURATION = b"\x07"
 _DESCRIPTION = b"\x06"
 """QEMU_VM_CONFIGURATION and QEMU_VM_VMDESCRIPTION, the bytes that begin these sections."""
-
+_CPU = re.compile(rb"\x04.{4}\x0acpu_common(.{4})\x00\x00\x00.", re.DOTALL)
+"""The section of a CPU (QEMU_VM_SECTION_FULL): number in the file, length and name, instance, version."""
 
 MAX_BYTES = 512 << 20
 """Of a state: it has some hundred KB, and as much more as its devices have RAM of their own. A QEMU may make its file as
@@ -71,13 +74,15 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
         problem = _header_problem(head)
     if problem:
         raise NotVmstate(f"{path} is not a QEMU state file: {problem}", vm=vm, left="nothing was loaded")
-    devices = _description(tail).devices
+    cpus = sum(device.name == "cpu_common" for device in _description(tail).devices)
+    if not cpus and size <= _TAIL_BYTES:
+        cpus = len({section[1] for section in _CPU.finditer(tail)})
     return Vmstate(
         path=path,
         size_bytes=size,
         sha256=digest,
         machine=_machine(head),
-        cpus=sum(device.name == "cpu_common" for device in devices),
+        cpus=cpus,
     )
 
 

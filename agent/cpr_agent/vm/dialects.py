@@ -29,6 +29,8 @@ class Dialect(ABC):
     synchronous: ClassVar[bool] = False
     keeps_suspended: ClassVar[bool]
     """False where a save wakes a suspended guest (QEMU up to 8.2)."""
+    load_runs_guest: ClassVar[bool] = False
+    """See core.ports.Qemu."""
 
     async def prepare(self, qmp: Qmp) -> None:
         await qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
@@ -82,35 +84,40 @@ class IgnoreShared(Dialect):
 
 
 class CprSave(Dialect):
-    """The original proposal (S. Sistare, "Live Update", 2020 to 2022), never merged: ``cpr-save`` and ``cpr-load``.
+    """The original proposal (S. Sistare, "Live Update", 2020 to 2022), never merged: ``cpr-save`` and ``cpr-load``, which
+    packaging/qemu-cpr adds to Debian's QEMU.
 
-    Its ``cpr-load`` lets a guest run that ran when it was saved, before anybody can say that the checkpoint is spent
-    (invariant 2). So the guest is stopped before: then it waits for ``cont``, as with the others. The proposal's new QEMU
-    has no ``-incoming``; ours has, because only that keeps QEMU from writing firmware into the RAM (FACTS.md), and
-    ``cpr-load`` asks for no more than that the guest does not run (migration/cpr.c of its last version).
+    ``cpr-save`` stops the guest by itself, and its state file says whether it ran. A guest that ran does so again by
+    ``cpr-load``, also with ``-S``. The proposal's new QEMU has no ``-incoming``; ours has, because only that keeps QEMU
+    from writing firmware or a kernel into the RAM (FACTS.md).
     """
 
     name = "cpr-save"
     keeps_suspended = True
     synchronous = True
+    load_runs_guest = True
     saved_as: ClassVar[str] = "save-vm"
-    """The run state after a save, where all others say postmigrate."""
+    """The run state after a save, where all others say postmigrate. That of a guest that was paused stays ``paused``."""
 
     async def prepare(self, qmp: Qmp) -> None:
-        """RAM is never part of what it saves."""
+        """RAM is never part of what it saves. The mode is that whose blockers QEMU names, where it has one."""
+        if (await qmp.ask(PARAMETERS)).mode is not None:
+            await qmp.execute("migrate-set-parameters", {"mode": "cpr-reboot"})
 
     async def save(self, qmp: Qmp, fd: int) -> None:
-        filename = await fdset(qmp, fd)
-        await qmp.execute("stop")
         try:
-            await qmp.execute("cpr-save", {"filename": filename, "mode": "reboot"})
+            await qmp.execute("cpr-save", {"filename": await fdset(qmp, fd), "mode": "reboot"})
         except QmpRefused as error:
-            number = re.search(r"Error -(\d+) while saving", error.what)
-            why = os.strerror(int(number[1])) if number else error.what
-            raise SaveFailed(f"QEMU could not write its state: {why}", vm=qmp.vm) from error
+            raise SaveFailed(f"QEMU could not write its state: {_with_cause(error.what)}", vm=qmp.vm) from error
 
     async def load(self, qmp: Qmp, fd: int) -> None:
         await qmp.execute("cpr-load", {"filename": await fdset(qmp, fd)})
+
+
+def _with_cause(what: str) -> str:
+    """The proposal's own code gives an error's number alone."""
+    number = re.search(r"Error -(\d+) while saving", what)
+    return f"{what} ({os.strerror(int(number[1]))})" if number else what
 
 
 async def fdset(qmp: Qmp, fd: int) -> str:

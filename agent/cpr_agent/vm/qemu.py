@@ -25,6 +25,8 @@ _WOULD_WAKE = "this QEMU (before 9.0) would wake it by saving"
 _CHECK_S = 5.0
 """How long a check waits for a guest agent."""
 _ENDED = ("completed", "failed", "cancelled")
+_GONE_S = 2.0
+"""The end of a connection is known a moment after a command has failed by it."""
 _SETTLE_S = 30.0
 """After MIGRATION says completed, the run state follows within milliseconds; this is for a host in trouble."""
 
@@ -42,6 +44,11 @@ class LiveQemu:
         self._dialect: Dialect | None = None
         self._transfers: bool | None = None
         self._version = ""
+        self._resumed = False
+        """Whether its guest has begun to run since this connection, or since the last save, began."""
+        self._stands_in = ""
+        """The run state of a guest that did not run when it was saved, where the save changes no run state (CprSave)."""
+        qmp.on_event(self._hear)
 
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float, launch: Launch | None = None, pid: int = 0) -> LiveQemu:
@@ -72,9 +79,15 @@ class LiveQemu:
 
     async def run_state(self) -> RunState:
         status = (await self._qmp.ask(STATUS)).status
+        if status == self._stands_in and not self._resumed:
+            return RunState.POSTMIGRATE
         if status == CprSave.saved_as and isinstance(await self.dialect(), CprSave):
             return RunState.POSTMIGRATE
         return RunState(status)
+
+    def _hear(self, event: str) -> None:
+        """QEMU tells of RESUME before the guest runs (system/cpus.c), on this connection before all that comes after."""
+        self._resumed = self._resumed or event == "RESUME"
 
     async def dialect(self) -> Dialect:
         if self._dialect is None:
@@ -130,19 +143,51 @@ class LiveQemu:
         vm = self._qmp.vm
         await self._prepare()  # another client may have changed the mode since
         with self._qmp.expecting("STOP") as stopped:
-            ended = await self._migrate((await self.dialect()).save, vmstate_fd, timeout_s)
+            dialect, was = await self.dialect(), await self.run_state()
+            self._resumed = False
+            ended = await self._migrate(dialect.save, vmstate_fd, timeout_s)
             if ended != "completed":
                 await uninterrupted(self._let_go_of())
                 raise SaveFailed(f"QEMU could not write its state: {await self._why(ended)}", vm=vm)
+            if dialect.synchronous and was not in (RunState.RUNNING, RunState.SUSPENDED):
+                self._stands_in = was
             state = await uninterrupted(poll_until(self.run_state, lambda now: now is RunState.POSTMIGRATE, _SETTLE_S))
             if state is not RunState.POSTMIGRATE:
                 raise SaveFailed(f"QEMU wrote its state but is {state}, not postmigrate", vm=vm)
             return stopped.result().at if stopped.done() else 0.0
 
-    async def load(self, vmstate_fd: int, timeout_s: float) -> None:
+    async def load_runs_guest(self) -> bool:
+        return (await self.dialect()).load_runs_guest
+
+    async def load(self, vmstate_fd: int, timeout_s: float) -> float:
         """See the port. Raises LoadFailed, QemuFailed; this QEMU is of no use afterwards."""
-        await self._prepare()
-        await self._loaded((await self.dialect()).load, vmstate_fd, timeout_s)
+        dialect = await self.dialect()
+        await dialect.prepare(self._qmp)
+        if dialect.load_runs_guest:
+            return await self._load_and_run(dialect, vmstate_fd)
+        await self._loaded(dialect.load, vmstate_fd, timeout_s)
+        return 0.0
+
+    async def _load_and_run(self, dialect: Dialect, fd: int) -> float:
+        """A QEMU that has ended, and has not told of RESUME before, has not run its guest."""
+        with self._qmp.expecting("RESUME") as resumed:
+            try:
+                await dialect.load(self._qmp, fd)
+            except QemuFailed as error:
+                if not self._resumed and await self._never_ran():
+                    raise LoadFailed(f"QEMU could not read the state: {error.what}", vm=self._qmp.vm) from error
+                raise
+            return (await self._time_of(resumed, "resume the guest")) if self._resumed else 0.0
+
+    async def _never_ran(self) -> bool:
+        """False where nobody can tell."""
+        try:
+            return await self.run_state() is RunState.INMIGRATE
+        except QemuFailed:
+            return await poll_until(self._is_gone, bool, _GONE_S) and not self._resumed
+
+    async def _is_gone(self) -> bool:
+        return self._qmp.gone
 
     async def _prepare(self) -> None:
         await (await self.dialect()).prepare(self._qmp)
