@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bus.conftest import any_qemu, each_lab, each_qemu, lab, linux, saved, tiny
+from tests.bus.conftest import each_lab, lab, linux, saved, tiny
 from tests.original.machine import Desk, original_qemu
 from tests.original.tally import note
 
-__all__ = ["any_qemu", "each_lab", "each_qemu", "lab", "linux", "saved", "tiny"]
+__all__ = ["each_lab", "lab", "linux", "saved", "tiny"]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -27,6 +27,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.fixture(params=["12", "13"], ids=["7.2", "10.0"])
+def each_qemu(request: pytest.FixtureRequest) -> str:
+    return original_qemu(request.param)
+
+
+@pytest.fixture(scope="session")
+def any_qemu() -> str:
+    return original_qemu("13")
+
+
 @pytest.fixture
 def shm() -> Iterator[Path]:
     """For RAM."""
@@ -35,9 +45,9 @@ def shm() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@pytest.fixture(params=["12", "13"], ids=["7.2", "10.0"])
-def desk(request: pytest.FixtureRequest, tmp_path: Path, shm: Path, tiny: Path) -> Iterator[Desk]:
-    desk = Desk(original_qemu(request.param), tmp_path, shm, tiny)
+@pytest.fixture
+def desk(each_qemu: str, tmp_path: Path, shm: Path, tiny: Path) -> Iterator[Desk]:
+    desk = Desk(each_qemu, tmp_path, shm, tiny)
     yield desk
     desk.close()
     log = tmp_path / "qemu.log"
