@@ -14,7 +14,7 @@ import pytest
 from tests.lab import until
 from tests.original.machine import SIZE, Desk, Machine, RefusedError, small_file_system
 
-DISK = ("-blockdev", "file,node-name=disk,filename={0},locking=on", "-device", "virtio-blk-pci,drive=disk")
+DISK = ("-blockdev", "file,node-name=disk,filename={0},locking=on", "-device", "virtio-blk-pci,drive=disk,id=vd")
 
 
 def digest(path: Path) -> str:
@@ -157,7 +157,8 @@ def test_disks_are_let_go_of_by_a_save_and_taken_by_a_load(desk: Desk, disk: Pat
     old.save(desk.state)
     new = desk.incoming()
     new.load(desk.state)
-    assert "wrote 512/512" in new.hmp('qemu-io -d disk "write 0 512"')
+    new.hmp('qemu-io -d /machine/peripheral/vd/virtio-backend "write -P 0x5a 4096 512"')
+    assert disk.read_bytes()[4096:4608] == b"\x5a" * 512
     assert new.status == "running"
     assert not desk.free(disk)
     desk.assert_unbroken()
@@ -460,19 +461,27 @@ def test_a_save_before_the_load(desk: Desk) -> None:
     desk.assert_unbroken()
 
 
-def test_a_qemu_that_was_started_without_incoming(desk: Desk) -> None:
-    """Nothing of this guest is written to RAM by QEMU's start: S alone will do. Of another it is, and that is refused."""
+def test_a_qemu_whose_start_has_written_to_the_guests_ram(desk: Desk) -> None:
+    """Without -incoming, and with a kernel that belongs into RAM, as this guest's."""
     desk.saved()
     machine = desk.start("-S")
     assert machine.status == "prelaunch"
-    machine.load(desk.state)
-    desk.assert_unbroken()
+    refused(machine, "over the guest's RAM", "-incoming defer", load=desk.state)
+    assert machine.status == "prelaunch"
+
+
+def test_a_qemu_that_was_started_without_incoming(desk: Desk, linux: Path) -> None:
+    """Nothing of this guest is written to its RAM by QEMU's start: -S will do, as the proposal had it."""
+    words = "console=ttyS0 quiet loglevel=1 panic=-1"
+    desk.more = ["-kernel", str(linux / "vmlinuz"), "-initrd", str(linux / "initrd.img"), "-append", words]
+    machine = desk.running(size="256M")
     machine.save(desk.state)
     machine.quit()
-    blob = desk.root / "blob"
-    blob.write_bytes(b"blob")
-    machine = desk.start("-S", "-device", f"loader,file={blob},addr=0x800000,force-raw=on")
-    refused(machine, "over the guest's RAM", "-incoming defer", load=desk.state)
+    machine = desk.start("-S", size="256M")
+    assert machine.status == "prelaunch"
+    machine.load(desk.state)
+    assert machine.status == "running"
+    desk.assert_unbroken()
 
 
 # -- what can't be saved ----------------------------------------------------------------------------------------------
