@@ -108,6 +108,11 @@ class MortalStore(CheckpointStore):
         super().consume(manifest)
         self._point("after consume")
 
+    def restore(self, vm: str, checkpoint: str) -> None:
+        self._point("before restore")
+        super().restore(vm, checkpoint)
+        self._point("after restore")
+
     def discard(self, vm: str, suffix: str = "discarded") -> None:
         self._point("before discard-files")
         super().discard(vm, suffix)

@@ -48,6 +48,8 @@ LOADED = Facts(RunState.PAUSED, started_for_load=True)
         ),
         (LOADED._replace(resume_interrupted=True), Recovery.FINISH_RESUME),
         (LOADED, Recovery.NOTHING),
+        (Facts(RunState.INMIGRATE, started_for_load=True, resume_interrupted=True), Recovery.PUT_BACK),
+        (Facts(RunState.RUNNING, started_for_load=True, resume_interrupted=True), Recovery.NOTE_RESUMED),
     ],
 )
 def test_what_is_true_decides(facts: Facts, recovery: Recovery) -> None:
@@ -76,4 +78,4 @@ def test_no_guest_goes_on_where_a_checkpoint_could_still_be_loaded() -> None:
 def test_a_guest_that_runs_is_left_alone() -> None:
     for facts in all_facts():
         if facts.run_state is RunState.RUNNING:
-            assert decide(facts) is Recovery.NOTHING, facts
+            assert decide(facts) in (Recovery.NOTHING, Recovery.NOTE_RESUMED), facts

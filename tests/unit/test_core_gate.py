@@ -25,12 +25,14 @@ AGENT = Path(__file__).parent.parent.parent / "agent/cpr_agent"
 
 CALLERS = {
     ("core/acts/load.py", "go_on", "let_run"): "proof",  # of the load, the undo or the transfer that calls it: below
-    ("core/acts/load.py", "go_on", "wake"): "proof",
+    ("core/acts/load.py", "_has_gone_on", "wake"): "proof",
+    ("core/acts/load.py", "load_and_go_on", "let_run_by_load"): "proof",
     ("core/acts/recover.py", "_finish_resume", "let_run"): "Unbroken.RESUME_ANNOUNCED",
     ("core/acts/replace.py", "undo_transfer", "let_run"): "Unbroken.TRANSFER_UNDONE",
     ("core/acts/resume.py", "_unpause", "let_run"): "Unbroken.PAUSED",
     ("core/acts/resume.py", "take_back", "let_run"): "proven",
     ("core/acts/save.py", "_run_again", "let_run"): "Unbroken.SAVE_UNDONE",
+    ("core/acts/save.py", "_run_again", "let_run_by_load"): "Unbroken.SAVE_UNDONE",
     ("core/acts/save.py", "run_after_interrupted_save", "let_run"): "Unbroken.SAVE_INTERRUPTED",
     ("core/acts/sleep.py", "_try_to_wake", "wake"): "Unbroken.ASLEEP",
 }
@@ -91,14 +93,14 @@ def test_only_one_method_sends_each_command_that_lets_a_guest_run() -> None:
 
 def test_each_caller_of_the_gate_is_known_with_its_proof() -> None:
     found = {}
-    for file, function, node in calls("let_run", "wake"):
+    for file, function, node in calls("let_run", "let_run_by_load", "wake"):
         if isinstance(node.func, ast.Name) and file.startswith("core/"):
-            found[file, function, node.func.id] = ast.unparse(node.args[-1])
+            found[file, function, node.func.id] = ast.unparse(node.args[1 if node.func.id == "wake" else 2])
     assert found == CALLERS
 
 
 def test_each_caller_of_go_on_is_known_with_its_proof() -> None:
-    found = {(file, function): ast.unparse(node.args[3]) for file, function, node in calls("go_on")}
+    found = {(file, function): ast.unparse(node.args[3]) for file, function, node in calls("go_on", "load_and_go_on")}
     assert found == GOING_ON
 
 

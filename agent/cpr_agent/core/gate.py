@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The gate that every guest passes before it runs: with the proof in hand (invariant 9). The only caller of ``Qemu.cont``
-and ``Qemu.wake``.
+"""The gate that every guest passes before it runs: with the proof in hand (invariant 9). The only caller of ``Qemu.cont``,
+of ``Qemu.wake``, and of a ``Qemu.load`` that lets the guest go on.
 
 A guest that was saved passes with ``Proven``, which only a comparison with its checkpoint makes (core/proof.py). A guest
 that was never saved, or whose save came to no end, has no checkpoint to be compared with: then ``Unbroken`` says why its
@@ -38,6 +38,13 @@ async def let_run(machine: Machine, qemu: Qemu, proof: Proof) -> float:
     """Returns when the guest ran (epoch s). Raises ProofFailed for a held VM, QemuFailed."""
     _refuse(machine, proof)
     return await qemu.cont()
+
+
+async def let_run_by_load(machine: Machine, qemu: Qemu, proof: Proof, vmstate_fd: int) -> float:
+    """For a QEMU whose load itself lets the guest go on (``Qemu.load_runs_guest``). Returns when the guest ran (epoch s), 0
+    if it sleeps. Raises ProofFailed for a held VM; LoadFailed if the guest has certainly not run, QemuFailed."""
+    _refuse(machine, proof)
+    return await qemu.load(vmstate_fd, machine.settings.agent.load_timeout)
 
 
 async def wake(machine: Machine, proof: Proof) -> float:

@@ -26,6 +26,10 @@ _HELD = msgspec.json.Decoder(Held)
 """See store/schema.py, READ."""
 
 
+_LOADED = "loaded"
+"""The suffix of a checkpoint that was consumed."""
+
+
 class CheckpointStore:
     """``root`` is the checkpoints directory; callers may name state files of their own below ``file_directories``."""
 
@@ -34,7 +38,9 @@ class CheckpointStore:
         self.files = AllowedFiles("state file", file_directories, "directories")
 
     def live(self, vm: str) -> Manifest | None:
-        path = self._manifest(vm)
+        return self._read(vm, self._manifest(vm))
+
+    def _read(self, vm: str, path: Path) -> Manifest | None:
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
@@ -122,7 +128,23 @@ class CheckpointStore:
         return room.f_bavail * room.f_frsize
 
     def consume(self, manifest: Manifest) -> None:
-        self._retire(manifest.vm, "loaded")
+        self._retire(manifest.vm, _LOADED)
+
+    def restore(self, vm: str, checkpoint: str) -> None:
+        """State first and manifest last, as they are written; a consumption that was interrupted has moved less."""
+        path = self._manifest(vm)
+        if path.exists():
+            return
+        aside = path.with_name(f"{path.name}.{_LOADED}")
+        manifest = self._read(vm, aside)
+        if manifest is None or manifest.id != checkpoint:
+            raise CheckpointUnreadable(f"its checkpoint {checkpoint} is not at {aside}", vm=vm)
+        state = Path(manifest.vmstate.path)
+        with contextlib.suppress(FileNotFoundError):
+            state.with_name(f"{state.name}.{_LOADED}").rename(state)
+            sync_directory(state.parent)
+        aside.rename(path)
+        sync_directory(path.parent)
 
     def discard(self, vm: str, suffix: str = "discarded") -> None:
         self._retire(vm, suffix)

@@ -15,7 +15,7 @@ from cpr_agent.core.acts.afterwards import LoadTimes, entry, report
 from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.acts.start import boot
 from cpr_agent.core.events import Event, about
-from cpr_agent.core.gate import Proof, let_run, wake
+from cpr_agent.core.gate import Proof, let_run, let_run_by_load, wake
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Definition, Held, Launch, Located, Manifest, RunState, VmState, ram_of
 from cpr_agent.core.past import VmEvent
@@ -279,13 +279,19 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
             qemu, proven = await _load_located(machine, manifest, fd, located, vessel)
             times = LoadTimes(load_at, memory_at, ports.clock.now())
-            await finish_load(machine, manifest, times, go_on(machine, qemu, manifest, proven, vessel))
+            runs = await runs_by_load(qemu, manifest)
+            going_on = (
+                load_and_go_on(machine, qemu, manifest, proven, fd)
+                if runs
+                else go_on(machine, qemu, manifest, proven, vessel)
+            )
+            await finish_load(machine, manifest, times, going_on)
 
 
 async def _load_located(
     machine: Machine, manifest: Manifest, fd: int, located: Sequence[Located], vessel: Vessel
 ) -> tuple[Qemu, Proven]:
-    """Once its memory is there."""
+    """Once its memory is there. The state is read, unless that would let the guest go on (``runs_by_load``)."""
     ports = machine.ports
     proving = Proving(machine, manifest, located)
     proven = await vessel.prove_first(proving)
@@ -299,7 +305,8 @@ async def _load_located(
             try:
                 qemu, proven = await vessel.start(plan, proving, proven)
                 await refuse_lesser_machine(qemu, manifest)
-                await qemu.load(fd, machine.settings.agent.load_timeout)
+                if not await runs_by_load(qemu, manifest):
+                    await qemu.load(fd, machine.settings.agent.load_timeout)
             except BaseException:
                 said = vessel.place.log_tail()  # before it ends
                 raise
@@ -325,6 +332,34 @@ def _failed(manifest: Manifest, error: CprError | TimeoutError, said: str, remed
     return failure
 
 
+async def runs_by_load(qemu: Qemu, manifest: Manifest) -> bool:
+    """Whether QEMU lets the guest of ``manifest`` go on by the load itself (ADR 18)."""
+    return manifest.run_state != RunState.PAUSED and await qemu.load_runs_guest()
+
+
+async def load_and_go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, fd: int) -> float:
+    """Its QEMU waits for the state, and lets the guest go on by reading it: the checkpoint is spent before, and put back if
+    the guest has certainly not run (ADR 18). Returns when it ran (epoch s). A caller runs it to its end."""
+    ports = machine.ports
+    machine.record(VmEvent.RESUME, checkpoint=manifest.id, run_state=manifest.run_state)
+    await asyncio.to_thread(ports.store.consume, manifest)
+    try:
+        resumed_at = await let_run_by_load(machine, qemu, proof, fd)
+    except LoadFailed as error:
+        said = machine.own.log_tail()
+        await put_back(machine, manifest.id, VmEvent.LOAD_FAILED)
+        raise _failed(manifest, error, said, Fresh(machine, manifest).remedy) from error
+    return await _has_gone_on(machine, manifest, proof, resumed_at)
+
+
+async def put_back(machine: Machine, checkpoint: str, why: VmEvent) -> None:
+    """A load that was to let the guest go on has not: its checkpoint is live again before its QEMU ends. Raises
+    CheckpointUnreadable, OSError."""
+    await asyncio.to_thread(machine.ports.store.restore, machine.name, checkpoint)
+    machine.record(why, checkpoint=checkpoint)
+    await machine.end()
+
+
 async def finish_load(machine: Machine, manifest: Manifest, times: LoadTimes, going_on: Awaitable[float]) -> None:
     """``going_on`` is a ``go_on``: whoever is cancelled meanwhile, it comes to its end, and its guest has its record, its
     clock and its hooks."""
@@ -347,14 +382,20 @@ async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, 
     resumed_at = 0.0
     if manifest.run_state != RunState.PAUSED:
         resumed_at = await let_run(machine, qemu, proof)
-    resumed_at = resumed_at or ports.clock.now()
+    resumed_at = await _has_gone_on(machine, manifest, proof, resumed_at)
+    await vessel.settle()
+    return resumed_at
+
+
+async def _has_gone_on(machine: Machine, manifest: Manifest, proof: Proof, resumed_at: float) -> float:
+    """Note it, and wake a guest that the agent has put to sleep. Returns when it ran (epoch s)."""
+    resumed_at = resumed_at or machine.ports.clock.now()
     machine.record(VmEvent.RESUMED, checkpoint=manifest.id, resumed_at=resumed_at)
     if manifest.wakes:
         resumed_at = await wake(machine, proof) or resumed_at
     launch = machine.launched()
     if launch and launch.argv[0] == launch.base_argv[0]:  # a kept copy is still running: its firmware links must stay
-        await asyncio.to_thread(ports.programs.forget, machine.name)
-    await vessel.settle()
+        await asyncio.to_thread(machine.ports.programs.forget, machine.name)
     return resumed_at
 
 

@@ -8,6 +8,7 @@ import logging
 from typing import NamedTuple
 
 from cpr_agent.core.acts import save
+from cpr_agent.core.acts.load import put_back
 from cpr_agent.core.acts.replace import settle_sockets, undo_transfer
 from cpr_agent.core.acts.resume import take_back
 from cpr_agent.core.acts.sleep import end_sleep
@@ -37,6 +38,10 @@ class Recovery(enum.Enum):
     FINISH_SAVE = enum.auto()
     """Likewise of one that did not run: ``cont`` would change what it is (FACTS.md), and QEMU does not save twice without
     it. But a QEMU in postmigrate has written its whole state: it is stored now."""
+    PUT_BACK = enum.auto()
+    """The checkpoint was spent for a load that would have let the guest go on, and has not (ADR 18)."""
+    NOTE_RESUMED = enum.auto()
+    """The guest runs, as was announced: a checkpoint out of a backup must not pass for unspent."""
     FINISH_RESUME = enum.auto()
     """The checkpoint is spent, and it was announced that its guest would run."""
 
@@ -72,12 +77,22 @@ def decide(facts: Facts) -> Recovery:
         (stands and facts.in_refresh and facts.saved_run_state is RunState.RUNNING, Recovery.TAKE_BACK),
         (facts.checkpointed, Recovery.NOTHING),
         (stands and facts.in_transfer, Recovery.UNDO_TRANSFER),
+        (
+            facts.run_state is RunState.INMIGRATE and facts.started_for_load and facts.resume_interrupted,
+            Recovery.PUT_BACK,
+        ),
         (stands and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
         (
             stands and facts.interrupted_save is not None and not facts.save_was_taken_back and facts.has_launch,
             Recovery.FINISH_SAVE,
         ),
         (stands, Recovery.LEAVE),
+        (
+            facts.run_state in (RunState.RUNNING, RunState.SUSPENDED)
+            and facts.started_for_load
+            and facts.resume_interrupted,
+            Recovery.NOTE_RESUMED,
+        ),
         (
             facts.run_state is RunState.PAUSED and facts.started_for_load and facts.resume_interrupted,
             Recovery.FINISH_RESUME,
@@ -167,6 +182,11 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
             state = begun.run_state
             log.warning("VM %s: a save was interrupted; storing the state of the %s guest", machine.name, state)
             await save.finish(machine, launch, begun)
+        case Recovery.PUT_BACK if launch:
+            log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", machine.name)
+            await put_back(machine, launch.checkpoint, VmEvent.LOAD_INTERRUPTED)
+        case Recovery.NOTE_RESUMED if launch:
+            machine.record(VmEvent.RESUMED, checkpoint=launch.checkpoint)
         case Recovery.FINISH_RESUME if launch:
             await _refuse_strangers(machine, launch)
             await _finish_resume(machine, launch.checkpoint)

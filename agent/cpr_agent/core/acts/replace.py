@@ -54,7 +54,8 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
 
 async def _choose(machine: Machine, qemu: Qemu, launch: Launch) -> Replacement:
     """Raises LoadFailed where two QEMUs can't have the same resources."""
-    if machine.run_state is not RunState.RUNNING or await must_sleep(machine, qemu):
+    in_turn = machine.run_state is not RunState.RUNNING or await must_sleep(machine, qemu)
+    if in_turn or await qemu.load_runs_guest():  # ADR 18: its checkpoint is spent before the new QEMU has shown that it can
         return Replacement.IN_TURN
     if both := machine.ports.definitions.unshareable(launch):
         raise LoadFailed(

@@ -14,11 +14,11 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from cpr_agent.core.acts.afterwards import entry
-from cpr_agent.core.acts.load import Fresh, go_on
+from cpr_agent.core.acts.load import Fresh, go_on, runs_by_load
 from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.acts.sleep import Sleep, end_sleep, fall_asleep, must_sleep
 from cpr_agent.core.events import Event, about
-from cpr_agent.core.gate import Unbroken, let_run
+from cpr_agent.core.gate import Unbroken, let_run, let_run_by_load
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import (
     DiskIdentity,
@@ -232,8 +232,12 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
     elif now is RunState.POSTMIGRATE:
         await machine.end()
         qemu = await machine.launch(machine.stamped(machine.ports.definitions.plan_load(was, located)))
-        await qemu.load(state, machine.settings.agent.load_timeout)
-        await go_on(machine, qemu, was, Unbroken.SAVE_UNDONE, Fresh(machine, was))
+        if await runs_by_load(qemu, was):
+            await let_run_by_load(machine, qemu, Unbroken.SAVE_UNDONE, state)
+            machine.record(VmEvent.RESUMED, checkpoint=was.id)
+        else:
+            await qemu.load(state, machine.settings.agent.load_timeout)
+            await go_on(machine, qemu, was, Unbroken.SAVE_UNDONE, Fresh(machine, was))
     else:
         return now
     return RunState(await qemu.run_state())
