@@ -182,18 +182,22 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
             state = begun.run_state
             log.warning("VM %s: a save was interrupted; storing the state of the %s guest", machine.name, state)
             await save.finish(machine, launch, begun)
-        case Recovery.PUT_BACK if launch:
-            log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", machine.name)
-            await put_back(machine, launch.checkpoint, VmEvent.LOAD_INTERRUPTED)
-        case Recovery.NOTE_RESUMED if launch:
-            machine.record(VmEvent.RESUMED, checkpoint=launch.checkpoint)
-        case Recovery.FINISH_RESUME if launch:
-            await _refuse_strangers(machine, launch)
-            await _finish_resume(machine, launch.checkpoint)
-        case Recovery.NOTHING if begun and begun.last is VmEvent.SAVE_BEGIN and not machine.stands_saved:
-            machine.record(VmEvent.SAVE_UNDONE, checkpoint=begun.checkpoint)
+        case Recovery.PUT_BACK | Recovery.NOTE_RESUMED | Recovery.FINISH_RESUME if launch:
+            await _settle_resume(machine, recovery, launch)
         case Recovery.LEAVE:
             machine.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+
+
+async def _settle_resume(machine: Machine, recovery: Recovery, launch: Launch) -> None:
+    """It was announced that the guest of ``launch``'s checkpoint would run."""
+    if recovery is Recovery.PUT_BACK:
+        log.warning("VM %s: a load was interrupted before its guest ran; it can be repeated", machine.name)
+        await put_back(machine, launch.checkpoint, VmEvent.LOAD_INTERRUPTED)
+    elif recovery is Recovery.NOTE_RESUMED:
+        machine.record(VmEvent.RESUMED, checkpoint=launch.checkpoint)
+    else:
+        await _refuse_strangers(machine, launch)
+        await _finish_resume(machine, launch.checkpoint)
 
 
 async def _finish_resume(machine: Machine, checkpoint: str) -> None:
