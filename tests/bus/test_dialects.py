@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_the_guest_running(each_lab: Lab) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     guest = lab.running()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", checkpoints], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k,mode=700", "tmpfs", checkpoints], check=True)
     try:
         refused(guest, "SaveFailed", "No space left", "as before", member="CprSave")
         guest.assert_unbroken()
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_guest_running(each_lab: Lab) -> None:
 
 
 def test_a_state_that_may_not_be_written_whole_leaves_the_guest_running(each_lab: Lab, tmp_path: Path) -> None:
-    small = script(tmp_path / "qemu", f'#!/bin/bash\nulimit -c 0 -f 64\nexec {each_lab.qemu} "$@"\n')
+    small = script(tmp_path / "qemu", f'#!/bin/bash\nulimit -c 0 -f 16\nexec {each_lab.qemu} "$@"\n')
     guest = each_lab.guest(qemu=small)
     guest.start()
     guest.until_counts()

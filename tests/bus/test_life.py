@@ -46,7 +46,7 @@ def test_the_admins_socket_stays_free(lab: Lab) -> None:
     guest = lab.running()
     assert guest.admin("query-status")["status"] == "running"
     guest.save()
-    assert guest.admin("query-status")["status"] == "postmigrate"
+    assert guest.admin("query-status")["status"] in ("postmigrate", "save-vm"), "the latter is cpr-save's"
 
 
 def test_stopping_presses_the_power_button(lab: Lab) -> None:

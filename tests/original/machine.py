@@ -144,6 +144,14 @@ class Desk:
         one.quit()
         return self.state
 
+    @contextlib.contextmanager
+    def other_guest(self) -> Iterator[None]:
+        """Machines that are started in it have RAM and a console of their own."""
+        ram, console = self.ram, self.console
+        self.ram, self.console = ram.with_name("other"), console.with_name("other")
+        yield
+        self.ram, self.console = ram, console
+
     @property
     def last(self) -> int:
         return read_console(self.console, min_lines=0).last if self.console.exists() else 0

@@ -165,37 +165,39 @@ def test_disks_are_let_go_of_by_a_save_and_taken_by_a_load(desk: Desk, disk: Pat
     assert old.status == "save-vm"
 
 
-def test_a_disk_that_another_process_has(desk: Desk, disk: Path) -> None:
+@pytest.mark.usefixtures("disk")
+def test_a_disk_that_another_process_has(desk: Desk) -> None:
     """The guest has not run, its RAM is what it was: the load can be repeated."""
     desk.saved()
     ram = digest(desk.ram)
-    holder = subprocess.Popen(
-        ["qemu-io", "-f", "raw", str(disk)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=0
-    )
-    until(lambda: not desk.free(disk), "the lock is held")
+    with desk.other_guest():
+        holder = desk.running()
     new = desk.incoming()
     refused(new, "lock", load=desk.state)
     assert new.status == "inmigrate"
     new.quit()
     assert digest(desk.ram) == ram
-    holder.communicate("q\n")
+    holder.quit()
     desk.incoming().load(desk.state)
     desk.assert_unbroken()
 
 
 def test_a_disk_that_can_not_be_let_go_of(desk: Desk, disk: Path) -> None:
-    target = desk.root / "copy"
-    target.write_bytes(bytes(disk.stat().st_size))
-    machine = desk.running("-blockdev", f"file,node-name=copy,filename={target}")
-    machine.execute("blockdev-mirror", job_id="mirror", device="disk", target="copy", sync="full")
-    machine.wait_for("BLOCK_JOB_READY")
+    """Another of its images is exported: a client may write to it."""
+    image = desk.root / "exported"
+    image.write_bytes(bytes(disk.stat().st_size))
+    more = ["-blockdev", f"file,node-name=exported,filename={image}"]
+    machine = desk.running(*more)
+    machine.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(desk.root / "nbd")}})
+    machine.execute("block-export-add", type="nbd", id="export", node_name="exported", writable=True)
     refused_save(desk, machine, "let go of")
     assert desk.state.stat().st_size == 0
-    machine.execute("block-job-cancel", device="mirror", force=True)
-    machine.wait_for("BLOCK_JOB_CANCELLED")
+    assert not desk.free(disk)
+    machine.execute("block-export-del", id="export")
+    machine.wait_for("BLOCK_EXPORT_DELETED")
     machine.save(desk.state)
     machine.quit()
-    desk.incoming("-blockdev", f"file,node-name=copy,filename={target}").load(desk.state)
+    desk.incoming(*more).load(desk.state)
     desk.assert_unbroken()
 
 
@@ -347,13 +349,11 @@ def test_no_file_and_a_directory(desk: Desk) -> None:
 def test_the_state_of_another_machine(desk: Desk, other: str) -> None:
     """The other machine's guest has RAM of its own."""
     desk.saved()
-    ram, console = desk.ram, desk.console
-    desk.ram, desk.console = ram.with_name("other"), console.with_name("other")
-    one = desk.running(machine={"pc": "pc", "older": "pc-q35-7.1"}[other])
     theirs = desk.root / "theirs"
+    with desk.other_guest():
+        one = desk.running(machine={"pc": "pc", "older": "pc-q35-7.1"}[other])
     one.save(theirs)
     one.quit()
-    desk.ram, desk.console = ram, console
     not_loaded(desk, desk.incoming(), theirs, "does not fit this VM")
     assert "Machine type received is" in (desk.root / "qemu.log").read_text()
 
@@ -369,16 +369,14 @@ def test_the_state_of_fewer_devices(desk: Desk) -> None:
 
 def test_a_migration_stream_with_ram(desk: Desk) -> None:
     """Its RAM is another guest's: none of it may be written."""
-    ram, console = desk.ram, desk.console
-    desk.ram, desk.console = ram.with_name("other"), console.with_name("other")
-    other = desk.running()
+    with desk.other_guest():
+        other = desk.running()
     stream = desk.root / "stream"
     other.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
     other.execute("migrate", uri=f"exec:cat >{stream}")
     until(lambda: other.execute("query-migrate").get("status") == "completed", "it has migrated")
     other.quit()
     until(lambda: stream.stat().st_size > 1 << 20, "the stream is whole")
-    desk.ram, desk.console = ram, console
     desk.saved()
     not_loaded(desk, desk.incoming(), stream, "section of type 1", "RAM")
 
@@ -438,7 +436,7 @@ def test_a_load_of_a_running_vm(desk: Desk) -> None:
 
 def test_a_save_while_a_migration_runs(desk: Desk) -> None:
     machine = desk.running()
-    machine.execute("migrate-set-parameters", max_bandwidth=1)
+    machine.execute("migrate-set-parameters", max_bandwidth=4096)
     machine.execute("migrate", uri="exec:cat >/dev/null")
     until(lambda: machine.execute("query-migrate").get("status") == "active", "it migrates")
     refused_save(desk, machine, "migration process in progress")
