@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The conformance suite of tests/bus/test_dialects.py, with every QEMU that there is, and a peer."""
+"""The conformance suite of tests/bus/test_dialects.py, with every QEMU of Debian that there is."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,16 @@ from tests.bus.conftest import _qemu
 from tests.bus.test_dialects import *  # noqa: F403 - the suite
 from tests.guests.scenarios import in_host_vm
 from tests.guests.tally import note
-from tests.lab import ROOT, Lab, refused, script
+from tests.lab import Lab, refused
 
-ORIGINAL = "the original proposal"
 REAL = ["7.2", "10.0", "11.1"]
 pytestmark = pytest.mark.counted
 
 
-@pytest.fixture(params=[*REAL, ORIGINAL])
-def each_qemu(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == ORIGINAL:
-        return scripted(tmp_path, "tests.original_qemu")
+@pytest.fixture(params=REAL)
+def each_qemu(request: pytest.FixtureRequest) -> str:
     note("dialect", request.param)
     return _qemu(request.param)
-
-
-def scripted(directory: Path, module: str) -> str:
-    command = f'PYTHONPATH={ROOT}:{directory} exec {sys.executable} -m {module} "$@"'
-    return script(directory / "peer", f"#!/bin/sh\n{command}\n")
 
 
 @pytest.mark.parametrize(("old", "new"), [("7.2", "10.0"), ("7.2", "11.1"), ("10.0", "11.1")])
@@ -61,18 +52,3 @@ def test_saved_by_an_old_one_and_loaded_by_a_new_one(lab: Lab, old: str, new: st
 def test_qemu_is_upgraded_with_the_host(tmp_path: Path) -> None:
     """In the host VM, with a real kexec between the two."""
     in_host_vm("upgrade", tmp_path)
-
-
-def test_a_qemu_without_what_it_needs(lab: Lab, tmp_path: Path) -> None:
-    """The peer, with what a QEMU before 4.0 could do."""
-    (tmp_path / "lesser.py").write_text(
-        "import sys\nfrom tests import original_qemu as peer\n"
-        'peer.ANSWERS["query-commands"] = [{"name": "migrate"}]\n'
-        'peer.Vm.do_query_migrate_capabilities = lambda vm: [{"capability": "events", "state": False}]\n'
-        "peer.main(sys.argv[1:])\n"
-    )
-    guest = lab.guest(qemu=scripted(tmp_path, "lesser"))
-    guest.start()
-    guest.until_counts()
-    refused(guest, "QemuFailed", "cannot leave RAM in place", "Use QEMU 5.0 or newer", member="CprSave")
-    guest.assert_unbroken()
