@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # What x86_64 guests of tests have; everything else is left out, which makes the build short.
+CONFIG_HPET=y
 CONFIG_I440FX=y
 CONFIG_ISA_DEBUG=y
 CONFIG_IVSHMEM_DEVICE=y
