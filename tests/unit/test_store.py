@@ -83,6 +83,19 @@ def test_a_spent_checkpoint_is_kept_as_evidence_but_never_live(store: Checkpoint
     assert save(store) == store.live("web1")
 
 
+@pytest.mark.parametrize("moved", [["manifest.json"], ["manifest.json", "vmstate"]], ids=["manifest", "both"])
+def test_a_consumption_that_was_interrupted_is_undone_beside_an_older_one(store: CheckpointStore, moved: list[str]) -> None:
+    """The older checkpoint's files are aside too, until the newer one's have moved over them."""
+    store.consume(save(store, content=STATE + b"older"))
+    saved = save(store)
+    for name in moved:
+        path = store.root / "web1" / name
+        path.rename(path.with_name(f"{name}.loaded"))
+    store.restore("web1", saved.id)
+    assert store.live("web1") == saved
+    os.close(store.open_vmstate(saved, ""))
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(data=st.data())
 def test_a_manifest_with_any_byte_changed_is_unreadable_or_equal(store: CheckpointStore, data: st.DataObject) -> None:

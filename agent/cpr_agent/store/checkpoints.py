@@ -131,7 +131,8 @@ class CheckpointStore:
         self._retire(manifest.vm, _LOADED)
 
     def restore(self, vm: str, checkpoint: str) -> None:
-        """State first and manifest last, as they are written; a consumption that was interrupted has moved less."""
+        """State first and manifest last, as they are written. Where a consumption or a restoration was interrupted the state
+        is in its place, and the one aside is an older checkpoint's."""
         path = self._manifest(vm)
         if path.exists():
             return
@@ -140,9 +141,10 @@ class CheckpointStore:
         if manifest is None or manifest.id != checkpoint:
             raise CheckpointUnreadable(f"its checkpoint {checkpoint} is not at {aside}", vm=vm)
         state = Path(manifest.vmstate.path)
-        with contextlib.suppress(FileNotFoundError):
-            state.with_name(f"{state.name}.{_LOADED}").rename(state)
-            sync_directory(state.parent)
+        if not state.exists():
+            with contextlib.suppress(FileNotFoundError):
+                state.with_name(f"{state.name}.{_LOADED}").rename(state)
+                sync_directory(state.parent)
         aside.rename(path)
         sync_directory(path.parent)
 
