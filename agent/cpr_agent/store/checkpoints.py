@@ -131,8 +131,8 @@ class CheckpointStore:
         self._retire(manifest.vm, _LOADED)
 
     def restore(self, vm: str, checkpoint: str) -> None:
-        """State first and manifest last, as they are written. Where a consumption or a restoration was interrupted the state
-        is in its place, and the one aside is an older checkpoint's."""
+        """State first and manifest last, as they are written. Where a consumption or a restoration was interrupted the
+        state is in its place, and the one aside is an older checkpoint's."""
         path = self._manifest(vm)
         if path.exists():
             return
