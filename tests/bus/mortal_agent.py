@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An agent that kills itself at one point, and whose host seems to kexec: cpr-agentd's own parts, but for a journal and a
-store that carry the knife, and fakes for what this machine can't do to itself.
+"""An agent that kills itself, or cancels its jobs, at one point, and whose host seems to kexec: cpr-agentd's own parts, but
+for a journal and a store that carry the knife, and fakes for what this machine can't do to itself.
 
     python -m tests.bus.mortal_agent POINT --root=DIR --bus-address=ADDRESS
 
 POINT is "before X" or "after X", where X is a record of the journal, or an act of the store: seal, commit, consume, ...;
 with " N" behind it the Nth passage. With "stop " before it, it stops itself there (SIGSTOP) and waits to be continued. Each
 point that it passes is a line in DIR/points.
+
+A file DIR/cancel with "TIMES POINT" has it cancel the jobs under way at this point, and at the next TIMES - 1 records of
+the journal: see ``Cancellations``.
 """
 
 from __future__ import annotations
@@ -23,14 +26,20 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from cpr_agent.bus.service import Service
+from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Located, MemoryNode, Survives
 from cpr_agent.core.settings import Settings
+from cpr_agent.core.vm import Vm
 from cpr_agent.daemon import Paths, build
+from cpr_agent.errors import CprError
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
 from tests.bench import MortalJournal, MortalStore
 from tests.fakes import FakeKernels, FakeKexec, FakeRunner
+
+STORE = ("seal", "commit", "begin", "abort", "consume", "discard-files", "compact")
+"""Acts of the store, and of the journal's on itself: all other points are records."""
 
 
 class LabHost(ThisHost):
@@ -95,18 +104,93 @@ class LabKexec(FakeKexec):
             return fifo.read(100).decode().strip()
 
 
+class Cancellations:
+    """Cancels the jobs of ``manager`` as Job.Cancel does, also where that is refused already. From the first time on, and
+    as long as a job is under way, it tries at each point to start each VM, as any caller might: the answers are lines in
+    DIR/starts, "POINT: VM ERROR"."""
+
+    def __init__(self, manager: Manager, root: Path) -> None:
+        self._manager = manager
+        self._wanted, self._starts = root / "cancel", root / "starts"
+        self._loop = asyncio.get_running_loop()
+        self._point = ""
+        self._left = 0
+        self._begun = False
+        self._targets: set[int] = set()
+        """The jobs that were under way at the first cancellation: a later one is no part of it."""
+        self._tries: set[asyncio.Task[None]] = set()
+
+    def wants_another(self) -> bool:
+        """Whether DIR/cancel has come since the last passage."""
+        if not self._wanted.exists():
+            return False
+        times, _, self._point = self._wanted.read_text().partition(" ")
+        self._left, self._begun = int(times), False
+        self._targets.clear()
+        self._wanted.unlink()
+        return True
+
+    def pass_by(self, name: str, passage: str) -> None:
+        """Returns once the jobs are cancelled, if this is the point."""
+        record = name.split()[1] not in STORE
+        cancels = self._left > 0 and (record if self._begun else self._point in (name, passage))
+        self._begun = self._begun or cancels
+        if not self._begun:
+            return
+        self._left -= cancels
+        if threading.current_thread() is threading.main_thread():
+            self._meddle(passage, cancels=cancels)
+            return
+        done = threading.Event()
+
+        def meddle() -> None:
+            self._meddle(passage, cancels=cancels)
+            done.set()
+
+        self._loop.call_soon_threadsafe(meddle)
+        done.wait()
+
+    def _meddle(self, passage: str, *, cancels: bool) -> None:
+        jobs = self._manager.jobs
+        running = [number for number, job in jobs.current.items() if not job.parked.is_set()]
+        if cancels and not self._targets:
+            self._targets.update(running)
+        under_way = self._targets.intersection(running)
+        for number in under_way if cancels else ():
+            jobs._tasks[number].cancel()
+        for vm in self._manager.vms.values() if under_way else ():
+            task = self._loop.create_task(self._try_to_start(vm, passage))
+            self._tries.add(task)
+            task.add_done_callback(self._tries.discard)
+
+    async def _try_to_start(self, vm: Vm, passage: str) -> None:
+        try:
+            await vm.start()
+            answer = "started"
+        except CprError as error:
+            answer = error.kind
+        with self._starts.open("a") as starts:
+            print(f"{passage}: {vm.name} {answer}", file=starts)
+
+
 async def serve(paths: Paths, address: str, point: str) -> None:
     passed: Counter[str] = Counter()
     one_at_a_time = threading.Lock()
+    cancellations: Cancellations | None = None
 
-    def die_at(name: str) -> None:
+    def pass_by(name: str) -> None:
         """Acts of the store pass here in threads of their own."""
-        with one_at_a_time, (paths.root / "points").open("a") as points:
+        with one_at_a_time:
+            if cancellations and cancellations.wants_another():
+                passed.clear()
             passed[name] += 1
             passage = f"{name} {passed[name]}"
-            print(passage, file=points)
+            with (paths.root / "points").open("a") as points:
+                print(passage, file=points)
         if point.removeprefix("stop ") in (name, passage):
             os.kill(os.getpid(), signal.SIGSTOP if point.startswith("stop ") else signal.SIGKILL)
+        if cancellations:
+            cancellations.pass_by(name, passage)
 
     bus = await Service.connect(address)
     manager = build(paths, Settings(), None)
@@ -115,8 +199,8 @@ async def serve(paths: Paths, address: str, point: str) -> None:
     ports = replace(
         manager.ports,
         memory=KeptMemory(UdevDevices()) if (paths.root / "kexec-said").exists() else manager.ports.memory,
-        store=MortalStore(paths.state / "checkpoints", die_at),
-        journal=MortalJournal(paths.state / "journal", host, die_at),
+        store=MortalStore(paths.state / "checkpoints", pass_by),
+        journal=MortalJournal(paths.state / "journal", host, pass_by),
         clock=host,
         boot=host,
         files=host,
@@ -124,7 +208,8 @@ async def serve(paths: Paths, address: str, point: str) -> None:
         kernels=FakeKernels(world),
         kexec=LabKexec(world, paths.root),
     )
-    manager = type(manager)(ports, Settings())
+    manager = Manager(ports, Settings())
+    cancellations = Cancellations(manager, paths.root)
     service = Service(bus, manager, paths.run)
     await Service.own_name(bus)
     await manager.read_definitions()

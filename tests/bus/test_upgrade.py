@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from cpr_agent.bus.client import CallError
+from tests.bus.mortal_agent import STORE
 from tests.kexec_lab import NEVER, KexecLab, Story, assert_nobody_noticed, every_point, kill_and_wait, kill_at, settled
 from tests.lab import Lab, until
 
@@ -142,9 +143,6 @@ def test_an_agent_that_is_killed_after_any_record_of_its_journal(two: KexecLab, 
     for point in records:
         print(f"{story}: killed {point}", flush=True)
         assert kill_at(two, Story(story), point)
-
-
-STORE = ("seal", "commit", "begin", "abort", "consume", "discard-files")
 
 
 def test_an_agent_without_systemd_refuses_the_upgrade(lab: Lab) -> None:
