@@ -184,6 +184,8 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
             await save.finish(machine, launch, begun)
         case Recovery.PUT_BACK | Recovery.NOTE_RESUMED | Recovery.FINISH_RESUME if launch:
             await _settle_resume(machine, recovery, launch)
+        case Recovery.NOTHING if begun and begun.last is VmEvent.SAVE_BEGIN and not machine.stands_saved:
+            machine.record(VmEvent.SAVE_UNDONE, checkpoint=begun.checkpoint)
         case Recovery.LEAVE:
             machine.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
 
