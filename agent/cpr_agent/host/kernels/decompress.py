@@ -155,6 +155,7 @@ def _zstd_end(window: Window, at: int) -> int:
 def _lz4_end(window: Window, at: int) -> int:
     """Where a legacy frame ends. It does not say how many blocks it has: at the end of the file, or at what is no size."""
     at += 4
+    window.need(at, 5)  # a size, and something of the first block
     while size := int.from_bytes(window.read(at, 4), "little"):
         if size > LZ4_BLOCK_BYTES:
             break  # another frame, or an archive of another kind, begins
