@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -177,7 +178,7 @@ class Lab:
             if mortal and agent.poll() is not None:
                 return True
             assert agent.poll() is None, f"the agent ended with {agent.returncode}: {said[-2000:]}"
-            return "run as processes" in said
+            return re.search(r"recovered \d+ VM|recovered; VMs", said) is not None
 
         until(recovered, "the agent is ready")
 

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -160,7 +161,7 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
 
 async def _serve(service: Service, manager: Manager, published: Publisher, *, units: bool) -> int:
     await manager.read_definitions()
-    await manager.recover()
+    await manager.expect_recovery()
     service.open()
 
     stop = asyncio.Event()
@@ -175,6 +176,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     notify(ready=1, status=known)
 
     watchdog = loop.create_task(_feed_watchdog())
+    recovering = loop.create_task(_recover(manager))
     publishing = loop.create_task(published.run())
     published.wake()
     stopping = loop.create_task(stop.wait())
@@ -187,10 +189,21 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
         os._exit(1)
     notify(stopping=1)
     await manager.close()
+    recovering.cancel()
     publishing.cancel()
     watchdog.cancel()
     lost.cancel()
     return 0
+
+
+async def _recover(manager: Manager) -> None:
+    """After READY: no other unit waits for a QEMU that does not answer."""
+    began = time.monotonic()
+    try:
+        await manager.recover()
+    except Exception:
+        log.exception("the recovery failed")
+    log.info("recovered %s in %.1f s", counted(len(manager.vms), "VM"), time.monotonic() - began)
 
 
 async def _feed_watchdog() -> None:

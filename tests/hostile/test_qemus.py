@@ -166,9 +166,7 @@ def test_a_guest_alone_cannot_make_the_agent_grow(lab: Lab, good: Guest, code: b
 def test_a_silent_qemu_does_not_keep_the_agent_from_starting(lab: Lab, evil: Evil, good: Guest) -> None:
     evil().lie({"on": "greeting", "silent": True}, {"on": "*", "silent": True})
     lab.end_agent()
-    began = time.monotonic()
-    lab.start_agent()
-    assert time.monotonic() - began <= 3 + 3  # three that a start takes in emulation, and the three of the budget
+    lab.start_agent()  # how long that takes is in test_figures.py
     assert good.state == "running"
     assert_contained(lab, good)
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from cpr_agent.cli.tables import STYLES
 from cpr_agent.core.states import VmState
 
-MOVING = frozenset({VmState.STARTING, VmState.SAVING, VmState.LOADING})
+MOVING = frozenset({VmState.RECOVERING, VmState.STARTING, VmState.SAVING, VmState.LOADING})
 OFF = frozenset({VmState.STOPPED, VmState.SHUT_DOWN})
 REFRESHES_PER_S = 8
 BELOW = 2

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -14,18 +15,22 @@ from cpr_agent.core.allocation import Range, allocate
 from cpr_agent.core.checks import MEMORY_SURVIVES, check_hooks, check_vm
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.listener import Listener, Listeners
-from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives
+from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives, VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.saveable import waits_when_blocked
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.upgrade.ledger import Ledger, Phase
 from cpr_agent.core.upgrade.preflight import Plan, UpgradeRequest, check_host, plan
+from cpr_agent.core.upgrade.scope import names
 from cpr_agent.core.upgrade.sort import triage
 from cpr_agent.core.upgrade.transaction import Transaction
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM
 
 log = logging.getLogger(__name__)
+
+RECOVERY_S = 20.0
+"""How long an end of the agent waits for a recovery under way; one that is interrupted is begun anew."""
 
 
 class Manager:
@@ -40,6 +45,8 @@ class Manager:
         self.ledger = Ledger(ports.journal, ports.boot, self.listeners)
         self._transaction = Transaction(ports, self.ledger, lambda: list(self.vms.values()))
         self._settings = settings
+        self._recovered = asyncio.Event()
+        self._recovered.set()
 
     def vm(self, name: str) -> Vm:
         try:
@@ -87,12 +94,24 @@ class Manager:
             return imported, error.text
         return imported, ""
 
-    async def recover(self) -> None:
-        """Once, after the definitions were read: finish or take back what an earlier agent left.
+    async def expect_recovery(self) -> None:
+        """Once, after the definitions were read. Callers may come from now on: an act on a VM is refused as Busy until that
+        VM is recovered, and a job on all waits for the end of ``recover``."""
+        self._recovered.clear()
+        await asyncio.gather(*(vm.expect_recovery() for vm in self.vms.values()))
 
-        What may have to wait for devices or for guests goes on as a job.
-        """
-        await self._on_each(Vm.recover, "it could not be recovered")
+    async def recover(self) -> None:
+        """Finish or take back what an earlier agent left. What may have to wait for devices or for guests goes on as a
+        job."""
+        try:
+            await self._on_each(Vm.recover, "it could not be recovered")
+            await self._recover_all()
+        except (CprError, OSError) as error:
+            log.error("what an earlier agent left of an act on all VMs could not be ended: %s", error)
+        finally:
+            self._recovered.set()
+
+    async def _recover_all(self) -> None:
         if await self._transaction.recover(self.jobs):
             return
         if self.ledger.phase is Phase.BOOTED:
@@ -187,11 +206,11 @@ class Manager:
 
     def save_all(self, need: Survives, policy: Policy | None = None) -> Job:
         """Save every VM that has a live guest: all, or none (invariant 3)."""
-        return self.jobs.start("save-all", lambda job: self._transaction.save_all(job, need, self._policy(policy)))
+        return self._start("save-all", lambda job: self._transaction.save_all(job, need, self._policy(policy)))
 
     def before_kexec(self) -> Job:
         """For cpr-save.service: save for the kexec that systemd is about to do."""
-        return self.jobs.start("before-kexec", self._before_kexec)
+        return self._start("before-kexec", self._before_kexec)
 
     async def _before_kexec(self, job: Job) -> None:
         watched = self.ledger.committed
@@ -202,12 +221,12 @@ class Manager:
     def load_all(self) -> Job:
         """Load every live checkpoint; one that fails does not stop the others."""
         vms = self.vms.values()
-        return self.jobs.start("load-all", lambda job: self._transaction.load_all(job, vms))
+        return self._start("load-all", lambda job: self._transaction.load_all(job, vms))
 
     def load_and_start_all(self) -> Job:
         """Likewise, then start the VMs whose definition has autostart."""
         vms = self.vms.values()
-        return self.jobs.start("load-all", lambda job: self._transaction.load_and_start_all(job, vms))
+        return self._start("load-all", lambda job: self._transaction.load_and_start_all(job, vms))
 
     def refresh_all(self) -> Job:
         """A new QEMU for every live guest, of the program that is installed now; the host stays."""
@@ -219,18 +238,30 @@ class Manager:
 
     def _refresh_all(self, replace_qemu: Callable[[Vm], Awaitable[object]]) -> Job:
         vms = self.vms.values()
-        return self.jobs.start("refresh-all", lambda job: self._transaction.refresh_all(job, vms, replace_qemu))
+        return self._start("refresh-all", lambda job: self._transaction.refresh_all(job, vms, replace_qemu))
 
     def upgrade(self, request: UpgradeRequest) -> Job:
         """The host into another kernel, and its guests with it. Raises InvalidArgument, KernelRefused."""
         the_plan = self.plan(request)
-        return self.jobs.start(
+        return self._start(
             the_plan.kind, lambda job: self._transaction.upgrade(job, the_plan, lambda: self.plan_findings(the_plan))
         )
 
     def rollback(self) -> Job:
         """Take back what an upgrade saved, as long as the host has not started anew."""
-        return self.jobs.start("rollback", lambda job: self._transaction.roll_back(job, "an admin asked for it"))
+        return self._start("rollback", lambda job: self._transaction.roll_back(job, "an admin asked for it"))
+
+    def _start(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
+        async def start(job: Job) -> None:
+            if not self._recovered.is_set():
+                job.advance(0, 1, f"waiting for the recovery of {names(self._unrecovered())}")
+                await self._recovered.wait()
+            await work(job)
+
+        return self.jobs.start(kind, start)
+
+    def _unrecovered(self) -> list[Vm]:
+        return [vm for vm in self.vms.values() if vm.state is VmState.RECOVERING]
 
     def _policy(self, policy: Policy | None) -> Policy:
         return policy or self._settings.upgrade.policy
@@ -266,6 +297,9 @@ class Manager:
             self.ports.journal.compact_if_grown()
 
     async def close(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RECOVERY_S):
+                await self._recovered.wait()
         await self.jobs.drain(60.0)
         for vm in self.vms.values():
             await vm.close()

@@ -64,6 +64,8 @@ class Survives(enum.StrEnum):
 class VmState(enum.StrEnum):
     """What the agent says of a VM. Run states of QEMU are another vocabulary: see ``run-state`` in QAPI."""
 
+    RECOVERING = "recovering"
+    """The agent has just started, and does not know yet."""
     STOPPED = "stopped"
     STARTING = "starting"
     RUNNING = "running"

@@ -26,9 +26,12 @@ from cpr_agent.errors import Blocked, Busy, CprError, InvalidArgument, QemuFaile
 _STATE_EVENTS = ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION")
 """QMP events after which the state is derived anew."""
 
+RECOVERY_PATIENCE_S = 1.0
+"""A recovery takes milliseconds where QEMU answers, and the call that has started the agent is to find it done."""
+
 
 class Act(enum.StrEnum):
-    RECOVER = "recover"
+    RECOVER = "the recovery that follows a start of the agent"
     START = "start"
     STOP = "stop"
     RESUME = "resume"
@@ -152,8 +155,16 @@ class Vm:
             await self.machine.derive()
             await wake_late_sleeper(self.machine)
 
+    async def expect_recovery(self) -> None:
+        """From now on, until ``recover`` is over, each act is refused as Busy. Asks QEMU nothing."""
+        self._act = Act.RECOVER
+        self._idle.clear()
+        self.machine.state = VmState.RECOVERING  # not by ``enter``: nothing has changed with the VM
+        self.machine.pid = await self.machine.own.pid()  # its memory is occupied, whatever its definition says now
+
     async def recover(self) -> None:
         """After a start of the agent: finish or take back what an earlier one was in the middle of. Raises CprError."""
+        self._act = None
         async with self._exclusive(Act.RECOVER):
             await recover.recover(self.machine)
 
@@ -246,6 +257,10 @@ class Vm:
 
     @contextlib.asynccontextmanager
     async def _exclusive(self, act: Act) -> AsyncIterator[None]:
+        if self._act is Act.RECOVER:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RECOVERY_PATIENCE_S):
+                    await self.idle()
         if self._act:
             raise Busy(
                 f"is in the middle of {self._act}",
