@@ -292,7 +292,7 @@ class Lab:
         if self._agent and self._agent.poll() is None:
             self._agent.kill()
             self._agent.wait()
-        for path in self.run.glob("vm/*/pid"):
+        for path in self.run.glob("launched/*.pid"):
             pid = int(path.read_text().split()[0])
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -33,13 +33,14 @@ from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watch
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
+from cpr_agent.memory.opening import open_memory
 from cpr_agent.report.publisher import Publisher, Write
 from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.history import History
 from cpr_agent.store.journal import FileJournal
 from cpr_agent.store.schema import read_launch
 from cpr_agent.vm import launch
-from cpr_agent.vm.definition import DefinitionDirectory, decode_toml
+from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, read_admins_file
 from cpr_agent.vm.qemu import LiveQemu
 from cpr_agent.words import counted
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("cpr_agent")
 
 
-PROGRAMS = Programs(LiveQemu.connect, read_launch, launch.TICKET, launch.__file__)
+PROGRAMS = Programs(LiveQemu.connect, read_launch, open_memory, launch.TICKET, launch.__file__)
 
 
 class Paths(msgspec.Struct, frozen=True):
@@ -143,8 +144,13 @@ def _written_to(path: Path) -> Write:
     return write
 
 
+def _settings(path: Path) -> Settings:
+    """Raises InvalidDefinition, OSError."""
+    return decode_toml(path, Settings, read_admins_file(path)) if path.exists() else Settings()
+
+
 async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl) -> int:
-    settings = decode_toml(paths.config, Settings) if paths.config.exists() else Settings()
+    settings = _settings(paths.config)
     kind = settings.agent.runner if runner == "auto" else runner
     systemd = Systemd() if kind == "systemd" or (kind == "auto" and booted()) else None
     bus = await Service.connect(address)

@@ -140,7 +140,7 @@ def test_a_saved_vm_is_not_started_afresh(saved: Guest) -> None:
 
 def test_the_launcher_does_nothing_without_a_ticket(saved: Guest) -> None:
     ended = subprocess.run(
-        ["/usr/bin/python3", "-I", "agent/cpr_agent/vm/launch.py", str(saved.lab.run / "vm/web1")],
+        ["/usr/bin/python3", "-I", "agent/cpr_agent/vm/launch.py", str(saved.lab.run / "tickets/web1")],
         capture_output=True,
         text=True,
         check=False,

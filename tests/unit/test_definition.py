@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cpr_agent.core.model import Bytes, Definition, Seconds
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import InvalidDefinition
 from cpr_agent.vm.cmdline import collisions, cpu_model, firmware_files, tap_devices
-from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, read_definition
+from cpr_agent.vm.definition import DefinitionDirectory, decode_toml, read_admins_file, read_definition
 
 GOOD = """
 [vm]
@@ -151,6 +152,38 @@ def test_firmware_is_found_wherever_it_is_named() -> None:
         "/fw/code.fd",
         "/fw/vars.fd",
     ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+@pytest.mark.parametrize(
+    ("mode", "owner", "said"),
+    [(0o644, 65534, "belongs to user 65534"), (0o664, 0, "others may write"), (0o646, 0, "others may write")],
+)
+def test_a_file_that_others_could_have_written_decides_nothing(tmp_path: Path, mode: int, owner: int, said: str) -> None:
+    """It says as whom QEMU runs, and on which files."""
+    good = write(tmp_path, GOOD)
+    bad = write(tmp_path, GOOD, "web2")
+    bad.chmod(mode)
+    os.chown(bad, owner, -1)
+    found, refused = DefinitionDirectory(tmp_path, tmp_path, tmp_path).load_all()
+    assert list(found) == [good.stem]
+    assert said in str(refused["web2"])
+    assert f"chown root: {bad}" in str(refused["web2"])
+    with pytest.raises(InvalidDefinition, match=said):
+        read_admins_file(bad)
+
+
+def test_neither_does_one_in_a_directory_of_others_or_behind_a_link(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    real = write(theirs, GOOD)
+    link = tmp_path / "linked.toml"
+    link.symlink_to(real)
+    with pytest.raises(InvalidDefinition, match="is a symbolic link"):
+        read_admins_file(link)
+    theirs.chmod(0o777)
+    with pytest.raises(InvalidDefinition, match="others may write"):
+        read_admins_file(real)
 
 
 def test_tap_devices_are_found_by_their_names() -> None:

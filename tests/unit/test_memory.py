@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import marshal
 import os
 import random
 import subprocess
@@ -23,8 +22,8 @@ from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, Memo
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory import users
 from cpr_agent.memory.backends import HostMemory, filesystem_of
+from cpr_agent.memory.opening import open_memory
 from cpr_agent.memory.witness import PAGE, chosen_pages, new_witness, prepared_witness, take_witness
-from cpr_agent.vm.launch import RefusedError, open_memory, take_ticket
 from tests.fakes import FakeDevices
 from tests.processes import holding
 from tests.samples import DEVDAX, FILE
@@ -237,49 +236,38 @@ def test_small_memory_is_hashed_whole() -> None:
     assert chosen_pages([PAGE * 8], 1, 4096) == list(range(8))
 
 
-# -- the launcher -----------------------------------------------------------------------------------------------------
+# -- what QEMU gets -----------------------------------------------------------------------------------------------------
 
 
-def wanted(path: Path, **changes: object) -> dict[str, object]:
+def wanted(path: Path, **changes: Any) -> MemoryIdentity:
     info = path.stat()
-    identity = replace(FILE, size_bytes=PAGE, st_dev=info.st_dev, inode=info.st_ino)
-    return {**asdict(identity), **changes}
+    return replace(FILE, **{"size_bytes": PAGE, "st_dev": info.st_dev, "inode": info.st_ino, **changes})
 
 
-def test_the_launcher_opens_the_very_file(tmp_path: Path) -> None:
+def test_qemu_gets_the_very_file(tmp_path: Path) -> None:
     path = tmp_path / "ram"
     path.write_bytes(bytes(PAGE))
     os.close(open_memory(str(path), wanted(path)))
     for changes in ({"inode": 1}, {"st_dev": 1}, {"size_bytes": PAGE + 1}, {"kind": "devdax"}):
-        with pytest.raises(RefusedError):
+        with pytest.raises(MemoryUnusable, match="is not the memory that was proved"):
             open_memory(str(path), wanted(path, **changes))
 
 
-def test_the_launcher_never_creates_nor_follows(tmp_path: Path) -> None:
+def test_opening_never_creates_nor_follows(tmp_path: Path) -> None:
     path, link = tmp_path / "ram", tmp_path / "link"
     path.write_bytes(bytes(PAGE))
     link.symlink_to(path)
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(MemoryUnusable, match="symbolic links"):
         open_memory(str(link), wanted(path))
     missing = tmp_path / "missing"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MemoryUnusable, match="No such file"):
         open_memory(str(missing), wanted(path))
     assert not missing.exists()
 
 
 def test_a_device_that_is_no_dax_device_is_refused() -> None:
-    with pytest.raises(RefusedError, match="is not the memory that was proved"):
-        open_memory("/dev/zero", asdict(DEVDAX))
-
-
-def test_a_ticket_is_good_for_one_start(tmp_path: Path) -> None:
-    (tmp_path / "ticket").write_bytes(marshal.dumps({"argv": ["/bin/true"]}))
-    assert take_ticket(str(tmp_path))["argv"] == ["/bin/true"]
-    with pytest.raises(RefusedError, match="there is no ticket"):
-        take_ticket(str(tmp_path))
-    (tmp_path / "ticket").write_bytes(b"{}")
-    with pytest.raises(RefusedError, match="is not a ticket"):
-        take_ticket(str(tmp_path))
+    with pytest.raises(MemoryUnusable, match="is not the memory that was proved"):
+        open_memory("/dev/zero", DEVDAX)
 
 
 def test_the_launcher_needs_the_standard_library_alone() -> None:

@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import asyncio
-import marshal
 import os
-import subprocess
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import asdict, replace
+from msgspec.structs import replace
 
 from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.checks import check_vm
@@ -35,13 +31,15 @@ from cpr_agent.core.model import (
     survives,
 )
 from cpr_agent.core.vm import Vm
+from cpr_agent.daemon import PROGRAMS
 from cpr_agent.errors import InvalidArgument, InvalidDefinition, MemoryChanged, MemoryInUse, MemoryOverlap, MemoryUnusable
+from cpr_agent.host.processes import ProcessPlace
+from cpr_agent.host.runner import RunFiles
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.witness import PAGE, chosen_pages, measure_witness, new_witness, take_witness
 from cpr_agent.vm.blockers import memory_blockers
 from cpr_agent.vm.cmdline import plan_load, plan_start
 from cpr_agent.vm.definition import read_definition
-from cpr_agent.vm.launch import EXIT_REFUSED
 from tests.bench import RAM_BYTES, Bench
 from tests.fakes import FakeDevices
 from tests.processes import holding
@@ -438,31 +436,31 @@ def test_memory_that_is_zero_is_lost_only_if_all_of_it_is(tmp_path: Path) -> Non
     assert bench.runner.counts["web1"] > count + 100  # booted
 
 
-def test_the_launcher_proves_each_that_it_opens(tmp_path: Path) -> None:
+def test_each_range_is_proved_on_the_descriptor_that_qemu_gets(tmp_path: Path) -> None:
     """QEMU itself takes swapped files of equal size (FACTS.md)."""
     ram = ranges(tmp_path, os.urandom(PAGE), os.urandom(PAGE))
     infos = [Path(one.node).stat() for one in ram]
-    memory = [
-        asdict(replace(one.identity, st_dev=info.st_dev, inode=info.st_ino)) for one, info in zip(ram, infos, strict=True)
-    ]
-    vm, log, seen = tmp_path / "web1", tmp_path / "log", tmp_path / "seen"
-    vm.mkdir()
-    program = tmp_path / "qemu"
+    memory = tuple(
+        replace(one.identity, st_dev=info.st_dev, inode=info.st_ino) for one, info in zip(ram, infos, strict=True)
+    )
+    seen, program = tmp_path / "seen", tmp_path / "qemu"
     program.write_text(f"#!/bin/sh\nreadlink /proc/self/fd/10 /proc/self/fd/14 >{seen}\n")
     program.chmod(0o755)
 
-    def started(*nodes: str) -> int:
-        log.touch()
-        ticket = {"argv": [str(program)], "log": str(log), "memory": memory, "memory_fds": [10, 14], "nodes": nodes}
-        (vm / "ticket").write_bytes(marshal.dumps(msgspec.to_builtins({**ticket, "sockets": {}})))
-        return subprocess.run([sys.executable, "-m", "cpr_agent.vm.launch", vm], check=False).returncode
+    def start(*nodes: str) -> None:
+        async def started() -> None:
+            place = ProcessPlace("web1", "web1", RunFiles(tmp_path / "run", tmp_path / "log", PROGRAMS))
+            plan = launch(argv=(str(program),), memory=memory, memory_fds=(10, 14), nodes=nodes, log=str(tmp_path / "log"))
+            await place.start(replace(plan, sockets={}, user="root"))
+            assert await place.wait_exit(60)
+
+        asyncio.run(started())
 
     nodes = [one.node for one in ram]
-    assert started(*reversed(nodes)) == EXIT_REFUSED
-    assert f"{nodes[1]} is not the memory that was proved" in log.read_text()
+    with pytest.raises(MemoryUnusable, match=f"{nodes[1]} is not the memory that was proved"):
+        start(*reversed(nodes))
     assert not seen.exists()
-    assert started(nodes[0]) == EXIT_REFUSED
-    assert started(*nodes) == 0
+    start(*nodes)
     assert seen.read_text().split() == nodes
 
 

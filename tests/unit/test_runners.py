@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from cpr_agent.core.model import MemoryIdentity
 from cpr_agent.daemon import PROGRAMS
-from cpr_agent.host import processes, systemd
+from cpr_agent.host import systemd
 from cpr_agent.host.processes import ProcessPlace
-from cpr_agent.host.runner import RunFiles
+from cpr_agent.host.runner import Programs, RunFiles
 from cpr_agent.host.systemd import UnitPlace
+from cpr_agent.host.tickets import Offer
 from tests.samples import launch
 
 
@@ -55,8 +58,12 @@ def process() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
 
 
-def files(tmp_path: Path) -> RunFiles:
-    return RunFiles(tmp_path / "run", tmp_path / "log", PROGRAMS)
+def open_memory(node: str, wanted: MemoryIdentity) -> int:  # noqa: ARG001
+    return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+
+
+def files(tmp_path: Path, programs: Programs = PROGRAMS) -> RunFiles:
+    return RunFiles(tmp_path / "run", tmp_path / "log", programs._replace(open_memory=open_memory))
 
 
 def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,17 +89,16 @@ def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path, monk
 def test_a_process_whose_start_is_cancelled_leaves_no_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = tmp_path / "launcher"
     launcher.write_text("import signal\nsignal.pause()\n")
-    waits, first = asyncio.Event(), processes._first
+    waits, until_ready = asyncio.Event(), Offer.until_ready
 
-    async def wait(ready: int, ended: int, timeout_s: float) -> bool:
+    async def wait(offer: Offer, pid: int, timeout_s: float) -> bool:
         waits.set()
-        return await first(ready, ended, timeout_s)
+        return await until_ready(offer, pid, timeout_s)
 
-    monkeypatch.setattr(processes, "_first", wait)
+    monkeypatch.setattr(Offer, "until_ready", wait)
 
     async def story() -> None:
-        programs = PROGRAMS._replace(launcher=str(launcher))
-        place = ProcessPlace("web1", "web1", RunFiles(tmp_path / "run", tmp_path / "log", programs))
+        place = ProcessPlace("web1", "web1", files(tmp_path, PROGRAMS._replace(launcher=str(launcher))))
         start = asyncio.ensure_future(place.start(launch(user="root", log=str(tmp_path / "web1.log"))))
         await waits.wait()
         start.cancel()

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from cpr_agent.core.model import HookFailure, HookPhase
 from cpr_agent.core.paths import why_swappable
-from cpr_agent.host.runner import readable, reap_when_done
+from cpr_agent.host.runner import reap_when_done
+from cpr_agent.host.waiting import readable
 
 AT_ONCE = 8
 """So many hooks run at the same time, for all guests together."""

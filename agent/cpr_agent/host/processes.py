@@ -6,20 +6,18 @@ Each QEMU leads a session of its own, so that neither the agent's end nor a sign
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.runner import BaseRunner, QemuPlace, readable, reap_when_done
+from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, reap_when_done
 
-START_TIMEOUT_S = 60.0
+EXIT_TIMEOUT_S = 60.0
 
 
 class ProcessRunner(BaseRunner):
@@ -33,34 +31,25 @@ class ProcessRunner(BaseRunner):
 class ProcessPlace(QemuPlace):
     async def _main_pid(self) -> int:
         try:
-            pid, started = (self._files.directory(self._place) / "pid").read_text().split()
+            pid, started = self._files.pid_file(self._place).read_text().split()
         except (OSError, ValueError):
             return 0
         return int(pid) if _start_time(int(pid)) == started else 0
 
     async def start(self, launch: Launch) -> None:
-        self._files.write_ticket(launch, self._place)
-        directory = self._files.directory(self._place)
-        ready_path = directory / "notify.sock"
-        ready_path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as ready:
-            ready.bind(str(ready_path))
+        with self._files.ticket(launch, self._place) as offer:
             with Path(launch.log).open("ab") as log:
                 child = subprocess.Popen(  # noqa: ASYNC220 - fork and exec take milliseconds, and it must outlive us
-                    [sys.executable, "-I", "-S", self._files.programs.launcher, str(directory)],  # as the units do
-                    env={**os.environ, "NOTIFY_SOCKET": str(ready_path)},
+                    [sys.executable, "-I", "-S", self._files.programs.launcher, self._files.ticket_directory(self._place)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
                 )
-            (directory / "pid").write_text(f"{child.pid} {_start_time(child.pid)}")
-            pidfd = os.pidfd_open(child.pid)
+            self._files.pid_file(self._place).write_text(f"{child.pid} {_start_time(child.pid)}")
             try:
-                started = await _first(ready.fileno(), pidfd, START_TIMEOUT_S)
+                started = await offer.until_ready(child.pid, READY_TIMEOUT_S)
             finally:
-                os.close(pidfd)
-                ready_path.unlink(missing_ok=True)
                 reap_when_done(child)
         if not started:
             await self.kill()
@@ -71,20 +60,8 @@ class ProcessPlace(QemuPlace):
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            await self.wait_exit(START_TIMEOUT_S)
+            await self.wait_exit(EXIT_TIMEOUT_S)
         self._files.point_admin(self._vm)
-
-
-async def _first(ready: int, ended: int, timeout_s: float) -> bool:
-    """True if ``ready`` became readable before ``ended`` did and before the timeout."""
-    waits = [asyncio.create_task(readable(fd, timeout_s)) for fd in (ready, ended)]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        return waits[0].done() and waits[0].result()
-    finally:
-        for task in waits:
-            task.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
 
 
 def _start_time(pid: int) -> str:

@@ -8,21 +8,25 @@ import contextlib
 import marshal
 import os
 import pwd
-import select
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
-from cpr_agent.core.model import Launch
+from cpr_agent.core.model import Launch, MemoryIdentity
 from cpr_agent.core.ports import Qemu
+from cpr_agent.errors import QemuFailed
 from cpr_agent.files import make_private_directory, write_atomically
+from cpr_agent.host.tickets import Offer, offered
+from cpr_agent.host.waiting import readable
 
 LOG_TAIL_BYTES = 2000
+READY_TIMEOUT_S = 60.0
+"""For the launcher, a small program on a host in trouble."""
 
 
 SECOND = ":b"
@@ -30,15 +34,17 @@ SECOND = ":b"
 
 
 class Programs(NamedTuple):
-    """The parts of vm/ and store/ that a runner needs. The daemon hands them in, so that this layer imports neither."""
+    """The parts of vm/, memory/ and store/ that a runner needs. The daemon hands them in: this layer imports none."""
 
     connect: Callable[[str, Path, float, Launch | None, int], Awaitable[Qemu]]
     """Connect to the QEMU of a VM at a socket, within so many seconds: the one that was started so and has this PID. Raises
     QemuFailed."""
     read_launch: Callable[[bytes], Launch]
     """Raises msgspec.MsgspecError."""
+    open_memory: Callable[[str, MemoryIdentity], int]
+    """Open the RAM at a node, and prove on the descriptor that it is the one. Raises MemoryUnusable."""
     ticket: str
-    """The name of the file that the launcher takes."""
+    """The name of the socket at which the launcher asks."""
     launcher: str
     """The path of the program that becomes QEMU."""
 
@@ -101,7 +107,7 @@ class QemuPlace(ABC):
 
 
 class RunFiles:
-    """``run_dir`` has a directory for each VM, owned by its user, and ``launched/``, which only the agent can write.
+    """``run_dir`` has a directory for each VM, owned by its user; ``launched/`` and ``tickets/`` are the agent's.
 
     A VM has two places for a QEMU, NAME and NAME:b, of which one is its own: the second if ``second/NAME`` exists.
     """
@@ -161,32 +167,76 @@ class RunFiles:
         path.unlink(missing_ok=True)
         path.symlink_to(self.directory(name + SECOND) / "admin.sock")
 
-    def write_ticket(self, launch: Launch, place: str) -> None:
-        """Leave the ticket and the agent's own record, which end with this boot. The log file is made here: its directory
-        is not the VM's."""
+    @contextlib.contextmanager
+    def ticket(self, launch: Launch, place: str) -> Iterator[Offer]:
+        """Offer the ticket while this lasts, and record what is started; the record ends with this boot. The log and the
+        RAM are opened here: by their paths they need not be the VM's. Raises QemuFailed, MemoryUnusable, OSError."""
         self.pids.pop(place, None)
         directory = self.directory(place)
         launch = replace(launch, sockets={str(directory / Path(path).name): fd for path, fd in launch.sockets.items()})
-        directory.mkdir(parents=True, exist_ok=True, mode=0o755)
-        log = Path(launch.log)
-        log.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        if log.exists():
-            log.replace(f"{log}.1")
-        log.touch(mode=0o640)
-        owner = None
-        if os.geteuid() == 0:
-            account = pwd.getpwnam(launch.user)
-            owner = (account.pw_uid, account.pw_gid)
-            for path in (directory, log):
-                os.chown(path, *owner, follow_symlinks=False)
-        write_atomically(
-            directory / self.programs.ticket, marshal.dumps(msgspec.to_builtins(launch)), 0o400, owner, durable=False
-        )
-        make_private_directory(self._record(place).parent)
-        write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
+        owner = _account(launch) if os.geteuid() == 0 else None
+        _make_owned(directory, owner)
+        _make_directory(self.ticket_directory(place), 0o711)
+        ticket = marshal.dumps({"argv": launch.argv, "sockets": launch.sockets, "memory_fds": launch.memory_fds})
+        with contextlib.ExitStack() as opened:
+
+            def keep(fd: int) -> int:
+                opened.callback(os.close, fd)
+                return fd
+
+            ram = zip(launch.nodes, launch.memory, strict=True)
+            descriptors = [keep(_open_log(Path(launch.log))), *(keep(self.programs.open_memory(*one)) for one in ram)]
+            make_private_directory(self._launched)
+            write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
+            offer = Offer(ticket, descriptors, {os.geteuid(), *(owner or ())[:1]})
+            path = self.ticket_directory(place) / self.programs.ticket
+            with offered(path, offer, owner[0] if owner else None):
+                yield offer
+
+    def ticket_directory(self, place: str) -> Path:
+        return self._run_dir / "tickets" / place
+
+    def pid_file(self, place: str) -> Path:
+        return self._launched / f"{place}.pid"
 
     def _record(self, place: str) -> Path:
         return self._launched / f"{place}.json"
+
+
+def _account(launch: Launch) -> tuple[int, int]:
+    """Its user (uid, gid). Raises QemuFailed."""
+    try:
+        account = pwd.getpwnam(launch.user)
+    except KeyError:
+        what = f"the user {launch.user} that the VM runs as does not exist"
+        raise QemuFailed(what, vm=launch.vm, left="nothing was started") from None
+    return account.pw_uid, account.pw_gid
+
+
+def _make_directory(path: Path, mode: int) -> bool:
+    """Returns whether it is new; its parents are for everybody to pass."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    path.chmod(mode)  # against the umask
+    return True
+
+
+def _make_owned(path: Path, owner: tuple[int, int] | None) -> None:
+    """The group is for programs that serve the guest."""
+    _make_directory(path, 0o750)
+    if owner:
+        os.chown(path, *owner, follow_symlinks=False)
+
+
+def _open_log(path: Path) -> int:
+    """A new one; the one before is kept."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    if path.exists():
+        path.replace(f"{path}.1")
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
 
 
 class BaseRunner(ABC):
@@ -225,20 +275,3 @@ def reap_when_done(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
     loop.add_reader(pidfd, reap)
-
-
-async def readable(fd: int, timeout_s: float) -> bool:
-    """Wait until ``fd`` has something to read; False on timeout."""
-    if select.select([fd], [], [], 0)[0]:
-        return True
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(fd, ready.set)
-    try:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await ready.wait()
-                return True
-        return False
-    finally:
-        loop.remove_reader(fd)

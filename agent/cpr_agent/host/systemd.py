@@ -22,7 +22,7 @@ from pystemd.dbuslib import DBus, apply_signature, path_encode
 from cpr_agent.core.model import Launch
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.runner import BaseRunner, QemuPlace, RunFiles
+from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, RunFiles
 
 JOB_TIMEOUT_S = 300.0
 _NAME = b"org.freedesktop.systemd1"
@@ -185,11 +185,13 @@ class UnitPlace(QemuPlace):
 
     async def start(self, launch: Launch) -> None:
         unit = self._unit
-        self._files.write_ticket(launch, self._place)
         self._set_user(unit, launch.user)
         try:
-            # To its end, so that ``kill`` finds its process: the job would go on without a caller.
-            result = await uninterrupted(self._systemd.start_unit(unit))
+            with self._files.ticket(launch, self._place) as offer:
+                # To its end, so that ``kill`` finds its process: the job would go on without a caller.
+                result = await uninterrupted(self._systemd.start_unit(unit))
+                if result == "done" and not await offer.until_ready(await self.pid(), READY_TIMEOUT_S):
+                    result = "QEMU was not reached"
         except DBusBaseError as error:
             result = str(error)
         if result != "done":

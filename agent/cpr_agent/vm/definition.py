@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import msgspec
 
 from cpr_agent.core.model import VM_NAME, Bytes, Definition, Imported, Launch, Located, Manifest, MemorySection, Seconds
+from cpr_agent.core.paths import why_swappable
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition
 from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import collisions, numa_collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
@@ -85,6 +86,18 @@ def read_text_file(path: Path) -> bytes:
     return raw
 
 
+def read_admins_file(path: Path) -> bytes:
+    """Likewise, where none but root, or the user that the agent is, could have written it: it decides as what QEMU runs, on
+    which files. Raises InvalidDefinition, OSError."""
+    if why := why_swappable(path):
+        raise InvalidDefinition(
+            f"{path} was not read: {why}",
+            remedy=f"the file and all directories above it must be root's, and nobody else may write to them: "
+            f"chown root: {path}; chmod go-w {path}",
+        )
+    return read_text_file(path)
+
+
 def _refuse_excess(text: str, path: Path) -> None:
     """Refuse a text for which tomllib would need gigabytes or a deep stack. Raises InvalidDefinition."""
     if unshown := sorted({char for char in text if not char.isprintable() and char not in "\t\n\r"}):
@@ -147,7 +160,7 @@ class DefinitionDirectory:
         bad: dict[str, Exception] = {}
         for path in sorted(self._root.glob("*.toml")):
             try:
-                good[path.stem] = read_definition(path)
+                good[path.stem] = read_definition(path, read_admins_file(path))
             except (CprError, OSError) as error:
                 bad[path.stem] = error
             except (

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The program that ``cpr-vm@NAME.service`` runs: prove the memory, bind the sockets, become QEMU.
+"""The program that ``cpr-vm@NAME.service`` runs: take the memory, bind the sockets, become QEMU.
 
-    python3 -m cpr_agent.vm.launch RUN_DIR/NAME
+    python3 -m cpr_agent.vm.launch RUN_DIR/tickets/NAME
 
-It starts only by a ticket that the agent left, and uses it up: a ``systemctl start cpr-vm@NAME`` by hand finds none and
-fails, so that no such start boots a VM over the RAM of its own live checkpoint. It runs as the VM's user.
+It starts only by a ticket that the agent hands over at a socket there, once: a ``systemctl start cpr-vm@NAME`` by hand
+finds none and fails, so that no such start boots a VM over the RAM of its own live checkpoint. It runs as the VM's user, to
+whom the directory does not belong. The log and the RAM come with the ticket: descriptors that the agent has opened and
+proved.
 
 Every VM's pause waits for it, so that it imports what is built into Python alone: json, socket, pathlib and typing take
 twice as long as the interpreter itself, and all the rest of this.
 """
 # Nor pathlib or contextlib:
-# ruff: noqa: PTH101, PTH104, PTH108, PTH119, PTH120, PTH123, SIM105
+# ruff: noqa: PTH101, PTH108, PTH119, SIM105
 
 from __future__ import annotations
 
@@ -18,14 +20,16 @@ import _socket
 import fcntl
 import marshal
 import os
-import stat
 import sys
 
 MYPY = False
 if MYPY:  # typing, for the type checker alone
     from typing import Any
 
-TICKET = "ticket"
+TICKET = "ticket.sock"
+MAX_TICKET_BYTES = 1 << 20
+MAX_DESCRIPTORS = 64
+INT_BYTES = 4
 EXIT_REFUSED = 78
 """EX_CONFIG of sysexits.h: systemd shows it by name."""
 
@@ -38,75 +42,38 @@ def main(arguments: list[str]) -> int:
     directory = arguments[1]
     name = os.path.basename(directory)
     try:
-        ticket = take_ticket(directory)
-        _redirect_output(ticket["log"])
+        agent, ticket, (log, *memory) = take_ticket(directory)
+        _redirect_output(log)
         _check_program(ticket["argv"][0])
-        ram = zip(ticket["memory_fds"], ticket["nodes"], ticket["memory"], strict=True)
-        descriptors = {fd: open_memory(node, wanted) for fd, node, wanted in ram}
+        descriptors = dict(zip(ticket["memory_fds"], memory, strict=True))
         listeners = {fd: _listen(path) for path, fd in ticket["sockets"].items()}
         descriptors.update({fd: listener.fileno() for fd, listener in listeners.items()})
         _place(descriptors)
-        _notify_ready()
+        agent.send(b"R")  # the sockets accept connections from here on
         os.execv(ticket["argv"][0], ticket["argv"])  # noqa: S606 - becoming QEMU is what this program is for
     except (RefusedError, OSError, KeyError, ValueError) as error:
         print(f"cpr-vm {name}: {error}", file=sys.stderr)  # noqa: T201 - stderr is the VM's log
         return EXIT_REFUSED
 
 
-def take_ticket(directory: str) -> dict[str, Any]:
-    """Take the ticket away, then read it: a second start finds none."""
-    path, taken = f"{directory}/{TICKET}", f"{directory}/{TICKET}.taken"
+def take_ticket(directory: str) -> tuple[_socket.socket, dict[str, Any], list[int]]:
+    """The connection to the agent, the ticket, and the descriptors of the log and of each range of memory. Raises
+    RefusedError, OSError."""
+    path = f"{directory}/{TICKET}"
+    asking = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     try:
-        os.rename(path, taken)
-    except FileNotFoundError:
+        asking.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError):
         raise RefusedError(f"there is no ticket to start it. Use: cprctl start {os.path.basename(directory)}") from None
+    room = _socket.CMSG_SPACE(MAX_DESCRIPTORS * INT_BYTES)
+    data, ancillary, _, _ = asking.recvmsg(MAX_TICKET_BYTES, room, _socket.MSG_CMSG_CLOEXEC)
     try:
-        with open(taken, "rb") as file:
-            ticket = marshal.load(file)  # noqa: S302 - only the VM's own user could forge it, and this runs as that user
+        ticket = marshal.loads(data)  # noqa: S302 - root alone could make the socket
     except (EOFError, TypeError, ValueError) as error:
-        raise RefusedError(f"{path} is not a ticket: {error}") from None
-    if not isinstance(ticket, dict):
-        raise RefusedError(f"{path} is not a ticket")
-    return ticket
-
-
-def open_memory(node: str, wanted: dict[str, Any]) -> int:
-    """Open the RAM and prove on the open descriptor that it is the memory that ``wanted`` describes.
-
-    Never creates anything: QEMU would make an ordinary file of a missing /dev/daxX.Y and start on it (FACTS.md).
-    """
-    fd = os.open(node, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    info = os.fstat(fd)
-    if wanted["kind"] == "devdax":
-        if not stat.S_ISCHR(info.st_mode):
-            raise RefusedError(f"{node} is not a character device")
-        sysfs = os.path.realpath(f"/sys/dev/char/{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}")
-        found = {
-            "subsystem": os.path.basename(os.path.realpath(f"{sysfs}/subsystem")),
-            "uuid": _attribute(f"{os.path.dirname(sysfs)}/uuid"),
-            "device_size_bytes": int(_attribute(f"{sysfs}/size") or 0),
-        }
-        expected = {
-            "subsystem": "dax",
-            "uuid": wanted["uuid"],
-            "device_size_bytes": wanted["device_size_bytes"],
-        }
-    else:
-        found = {"regular": stat.S_ISREG(info.st_mode), "st_dev": info.st_dev, "inode": info.st_ino}
-        expected = {"regular": True, "st_dev": wanted["st_dev"], "inode": wanted["inode"]}
-        if info.st_size < wanted["offset_bytes"] + wanted["size_bytes"]:
-            raise RefusedError(f"{node} has {info.st_size} bytes, too few")
-    if found != expected:
-        raise RefusedError(f"{node} is not the memory that was proved: expected {expected}, found {found}")
-    return fd
-
-
-def _attribute(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+        raise RefusedError(f"{path} gave no ticket: {error}") from None
+    sent = b"".join(rights for _, _, rights in ancillary)
+    cuts = range(0, len(sent), INT_BYTES)
+    return asking, ticket, [int.from_bytes(sent[cut : cut + INT_BYTES], sys.byteorder) for cut in cuts]
 
 
 def _check_program(path: str) -> None:
@@ -114,12 +81,11 @@ def _check_program(path: str) -> None:
         raise RefusedError(f"the QEMU binary {path} does not exist or cannot be executed")
 
 
-def _redirect_output(log: str) -> None:
-    """Write stdout and stderr, QEMU's too, to the VM's log, which the agent has made."""
-    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.close(fd)
+def _redirect_output(log: int) -> None:
+    """Write stdout and stderr, QEMU's too, to the VM's log, which is the agent's."""
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
 
 
 def _listen(path: str) -> _socket.socket:
@@ -141,17 +107,6 @@ def _place(descriptors: dict[int, int]) -> None:
     high = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for target, fd in descriptors.items()}
     for target, fd in high.items():
         os.dup2(fd, target, inheritable=True)
-
-
-def _notify_ready() -> None:
-    """sd_notify(3) READY=1, by hand: the sockets accept connections from here on."""
-    address = os.environ.pop("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    sender = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
-    sender.connect("\0" + address[1:] if address.startswith("@") else address)
-    sender.send(b"READY=1")
-    sender.close()
 
 
 if __name__ == "__main__":
