@@ -68,7 +68,13 @@ def said(journal: FileJournal) -> object:
             for past in map(journal.past, vms)
         ],
         [
-            (past.load_interrupted(name), past.resume_interrupted(name), past.spent_by(name), past.loads_begun(name))
+            (
+                past.load_interrupted(name),
+                past.resume_announced(name),
+                past.resume_interrupted(name),
+                past.spent_by(name),
+                past.loads_begun(name),
+            )
             for past in map(journal.past, vms[:2])
             for name in sorted(names)
         ],

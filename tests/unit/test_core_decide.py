@@ -24,6 +24,10 @@ LOADED = Facts(RunState.PAUSED, started_for_load=True)
         (STANDS, Recovery.LEAVE),
         (STANDS._replace(interrupted_save=RunState.RUNNING), Recovery.RUN_ON),
         (STANDS._replace(interrupted_save=RunState.RUNNING, save_was_taken_back=True), Recovery.RUN_ON),
+        (
+            STANDS._replace(interrupted_save=RunState.RUNNING, save_was_taken_back=True, proved_before=True),
+            Recovery.TAKE_BACK_AGAIN,
+        ),
         (STANDS._replace(interrupted_save=RunState.PAUSED), Recovery.FINISH_SAVE),
         (STANDS._replace(interrupted_save=RunState.SUSPENDED), Recovery.FINISH_SAVE),
         (STANDS._replace(interrupted_save=RunState.PAUSED, has_launch=False), Recovery.LEAVE),
@@ -46,10 +50,12 @@ LOADED = Facts(RunState.PAUSED, started_for_load=True)
             Facts(RunState.INMIGRATE, checkpointed=True, loads_checkpoint=True, started_for_load=True),
             Recovery.REPEAT_LOAD,
         ),
-        (LOADED._replace(resume_interrupted=True), Recovery.FINISH_RESUME),
+        (LOADED._replace(resume_announced=True, resume_interrupted=True), Recovery.FINISH_RESUME),
         (LOADED, Recovery.NOTHING),
+        (LOADED._replace(checkpointed=True), Recovery.NOTHING),
+        (LOADED._replace(resume_announced=True), Recovery.NOTE_RESUMED),
         (Facts(RunState.INMIGRATE, started_for_load=True, resume_interrupted=True), Recovery.PUT_BACK),
-        (Facts(RunState.RUNNING, started_for_load=True, resume_interrupted=True), Recovery.NOTE_RESUMED),
+        (Facts(RunState.RUNNING, started_for_load=True, resume_announced=True), Recovery.NOTE_RESUMED),
     ],
 )
 def test_what_is_true_decides(facts: Facts, recovery: Recovery) -> None:

@@ -102,6 +102,8 @@ def assert_same(pasts: Pasts, records: Sequence[Record], *, strict: bool = False
         for checkpoint in {*CHECKPOINTS, *(str(r["checkpoint"]) for r in records if "checkpoint" in r)}:
             assert past.load_interrupted(checkpoint) == scan.load_interrupted(vm, checkpoint)
             assert past.resume_interrupted(checkpoint) == scan.resume_interrupted(checkpoint)
+            named = [r for r in records if r.get("checkpoint") == checkpoint]
+            assert past.resume_announced(checkpoint) == (bool(named) and named[-1]["event"] == "resume")
             assert past.spent_by(checkpoint) == scan.spent_by(checkpoint)
             begun = [r for r in records if r.get("checkpoint") == checkpoint and r["event"] == "load-begin"]
             assert past.loads_begun(checkpoint) == len(begun)

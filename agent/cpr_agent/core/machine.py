@@ -47,6 +47,8 @@ _FROM_RUN_STATE = {
     RunState.INMIGRATE: VmState.LOADING,
     RunState.PRELAUNCH: VmState.STARTING,
 }
+BEFORE_IT_RUNS = (RunState.INMIGRATE, RunState.PAUSED, RunState.PRELAUNCH)
+"""The run states of a QEMU whose guest has not run yet."""
 _TAKEN = ("Device or resource busy", "Address already in use", "Could not set up host forwarding rule")
 """QEMU's errors for a resource that the other QEMU holds: a tap device without a free queue, a port of the host."""
 
@@ -246,6 +248,13 @@ class Machine:
     def stands_saved(self) -> bool:
         """Whether QEMU is there, and the guest in it stands where a save has left it."""
         return self.run_state is RunState.POSTMIGRATE
+
+    @property
+    def has_only_loaded(self) -> bool:
+        """Whether QEMU was started to load a checkpoint, and its guest has not run since, by QEMU and by the journal."""
+        launch = self.launched()
+        loads = launch is not None and launch.kind == "load" and not self.past.spent_by(launch.checkpoint)
+        return loads and self.run_state in BEFORE_IT_RUNS
 
     def _state_with_qemu(self) -> VmState:
         if not self.stands_saved:

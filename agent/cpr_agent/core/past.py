@@ -193,6 +193,10 @@ class Past:
         under_way = self.in_refresh or (past.loads and past.last in (VmEvent.LOAD_BEGIN, VmEvent.LOAD_INTERRUPTED))
         return bool(under_way) and past.loads < MAX_LOADS
 
+    def resume_announced(self, checkpoint: str) -> bool:
+        """Whether the last record of ``checkpoint`` is that its guest would go on, as it was saved."""
+        return self._of(checkpoint).last == VmEvent.RESUME
+
     def resume_interrupted(self, checkpoint: str) -> bool:
         """Whether it was announced that the guest of ``checkpoint`` would run, and no record says that it did."""
         return self._of(checkpoint).resumes

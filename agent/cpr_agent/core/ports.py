@@ -276,8 +276,8 @@ class Store(Protocol):
         """Make it durable that this checkpoint can never be loaded again. Blocking."""
 
     def restore(self, vm: str, checkpoint: str) -> None:
-        """Make the checkpoint that was consumed last live again: no guest has run from it. Blocking. Raises
-        CheckpointUnreadable, OSError."""
+        """Make the checkpoint that was consumed or discarded last live again: its guest has not run since. Blocking.
+        Raises CheckpointUnreadable, OSError."""
 
     def discard(self, vm: str, suffix: str = "discarded") -> None:
         """Move it aside; nothing loads it any more. The last one of each ``suffix`` is kept. Blocking."""

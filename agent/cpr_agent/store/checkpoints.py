@@ -28,6 +28,8 @@ _HELD = msgspec.json.Decoder(Held)
 
 _LOADED = "loaded"
 """The suffix of a checkpoint that was consumed."""
+_DISCARDED = "discarded"
+"""The suffix of a checkpoint that was taken back or given up."""
 
 
 class CheckpointStore:
@@ -136,19 +138,31 @@ class CheckpointStore:
         path = self._manifest(vm)
         if path.exists():
             return
-        aside = path.with_name(f"{path.name}.{_LOADED}")
-        manifest = self._read(vm, aside)
-        if manifest is None or manifest.id != checkpoint:
-            raise CheckpointUnreadable(f"its checkpoint {checkpoint} is not at {aside}", vm=vm)
+        manifest, suffix = self._aside(vm, checkpoint)
         state = Path(manifest.vmstate.path)
         if not state.exists():
             with contextlib.suppress(FileNotFoundError):
-                state.with_name(f"{state.name}.{_LOADED}").rename(state)
+                state.with_name(f"{state.name}.{suffix}").rename(state)
                 sync_directory(state.parent)
-        aside.rename(path)
+        path.with_name(f"{path.name}.{suffix}").rename(path)
         sync_directory(path.parent)
 
-    def discard(self, vm: str, suffix: str = "discarded") -> None:
+    def _aside(self, vm: str, checkpoint: str) -> tuple[Manifest, str]:
+        """The manifest of a checkpoint that was moved aside, and the suffix that it got. Raises CheckpointUnreadable."""
+        path = self._manifest(vm)
+        for suffix in (_LOADED, _DISCARDED):
+            with contextlib.suppress(CheckpointUnreadable):
+                manifest = self._read(vm, path.with_name(f"{path.name}.{suffix}"))
+                if manifest and manifest.id == checkpoint:
+                    return manifest, suffix
+        raise CheckpointUnreadable(
+            f"its checkpoint {checkpoint} is not beside {path}",
+            vm=vm,
+            left="its guest stands still in its QEMU",
+            remedy="if you know that its memory is right, `cont` on the admin's QMP socket lets the guest go on",
+        )
+
+    def discard(self, vm: str, suffix: str = _DISCARDED) -> None:
         self._retire(vm, suffix)
 
     def hold(self, vm: str, held: Held) -> None:

@@ -279,7 +279,11 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
             qemu, proven = await _load_located(machine, manifest, fd, located, vessel)
             times = LoadTimes(load_at, memory_at, ports.clock.now())
-            runs = await runs_by_load(qemu, manifest)
+            async with Undo() as undo:
+                undo.push(vessel.fail)
+                runs = await runs_by_load(qemu, manifest)
+                announce_resume(machine, manifest)
+                undo.done()
             going_on = (
                 load_and_go_on(machine, qemu, manifest, proven, fd)
                 if runs
@@ -337,11 +341,16 @@ async def runs_by_load(qemu: Qemu, manifest: Manifest) -> bool:
     return manifest.run_state != RunState.PAUSED and await qemu.load_runs_guest()
 
 
-async def load_and_go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, fd: int) -> float:
-    """Its QEMU waits for the state, and lets the guest go on by reading it: the checkpoint is spent before, and put back if
-    the guest has certainly not run (ADR 18). Returns when it ran (epoch s). A caller runs it to its end."""
-    ports = machine.ports
+def announce_resume(machine: Machine, manifest: Manifest) -> None:
+    """Before the guest can run (invariant 5). Raises OSError."""
     machine.record(VmEvent.RESUME, checkpoint=manifest.id, run_state=manifest.run_state)
+
+
+async def load_and_go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, fd: int) -> float:
+    """The resume is announced, and QEMU waits for the state: it lets the guest go on by reading it. The checkpoint is spent
+    before, and put back if the guest has certainly not run (ADR 18). Returns when it ran (epoch s). A caller runs it to its
+    end."""
+    ports = machine.ports
     await asyncio.to_thread(ports.store.consume, manifest)
     try:
         resumed_at = await let_run_by_load(machine, qemu, proof, fd)
@@ -371,10 +380,9 @@ async def finish_load(machine: Machine, manifest: Manifest, times: LoadTimes, go
 
 
 async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, vessel: Vessel) -> float:
-    """Its state is loaded: let the guest do what it did when it was saved. Returns when it ran (epoch s). The point of no
-    return is in here, so that a caller runs it to its end."""
+    """Its state is loaded and its resume announced: let the guest do what it did when it was saved. Returns when it ran
+    (epoch s). The point of no return is in here, so that a caller runs it to its end."""
     ports = machine.ports
-    machine.record(VmEvent.RESUME, checkpoint=manifest.id, run_state=manifest.run_state)
     await vessel.adopt(qemu)
     if machine.checkpointed:
         await asyncio.to_thread(ports.store.consume, manifest)

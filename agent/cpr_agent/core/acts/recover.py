@@ -10,17 +10,15 @@ from typing import NamedTuple
 from cpr_agent.core.acts import save
 from cpr_agent.core.acts.load import put_back
 from cpr_agent.core.acts.replace import settle_sockets, undo_transfer
-from cpr_agent.core.acts.resume import take_back
+from cpr_agent.core.acts.resume import take_back, take_back_again
 from cpr_agent.core.acts.sleep import end_sleep
 from cpr_agent.core.gate import Unbroken, let_run
-from cpr_agent.core.machine import Machine
+from cpr_agent.core.machine import BEFORE_IT_RUNS, Machine
 from cpr_agent.core.model import Launch, Manifest, RunState
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.proof import refuse_other_users
 
 log = logging.getLogger(__name__)
-
-_NEVER_RAN = (RunState.INMIGRATE, RunState.PAUSED, RunState.PRELAUNCH)
 
 
 class Recovery(enum.Enum):
@@ -33,6 +31,8 @@ class Recovery(enum.Enum):
     TAKE_BACK = enum.auto()
     """A refresh was interrupted after its save: the guest goes on in the QEMU that it has."""
     UNDO_TRANSFER = enum.auto()
+    TAKE_BACK_AGAIN = enum.auto()
+    """The checkpoint is out of the world, but the guest does not run: its memory may have changed since it was proved."""
     RUN_ON = enum.auto()
     """A save of a guest that ran was interrupted."""
     FINISH_SAVE = enum.auto()
@@ -41,12 +41,12 @@ class Recovery(enum.Enum):
     PUT_BACK = enum.auto()
     """The checkpoint was spent for a load that would have let the guest go on, and has not (ADR 18)."""
     NOTE_RESUMED = enum.auto()
-    """The guest runs, as was announced: a checkpoint out of a backup must not pass for unspent."""
+    """The guest runs, or stands paused as it was saved: a checkpoint out of a backup must not pass for unspent."""
     FINISH_RESUME = enum.auto()
     """The checkpoint is spent, and it was announced that its guest would run."""
 
 
-_LETS_RUN = (Recovery.RUN_ON, Recovery.FINISH_RESUME, Recovery.UNDO_TRANSFER)
+_LETS_RUN = (Recovery.TAKE_BACK_AGAIN, Recovery.RUN_ON, Recovery.FINISH_RESUME, Recovery.UNDO_TRANSFER)
 
 
 class Facts(NamedTuple):
@@ -58,14 +58,19 @@ class Facts(NamedTuple):
     saved_run_state: RunState | None = None
     """The guest's, by the checkpoint; None where that can't be read."""
     loads_checkpoint: bool = False
-    """QEMU was started to load the live checkpoint."""
+    """QEMU was started to load the live checkpoint, whose guest has not run on record."""
     started_for_load: bool = False
     in_refresh: bool = False
     in_transfer: bool = False
     interrupted_save: RunState | None = None
     """The run state before a save that neither ended nor was taken back to its end."""
     save_was_taken_back: bool = False
+    proved_before: bool = False
+    """The save had ended, and was being taken back with its guest's memory proved."""
+    resume_announced: bool = False
+    """No record says that the guest of QEMU's checkpoint has gone on."""
     resume_interrupted: bool = False
+    """Likewise, and it is to run."""
     has_launch: bool = True
 
 
@@ -73,7 +78,7 @@ def decide(facts: Facts) -> Recovery:
     """ADR 4's table. The first rule that fits decides."""
     stands = facts.run_state is RunState.POSTMIGRATE
     rules = (
-        (facts.loads_checkpoint and facts.run_state in _NEVER_RAN, Recovery.REPEAT_LOAD),
+        (facts.loads_checkpoint and facts.run_state in BEFORE_IT_RUNS, Recovery.REPEAT_LOAD),
         (stands and facts.in_refresh and facts.saved_run_state is RunState.RUNNING, Recovery.TAKE_BACK),
         (facts.checkpointed, Recovery.NOTHING),
         (stands and facts.in_transfer, Recovery.UNDO_TRANSFER),
@@ -81,6 +86,7 @@ def decide(facts: Facts) -> Recovery:
             facts.run_state is RunState.INMIGRATE and facts.started_for_load and facts.resume_interrupted,
             Recovery.PUT_BACK,
         ),
+        (stands and facts.interrupted_save is RunState.RUNNING and facts.proved_before, Recovery.TAKE_BACK_AGAIN),
         (stands and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
         (
             stands and facts.interrupted_save is not None and not facts.save_was_taken_back and facts.has_launch,
@@ -88,14 +94,14 @@ def decide(facts: Facts) -> Recovery:
         ),
         (stands, Recovery.LEAVE),
         (
-            facts.run_state in (RunState.RUNNING, RunState.SUSPENDED)
-            and facts.started_for_load
-            and facts.resume_interrupted,
-            Recovery.NOTE_RESUMED,
-        ),
-        (
             facts.run_state is RunState.PAUSED and facts.started_for_load and facts.resume_interrupted,
             Recovery.FINISH_RESUME,
+        ),
+        (
+            facts.run_state in (RunState.RUNNING, RunState.SUSPENDED, RunState.PAUSED)
+            and facts.started_for_load
+            and facts.resume_announced,
+            Recovery.NOTE_RESUMED,
         ),
     )
     return next((recovery for fits, recovery in rules if fits), Recovery.NOTHING)
@@ -151,12 +157,14 @@ def _facts(machine: Machine, launch: Launch | None, manifest: Manifest | None) -
         run_state=machine.run_state,
         checkpointed=machine.checkpointed,
         saved_run_state=RunState(manifest.run_state) if manifest else None,
-        loads_checkpoint=bool(for_load and manifest and launch and launch.checkpoint == manifest.id),
+        loads_checkpoint=bool(machine.has_only_loaded and manifest and launch and launch.checkpoint == manifest.id),
         started_for_load=for_load,
         in_refresh=past.in_refresh,
         in_transfer=past.in_transfer,
         interrupted_save=begun.run_state if begun else None,
         save_was_taken_back=begun is not None and begun.last is not VmEvent.SAVE_BEGIN,
+        proved_before=begun is not None and begun.last is VmEvent.ROLLBACK,
+        resume_announced=launch is not None and past.resume_announced(launch.checkpoint),
         resume_interrupted=launch is not None and past.resume_interrupted(launch.checkpoint),
         has_launch=launch is not None,
     )
@@ -172,6 +180,9 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
         case Recovery.TAKE_BACK if manifest:
             log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", machine.name)
             await take_back(machine, manifest)
+        case Recovery.TAKE_BACK_AGAIN if begun:
+            log.warning("VM %s: a resume was interrupted; its memory is proved again", machine.name)
+            await take_back_again(machine, begun.checkpoint)
         case Recovery.UNDO_TRANSFER:
             log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", machine.name)
             await undo_transfer(machine)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from msgspec.structs import replace as changed
 
 from cpr_agent.core.acts.afterwards import LoadTimes
-from cpr_agent.core.acts.load import Beside, finish_load, go_on, holding, load_by_either, load_into
+from cpr_agent.core.acts.load import Beside, announce_resume, finish_load, go_on, holding, load_by_either, load_into
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.acts.resume import take_back
 from cpr_agent.core.acts.save import draft_manifest, save, save_drafted
@@ -135,6 +135,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     handed = changed(draft, times=times)
     loaded = LoadTimes(handed_at, handed_at, handed_at)
     vessel = Beside(machine, handed, new)
+    announce_resume(machine, handed)
     await finish_load(machine, handed, loaded, go_on(machine, new, handed, Unbroken.HANDED_OVER, vessel))
 
 

@@ -59,9 +59,19 @@ async def take_back(machine: Machine, manifest: Manifest) -> None:
     machine.record(VmEvent.RESUMED, checkpoint=manifest.id)
 
 
+async def take_back_again(machine: Machine, checkpoint: str) -> None:
+    """After a ``take_back`` that ended between the checkpoint's retirement and ``cont``. Raises likewise, and
+    CheckpointUnreadable, OSError."""
+    await asyncio.to_thread(machine.ports.store.restore, machine.name, checkpoint)
+    manifest = machine.live_checkpoint()
+    if manifest is None:
+        raise NoCheckpoint("has no checkpoint to take back", vm=machine.name)
+    await take_back(machine, manifest)
+
+
 async def discard(machine: Machine) -> None:
-    """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs it. A held guest's QEMU, which may
-    not run it, ends. Raises CprError."""
+    """Give a checkpoint up, on the record. Its guest is lost, unless its QEMU still runs it. A QEMU in which it may not
+    run, or was loaded and has not run, ends. Raises CprError."""
     await machine.derive()
     machine.refuse_silent_qemu("nothing was discarded")
     held = machine.held()
@@ -75,6 +85,6 @@ async def discard(machine: Machine) -> None:
     if not machine.checkpointed:
         raise NoCheckpoint("has no checkpoint to discard", vm=machine.name)
     machine.record(VmEvent.DISCARD)
-    if machine.stands_saved:
+    if machine.stands_saved or machine.has_only_loaded:
         await machine.end()
     await asyncio.to_thread(machine.ports.store.discard, machine.name)

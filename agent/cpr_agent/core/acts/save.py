@@ -14,7 +14,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from cpr_agent.core.acts.afterwards import entry
-from cpr_agent.core.acts.load import Fresh, go_on, runs_by_load
+from cpr_agent.core.acts.load import Fresh, announce_resume, go_on, runs_by_load
 from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.acts.sleep import Sleep, end_sleep, fall_asleep, must_sleep
 from cpr_agent.core.events import Event, about
@@ -237,6 +237,7 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
             machine.record(VmEvent.RESUMED, checkpoint=was.id)
         else:
             await qemu.load(state, machine.settings.agent.load_timeout)
+            announce_resume(machine, was)
             await go_on(machine, qemu, was, Unbroken.SAVE_UNDONE, Fresh(machine, was))
     else:
         return now
