@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """RAM in two pieces: whatever happens to either, or to which is which, must be noticed. QEMU itself takes swapped ones of
-equal size (FACTS.md)."""
+equal size (measured)."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_a_rollback_retires_the_checkpoint_before_the_guest_runs(bench: Bench) -
 
 
 def test_a_suspended_guest_is_taken_back_by_a_load(bench: Bench) -> None:
-    """``cont`` would abort QEMU (FACTS.md)."""
+    """``cont`` would abort QEMU (measured)."""
     old = bench.qemu()
     old.by_hand("suspended")
     bench.vm(save)

@@ -437,7 +437,7 @@ def test_memory_that_is_zero_is_lost_only_if_all_of_it_is(tmp_path: Path) -> Non
 
 
 def test_each_range_is_proved_on_the_descriptor_that_qemu_gets(tmp_path: Path) -> None:
-    """QEMU itself takes swapped files of equal size (FACTS.md)."""
+    """QEMU itself takes swapped files of equal size (measured)."""
     ram = ranges(tmp_path, os.urandom(PAGE), os.urandom(PAGE))
     infos = [Path(one.node).stat() for one in ram]
     memory = tuple(

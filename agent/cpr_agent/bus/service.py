@@ -94,7 +94,7 @@ class Service(Listener):
     @classmethod
     async def connect(cls, address: str | None) -> MessageBus:
         """A connection to ``address``, or to the system bus. Raises TimeoutError, OSError, dbus_next errors."""
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):  # EOF during authentication spins otherwise (FACTS.md)
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):  # dbus-next spins at EOF during authentication
             return await AgentBus(address).connect()
 
     @staticmethod

@@ -52,7 +52,7 @@ SAVEABLE = (RunState.RUNNING, RunState.PAUSED, RunState.SUSPENDED)
 
 
 class Survives(enum.StrEnum):
-    """What a VM's RAM outlives (DESIGN.md, "What counts as persistent")."""
+    """What a VM's RAM outlives."""
 
     QEMU_RESTART = "qemu-restart"
     KEXEC = "kexec"

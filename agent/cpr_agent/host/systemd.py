@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """VMs as units of systemd, and what else the agent asks of PID 1.
 
-``sd_bus_call`` blocks with the GIL held (FACTS.md), so calls are short ones to PID 1 and waiting is done on signals, on a
+``sd_bus_call`` blocks with the GIL held, so calls are short ones to PID 1 and waiting is done on signals, on a
 bus connection of its own: a call would swallow into its queue what the event loop waits for on the descriptor. Signatures
 are those of org.freedesktop.systemd1(5); pystemd's own objects ask for an introspection of some 50 KB of XML each time that
 one is made, which takes longer than all else.
@@ -97,7 +97,7 @@ class Systemd:
         return int(self._property(_unit_path(name), "Service", "MainPID", "u"))
 
     def job_of(self, name: str) -> bytes | None:
-        """The job that starts this unit (FACTS.md: ``kexec.target`` before a kexec, and not before other shutdowns)."""
+        """The job that starts this unit (``kexec.target`` has one before a kexec only)."""
         jobs = self._call("ListJobs")
         return next((bytes(job[4]) for job in jobs if job[1] == name.encode() and job[2] == b"start"), None)
 

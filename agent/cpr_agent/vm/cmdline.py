@@ -30,7 +30,7 @@ MORE_MEMORY_FDS = 14
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """System calls that QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. The agent gets
-a new QEMU without the old one starting a program; cpr-exec would need that (FACTS.md)."""
+a new QEMU without the old one starting a program; cpr-exec would need that."""
 
 OWN = {
     "-m": "the memory size",
@@ -101,7 +101,7 @@ def plan_load(manifest: Manifest, located: Sequence[Located], log_dir: Path) -> 
     """How to start the VM so that its checkpoint can be loaded: the recorded arguments, the machine type pinned. The memory
     is the one that was saved, as it is to be found in this boot.
 
-    An alias such as ``q35`` names another machine in another QEMU (FACTS.md); a later ``-machine`` overrides an earlier.
+    An alias such as ``q35`` names another machine in another QEMU; a later ``-machine`` overrides an earlier.
     """
     base = manifest.launch.base_argv
     return replace(

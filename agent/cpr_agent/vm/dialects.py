@@ -69,7 +69,7 @@ class CprReboot(Dialect):
 
 
 class IgnoreShared(Dialect):
-    """QEMU 5.0 to 8.1: x-ignore-shared alone, to a descriptor given by name. (``exec:`` hides failures: FACTS.md.)"""
+    """QEMU 5.0 to 8.1: x-ignore-shared alone, to a descriptor given by name. (``exec:`` hides failures of the program.)"""
 
     name = "ignore-shared"
     keeps_suspended = False
@@ -89,7 +89,7 @@ class CprSave(Dialect):
 
     ``cpr-save`` stops the guest by itself, and its state file says whether it ran. A guest that ran does so again by
     ``cpr-load``, also with ``-S``. The proposal's new QEMU has no ``-incoming``; ours has, because only that keeps QEMU
-    from writing firmware or a kernel into the RAM (FACTS.md).
+    from writing firmware or a kernel into the RAM (measured).
     """
 
     name = "cpr-save"

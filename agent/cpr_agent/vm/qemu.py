@@ -122,7 +122,7 @@ class LiveQemu:
         return listening_sockets(self._launch.argv) if self._launch else {}
 
     async def blocked_reasons(self, launch: Launch) -> list[str]:
-        """Everything DESIGN.md names that QMP can tell. Changes nothing in QEMU."""
+        """All reasons that QMP can tell. Changes nothing in QEMU."""
         would_wake = await self.run_state() is RunState.SUSPENDED and not await self._keeps_suspended()
         reasons = [f"the guest is suspended, and {_WOULD_WAKE}"] if would_wake else []
         await self.dialect()
@@ -132,7 +132,7 @@ class LiveQemu:
         return await poll_until(lambda: self.blocked_reasons(launch), lambda reasons: not reasons, timeout_s, slowest_s=1.0)
 
     async def _keeps_suspended(self) -> bool:
-        """No schema tells; measured up to 7.2 and from 10.0, and read in between (FACTS.md, "Run states")."""
+        """No schema tells; measured up to 7.2 and from 10.0, and read in between."""
         newer = facts.numbers(await self.version()) >= facts.numbers("9.0")
         return newer and (await self.dialect()).keeps_suspended
 
@@ -202,7 +202,7 @@ class LiveQemu:
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
 
     async def _migrate(self, act: Callable[[Qmp, int], Awaitable[None]], fd: int, timeout_s: float) -> str:
-        """Start ``act`` and wait for its end; statuses that are not known count as under way (FACTS.md)."""
+        """Start ``act`` and wait for its end; statuses that are not known count as under way: later QEMUs add some."""
         with self._qmp.expecting("MIGRATION", lambda event: event.status in _ENDED) as end:
             try:
                 await act(self._qmp, fd)

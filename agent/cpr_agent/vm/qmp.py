@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A QMP connection: bounded in time and memory, decoded into types, safe for descriptors, and honest about its end.
 
-qemu.qmp has no timeouts of its own, keeps every event for ever, and takes any JSON for an answer (FACTS.md). Here a message
+qemu.qmp has no timeouts of its own, keeps every event for ever, and takes any JSON for an answer. Here a message
 is bounded and decoded, and events are handled as they come, so that a flood or a lie costs the QEMU that sends it.
 """
 

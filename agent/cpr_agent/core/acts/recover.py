@@ -36,7 +36,7 @@ class Recovery(enum.Enum):
     RUN_ON = enum.auto()
     """A save of a guest that ran was interrupted."""
     FINISH_SAVE = enum.auto()
-    """Likewise of one that did not run: ``cont`` would change what it is (FACTS.md), and QEMU does not save twice without
+    """Likewise of one that did not run: ``cont`` would change what it is, and QEMU does not save twice without
     it. But a QEMU in postmigrate has written its whole state: it is stored now."""
     PUT_BACK = enum.auto()
     """The checkpoint was spent for a load that would have let the guest go on, and has not (ADR 18)."""

@@ -96,7 +96,7 @@ async def _load(machine: Machine, manifest: Manifest) -> LoadFailed | None:
 
 async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa: ARG001 - as _transfer
     """The new one is there before the guest stops, and waits for its state: as with QEMU's own cpr-transfer, it has the
-    RAM, and writes nothing to it before that (FACTS.md: only ``-incoming`` skips writing firmware into RAM)."""
+    RAM, and writes nothing to it before that (measured: only ``-incoming`` skips writing firmware into RAM)."""
     request = SaveRequest()
     draft = await draft_manifest(machine, launch, RunState.RUNNING, request)
     plan = machine.ports.definitions.plan_load(draft, await machine.relocated(launch.memory))

@@ -17,7 +17,7 @@ from cpr_agent.errors import NoCheckpoint, QemuFailed, WrongState
 
 async def resume(machine: Machine) -> None:
     """Take a save back, or let a paused guest go on. ``cont`` does it for a guest that ran when it was saved; one that was
-    paused or suspended must be loaded (FACTS.md, "Rollback"). The machine's state is derived. Raises ProofFailed, and the
+    paused or suspended must be loaded (measured). The machine's state is derived. Raises ProofFailed, and the
     VM is held then; CprError."""
     manifest = machine.live_checkpoint()
     if manifest is None:

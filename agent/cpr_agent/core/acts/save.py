@@ -221,8 +221,8 @@ async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, lo
 
 
 async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located], state: int) -> RunState:
-    """``cont`` is right for a guest that ran. It would let a paused one run, and abort QEMU for one that sleeps (FACTS.md,
-    "Rollback"): a new QEMU reads the state that was written. Returns the run state then. Raises CprError."""
+    """``cont`` is right for a guest that ran. It would let a paused one run, and abort QEMU for one that sleeps
+    (measured): a new QEMU reads the state that was written. Returns the run state then. Raises CprError."""
     qemu = await machine.answering_qemu()
     now = RunState(await qemu.run_state())
     if was.run_state == RunState.RUNNING:

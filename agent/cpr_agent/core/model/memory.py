@@ -20,7 +20,7 @@ class MemoryIdentity(msgspec.Struct, frozen=True, kw_only=True):
     """Which memory a VM's RAM is, or one NUMA node of it, in terms that stay true across a kexec. Sizes in bytes.
 
     A device is known by the uuid of its parent nd device, cross-checked with where and how big it is, in which region, and
-    who provides that; its node's name changes from boot to boot (measured, FACTS.md) and plays no part. A file is known by
+    who provides that; its node's name changes from boot to boot (measured) and plays no part. A file is known by
     file system, inode and size, one in hugetlbfs by the size of its pages too. A file system that has a UUID is known by
     that: the number of the device that it is on changes as names do.
     """
