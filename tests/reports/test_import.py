@@ -15,7 +15,7 @@ from cpr_agent.core.model import Definition, Imported
 from cpr_agent.vm.cmdline import SANDBOX
 from cpr_agent.vm.definition import read_definition
 from cpr_agent.vm.foreign import split
-from cpr_agent.vm.importer import import_command_line
+from cpr_agent.vm.importer import Wanted, import_command_line
 from tests.kernel_trees import write
 
 LINES = Path(__file__).parent / "import"
@@ -104,7 +104,7 @@ def test_what_is_kept_starts(tmp_path: Path, name: str) -> None:
     for there, here in ELSEWHERE.items():
         text = re.sub(there, here, text)
     write(tmp_path / "share/qemu-server/pve-q35-4.0.cfg", PVE_Q35)
-    imported = import_command_line(text, shared=tmp_path / "share", device="/dev/shm/x")
+    imported = import_command_line(text, Wanted(device="/dev/shm/x"), tmp_path / "share")
     arguments = [on_this_machine(word, tmp_path) for word in definition(imported).vm.arguments]
     own = ["-m", "256M", "-S", "-qmp", "stdio", "-display", "none"]
     ended = subprocess.run(

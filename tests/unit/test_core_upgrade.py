@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -923,62 +924,70 @@ def test_the_hook_of_our_own_upgrade_finds_all_saved(bench: Bench) -> None:
 # -- killed anywhere ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", ["restart", "power-cut"])
-@pytest.mark.parametrize("story", ["upgrade", "called off", "one fails", "load", "by hand"])
-def test_an_agent_that_is_killed_anywhere_loses_no_guest(tmp_path: Path, story: str, end: str) -> None:
-    """At each point at which it touches the world. After it: another agent; or the power is gone with it, and all that
-    was not in persistent memory or on disk. Whoever was durably saved is loaded then, and nobody twice."""
-    for points in range(1, 1000):
-        root = tmp_path / str(points)
-        root.mkdir()
-        bench = Bench(root, witness="off")  # the order of things alone must do
+@dataclass
+class Killed:
+    """Two guests, and an agent that is killed in a story of theirs; then the next agent, or the next boot."""
+
+    bench: Bench
+    story: str
+    end: str
+
+    def prepare(self) -> None:
+        bench = self.bench
         for name in NAMES[:2]:
             bench.define(name, bench.define_device(name), autostart=True)
-
-        async def start(manager: Manager) -> None:
-            for vm in manager.vms.values():
-                await vm.start()
-
-        bench.run(start)
+        bench.run(self._start)
         bench.runner.started.clear()
-        if story == "load":
+        if self.story == "load":
             bench.run(until_kexec(bench))
             bench.reboot()
-        if story == "one fails":
+        if self.story == "one fails":
             bench.runner.faults["web2", "save"] = SaveFailed("no room", vm="web2")
 
-        async def act(manager: Manager, bench: Bench = bench) -> None:
-            if story == "load":
-                await load_all(manager)
-            elif story == "by hand":
-                await ended(manager, manager.save_all(Survives.KEXEC))
-                await ended(manager, manager.rollback())
-            else:
-                job = await until_kexec(bench)(manager)
-                if story == "called off" and bench.kexec.under_way:
-                    bench.kexec.fail()
-                    await ended(manager, job)
+    async def _start(self, manager: Manager) -> None:
+        for vm in manager.vms.values():
+            await vm.start()
 
+    async def act(self, manager: Manager) -> None:
+        bench = self.bench
+        if self.story == "load":
+            await load_all(manager)
+        elif self.story == "by hand":
+            await ended(manager, manager.save_all(Survives.KEXEC))
+            await ended(manager, manager.rollback())
+        else:
+            job = await until_kexec(bench)(manager)
+            if self.story == "called off" and bench.kexec.under_way:
+                bench.kexec.fail()
+                await ended(manager, job)
+
+    def live_until(self, points: int) -> tuple[bool, set[str]]:
+        """Whether the agent lived, and who was saved when it did not."""
+        bench = self.bench
         bench.runner.life_left = points
         with contextlib.suppress(AgentKilled):
-            bench.run(act)
+            bench.run(self.act)
         lived, bench.runner.life_left = bench.runner.agent_lives, None
         bench.runner.faults.clear()
-        saved = {name for name in NAMES[:2] if "manifest.json" in bench.files(name)}
-        if end == "power-cut" or bench.kexec.under_way:  # a kexec that is under way goes on without the agent
+        return lived, {name for name in NAMES[:2] if "manifest.json" in bench.files(name)}
+
+    def go_on(self) -> None:
+        bench = self.bench
+        if self.end == "power-cut" or bench.kexec.under_way:  # a kexec that is under way goes on without the agent
             bench.reboot()
         bench.run(look)
-        if end == "power-cut" or bench.host.boot > 1:
+        if self.end == "power-cut" or bench.host.boot > 1:
             bench.run(lambda manager: ended(manager, manager.load_and_start_all()))
-        if story == "by hand" and end == "restart":
+        if self.story == "by hand" and self.end == "restart":
+            bench.run(self._take_back)
 
-            async def take_back(manager: Manager) -> None:
-                for vm in manager.vms.values():
-                    if vm.state is VmState.SAVED:
-                        await vm.resume()
+    async def _take_back(self, manager: Manager) -> None:
+        for vm in manager.vms.values():
+            if vm.state is VmState.SAVED:
+                await vm.resume()
 
-            bench.run(take_back)
-        where = f"killed at point {points}: {bench.records()[-6:]}"
+    def assert_no_guest_is_lost(self, saved: set[str], where: str) -> None:
+        bench = self.bench
         assert bench.runner.violations == [], where
         assert set(bench.runner.qemus) == set(NAMES[:2]), where
         assert statuses(bench) == {"running"}, where
@@ -987,8 +996,23 @@ def test_an_agent_that_is_killed_anywhere_loses_no_guest(tmp_path: Path, story: 
             assert "manifest.json" not in bench.files(name), where
             booted = (name, "start") in bench.runner.started
             assert not (booted and name in saved), f"{name} was saved, and booted afresh; {where}"
-            assert not (booted and end == "restart"), f"{name} was lost; {where}"
+            assert not (booted and self.end == "restart"), f"{name} was lost; {where}"
         assert not bench.kexec.promised, where
+
+
+@pytest.mark.parametrize("end", ["restart", "power-cut"])
+@pytest.mark.parametrize("story", ["upgrade", "called off", "one fails", "load", "by hand"])
+def test_an_agent_that_is_killed_anywhere_loses_no_guest(tmp_path: Path, story: str, end: str) -> None:
+    """At each point at which it touches the world. After it: another agent; or the power is gone with it, and all that
+    was not in persistent memory or on disk. Whoever was durably saved is loaded then, and nobody twice."""
+    for points in range(1, 1000):
+        root = tmp_path / str(points)
+        root.mkdir()
+        killed = Killed(Bench(root, witness="off"), story, end)  # the order of things alone must do
+        killed.prepare()
+        lived, saved = killed.live_until(points)
+        killed.go_on()
+        killed.assert_no_guest_is_lost(saved, f"killed at point {points}: {killed.bench.records()[-6:]}")
         if lived:
             return
     raise AssertionError("it never got done")

@@ -18,7 +18,7 @@ from cpr_agent.errors import InvalidArgument
 from cpr_agent.vm.cmdline import OWN, option
 from cpr_agent.vm.definition import read_definition
 from cpr_agent.vm.foreign import WITHOUT_VALUE, Value
-from cpr_agent.vm.importer import NO_DEVICE, import_command_line
+from cpr_agent.vm.importer import NO_DEVICE, Wanted, import_command_line
 
 SAMPLES = Path(__file__).parent / "libvirt"
 QEMU = "/usr/bin/qemu-system-x86_64"
@@ -38,7 +38,7 @@ def why(imported: Imported, argument: str) -> str:
 
 def imported(*arguments: str, name: str = "", device: str = "", offset: str = "", user: str = "") -> Imported:
     line = shlex.join([QEMU, *arguments])
-    return import_command_line(line, name=name, device=device, offset=offset, user=user)
+    return import_command_line(line, Wanted(name, device, offset, user))
 
 
 def test_what_can_be_the_same_is_the_same() -> None:
@@ -249,7 +249,7 @@ def test_secrets_that_die_are_left_out_and_who_needs_them_is_named() -> None:
 
 def test_what_libvirt_would_start() -> None:
     """``virsh domxml-to-native qemu-argv`` of libvirt 9.0, with each option on a line of its own."""
-    found = import_command_line((SAMPLES / "domxml-to-native").read_text(), device="uuid:x")
+    found = import_command_line((SAMPLES / "domxml-to-native").read_text(), Wanted(device="uuid:x"))
     definition = read(found)
     assert (definition.name, definition.memory.size) == ("web1", 4 << 30)
     outcomes = {(note.outcome, note.argument.partition(" ")[0]) for note in found.notes if note.argument.startswith("-")}
@@ -263,7 +263,7 @@ def test_what_libvirt_would_start() -> None:
 
 def test_what_libvirt_runs() -> None:
     """/proc/PID/cmdline of a domain of libvirt 9.0."""
-    found = import_command_line((SAMPLES / "running").read_text(), user="libvirt-qemu")
+    found = import_command_line((SAMPLES / "running").read_text(), Wanted(user="libvirt-qemu"))
     definition = read(found)
     assert (definition.name, definition.memory.size, definition.memory.device) == ("web1", 256 << 20, NO_DEVICE)
     assert definition.vm.user == "libvirt-qemu"
@@ -407,7 +407,7 @@ def test_who_it_ran_as_is_taken_or_said(prefix: str, user: str, said: str) -> No
     found = import_command_line(f"{prefix}{QEMU} -usb")
     assert read(found).vm.user == (user or "cpr-vm")
     assert why(found, "vm.user").startswith(said) if said else "vm.user" not in {note.argument for note in found.notes}
-    assert read(import_command_line(f"{prefix}{QEMU} -usb", user="me")).vm.user == "me"
+    assert read(import_command_line(f"{prefix}{QEMU} -usb", Wanted(user="me"))).vm.user == "me"
 
 
 def test_a_line_as_ps_shows_it_has_no_quotes() -> None:

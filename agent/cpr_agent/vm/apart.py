@@ -133,10 +133,10 @@ def _read(what: str, request: Request) -> Definition | Imported:
         from cpr_agent.vm.definition import read_definition
 
         return read_definition(Path(request.path), request.text.encode())
-    from cpr_agent.vm.importer import import_command_line
+    from cpr_agent.vm.importer import Wanted, import_command_line
 
     names = {name: request.wanted.get(name, "") for name in ("name", "device", "offset", "user")}
-    return import_command_line(request.text, **names)  # type: ignore[arg-type]  # ``shared`` is not among them
+    return import_command_line(request.text, Wanted(**names))
 
 
 if __name__ == "__main__":

@@ -56,18 +56,26 @@ _UNIT = "vm.user and the VM's unit say that"
 _ONE_ACCEL = "-accel says that, and QEMU takes one of the two alone"
 
 
-def import_command_line(
-    text: str, *, name: str = "", device: str = "", offset: str = "", user: str = "", shared: Path = Path("/usr/share")
-) -> Imported:
-    """``name``, ``device``, ``offset`` and ``user`` are what the definition shall have, where given. ``shared`` is where
-    /usr/share is. Raises InvalidArgument if ``text`` is no command line of QEMU."""
+@dataclass(frozen=True)
+class Wanted:
+    """What the definition shall have, where it is given."""
+
+    name: str = ""
+    device: str = ""
+    offset: str = ""
+    user: str = ""
+
+
+def import_command_line(text: str, wanted: Wanted | None = None, shared: Path = Path("/usr/share")) -> Imported:
+    """``shared`` is where /usr/share is. Raises InvalidArgument if ``text`` is no command line of QEMU."""
+    wanted = wanted or Wanted()
     line = split(text)
-    draft = _Draft(line, device, offset or "0", user, shared)
+    draft = _Draft(line, wanted.device, wanted.offset or "0", wanted.user, shared)
     for word in line.environment:
         draft.note("left out", word, "a VM's unit has an environment of its own")
     if line.unquoted:
         draft.note("look", line.program, "the line has no quotes: words with spaces in them may not be what they were")
-    draft.take_name(name)
+    draft.take_name(wanted.name)
     draft.take_options()
     draft.take_memory()
     draft.take_user()
@@ -165,59 +173,19 @@ class _Draft:
 
     def _kept(self, option: Option) -> tuple[str, ...]:
         """The words that go into the definition for an option: none, its own, or others."""
+        if option.name == "-name":
+            return ()
         if why := self._connections.why_lost(option):
             return self._left_out(option, why)
-        match option.name:
-            case "-name":
-                return ()
-            case "-m":
-                return self._take_size(option)
-            case name if name in _WHY:
-                return self._left_out(option, _WHY[name])
-            case name if name in _INSTEAD:
-                instead, why = _INSTEAD[name]
-                self.note("changed", option, why)
-                return instead
-            case "-enable-kvm" if self._accel:
-                return self._left_out(option, _ONE_ACCEL)
-            case "-run-with" if {"user", "chroot"} & set(option.value.keys):
-                rest = str(option.value.without("user", "chroot"))
-                return self._changed(option, rest, _UNIT) if rest else self._left_out(option, _UNIT)
-            case "-action" if option.value.keys.get("shutdown") == "pause":
-                rest = str(option.value.without("shutdown"))
-                return (
-                    self._changed(option, rest, _WHY["-no-shutdown"])
-                    if rest
-                    else self._left_out(option, _WHY["-no-shutdown"])
-                )
-            case "-global" if option.text.startswith("migration."):
-                return self._left_out(option, "loads are the agent's")
-            case "-serial" | "-parallel" if option.text in ("stdio", "mon:stdio"):
-                return self._changed(option, "null", "there is no terminal: it leads nowhere now")
-            case "-display" if option.text.split(",")[0] in _SCREENS:
-                return self._changed(option, "none", "there is no screen")
-            case "-audiodev" if option.value.first("driver") in _SOUND:
-                text = f"none,id={option.value.keys.get('id', '')}"
-                return self._changed(option, text, "there is no session whose sound it could be")
-            case "-watchdog":
-                self.note("changed", option, "QEMU 8 and newer have no such option")
-                return ("-device", option.text)
-            case "-vnc" if option.text.startswith("unix:") and DIES.search(option.text):
-                path = f"/run/cpr-agent/vm/{self.name}/vnc.sock"
-                text = re.sub(r"^unix:[^,]*", f"unix:{path}", option.text)
-                return self._changed(option, text, f"its directory is not the VM's: it is at {path} now")
-            case "-machine" | "-M":
-                return self._machine(option)
-            case "-object":
-                return self._object(option)
-            case "-device":
-                return self._device(option)
-            case "-chardev":
-                return self._chardev(option)
-            case "-netdev" | "-nic" | "-net":
-                return self._network(option)
-            case _:
-                return self._plain(option)
+        if take := _TAKE.get(option.name):
+            return take(self, option)
+        if option.name in _WHY:
+            return self._left_out(option, _WHY[option.name])
+        if option.name in _INSTEAD:
+            instead, why = _INSTEAD[option.name]
+            self.note("changed", option, why)
+            return instead
+        return self._plain(option)
 
     def _plain(self, option: Option) -> tuple[str, ...]:
         if dead := DIES.search(option.text):
@@ -239,6 +207,55 @@ class _Draft:
         if {"slots", "maxmem"} & set(option.value.keys):
             return self._left_out(option, "there is no memory hotplug: the VM has the size that it began with")
         return ()
+
+    def _without_keys(self, option: Option, keys: tuple[str, ...], why: str) -> tuple[str, ...]:
+        rest = str(option.value.without(*keys))
+        return self._changed(option, rest, why) if rest else self._left_out(option, why)
+
+    def _enable_kvm(self, option: Option) -> tuple[str, ...]:
+        return self._left_out(option, _ONE_ACCEL) if self._accel else self._plain(option)
+
+    def _run_with(self, option: Option) -> tuple[str, ...]:
+        if {"user", "chroot"} & set(option.value.keys):
+            return self._without_keys(option, ("user", "chroot"), _UNIT)
+        return self._plain(option)
+
+    def _action(self, option: Option) -> tuple[str, ...]:
+        if option.value.keys.get("shutdown") == "pause":
+            return self._without_keys(option, ("shutdown",), _WHY["-no-shutdown"])
+        return self._plain(option)
+
+    def _global(self, option: Option) -> tuple[str, ...]:
+        if option.text.startswith("migration."):
+            return self._left_out(option, "loads are the agent's")
+        return self._plain(option)
+
+    def _port(self, option: Option) -> tuple[str, ...]:
+        if option.text in ("stdio", "mon:stdio"):
+            return self._changed(option, "null", "there is no terminal: it leads nowhere now")
+        return self._plain(option)
+
+    def _display(self, option: Option) -> tuple[str, ...]:
+        if option.text.split(",")[0] in _SCREENS:
+            return self._changed(option, "none", "there is no screen")
+        return self._plain(option)
+
+    def _audio(self, option: Option) -> tuple[str, ...]:
+        if option.value.first("driver") in _SOUND:
+            text = f"none,id={option.value.keys.get('id', '')}"
+            return self._changed(option, text, "there is no session whose sound it could be")
+        return self._plain(option)
+
+    def _watchdog(self, option: Option) -> tuple[str, ...]:
+        self.note("changed", option, "QEMU 8 and newer have no such option")
+        return ("-device", option.text)
+
+    def _vnc(self, option: Option) -> tuple[str, ...]:
+        if option.text.startswith("unix:") and DIES.search(option.text):
+            path = f"/run/cpr-agent/vm/{self.name}/vnc.sock"
+            text = re.sub(r"^unix:[^,]*", f"unix:{path}", option.text)
+            return self._changed(option, text, f"its directory is not the VM's: it is at {path} now")
+        return self._plain(option)
 
     def _machine(self, option: Option) -> tuple[str, ...]:
         """[memory] says what ``memory-backend`` says."""
@@ -331,6 +348,30 @@ class _Draft:
             self.note("changed", "vm.user", why)
         else:
             self.note("look", "vm.user", "QEMU will run as cpr-vm, which must be allowed to open its disks and devices")
+
+
+_TAKE = {
+    "-m": _Draft._take_size,
+    "-enable-kvm": _Draft._enable_kvm,
+    "-run-with": _Draft._run_with,
+    "-action": _Draft._action,
+    "-global": _Draft._global,
+    "-serial": _Draft._port,
+    "-parallel": _Draft._port,
+    "-display": _Draft._display,
+    "-audiodev": _Draft._audio,
+    "-watchdog": _Draft._watchdog,
+    "-vnc": _Draft._vnc,
+    "-machine": _Draft._machine,
+    "-M": _Draft._machine,
+    "-object": _Draft._object,
+    "-device": _Draft._device,
+    "-chardev": _Draft._chardev,
+    "-netdev": _Draft._network,
+    "-nic": _Draft._network,
+    "-net": _Draft._network,
+}
+"""Options that are more than words, and what makes of one what can be kept of it."""
 
 
 def _size(count: int) -> str:

@@ -140,7 +140,7 @@ class KernelsOnDisk:
         if not is_version(kernel.version):
             return
         wanted = any(self._modules(one.version) for one in others)
-        yield from about_modules(kernel, self._layout.module_directories(kernel.version), own, wanted)
+        yield from about_modules(kernel, self._layout.module_directories(kernel.version), own, wanted=wanted)
         yield from about_packages(kernel, self._root / "var/lib/dpkg/status")
 
     def _modules(self, version: str) -> Modules | None:

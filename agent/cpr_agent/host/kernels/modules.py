@@ -166,7 +166,7 @@ def read_config(path: str) -> dict[str, str] | None:
     return dict(re.findall(r"^CONFIG_(\w+)=(.*)$", words, re.MULTILINE)) if words else None
 
 
-def about_modules(kernel: Kernel, directories: list[Path], drivers: Drivers, wanted: bool) -> Iterator[Finding]:
+def about_modules(kernel: Kernel, directories: list[Path], drivers: Drivers, *, wanted: bool) -> Iterator[Finding]:
     """What of the kernel's modules is not there. ``wanted`` says that other kernels of this host have some."""
     if not drivers.modules:
         half = next((directory for directory in directories if exists(directory)), None)
