@@ -24,6 +24,8 @@ from cpr_agent.errors import AccessDenied, CheckpointUnreadable, CprError, Inval
 
 Result = Awaitable[list[Any]]
 MANAGE_VMS = "org.cpragent1.manage-vms"
+ANSWER_S = 2.0
+"""How long who reads a property waits for QEMU."""
 
 
 class Caller(Protocol):
@@ -90,8 +92,7 @@ class ManagerObject(BusObject):
     async def call_Check(self, options: dict[str, Variant]) -> list[Any]:
         manager, hooks = self._manager, await self._caller.may(MANAGE_VMS)
         if not options:
-            own = [finding for vm in manager.vms.values() if not hooks for finding in await manager.own_findings(vm)]
-            found = await manager.findings() if hooks else own
+            found = await (manager.findings() if hooks else manager.own_findings_of_all())
         elif hooks:
             found = await manager.plan_findings(manager.plan(_request(options)))
         else:
@@ -290,7 +291,11 @@ class VmObject(BusObject):
         """One question at a time to each QEMU, however many callers want the answer."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._blocked_reasons())
-        return await asyncio.shield(self._asking)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await asyncio.shield(self._asking)
+        except TimeoutError:
+            return [f"its QEMU has not answered within {ANSWER_S:g} s"]
 
     async def _blocked_reasons(self) -> list[str]:
         try:

@@ -222,7 +222,9 @@ class Service(Listener):
             case "GetMachineId":
                 return [Path("/etc/machine-id").read_text().strip()]
             case "GetManagedObjects":
-                return [{p: {o.interface: await self._values(o)} for p, o in self._objects.items() if _below_root(p)}]
+                objects = [target for path, target in self._objects.items() if _below_root(path)]
+                values = await asyncio.gather(*map(self._values, objects))
+                return [{one.path: {one.interface: its} for one, its in zip(objects, values, strict=True)}]
             case "GetAll":
                 return [await self._values(self._objects[path]) if body[0] in ("", self._objects[path].interface) else {}]
             case "Get":

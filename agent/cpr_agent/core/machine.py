@@ -37,6 +37,9 @@ EXIT_S = 10.0
 """For a QEMU that is on its way out: the kernel frees its memory."""
 GREETING_S = 5.0
 """For a QEMU that runs already, and greets at once unless it is stopped or held by a debugger. The next look asks again."""
+LOOK_S = 10.0
+"""For its run state, which it knows at once: others may stand still until all are looked at."""
+SILENT = f"QEMU has not said within {LOOK_S:g} s how its guest is"
 RELOCATE_S = 5.0
 """For memory that a live QEMU has open, so that its device is there."""
 _FROM_RUN_STATE = {
@@ -233,8 +236,10 @@ class Machine:
             return
         try:
             qemu = self.qemu or await self._connect(GREETING_S)
-            self.run_state = RunState(await qemu.run_state())
-        except QemuFailed as error:
+            async with asyncio.timeout(LOOK_S):
+                self.run_state = RunState(await qemu.run_state())
+        except (QemuFailed, TimeoutError) as failure:
+            error = failure if isinstance(failure, QemuFailed) else QemuFailed(SILENT, vm=self.name)
             self.error = error.text
             await self.disconnect()
             self.enter(VmState.UNREACHABLE)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import chain
 
 from msgspec.structs import replace
 
@@ -19,16 +20,19 @@ from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIden
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.saveable import waits_when_blocked
 from cpr_agent.core.settings import Settings
+from cpr_agent.core.turns import Places
 from cpr_agent.core.upgrade.ledger import Ledger, Phase
 from cpr_agent.core.upgrade.preflight import Plan, UpgradeRequest, check_host, plan
 from cpr_agent.core.upgrade.scope import names
 from cpr_agent.core.upgrade.sort import triage
 from cpr_agent.core.upgrade.transaction import Transaction
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM
+from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM, QemuFailed
 
 log = logging.getLogger(__name__)
 
+CHECK_S = 30.0
+"""For all that is asked of one VM in a check."""
 RECOVERY_S = 20.0
 """How long an end of the agent waits for a recovery under way; one that is interrupted is begun anew."""
 
@@ -43,7 +47,7 @@ class Manager:
         self.jobs = Jobs(self.listeners)
         self.ports = ports
         self.ledger = Ledger(ports.journal, ports.boot, self.listeners)
-        self._transaction = Transaction(ports, self.ledger, lambda: list(self.vms.values()))
+        self._transaction = Transaction(ports, self.ledger, lambda: list(self.vms.values()), settings.upgrade.standstill)
         self._settings = settings
         self._recovered = asyncio.Event()
         self._recovered.set()
@@ -153,7 +157,20 @@ class Manager:
     # -- checks -------------------------------------------------------------------------------------------------------
 
     async def findings(self) -> list[Finding]:
-        return [finding for name in self.vms for finding in await self.vm_findings(name)]
+        return await self._of_each(lambda vm: self.vm_findings(vm.name))
+
+    async def own_findings_of_all(self) -> list[Finding]:
+        return await self._of_each(self.own_findings)
+
+    async def _of_each(self, look: Callable[[Vm], Awaitable[list[Finding]]]) -> list[Finding]:
+        """A few VMs at a time, and none keeps its place for long."""
+        places = Places()
+
+        async def in_turn(vm: Vm) -> list[Finding]:
+            async with places.place():
+                return await look(vm)
+
+        return list(chain.from_iterable(await asyncio.gather(*map(in_turn, self.vms.values()))))
 
     async def vm_findings(self, name: str) -> list[Finding]:
         vm = self.vm(name)
@@ -163,8 +180,10 @@ class Manager:
         """Those of the agent itself, without the admin's hooks. A VM that can't be looked at is a finding: the others are
         checked all the same."""
         try:
-            return await check_vm(vm, self.ports, await self.claimed(vm.name))
-        except CprError as error:
+            async with asyncio.timeout(CHECK_S):
+                return await check_vm(vm, self.ports, await self.claimed(vm.name))
+        except (CprError, TimeoutError) as failure:
+            error = failure if isinstance(failure, CprError) else QemuFailed(f"its QEMU took more than {CHECK_S:g} s")
             why = "whether it could be saved is not known"
             return [Finding(severity="error", code=error.kind, what=error.what, why=why, remedy=error.remedy, vm=vm.name)]
 
@@ -195,7 +214,7 @@ class Manager:
                 Finding(severity="warning", code="will-be-shut-down", what=what, why="its guest boots anew", vm=vm.name)
             )
         # The triage has asked the hooks already.
-        for finding in [finding for vm in self.vms.values() for finding in await self.own_findings(vm)]:
+        for finding in await self.own_findings_of_all():
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
             elif finding.code != MEMORY_SURVIVES and (finding.code != "volatile-memory" or finding.vm not in decided):

@@ -28,6 +28,8 @@ class WitnessSection(msgspec.Struct, frozen=True, kw_only=True):
 
 class UpgradeSection(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = Policy.ALL_OR_NOTHING
+    standstill: Seconds = Seconds(10)
+    """How long the QEMU of one guest may take to write its state, while the guests of others stand still."""
 
 
 class HooksSection(msgspec.Struct, frozen=True, kw_only=True):

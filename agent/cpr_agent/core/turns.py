@@ -5,11 +5,29 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
 
-Turn = AbstractAsyncContextManager[None]
-NO_TURN: Turn = nullcontext()
+PLACE_S = 2.0
+"""After this time a guest's place is another one's too: one QEMU that takes long delays no other guest."""
+
+
+class Turn:
+    """Of one guest, as an async context. Its events tell how far the guest is: it may stop; QEMU has written its state, and
+    the rest is the agent's own work; its turn is over, well or not."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.written = asyncio.Event()
+        self.over = asyncio.Event()
+
+    async def __aenter__(self) -> None:
+        self.begun.set()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.written.set()
+        self.over.set()
 
 
 def at_once() -> int:
@@ -20,9 +38,48 @@ def at_once() -> int:
     return 2 * len(os.sched_getaffinity(0))
 
 
-def places() -> asyncio.Semaphore:
+class Places:
     """For ``at_once`` guests, which stand still while they have a place."""
-    return asyncio.Semaphore(at_once())
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(at_once())
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        await self._free.acquire()
+        handed_on = False
+
+        def hand_on() -> None:
+            nonlocal handed_on
+            handed_on = True
+            self._free.release()
+
+        timer = asyncio.get_running_loop().call_later(PLACE_S, hand_on)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if not handed_on:
+                self._free.release()
+
+
+class PlaceTurn(Turn):
+    """A turn that begins once there is a place, and ``ready`` is set."""
+
+    def __init__(self, places: Places, ready: Callable[[], Awaitable[object]] | None = None) -> None:
+        super().__init__()
+        self._ready = ready
+        self._place = places.place()
+
+    async def __aenter__(self) -> None:
+        if self._ready:
+            await self._ready()
+        await self._place.__aenter__()
+        await super().__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        await super().__aexit__()
+        await self._place.__aexit__(*error)
 
 
 class Turns:
@@ -31,14 +88,14 @@ class Turns:
     def __init__(self, names: Iterable[str]) -> None:
         self._awaited = set(names)
         self._all_ready = asyncio.Event()
-        self._free = places()
+        self._places = Places()
 
-    @asynccontextmanager
-    async def turn(self, name: str) -> AsyncIterator[None]:
-        self.no_longer_awaited(name)
-        await self._all_ready.wait()
-        async with self._free:
-            yield
+    def turn(self, name: str) -> Turn:
+        async def all_ready() -> None:
+            self.no_longer_awaited(name)
+            await self._all_ready.wait()
+
+        return PlaceTurn(self._places, all_ready)
 
     def no_longer_awaited(self, name: str) -> None:
         self._awaited.discard(name)

@@ -21,7 +21,7 @@ from cpr_agent.core.model import Definition, Held, Launch, Manifest, Ram, RunSta
 from cpr_agent.core.ports import Ports, Qemu
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.undo import uninterrupted
-from cpr_agent.errors import Blocked, Busy, CprError, InvalidArgument, QemuFailed, WrongState
+from cpr_agent.errors import Blocked, Busy, CprError, InvalidArgument, QemuFailed, SaveFailed, WrongState
 
 _STATE_EVENTS = ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION")
 """QMP events after which the state is derived anew."""
@@ -235,6 +235,20 @@ class Vm:
             await self.shut_down()
         except QemuFailed:
             await self.stop("hard")
+
+    async def let_go(self, within_s: float, *, force: bool) -> None:
+        """Wait for the end of an act that was given up. With ``force`` its QEMU is ended if that takes longer. Raises
+        SaveFailed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self.idle()
+        if not self._act:
+            return
+        if not force:
+            raise SaveFailed(f"is still in the middle of {self._act}", vm=self.name, left="its guest may stand still")
+        await self.machine.own.kill()
+        await self.machine.disconnect()
+        await self.idle()
 
     async def settled(self) -> None:
         """Wait for the work that acts left to be done after their guests ran."""

@@ -24,12 +24,15 @@ from qemu.qmp.qmp_client import GreetingError, NegotiationError
 from cpr_agent.errors import QemuFailed
 from cpr_agent.handles import socket_at, uid_of
 from cpr_agent.text import printable
+from cpr_agent.vm.patience import Patience
 from cpr_agent.vm.replies import EVENT_DATA, MESSAGE, TIMESTAMP, Query, UnreadableReplyError
 
 T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 30.0
 """QEMU answers in milliseconds; only a stuck one, or a host in deep trouble, needs more than this."""
+SHORTEST_S = 0.5
+"""What an answer may take of a QEMU with which patience is over."""
 CLOSE_TIMEOUT_S = 1.0
 """For a QEMU to read the last command; one that does not is hung up on."""
 ATTEMPTS = 5
@@ -168,6 +171,7 @@ class Qmp:
         self.vm = vm
         self._client = _Client(vm, self._hear)
         self._lock = asyncio.Lock()
+        self._patience = Patience()
         self._waits: list[_Wait] = []
         self._sinks: list[Callable[[str], None]] = []
         self._told: set[str] = set()
@@ -248,12 +252,17 @@ class Qmp:
     async def _raw(
         self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
     ) -> msgspec.Raw:
+        timeout_s = min(timeout_s, max(self._patience.left_s(), SHORTEST_S))
         try:
             # One at a time, so that a descriptor can't reach another command; and the wait for that counts.
             async with asyncio.timeout(timeout_s), self._lock:
+                began = time.monotonic()
                 if fd is not None:
                     self._client.send_fd_scm(fd)
-                answer = await self._client.execute(command, arguments)
+                try:
+                    answer = await self._client.execute(command, arguments)
+                finally:
+                    self._patience.waited(time.monotonic() - began)
         except ExecuteError as error:
             raise QmpRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
         except TimeoutError:

@@ -29,6 +29,7 @@ from cpr_agent.core.proof import (
     refuse_overlap,
     refuse_spent,
 )
+from cpr_agent.core.turns import Turn
 from cpr_agent.core.undo import Undo, uninterrupted
 from cpr_agent.errors import (
     AlreadyRunning,
@@ -275,7 +276,7 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
         machine.enter(VmState.LOADING)
         located = await ports.memory.relocate(manifest.memory, machine.settings.agent.device_timeout)
         memory_at = ports.clock.now()
-        async with request.turn:
+        async with request.turn or Turn():
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
             qemu, proven = await _load_located(machine, manifest, fd, located, vessel)
             times = LoadTimes(load_at, memory_at, ports.clock.now())

@@ -4,28 +4,30 @@
 from __future__ import annotations
 
 import enum
+import math
 from typing import NamedTuple
 
 from cpr_agent.core.model import Survives
-from cpr_agent.core.turns import NO_TURN, Turn
+from cpr_agent.core.turns import Turn
 
 
 class SaveRequest(NamedTuple):
     """``filename`` "" is the store's own place. The RAM must outlive ``need``. ``upgrade`` is the id of the upgrade that
-    saves. The guest stops in its ``turn``."""
+    saves. The guest stops in its ``turn``; ``limit_s`` is for QEMU's part of it, if its definition allows no less."""
 
     filename: str = ""
     mode: str = "reboot"
     need: Survives = Survives.QEMU_RESTART
     upgrade: str = ""
-    turn: Turn = NO_TURN
+    turn: Turn | None = None
+    limit_s: float = math.inf
 
 
 class LoadRequest(NamedTuple):
     """``filename`` "" is where the manifest says. A device is awaited before the ``turn``."""
 
     filename: str = ""
-    turn: Turn = NO_TURN
+    turn: Turn | None = None
 
 
 class Replacement(enum.StrEnum):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -35,6 +36,7 @@ from cpr_agent.core.model import (
 from cpr_agent.core.past import InterruptedSave, VmEvent
 from cpr_agent.core.ports import PendingState
 from cpr_agent.core.proof import digest_firmware, identify_disks, refuse_foreign_state
+from cpr_agent.core.turns import Turn
 from cpr_agent.core.undo import Undo, uninterrupted
 from cpr_agent.errors import CprError, QemuFailed, SaveFailed
 
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _TakeWitness = Callable[[], Awaitable[Witness]]
 _DEFAULT_TIMEOUT_S = 60.0
+DISKS_S = 5.0
+"""For the question after the disks of a guest that stands still."""
 
 
 class _Written(NamedTuple):
@@ -100,8 +104,10 @@ async def save_drafted(machine: Machine, draft: Manifest, request: SaveRequest, 
     except OSError as error:
         what = f"the state file cannot be opened: {error}"
         raise SaveFailed(what, vm=machine.name, left="nothing changed") from error
-    async with _or_bring_back(machine, pending, draft, located, sleep) as take_witness, request.turn:
-        written = await _write_state(machine, pending, draft, sleep)
+    turn = request.turn or Turn()
+    async with _or_bring_back(machine, pending, draft, located, sleep) as take_witness, turn:
+        written = await _write_state(machine, pending, draft, sleep, request.limit_s)
+        turn.written.set()
         manifest = await _store_state(machine, pending, draft, written, take_witness)
     duration_s = machine.ports.clock.now() - manifest.times.stopped_at
     facts = about(Event.SAVED, **entry(manifest, "save"))
@@ -148,14 +154,24 @@ def _as_it_was(draft: Manifest, sleep: Sleep | None) -> Manifest:
     return replace(draft, run_state=RunState.RUNNING) if sleep and sleep.woke.is_set() else draft
 
 
-async def _write_state(machine: Machine, pending: PendingState, draft: Manifest, sleep: Sleep | None) -> _Written:
+async def _write_state(
+    machine: Machine, pending: PendingState, draft: Manifest, sleep: Sleep | None, limit_s: float
+) -> _Written:
     """QEMU's part: the guest stops, and its state is written. Raises SaveFailed, QemuFailed."""
     clock = machine.ports.clock
     facts = {"checkpoint": draft.id, "run_state": draft.run_state, "path": pending.path, "upgrade": draft.upgrade}
     machine.record(VmEvent.SAVE_BEGIN, **facts)
     machine.enter(VmState.SAVING)
-    timeout_s = machine.definition.save.timeout if machine.definition else _DEFAULT_TIMEOUT_S
-    stopped_at = await machine.require_qemu().save(pending.fd, timeout_s) or clock.now()
+    timeout_s = min(machine.definition.save.timeout if machine.definition else _DEFAULT_TIMEOUT_S, limit_s)
+    try:
+        async with asyncio.timeout(None if limit_s == math.inf else limit_s):
+            stopped_at = await machine.require_qemu().save(pending.fd, timeout_s) or clock.now()
+    except TimeoutError:
+        raise SaveFailed(
+            f"its QEMU has not written its state within {limit_s:g} s, in which other guests stand still",
+            vm=machine.name,
+            remedy="allow more with `standstill` in [upgrade] of agent.toml, if it is right that it takes so long",
+        ) from None
     if sleep and sleep.woke.is_set():  # its devices run again, and nobody would wake it after the load
         raise SaveFailed("its guest was put to sleep, and woke by itself before it was saved", vm=machine.name)
     return _Written(sleep.since if sleep else stopped_at, clock.now())
@@ -193,7 +209,12 @@ async def _store_state(
 
 
 async def _disks(machine: Machine) -> list[DiskIdentity]:
-    return await identify_disks(machine.ports, await machine.require_qemu().disks())
+    try:
+        async with asyncio.timeout(DISKS_S):
+            disks = await machine.require_qemu().disks()
+    except TimeoutError:
+        raise QemuFailed(f"its QEMU has not named its disks within {DISKS_S:g} s", vm=machine.name) from None
+    return await identify_disks(machine.ports, disks)
 
 
 async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, located: Sequence[Located]) -> str:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import msgspec
 
@@ -11,13 +13,17 @@ from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.model import VmState
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.turns import places
+from cpr_agent.core.turns import Places, PlaceTurn
 from cpr_agent.core.upgrade.ledger import Phase, Upgrade
 from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all, on_each, start_if_off
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import LoadFailed
 
 _ENDED_BY_LOADING = (Phase.SAVED, Phase.BOOTED, Phase.LOADING, Phase.HELD)
+
+
+GROUP_S = 10.0
+"""How long guests of the next order wait for those of the one before, one of which may never come."""
 
 
 class Loaded(msgspec.Struct):
@@ -64,18 +70,22 @@ async def load_each(job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool
     off = [vm for vm in vms if vm.definition and vm.state is VmState.STOPPED]
     fresh = [vm for vm in off if vm.machine.past.awaits_cold_start or starts_too(vm)]
     out = Loaded(len(waiting) + len(fresh))
-    free = places()
+    places = Places()
 
     async def load(vm: Vm) -> None:
         await vm.idle()
-        if vm.checkpointed and (lost := await vm.load(LoadRequest(turn=free))):
+        if vm.checkpointed and (lost := await vm.load(LoadRequest(turn=PlaceTurn(places)))):
             out.cold_started.append(f"{vm.name}: {lost}")
 
     done = 0
-    for group in in_turn(waiting):
-        job.advance(done, out.total, f"loading {names(group)}")
-        out.failures += await on_each(group, load)
-        done += len(group)
+    async with asyncio.TaskGroup() as loads:
+        tasks = []
+        for group in in_turn(waiting):
+            job.advance(done, out.total, f"loading {names(group)}")
+            tasks.append(loads.create_task(on_each(group, load)))
+            await asyncio.wait(tasks[-1:], timeout=GROUP_S)
+            done += len(group)
+    out.failures += chain.from_iterable(task.result() for task in tasks)
     if fresh:
         job.advance(done, out.total, f"starting {names(fresh)}")
         out.failures += await on_each(fresh, start_if_off)

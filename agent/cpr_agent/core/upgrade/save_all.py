@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.model import Policy, Survives, VmState
 from cpr_agent.core.saveable import may_shut_down
-from cpr_agent.core.turns import Turns
+from cpr_agent.core.turns import Turn, Turns
+from cpr_agent.core.undo import uninterrupted
 from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.core.upgrade.roll_back import or_roll_back
 from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all, on_each
@@ -17,6 +19,10 @@ from cpr_agent.core.upgrade.sort import Triage
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, KernelRefused, SaveFailed
 
+log = logging.getLogger(__name__)
+
+UNDO_S = 10.0
+"""How long others wait for the undo of a save that failed."""
 _SAVED = (VmState.SAVED, VmState.HELD)
 
 
@@ -72,11 +78,12 @@ async def _save_at_once(scope: Scope, vms: list[Vm], need: Survives, policy: Pol
     """Save these; no guest stops while QEMU or a hook is still being asked whether another one can be saved. Returns the
     VMs that could not be saved and may be shut down. Raises SaveFailed with all the others."""
     upgrade = scope.ledger.require_current().id
-    turns = Turns(vm.name for vm in vms)
+    turns, limit_s = Turns(vm.name for vm in vms), scope.standstill_s
 
     async def save_in_turn(vm: Vm) -> None:
+        request = SaveRequest(need=need, upgrade=upgrade, turn=turns.turn(vm.name), limit_s=limit_s)
         try:
-            await vm.save(SaveRequest(need=need, upgrade=upgrade, turn=turns.turn(vm.name)))
+            await _in_time(vm, request)
         finally:
             turns.no_longer_awaited(vm.name)
 
@@ -89,9 +96,63 @@ async def _save_at_once(scope: Scope, vms: list[Vm], need: Survives, policy: Pol
     return [failure.vm for failure in failures]
 
 
+async def _in_time(vm: Vm, request: SaveRequest) -> None:
+    """Save a VM; others stand still meanwhile. If its QEMU takes more than its time, or the undo takes more than UNDO_S,
+    then the VM is given up: the undo goes on, and nobody may act on the VM before its end, but the others do not wait.
+    Raises SaveFailed, CprError."""
+    turn = request.turn or Turn()
+    task = asyncio.create_task(vm.save(request))
+    try:
+        await _until(turn.begun, task)
+        await _until(turn.written, task, request.limit_s + UNDO_S)
+        if turn.written.is_set():
+            await _until(turn.over, task)
+            await asyncio.wait({task}, timeout=UNDO_S)
+    except asyncio.CancelledError:
+        await uninterrupted(_let_go(vm, task))
+        raise
+    if not task.done():
+        await uninterrupted(_let_go(vm, task))
+        raise SaveFailed(
+            "takes too long to be saved, or to go on after a failed save, and is given up",
+            vm=vm.name,
+            left="the agent still tries to let its guest go on",
+            remedy=f"see: cprctl status {vm.name}",
+        )
+    task.result()
+
+
+async def _until(event: asyncio.Event, task: asyncio.Task[object], timeout_s: float | None = None) -> None:
+    """Or until the end of the task."""
+    waiter = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({waiter, task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiter.cancel()
+
+
+async def _let_go(vm: Vm, task: asyncio.Task[object]) -> None:
+    """Cancel it, and leave it to itself if its undo takes long."""
+    task.cancel()
+    await asyncio.wait({task}, timeout=UNDO_S)
+    if not task.done():
+        log.error("VM %s: given up; its save is taken back as soon as its QEMU lets that be", vm.name)
+        vm.machine.spawn(_see_to_its_end(vm, task))
+
+
+async def _see_to_its_end(vm: Vm, task: asyncio.Task[object]) -> None:
+    await asyncio.wait({task})
+    error = None if task.cancelled() else task.exception()
+    log.info("VM %s: the save that was given up is over: %s", vm.name, error or "taken back")
+
+
 async def _shut_down(vms: list[Vm], policy: Policy) -> None:
     """Guests of a low order last. The policy ``force`` also ends a QEMU that does not answer."""
-    shut_down = Vm.shut_down_or_end if policy is Policy.FORCE else Vm.shut_down
+
+    async def shut_down(vm: Vm) -> None:
+        await vm.let_go(UNDO_S, force=policy is Policy.FORCE)
+        await (vm.shut_down_or_end() if policy is Policy.FORCE else vm.shut_down())
+
     for group in reversed(in_turn(vms)):
         await on_all(group, shut_down)
 

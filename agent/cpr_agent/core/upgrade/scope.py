@@ -18,11 +18,13 @@ _DEFAULT_ORDER = 100
 
 
 class Scope(NamedTuple):
-    """``vms`` yields all VMs as they are now."""
+    """``vms`` yields all VMs as they are now. ``standstill_s``: how long one QEMU may take to write its state, while other
+    guests stand still."""
 
     ports: Ports
     ledger: Ledger
     vms: Callable[[], Collection[Vm]]
+    standstill_s: float
 
 
 class Failure(NamedTuple):

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection
 
 import msgspec
 
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.model import SAVEABLE, Policy, Survives
-from cpr_agent.core.saveable import may_shut_down, saved_in_volatile, why_unsaveable
+from cpr_agent.core.saveable import may_shut_down, saved_in_volatile, waits_when_blocked, why_unsaveable
 from cpr_agent.core.upgrade.scope import UNTOUCHED, Failure, Scope, on_all, on_each
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CprError, SaveFailed, SaveRefused, WrongState
+from cpr_agent.errors import CprError, QemuFailed, SaveFailed, SaveRefused, WrongState
 
+CHECK_S = 60.0
+"""For all that is asked of a VM before its save; others may sleep already."""
 Check = Callable[[Vm], Awaitable[object]]
 
 
@@ -53,6 +56,16 @@ async def triage_patiently(vms: Collection[Vm], need: Survives, policy: Policy) 
     return await _triage(vms, need, policy, lambda vm: vm.require_saveable_in_time(need))
 
 
+async def in_time(vm: Vm, check: Check) -> None:
+    """Raises QemuFailed, CprError."""
+    patience_s = CHECK_S + (vm.definition.save.blocked_wait if vm.definition and waits_when_blocked(vm.machine) else 0.0)
+    try:
+        async with asyncio.timeout(patience_s):
+            await check(vm)
+    except TimeoutError:
+        raise QemuFailed(f"its QEMU took more than {patience_s:g} s to say whether it can be saved", vm=vm.name) from None
+
+
 async def _triage(vms: Collection[Vm], need: Survives, policy: Policy, check: Check) -> Triage:
     await on_all(vms, lambda vm: vm.refresh())
     out = Triage(policy)
@@ -61,7 +74,7 @@ async def _triage(vms: Collection[Vm], need: Survives, policy: Policy, check: Ch
             what = f"is saved already, in RAM that does not survive a {need}"
             out.refused.append((vm, SaveFailed(what, vm=vm.name, remedy=f"cprctl load {vm.name}")))
     live = [vm for vm in vms if vm.run_state in SAVEABLE]
-    failures = await on_each(live, check)
+    failures = await on_each(live, lambda vm: in_time(vm, check))
     failures += [
         Failure(vm, WrongState(f"can't be saved: {why_unsaveable(vm.machine)}", vm=vm.name))
         for vm in vms

@@ -33,8 +33,8 @@ Findings = Callable[[], Awaitable[list[Finding]]]
 class Transaction:
     """One at a time. ``vms`` yields all VMs as they are now."""
 
-    def __init__(self, ports: Ports, ledger: Ledger, vms: Callable[[], Collection[Vm]]) -> None:
-        self._scope = Scope(ports, ledger, vms)
+    def __init__(self, ports: Ports, ledger: Ledger, vms: Callable[[], Collection[Vm]], standstill_s: float) -> None:
+        self._scope = Scope(ports, ledger, vms, standstill_s)
         self._ports = ports
         self._ledger = ledger
         self._lock = asyncio.Lock()
