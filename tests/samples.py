@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from cpr_agent.core.model import (
     Launch,
+    Located,
     Manifest,
     MemoryIdentity,
     QemuFacts,
@@ -41,6 +43,13 @@ FILE = MemoryIdentity(
     inode=7,
     device_size_bytes=64 << 20,
 )
+
+
+def in_file(path: Path, **changes: Any) -> Located:
+    """Memory in the file that is at ``path``."""
+    info = path.stat()
+    identity = replace(FILE, path=str(path), size_bytes=info.st_size, st_dev=info.st_dev, inode=info.st_ino)
+    return Located(identity=replace(identity, **changes), node=str(path))
 
 
 def launch(**changes: Any) -> Launch:

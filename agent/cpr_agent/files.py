@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from cpr_agent.errors import Busy
+
+_CHUNK_BYTES = 1 << 20
 
 
 def sync_directory(path: Path) -> None:
@@ -28,6 +32,15 @@ def make_private_directory(path: Path) -> None:
     make_private_directory(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     sync_directory(path.parent)
+
+
+def digest_of(file: BinaryIO, most: int) -> tuple[str, int]:
+    """SHA-256 and number of the next bytes, at most so many: another process may go on to write."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(min(_CHUNK_BYTES, most - size)):
+        digest.update(chunk)
+        size += len(chunk)
+    return digest.hexdigest(), size
 
 
 @contextmanager

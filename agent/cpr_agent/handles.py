@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_LINKS = 8
@@ -50,12 +51,34 @@ def directory_at(path: Path) -> Iterator[int]:
     agent's own user could have put it. Raises NotOursError, OSError."""
     fd = _walk(path)
     try:
-        yield fd
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
     finally:
         os.close(fd)
+    try:
+        yield directory
+    finally:
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def file_at(path: Path) -> Iterator[BinaryIO]:
+    """The regular file at ``path``, to be read; links are followed likewise, and a FIFO or a device is not waited for.
+    Raises NotOursError, OSError."""
+    fd = _walk(path)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise NotOursError(path, "it is not a regular file")
+        readable = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+    with open(readable, "rb") as file:  # noqa: PTH123 - a descriptor
+        yield file
 
 
 def _walk(path: Path, links: int = 0) -> int:
+    """A descriptor of what is at ``path``, good for looking at it alone (O_PATH in open(2))."""
     if not path.is_absolute() or links > MAX_LINKS:
         raise NotOursError(path, "it is no absolute path" if not path.is_absolute() else "it has too many symbolic links")
     here = os.open("/", _LOOK | os.O_DIRECTORY)
@@ -71,11 +94,10 @@ def _walk(path: Path, links: int = 0) -> int:
                 return _walk(Path(*path.parts[:position]) / target / Path(*path.parts[position + 1 :]), links + 1)
             os.close(here)
             here = below
-        if not stat.S_ISDIR(os.fstat(here).st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
-    finally:
+    except BaseException:
         os.close(here)
+        raise
+    return here
 
 
 def _only_ours(info: os.stat_result) -> bool:

@@ -29,7 +29,14 @@ def witness() -> Iterator[Figure]:
         fill(ram, SIZE_MIB * MIB, 1.0)
         source = Path(__file__).with_name("read.c")
         subprocess.run(["gcc", "-O3", "-march=native", "-pthread", "-o", program, source], check=True)
-        identity = MemoryIdentity(kind="file", size_bytes=SIZE_MIB * MIB, offset_bytes=0, survives=Survives.QEMU_RESTART)
+        identity = MemoryIdentity(
+            kind="file",
+            size_bytes=SIZE_MIB * MIB,
+            offset_bytes=0,
+            survives=Survives.QEMU_RESTART,
+            st_dev=ram.stat().st_dev,
+            inode=ram.stat().st_ino,
+        )
         located = [Located(identity=identity, node=str(ram))]
         threads = os.cpu_count() or 1
         ours: list[float] = []

@@ -23,10 +23,10 @@ from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory import users
 from cpr_agent.memory.backends import HostMemory, filesystem_of
 from cpr_agent.memory.opening import open_memory
-from cpr_agent.memory.witness import PAGE, chosen_pages, new_witness, prepared_witness, take_witness
+from cpr_agent.memory.witness import PAGE, chosen_pages, is_blank, new_witness, prepared_witness, take_witness
 from tests.fakes import FakeDevices
 from tests.processes import holding
-from tests.samples import DEVDAX, FILE
+from tests.samples import DEVDAX, FILE, in_file
 
 DEVICE = DaxDevice(
     region=DEVDAX.region,
@@ -154,7 +154,7 @@ def test_the_file_system_of_shm_is_known() -> None:
 def ram(tmp_path: Path) -> Located:
     path = tmp_path / "ram"
     path.write_bytes(os.urandom(PAGE * 512))
-    return Located(identity=replace(FILE, size_bytes=PAGE * 512), node=str(path))
+    return in_file(path)
 
 
 def damage(ram: Located, offset: int) -> None:
@@ -176,7 +176,7 @@ def test_a_witness_is_the_same_for_the_same_memory(ram: Located, kind: str) -> N
 def test_a_full_witness_catches_one_flipped_bit(tmp_path_factory: pytest.TempPathFactory, offset: int) -> None:
     path = tmp_path_factory.mktemp("ram") / "ram"
     path.write_bytes(bytes(PAGE * 512))
-    ram = Located(identity=replace(FILE, size_bytes=PAGE * 512), node=str(path))
+    ram = in_file(path, size_bytes=PAGE * 512)
     before = take_witness([ram], Witness(kind="full"))
     damage(ram, offset)
     assert take_witness([ram], Witness(kind="full")) != before
@@ -225,11 +225,34 @@ def test_preparing_takes_no_memory_that_the_guest_has_not_touched() -> None:
         for page in range(0, 8192, 16):
             os.pwrite(file.fileno(), os.urandom(PAGE), page * PAGE)
         before = os.fstat(file.fileno()).st_blocks
-        ram = Located(identity=replace(FILE, size_bytes=64 << 20, filesystem="tmpfs"), node=file.name)
+        ram = in_file(Path(file.name))
         like = new_witness("sampled")
         with prepared_witness([ram], like) as take:
             assert take() == take_witness([ram], like)
         assert os.fstat(file.fileno()).st_blocks == before
+
+
+@pytest.mark.parametrize("kind", ["sampled", "full"])
+def test_a_file_that_its_owner_cuts_off_is_an_error_and_no_signal(ram: Located, kind: str) -> None:
+    """A mapping of it would end the agent (SIGBUS)."""
+    like = new_witness(kind)
+    with prepared_witness([ram], like) as take:
+        os.truncate(ram.node, PAGE)
+        with pytest.raises(OSError, match="shorter than it was"):
+            take()
+    with pytest.raises(OSError, match="shorter than it was"):
+        is_blank([ram])
+
+
+def test_nothing_else_is_read_in_the_place_of_the_memory(ram: Located) -> None:
+    """A FIFO would be waited for."""
+    node = Path(ram.node)
+    node.rename(node.with_name("kept"))
+    for put in (os.mkfifo, Path.touch, Path.mkdir):
+        put(node)
+        with pytest.raises(OSError, match="has its name now"):
+            take_witness([ram], new_witness("full"))
+        node.rename(node.with_name(f"was-{put.__name__}"))
 
 
 def test_small_memory_is_hashed_whole() -> None:

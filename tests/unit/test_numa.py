@@ -43,7 +43,7 @@ from cpr_agent.vm.definition import read_definition
 from tests.bench import RAM_BYTES, Bench
 from tests.fakes import FakeDevices
 from tests.processes import holding
-from tests.samples import DEVDAX, FILE, launch, manifest
+from tests.samples import DEVDAX, FILE, in_file, launch, manifest
 from tests.scripted_qmp import ScriptedQmp
 
 OTHER = replace(DEVDAX, uuid="another", object_id="cpr-ram-1")
@@ -232,8 +232,7 @@ def ranges(directory: Path, *contents: bytes) -> list[Located]:
     for number, content in enumerate(contents):
         path = directory / f"ram{number}"
         path.write_bytes(content)
-        identity = replace(FILE, size_bytes=len(content), path=str(path), object_id=f"cpr-ram-{number}")
-        out.append(Located(identity=identity, node=str(path)))
+        out.append(in_file(path, object_id=f"cpr-ram-{number}"))
     return out
 
 

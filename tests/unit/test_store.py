@@ -245,7 +245,7 @@ def test_a_state_file_larger_than_any_state_is_refused_unread(tmp_path: Path) ->
     path = tmp_path / "vmstate"
     path.write_bytes(STATE)
     os.truncate(path, vmstate.MAX_BYTES + 1)
-    with pytest.raises(NotVmstate, match="more than the 536870912"):
+    with pytest.raises(NotVmstate, match="more than the 268435456"):
         inspected(path)
 
 

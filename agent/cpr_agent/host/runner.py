@@ -23,6 +23,7 @@ from cpr_agent.errors import QemuFailed
 from cpr_agent.files import make_private_directory, write_atomically
 from cpr_agent.host.tickets import Offer, offered
 from cpr_agent.host.waiting import readable
+from cpr_agent.text import printable
 
 LOG_TAIL_BYTES = 2000
 READY_TIMEOUT_S = 60.0
@@ -100,10 +101,10 @@ class QemuPlace(ABC):
             with (Path(launch.log) if launch else self._files.log(self._vm)).open("rb") as log:
                 log.seek(0, os.SEEK_END)
                 log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
-                lines = log.read().decode(errors="replace").strip().splitlines()
+                lines = log.read(LOG_TAIL_BYTES).decode(errors="replace").strip().splitlines()
         except OSError:
             return ""
-        return " / ".join(lines[-3:])
+        return printable(" / ".join(lines[-3:]), LOG_TAIL_BYTES)
 
 
 class RunFiles:
@@ -147,7 +148,7 @@ class RunFiles:
             if place not in self._read or self._read[place][0] != version:
                 self._read[place] = version, self.programs.read_launch(self._record(place).read_bytes())
             return self._read[place][1]
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, KeyError, ValueError):
             return None
 
     def launched_all(self) -> list[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -16,9 +15,14 @@ from typing import Any
 from msgspec.structs import replace
 
 from cpr_agent.core.model import DiskIdentity
+from cpr_agent.files import digest_of
+from cpr_agent.handles import file_at
 from cpr_agent.host import sockets
 
 JOURNAL_TIMEOUT_S = 60.0
+MAX_PROGRAM_BYTES = 1 << 30
+MAX_FIRMWARE_BYTES = 128 << 20
+"""A guest stands still while they are read; the largest firmware in use has 16 MiB."""
 BLOCK_DEVICES = Path("/sys/dev/block")
 BOOTLOADER_TYPE = Path("/proc/sys/kernel/bootloader_type")
 
@@ -48,12 +52,12 @@ class ThisHost:
         return os.uname().nodename
 
     def program_digest(self, pid: int) -> str:
-        program = Path(f"/proc/{pid}/exe")
-        info = program.stat()
-        key = (info.st_dev, info.st_ino, info.st_mtime_ns)
-        if key not in self._digests:
-            with program.open("rb") as file:
-                self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        fd = os.open(f"/proc/{pid}/exe", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            info = os.fstat(fd)
+            key = (info.st_dev, info.st_ino, info.st_mtime_ns)
+            if key not in self._digests:
+                self._digests[key], _ = digest_of(file, MAX_PROGRAM_BYTES)
         return self._digests[key]
 
     def program_identity(self, path: str) -> str:
@@ -64,11 +68,13 @@ class ThisHost:
         return f"{info.st_dev}:{info.st_ino}:{info.st_mtime_ns}:{info.st_size}"
 
     def digest_file(self, path: str) -> str:
+        """A VM's user may own the file of its firmware's variables, and the directory that it is in."""
         try:
-            with Path(path).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            with file_at(Path(path)) as file:
+                digest, size = digest_of(file, MAX_FIRMWARE_BYTES)
         except OSError:
             return ""
+        return digest if size < MAX_FIRMWARE_BYTES else ""
 
     def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
         if not disk.filename.startswith("/"):

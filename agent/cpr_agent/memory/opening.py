@@ -14,7 +14,7 @@ from cpr_agent.errors import MemoryUnusable
 def open_memory(node: str, wanted: MemoryIdentity) -> int:
     """Open the RAM and prove on the open descriptor that it is the memory that ``wanted`` describes. Raises MemoryUnusable.
 
-    Never creates anything: QEMU would make an ordinary file of a missing /dev/daxX.Y and start on it (FACTS.md).
+    Never creates anything: QEMU would make an ordinary file of a missing /dev/daxX.Y and start on it (measured up to 11.1).
     """
     try:
         fd = os.open(node, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -4,10 +4,14 @@
 A guest's NUMA nodes count as one RAM, in their order. ``sampled`` divides it into ``pages`` equal parts and hashes one page
 of each, which a stored random seed chooses, and always the first and the last page of each node. If a fraction f of all
 pages is damaged, it notices with probability 1 - (1 - f)^pages or more: 4,096 pages miss 1 % damage once in 10^17. ``full``
-hashes everything, in 2 MiB pieces on all cores. The hash is xxh3-128; xxhash releases the GIL for large buffers."""
+hashes everything, in 2 MiB pieces on all cores. The hash is xxh3-128; xxhash releases the GIL for large buffers.
+
+A file is read, and never mapped: it belongs to the VM's user, who may cut it off, and whoever touches a mapping beyond its
+end is killed (SIGBUS; mmap(2))."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -32,10 +36,12 @@ PAGE = 4096
 DEFAULT_PAGES = 4096
 MEASURED_BYTES = 1 << 30
 """Hashed to measure the cost of a full witness: a multiple of each alignment that device-dax has."""
+SHORTER = "it is shorter than it was"
 _CHUNK = 2 << 20
 _SEGMENT = 64 << 20
 _Piece = memoryview | tuple[int, int, int]
 """Mapped memory; or a descriptor to read from, with length and offset (bytes)."""
+_Reader = Callable[[int, int], bytes | memoryview]
 
 
 def new_witness(kind: str = "sampled") -> Witness:
@@ -88,20 +94,51 @@ def _beginning(located: Located) -> Located:
 def is_blank(located: Sequence[Located]) -> bool:
     """Whether all of it is zeros. Blocking; raises OSError."""
     zeros = bytes(_CHUNK)
-    with _all_mapped(located) as ram:
-        return all(piece == zeros[: len(piece)] for one in ram for piece in _pieces(one))
+    with _readers(located) as readers:
+        sizes = (one.identity.size_bytes for one in located)
+        pieces = (read(*piece) for read, size in zip(readers, sizes, strict=True) for piece in _pieces(size))
+        return all(piece == zeros[: len(piece)] for piece in pieces)
 
 
 @contextmanager
-def _all_mapped(located: Sequence[Located]) -> Iterator[list[memoryview]]:
+def _readers(located: Sequence[Located]) -> Iterator[list[_Reader]]:
+    """For each range, what gives ``length`` bytes from ``begin`` on."""
     with ExitStack() as at_end:
-        yield [at_end.enter_context(_mapped(one)) for one in located]
+        yield [at_end.enter_context(_reader(one)) for one in located]
+
+
+@contextmanager
+def _reader(located: Located) -> Iterator[_Reader]:
+    with _opened(located) as fd:
+        if _is_file(fd):
+            yield lambda begin, length: _read(fd, length, located.identity.offset_bytes + begin)
+            return
+        with _mapped_from(fd, located.identity) as ram:
+            yield lambda begin, length: ram[begin : begin + length]
+
+
+def _is_file(fd: int) -> bool:
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def _read(fd: int, length: int, offset: int) -> bytes:
+    data = os.pread(fd, length, offset)
+    if len(data) < length:
+        raise OSError(errno.ENODATA, SHORTER)
+    return data
 
 
 @contextmanager
 def _opened(located: Located) -> Iterator[int]:
-    fd = os.open(located.node, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """The VM's user may have put something else into the place of the file since it was located: a FIFO would be waited
+    for."""
+    fd = os.open(located.node, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        info, identity = os.fstat(fd), located.identity
+        if identity.kind == "file" and (info.st_dev, info.st_ino) != (identity.st_dev, identity.inode):
+            raise OSError(errno.ESTALE, "another file has its name now")
+        if not stat.S_ISREG(info.st_mode) and not stat.S_ISCHR(info.st_mode):
+            raise OSError(errno.EINVAL, "it is neither a file nor a device")
         yield fd
     finally:
         os.close(fd)
@@ -114,12 +151,6 @@ def _mapped_from(fd: int, identity: MemoryIdentity, begin: int = 0, length: int 
     at = identity.offset_bytes + begin
     mapping = mmap.mmap(fd, length or identity.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=at)
     with mapping, memoryview(mapping) as ram:
-        yield ram
-
-
-@contextmanager
-def _mapped(located: Located) -> Iterator[memoryview]:
-    with _opened(located) as fd, _mapped_from(fd, located.identity) as ram:
         yield ram
 
 
@@ -164,14 +195,16 @@ def _sample(located: Sequence[Located], like: Witness) -> Iterator[tuple[bytes, 
     MiB at once."""
     head, parts = _parts([one.identity.size_bytes for one in located], like)
     with ExitStack() as at_end:
-        readers: list[Callable[[int, int], _Piece]] = []
+        places: list[Callable[[int, int], _Piece]] = []
         for one in located:
             fd = at_end.enter_context(_opened(one))
-            if len(parts) == len(located) or not stat.S_ISREG(os.fstat(fd).st_mode):
-                readers.append(partial(_slice, at_end.enter_context(_mapped_from(fd, one.identity))))
+            if _is_file(fd):
+                places.append(partial(_place, fd, one.identity.offset_bytes))
             else:
-                readers.append(partial(_place, fd, one.identity.offset_bytes))
-        yield head, (readers[number](begin, length) for number, begin, length in parts)
+                places.append(partial(_slice, at_end.enter_context(_mapped_from(fd, one.identity))))
+        whole = len(parts) == len(located)
+        split = [(at, *piece) for at, _, length in parts for piece in _pieces(length)] if whole else parts
+        yield head, (places[at](begin, length) for at, begin, length in split)
 
 
 def _slice(ram: memoryview, begin: int, length: int) -> memoryview:
@@ -185,7 +218,13 @@ def _place(fd: int, offset: int, begin: int, length: int) -> tuple[int, int, int
 def _digest(seed: int, head: bytes, pieces: Iterable[_Piece]) -> str:
     digest = xxhash.xxh3_128(head, seed=seed)
     for piece in pieces:
-        digest.update(os.pread(*piece) if isinstance(piece, tuple) else piece)
+        if isinstance(piece, tuple):
+            data = os.pread(*piece)
+            if len(data) < piece[1]:
+                raise OSError(errno.ENODATA, SHORTER)
+            digest.update(data)
+        else:
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -198,12 +237,12 @@ def _sampled_at_random(located: Sequence[Located], like: Witness) -> str:
         ends_of_ranges = {page for end in ends for page in (end - 1, end)} - {ends[-1]}
         chosen = {0, *random.Random(like.seed).sample(range(1, ends[-1] - 1), like.pages - 2), *ends_of_ranges}  # noqa: S311
     digest = xxhash.xxh3_128(seed=like.seed)
-    with _all_mapped(located) as ram:
-        for number, one in enumerate(ram):
-            begin = ends[number] - len(one) // PAGE
-            for page in sorted(page for page in chosen if begin <= page < ends[number]):
+    with _readers(located) as readers:
+        for read, one, end in zip(readers, located, ends, strict=True):
+            begin = end - one.identity.size_bytes // PAGE
+            for page in sorted(page for page in chosen if begin <= page < end):
                 digest.update(page.to_bytes(8, "little"))
-                digest.update(one[(page - begin) * PAGE : (page - begin + 1) * PAGE])
+                digest.update(read((page - begin) * PAGE, PAGE))
     return digest.hexdigest()
 
 
@@ -225,9 +264,21 @@ def _full(located: Sequence[Located]) -> str:
 
 
 def _digests(segment: tuple[int, MemoryIdentity, int, int]) -> bytes:
+    fd, identity, begin, length = segment
+    if _is_file(fd):
+        at, buffer = identity.offset_bytes + begin, memoryview(bytearray(_CHUNK))
+        return b"".join(_digest_read(fd, at + piece, buffer[:size]) for piece, size in _pieces(length))
     with _mapped_from(*segment) as ram:
-        return b"".join(map(xxhash.xxh3_128_digest, _pieces(ram)))
+        return b"".join(xxhash.xxh3_128_digest(ram[piece : piece + size]) for piece, size in _pieces(length))
 
 
-def _pieces(ram: memoryview) -> Iterator[memoryview]:
-    return (ram[at : at + _CHUNK] for at in range(0, len(ram), _CHUNK))
+def _digest_read(fd: int, offset: int, buffer: memoryview) -> bytes:
+    """Into the same buffer each time: the pages of a new one would cost as much as the hash."""
+    if os.preadv(fd, [buffer], offset) < len(buffer):
+        raise OSError(errno.ENODATA, SHORTER)
+    return xxhash.xxh3_128_digest(buffer)
+
+
+def _pieces(length: int) -> Iterator[tuple[int, int]]:
+    """Where each begins, and its length."""
+    return ((at, min(_CHUNK, length - at)) for at in range(0, length, _CHUNK))

@@ -9,16 +9,15 @@ either.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import stat
-from typing import BinaryIO
 
 import msgspec
 
 from cpr_agent.core.model import Vmstate
 from cpr_agent.errors import NotVmstate
+from cpr_agent.files import digest_of
 
 MAGIC = b"QEVM"
 VERSION = 3
@@ -29,10 +28,9 @@ _DESCRIPTION = b"\x06"
 _CPU = re.compile(rb"\x04.{4}\x0acpu_common(.{4})\x00\x00\x00.", re.DOTALL)
 """The section of a CPU (QEMU_VM_SECTION_FULL): number in the file, length and name, instance, version."""
 
-MAX_BYTES = 512 << 20
+MAX_BYTES = 256 << 20
 """Of a state: it has some hundred KB, and as much more as its devices have RAM of their own. A QEMU may make its file as
 large as it likes, and others wait while it is read."""
-_CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 4096
 _TAIL_BYTES = 4 << 20
 """The description is at the end, and has some hundred KB."""
@@ -65,7 +63,7 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
     else:
         with open(os.dup(fd), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
             file.seek(0)
-            digest, size = _digest(file, info.st_size)
+            digest, size = digest_of(file, info.st_size)
             file.seek(0)
             head = file.read(_HEAD_BYTES)
             file.seek(max(0, size - _TAIL_BYTES))
@@ -84,15 +82,6 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
         machine=_machine(head),
         cpus=cpus,
     )
-
-
-def _digest(file: BinaryIO, most: int) -> tuple[str, int]:
-    """SHA-256 and number of the next bytes, at most so many: a QEMU may go on to write."""
-    digest, size = hashlib.sha256(), 0
-    while chunk := file.read(min(_CHUNK_BYTES, most - size)):
-        digest.update(chunk)
-        size += len(chunk)
-    return digest.hexdigest(), size
 
 
 def _header_problem(data: bytes) -> str:
