@@ -68,8 +68,12 @@ class MortalState:
     def __init__(self, pending: PendingVmstate, point: Callable[[str], None]) -> None:
         self._pending = pending
         self._point = point
+        self.vm = pending.vm
         self.fd = pending.fd
         self.path = pending.path
+
+    def too_large(self) -> bool:
+        return self._pending.too_large()
 
     def seal(self) -> Vmstate:
         self._point("before seal")

@@ -604,6 +604,9 @@ class FakeRunner:
     def unit(self, name: str) -> str:  # noqa: ARG002
         return ""
 
+    def trim_logs(self) -> None:
+        """There are none."""
+
     def put(self, launch: Launch, status: str, **changes: object) -> FakeQemu:
         """A QEMU that an earlier agent left behind."""
         launch = replace(launch, **changes)

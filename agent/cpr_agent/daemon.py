@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("cpr_agent")
 
 
+LOGS_S = 10.0
+"""Between two looks at the size of logs."""
 PROGRAMS = Programs(LiveQemu.connect, read_launch, open_memory, launch.TICKET, launch.__file__)
 
 
@@ -182,6 +184,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     notify(ready=1, status=known)
 
     watchdog = loop.create_task(_feed_watchdog())
+    trimming = loop.create_task(_trim_logs(manager.ports.runner))
     recovering = loop.create_task(_recover(manager))
     publishing = loop.create_task(published.run())
     published.wake()
@@ -198,6 +201,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     recovering.cancel()
     publishing.cancel()
     watchdog.cancel()
+    trimming.cancel()
     lost.cancel()
     return 0
 
@@ -217,6 +221,13 @@ async def _feed_watchdog() -> None:
     while interval_s:
         notify(watchdog=1)
         await asyncio.sleep(interval_s)
+
+
+async def _trim_logs(runner: Runner) -> None:
+    """No event tells that a log has grown."""
+    while True:
+        await asyncio.sleep(LOGS_S)
+        await asyncio.to_thread(runner.trim_logs)
 
 
 class Options(msgspec.Struct):

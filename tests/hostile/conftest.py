@@ -107,8 +107,11 @@ def assert_contained(lab: Lab, *others: Guest) -> None:
         guest.assert_unbroken()
 
 
+Polkit = Callable[[str], "subprocess.Popen[str]"]
+
+
 @pytest.fixture
-def polkit(lab: Lab) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+def polkit(lab: Lab) -> Iterator[Polkit]:
     """Starts a polkit of tests/hostile/polkit.py with its one answer."""
     with contextlib.ExitStack() as stack:
 

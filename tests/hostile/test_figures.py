@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from cpr_agent.bus.client import CallError
-from tests.hostile.conftest import assert_contained
+from tests.hostile.conftest import Polkit, User, assert_contained
 from tests.lab import DAEMON, ROOT, Lab, until
 
 READY_S = 3.0
@@ -58,3 +60,25 @@ def test_ready_beside_silent_qemus(lab: Lab) -> None:
     lab.client(lambda client: client.manager("Reload"))
     assert {guest.state for guest in guests} == {"running"}
     assert_contained(lab, *guests)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+@pytest.mark.parametrize("what", ["list", "managed", "properties", "check", "deep key", "report", "elsewhere"])
+def test_a_save_of_all_beside_a_user_who_calls_without_end(lab: Lab, polkit: Polkit, what: str) -> None:
+    """His allowance is used up before, so that he is refused most of the time; he goes on as fast as he is answered."""
+    polkit("looking")
+    guests = [lab.running(f"vm{number}") for number in range(4)]
+    alone = min(saved_all_in_s(lab) for _ in range(3))
+    user = User(lab, f"storm of {what}", calls=30, connections=4)
+    beside = sorted(saved_all_in_s(lab) for _ in range(5))[2]
+    print(user.answers())
+    figure(f"SaveAll beside a storm of {what}, against alone ({alone:.3f} s)", beside / alone, 2.0, "times")
+    assert_contained(lab, *guests)
+
+
+def saved_all_in_s(lab: Lab) -> float:
+    began = time.monotonic()
+    assert lab.job("SaveAll", survives="qemu-restart") == "done"
+    took = time.monotonic() - began
+    assert lab.job("LoadAll") == "done"
+    return took

@@ -4,18 +4,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Callable
 
 import pytest
 
-from tests.hostile.conftest import User, assert_contained
+from tests.hostile.conftest import Polkit, User, assert_contained
 from tests.hostile.test_qemus import saved_in_s
 from tests.lab import Guest, Lab, script, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-
-Polkit = Callable[[str], "subprocess.Popen[str]"]
 
 
 @pytest.mark.parametrize("what", ["NUL in TOML", "NUL in a name", "surrogate", "long key", "deep key", "slow pattern"])

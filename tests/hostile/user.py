@@ -3,8 +3,8 @@
 
     python -m tests.hostile.user ADDRESS UID WHAT CALLS CONNECTIONS
 
-Prints "sent" when all calls are, and at the end how often each answer came, in JSON. "listen" makes no call; it hears
-signals until its stdin is closed, and prints those.
+Prints "sent" when all calls are, and at the end how often each answer came, in JSON. "storm of WHAT" calls again and again
+until its stdin is closed. "listen" makes no call; it hears signals until then, and prints those.
 """
 
 from __future__ import annotations
@@ -66,6 +66,25 @@ async def send(address: str, what: str, calls: int, connections: int) -> Counter
     return heard
 
 
+async def storm(address: str, what: str, calls: int, connections: int) -> Counter[str]:
+    """Make so many calls at a time again and again, as fast as they are answered, until stdin is closed."""
+    heard: Counter[str] = Counter()
+    over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    buses = [await AgentBus(address).connect() for _ in range(connections)]
+    path, interface, member, signature, body = CALLS[what]
+
+    async def call(bus: MessageBus) -> None:
+        while not over.done():
+            reply = await bus.call(Message(NAME, path, interface, member, signature=signature, body=body))
+            heard[reply.error_name.rpartition(".")[2] if reply and reply.error_name else "ok"] += 1
+
+    under_way = [asyncio.create_task(call(bus)) for bus in buses for _ in range(calls)]
+    await asyncio.sleep(0)
+    print("sent", flush=True)
+    await asyncio.gather(*under_way)
+    return heard
+
+
 async def listen(address: str) -> list[str]:
     bus = await AgentBus(address).connect()
     heard: list[str] = []
@@ -89,8 +108,11 @@ def main(arguments: list[str]) -> None:
     os.setgroups([])
     os.setgid(NOGROUP)
     os.setuid(int(uid))
-    found = asyncio.run(listen(address) if what == "listen" else send(address, what, int(calls), int(connections)))
-    print(json.dumps(found))
+    if what == "listen":
+        print(json.dumps(asyncio.run(listen(address))))
+        return
+    work = storm if what.startswith("storm of ") else send
+    print(json.dumps(asyncio.run(work(address, what.removeprefix("storm of "), int(calls), int(connections)))))
 
 
 NOGROUP = 65534

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import pytest
 
-from cpr_agent.cli import tables, timeline
+from cpr_agent.cli import screen, tables, timeline
 from cpr_agent.report.render import render
 from tests.stories import told
 
@@ -52,3 +53,31 @@ def test_a_line_of_the_legend_does_not_end_within_a_phase(
         ["k kexec", "u userspace", "v devices"],
         ["l load", "r resume"],
     ]
+
+
+MARKUP = "[red]x[/] [/nonsense] :skull: [link=http://x]y[/link]"
+
+
+def test_words_of_a_guest_or_a_file_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would style, link or leave out what is in brackets, and fail where it does not match."""
+    memory: dict[str, Any] = {"size": M, "device": MARKUP, "offset": 0}
+    vm: dict[str, Any] = dict.fromkeys(("RunState", "Description", "Qemu", "Unit", "AdminSocket", "Problem"), MARKUP)
+    vm |= {"Name": "web1", "State": "held", "MainPID": 1, "Memory": memory, "BlockedReasons": [MARKUP], "Checkpoint": {}}
+    vm |= {"Held": {"at": 1.0, "error": MARKUP, "evidence": [[MARKUP, MARKUP, MARKUP]]}}
+    upgrade: dict[str, Any] = dict.fromkeys(("kind", "phase", "reason", "kernel-from", "kernel-to"), MARKUP)
+    upgrade |= {"started-at": 1.0, "loaded": [], "cold-started": [MARKUP], "failures": [MARKUP]}
+    job = {"Id": 1, "Kind": "save-all", "Progress": 0.5, "Step": MARKUP}
+    tables.vm(vm)
+    tables.agent({"Version": "1", "Kernel": "6", "Kernels": [], "Jobs": [job], "VMs": [vm], "Upgrade": upgrade})
+    tables.findings([{"vm": "web1", "severity": "error", "what": MARKUP, "why": MARKUP, "remedy": MARKUP}])
+    tables.memory(memory)
+    out = capsys.readouterr().out
+    assert out.count(MARKUP) == 27
+    assert "\x1b]8" not in out
+
+
+def test_a_job_is_shown_without_markup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with screen.screen() as shown:
+        shown.step(MARKUP, 0.5)
+    assert MARKUP in capsys.readouterr().err

@@ -93,14 +93,15 @@ class ManagerObject(BusObject):
         manager, hooks = self._manager, await self._caller.may(MANAGE_VMS)
         if not options:
             found = await (manager.findings() if hooks else manager.own_findings_of_all())
-        elif hooks:
-            found = await manager.plan_findings(manager.plan(_request(options)))
         else:
-            raise AccessDenied(
-                f"to look at an upgrade runs the hooks of the admin: not authorized for {MANAGE_VMS}",
-                left="nothing was done",
-                remedy="leave the options out, or use sudo",
-            )
+            request = _request(options)
+            if not hooks and (request.kernel_image or request.initrd):
+                raise AccessDenied(
+                    f"to name files of a kernel: not authorized for {MANAGE_VMS}",
+                    left="nothing was done",
+                    remedy="name an installed kernel, or use sudo",
+                )
+            found = await manager.plan_findings(manager.plan(request), whole=hooks)
         return [[_finding(finding) for finding in found]]
 
     async def call_ListVMs(self) -> list[Any]:

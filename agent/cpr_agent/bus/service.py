@@ -52,6 +52,8 @@ OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 CONNECT_TIMEOUT_S = 30.0
 ERRORS_KEPT = 64
 """Callers whose last error is remembered; a caller asks for it at once, or never."""
+REFUSAL_S = 1.0
+"""Until the answer to a call that was one too many."""
 WORKERS = 2
 """Threads for work that callers ask for. No guest waits for these: core's work has threads of its own."""
 _DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
@@ -145,7 +147,7 @@ class Service(Listener):
             uid = await self._authority.uid(call)
             cost = 0.0 if trusted(uid) else COSTS.get(str(call.member), 1.0)
             if cost:
-                self._limits.spend(uid, cost)
+                await self._spend(uid, cost)
                 refuse_long_text(call)
             with self._limits.under_way(uid, cost):
                 signature, body = await self._dispatch(call, uid)
@@ -162,6 +164,15 @@ class Service(Listener):
             log.exception("%s.%s on %s", *map(_shown, (call.interface, call.member, call.path)))
             reply = _internal_error(call)
         self._reply(call, reply)
+
+    async def _spend(self, uid: int, cost: float) -> None:
+        """Who goes on to call although he is refused gets each answer late: an answer at once would bring the next call.
+        Raises LimitsExceeded."""
+        try:
+            self._limits.spend(uid, cost)
+        except LimitsExceeded:
+            await asyncio.sleep(REFUSAL_S)
+            raise
 
     def _reply(self, call: Message, reply: Message) -> None:
         if call.flags & MessageFlag.NO_REPLY_EXPECTED:

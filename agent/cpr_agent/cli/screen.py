@@ -100,7 +100,12 @@ class Screen:
 def screen() -> Iterator[Screen]:
     """Show a job on stderr until it ends; the rows stay. The terminal is restored in any case."""
     what = Screen()
-    with Live(what, console=Console(stderr=True), refresh_per_second=REFRESHES_PER_S, redirect_stdout=False):
+    with Live(
+        what,
+        console=Console(stderr=True, markup=False, emoji=False),
+        refresh_per_second=REFRESHES_PER_S,
+        redirect_stdout=False,
+    ):
         try:
             yield what
         finally:

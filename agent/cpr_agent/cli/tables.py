@@ -10,7 +10,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -40,9 +39,12 @@ def _table(*columns: str) -> Table:
 
 
 def _print(what: object) -> None:
-    """As wide as the terminal; in a file or a pipe each row is one whole line."""
-    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
-    console.print(what, soft_wrap=isinstance(what, str), highlight=False)
+    """As wide as the terminal; in a file or a pipe each row is one whole line. No word of a guest or a file is markup."""
+    console = Console(width=None if sys.stdout.isatty() else WIDE, markup=False, emoji=False, highlight=False)
+    console.print(what, soft_wrap=isinstance(what, str | Text))
+
+
+_line = Text.assemble
 
 
 def _short(words: str) -> Text:
@@ -50,8 +52,8 @@ def _short(words: str) -> Text:
     return Text(words, no_wrap=True, overflow="ellipsis")
 
 
-def _styled(word: str) -> str:
-    return f"[{STYLES[word]}]{word}[/]" if word in STYLES else word
+def _styled(word: str) -> Text:
+    return Text(word, STYLES.get(word, ""))
 
 
 def vms(data: list[dict[str, Any]]) -> None:
@@ -84,27 +86,27 @@ def agent(data: dict[str, Any]) -> None:
         _print(_upgrade(data["Upgrade"]))
     for entry in data["VMs"]:
         if entry["Problem"]:
-            _print(f"[red]{entry['Name']}[/]: {entry['Problem']}")
+            _print(_line((entry["Name"], "red"), f": {entry['Problem']}"))
 
 
-def _upgrade(data: dict[str, Any]) -> str:
+def _upgrade(data: dict[str, Any]) -> Text:
     """The last upgrade's outcome, in one line."""
     since = moment(data["started-at"])
     to = f" -> {data['kernel-to']}" if data["kernel-to"] else ""
-    words = [f"last {data['kind']}, {since}: {_styled(data['phase'])}, kernel {data['kernel-from']}{to}"]
+    words = [_line(f"last {data['kind']}, {since}: ", _styled(data["phase"]), f", kernel {data['kernel-from']}{to}")]
     if data["loaded"]:
         loaded = counted(len(data["loaded"]), "guest")
-        words.append(f"{loaded} loaded, longest pause {data['longest-pause']:.1f} s")
-    words += [f"[yellow]started afresh: {vm}[/]" for vm in data["cold-started"]]
-    words += [data["reason"]] if data["reason"] else []
-    words += [f"[red]{failure}[/]" for failure in data["failures"]]
-    return "; ".join(words)
+        words.append(Text(f"{loaded} loaded, longest pause {data['longest-pause']:.1f} s"))
+    words += [Text(f"started afresh: {vm}", "yellow") for vm in data["cold-started"]]
+    words += [Text(data["reason"])] if data["reason"] else []
+    words += [Text(failure, "red") for failure in data["failures"]]
+    return Text("; ").join(words)
 
 
 def vm(data: dict[str, Any]) -> None:
     memory, checkpoint = data["Memory"], data["Checkpoint"]
     rows = {
-        "State": _styled(data["State"]) + (f" (run state {data['RunState']})" if data["RunState"] else ""),
+        "State": _line(_styled(data["State"]), f" (run state {data['RunState']})" if data["RunState"] else ""),
         "Description": data["Description"],
         "Memory": ", ".join(map(_range, _ranges(memory)))
         + (f", survives a {memory['survives']}" if "survives" in memory else ""),
@@ -122,10 +124,10 @@ def vm(data: dict[str, Any]) -> None:
         )
     elif checkpoint:
         rows["Checkpoint"] = checkpoint["error"]
-    _print(f"[bold]{data['Name']}[/]")
+    _print(Text(data["Name"], "bold"))
     for name, value in rows.items():
         if value:
-            _print(f"  {name + ':':<13} {value if name == 'State' else escape(value)}")
+            _print(_line(f"  {name + ':':<13} ", value))
     if data["Held"]:
         _held(data["Held"])
 
@@ -142,7 +144,7 @@ def _range(memory: dict[str, Any]) -> str:
 def _held(data: dict[str, Any]) -> None:
     """Since when and why the VM is held, with expected and found values side by side."""
     since = moment(data["at"])
-    _print(f"  [bold red]Held[/] since {since} ({data['error']}): left as it is until an admin decides")
+    _print(_line("  ", ("Held", "bold red"), f" since {since} ({data['error']}): left as it is until an admin decides"))
     if data["evidence"]:
         table = _table("  PROOF", "EXPECTED", "FOUND")
         for what, expected, found in data["evidence"]:
@@ -162,10 +164,10 @@ def findings(data: list[dict[str, Any]]) -> None:
         _print("No findings.")
         return
     for entry in data:
-        _print(f"[bold]{entry['vm'] or 'host'}[/] {_styled(entry['severity'])}: {escape(entry['what'])}")
+        _print(_line((entry["vm"] or "host", "bold"), " ", _styled(entry["severity"]), f": {entry['what']}"))
         for label, text in (("why", entry["why"]), ("remedy", entry["remedy"])):
             if text:
-                _print(f"    {label}: {escape(text)}")
+                _print(f"    {label}: {text}")
 
 
 def devices(data: list[dict[str, Any]]) -> None:
@@ -175,13 +177,15 @@ def devices(data: list[dict[str, Any]]) -> None:
     table = _table("NODE", "UUID", "OFFSET", "SIZE", "VM")
     table.columns[1].no_wrap = True  # admins copy it to definitions
     for entry in data:
-        ranges = [*entry["used"], *([offset, length, "[dim]free[/]"] for offset, length in entry["free"])]
-        rows = [(exact_size(offset), exact_size(length), vm) for offset, length, vm in sorted(ranges)]
+        ranges = [*entry["used"], *([offset, length, ""] for offset, length in entry["free"])]
+        rows: list[tuple[str | Text, ...]] = [
+            (exact_size(offset), exact_size(length), vm or Text("free", "dim")) for offset, length, vm in sorted(ranges)
+        ]
         room = sum(length for _, length in entry["free"])
-        rows.append(("[bold]total[/]", f"[bold]{exact_size(entry['size'])}[/]", f"{exact_size(room)} free"))
+        rows.append((Text("total", "bold"), Text(exact_size(entry["size"]), "bold"), f"{exact_size(room)} free"))
         # Below the uuid instead of in columns of their own, so that a row fits in 80 columns.
         numa = f"NUMA node {entry['numa-node']}, " if entry["numa-node"] >= 0 else ""
-        more = f"[dim]{entry['provider']}, {numa}aligned to {exact_size(entry['align'])}[/]"
+        more = Text(f"{entry['provider']}, {numa}aligned to {exact_size(entry['align'])}", "dim")
         about = [(entry["node"], entry["uuid"]), ("", more)]
         for left, right in zip_longest(about, rows, fillvalue=("", "")):
             table.add_row(*left, *right)
@@ -191,7 +195,7 @@ def devices(data: list[dict[str, Any]]) -> None:
 def memory(data: dict[str, Any]) -> None:
     """The section of a definition."""
     for line in ("[memory]", *(f'{key} = "{value}"' for key, value in _section(data).items())):
-        _print(escape(line))
+        _print(line)
 
 
 def _section(data: dict[str, Any]) -> dict[str, str]:
@@ -207,13 +211,11 @@ def history(data: list[dict[str, Any]]) -> None:
         table.columns[1].justify = "right"
         for name, length_s in entry["phases"]:
             table.add_row(name, f"{length_s:.3f}")
-        table.add_row("[bold]total pause[/]", f"[bold]{entry['pause']:.3f}[/]")
-        _print(
-            f"[bold]{entry['vm']}[/]: kernel {entry['kernel-before']} -> {entry['kernel-after']}; "
-            f"report {(entry['upgrade'] or entry['id'])[:8]}"
-        )
+        table.add_row(Text("total pause", "bold"), Text(f"{entry['pause']:.3f}", "bold"))
+        kernels = f": kernel {entry['kernel-before']} -> {entry['kernel-after']}"
+        _print(_line((entry["vm"], "bold"), f"{kernels}; report {(entry['upgrade'] or entry['id'])[:8]}"))
         if "clock-behind" in entry:
             _print(f"its clock was {entry['clock-behind']:.3f} s behind, and was set")
         if entry["clock-problem"]:
-            _print(f"[yellow]its clock was not set:[/] {escape(entry['clock-problem'])}")
+            _print(_line(("its clock was not set:", "yellow"), f" {entry['clock-problem']}"))
         _print(table)

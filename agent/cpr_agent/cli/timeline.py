@@ -34,7 +34,8 @@ def show(story: dict[str, Any]) -> None:
     _timeline(console, story)
     for guest in story["guests"]:
         if guest["why"]:
-            console.print(f"\n[bold]{escape(guest['vm'])}[/] {guest['outcome']}: {escape(guest['why'])}", soft_wrap=True)
+            why = escape(f"{guest['outcome']}: {guest['why']}")
+            console.print(f"\n[bold]{escape(guest['vm'])}[/] {why}", soft_wrap=True)
             for what, expected, found in guest["evidence"]:
                 console.print(f"    {escape(what)}: expected {escape(expected)}, found {escape(found)}", soft_wrap=True)
 

@@ -191,10 +191,11 @@ class Manager:
         """Raises InvalidArgument, KernelRefused."""
         return plan(request, self.ports, self._settings, self.ledger.booted)
 
-    async def plan_findings(self, the_plan: Plan) -> list[Finding]:
-        """Everything about the host and its VMs that matters to the plan. An error would stop it."""
-        out = await check_host(the_plan, self.ports, self.vms.values())
-        found = await triage(list(self.vms.values()), Survives.KEXEC, the_plan.policy)
+    async def plan_findings(self, the_plan: Plan, *, whole: bool = True) -> list[Finding]:
+        """Everything about the host and its VMs that matters to the plan. An error would stop it. Not ``whole``, for a
+        caller who may only look: no program of the admin's runs, and no kernel is unpacked."""
+        out = await check_host(the_plan, self.ports, self.vms.values(), kernel=whole)
+        found = await triage(list(self.vms.values()), Survives.KEXEC, the_plan.policy, hooks=whole)
         decided = {vm.name for vm, _ in (*found.refused, *found.unsaveable)}
         for vm, error in found.refused:
             waits = waits_when_blocked(vm.machine)

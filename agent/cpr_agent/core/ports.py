@@ -158,6 +158,9 @@ class Runner(Protocol):
     def launched_all(self) -> list[str]:
         """Names of all VMs started since the host booted."""
 
+    def trim_logs(self) -> None:
+        """Cut off what QEMUs have written to their logs beyond any use. Blocking."""
+
     def unit(self, name: str) -> str:
         """The systemd unit, or "" where systemd does not run it."""
 
@@ -233,8 +236,12 @@ class Memory(Protocol):
 class PendingState(Protocol):
     """A vmstate file being written: nothing of it is visible until ``commit``."""
 
+    vm: str
     fd: int
     path: str
+
+    def too_large(self) -> bool:
+        """Whether it is larger already than any state may be."""
 
     def seal(self) -> Vmstate:
         """Fsync, look whether it is whole, digest. Blocking. Raises NotVmstate, OSError."""

@@ -126,9 +126,9 @@ class Vm:
         async with self._lock:
             return await self._successor.reasons()
 
-    async def require_saveable(self, need: Survives) -> None:
+    async def require_saveable(self, need: Survives, *, hooks: bool = True) -> None:
         """Raises the error of a save as it would be now, and stops nothing."""
-        await saveable.require_saveable(self.machine, need)
+        await saveable.require_saveable(self.machine, need, hooks=hooks)
         if need is Survives.KEXEC and (reasons := await self.successor_reasons()):
             raise Blocked(reasons, vm=self.name)
 

@@ -28,6 +28,8 @@ from cpr_agent.text import printable
 LOG_TAIL_BYTES = 2000
 READY_TIMEOUT_S = 60.0
 """For the launcher, a small program on a host in trouble."""
+MAX_LOG_BYTES = 8 << 20
+"""Of each VM; the log of the QEMU before is kept beside it."""
 
 
 SECOND = ":b"
@@ -160,6 +162,17 @@ class RunFiles:
     def log(self, name: str) -> Path:
         return self._log_dir / f"{name}.log"
 
+    def trim_logs(self) -> None:
+        """A VM's QEMU may write to its log what it likes. It appends, so that it goes on at the new end."""
+        for path in self._log_dir.glob("*.log"):
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                with open(fd, "r+b", buffering=0) as log:  # noqa: PTH123 - a descriptor
+                    if (size := os.fstat(fd).st_size) > MAX_LOG_BYTES:
+                        tail = os.pread(fd, LOG_TAIL_BYTES, size - LOG_TAIL_BYTES)
+                        log.truncate(0)
+                        log.write(b"... cpr-agentd has cut %d bytes off\n%b" % (size, tail))
+
     def point_admin(self, name: str) -> None:
         """The admin's socket has one path, whichever place the VM is in; a link leads to the second one's."""
         if name not in self._in_second:
@@ -263,6 +276,9 @@ class BaseRunner(ABC):
 
     def launched_all(self) -> list[str]:
         return self._files.launched_all()
+
+    def trim_logs(self) -> None:
+        self._files.trim_logs()
 
 
 def reap_when_done(child: subprocess.Popen[bytes]) -> None:

@@ -219,8 +219,11 @@ def _create(path: Path, size: int, owner: tuple[int, int] | None) -> None:
         if owner:
             os.fchown(fd, *owner)
         os.truncate(fd, size)
-        if _survives(*filesystem_of(os.fstat(fd).st_dev)) is Survives.KEXEC:
-            os.posix_fallocate(fd, 0, size)  # otherwise a full file system ends QEMU (SIGBUS) when the guest touches a hole
+        filesystem, options = filesystem_of(os.fstat(fd).st_dev)
+        if _survives(filesystem, options) is Survives.KEXEC and filesystem != "tmpfs":
+            # Otherwise a full file system ends QEMU (SIGBUS) when the guest touches a hole. In a tmpfs it would be memory
+            # of the agent, which has a bound (MemoryMax=).
+            os.posix_fallocate(fd, 0, size)
     except OSError as error:
         path.unlink()
         what = f"its memory file {path} cannot be made: {error.strerror}"

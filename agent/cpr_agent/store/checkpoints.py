@@ -233,6 +233,9 @@ class PendingVmstate:
             self._temporary.unlink(missing_ok=True)
         self.fd = os.open(self._temporary, os.O_WRONLY | create | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
+    def too_large(self) -> bool:
+        return os.fstat(self.fd).st_size > vmstate.MAX_BYTES
+
     def seal(self) -> Vmstate:
         """Make durable what QEMU has written, which it does not fsync itself. The file keeps its temporary name."""
         os.fsync(self.fd)

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _TakeWitness = Callable[[], Awaitable[Witness]]
 _DEFAULT_TIMEOUT_S = 60.0
+SIZE_S = 0.2
+"""Most saves take less."""
 DISKS_S = 5.0
 """For the question after the disks of a guest that stands still."""
 
@@ -165,7 +167,7 @@ async def _write_state(
     timeout_s = min(machine.definition.save.timeout if machine.definition else _DEFAULT_TIMEOUT_S, limit_s)
     try:
         async with asyncio.timeout(None if limit_s == math.inf else limit_s):
-            stopped_at = await machine.require_qemu().save(pending.fd, timeout_s) or clock.now()
+            stopped_at = await _bounded(machine.require_qemu().save(pending.fd, timeout_s), pending) or clock.now()
     except TimeoutError:
         raise SaveFailed(
             f"its QEMU has not written its state within {limit_s:g} s, in which other guests stand still",
@@ -175,6 +177,20 @@ async def _write_state(
     if sleep and sleep.woke.is_set():  # its devices run again, and nobody would wake it after the load
         raise SaveFailed("its guest was put to sleep, and woke by itself before it was saved", vm=machine.name)
     return _Written(sleep.since if sleep else stopped_at, clock.now())
+
+
+async def _bounded(saving: Coroutine[None, None, float], pending: PendingState) -> float:
+    """Look at the file's size while QEMU writes it: others need the room. Raises SaveFailed."""
+    task = asyncio.ensure_future(saving)
+    try:
+        while not (await asyncio.wait({task}, timeout=SIZE_S))[0]:
+            if pending.too_large():
+                raise SaveFailed("QEMU writes a state that is larger than any state is", vm=pending.vm)
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await uninterrupted(asyncio.wait({task}))
 
 
 async def _store_state(

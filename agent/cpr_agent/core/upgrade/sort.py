@@ -46,9 +46,9 @@ class Triage(msgspec.Struct):
             )
 
 
-async def triage(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
-    """As the VMs are now. Stops no guest, and waits for none."""
-    return await _triage(vms, need, policy, lambda vm: vm.require_saveable(need))
+async def triage(vms: Collection[Vm], need: Survives, policy: Policy, *, hooks: bool = True) -> Triage:
+    """As the VMs are now. Stops no guest, and waits for none. ``hooks``: ask those of the admin too."""
+    return await _triage(vms, need, policy, lambda vm: vm.require_saveable(need, hooks=hooks))
 
 
 async def triage_patiently(vms: Collection[Vm], need: Survives, policy: Policy) -> Triage:
