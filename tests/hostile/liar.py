@@ -7,11 +7,14 @@ LIES is a file of rules in JSON, read again when it has changed; without it noth
 "on" (a command, "event:NAME", "greeting", or "*") and what becomes of the message:
 
     "silent"    it is not passed on
+    "slow"      it is passed on after so many seconds, and all that comes after it waits
     "hang-up"   the connection ends
     "answer"    the text of the answer in JSON, or the text of "timestamp" with "timestamp"
     "add"       values that the answer, a list, has at its end
+    "said"      this text is sent before it
     "flood"     this text is sent before it, again and again
     "state"     bytes that the file of the saved state has then, most of them a hole
+    "appended"  bytes that the saved state has in addition, each of which could begin its description
     "mutate"    each part of it is replaced by nonsense, with this probability; "seed" makes that repeatable
 """
 
@@ -103,20 +106,29 @@ class Connection:
         finally:
             self._end()
 
-    def _changed(self, said: dict[str, Any]) -> bytes:
-        name = (
-            "greeting"
-            if "QMP" in said
-            else f"event:{said['event']}"
-            if "event" in said
-            else self._asked.pop(said.get("id"), "")
-        )
-        rule = self._lies.of(name)
-        if "state" in rule and self._state >= 0 and said.get("data", {}).get("status") == "completed":
+    def _name_of(self, said: dict[str, Any]) -> str:
+        if "QMP" in said:
+            return "greeting"
+        return f"event:{said['event']}" if "event" in said else self._asked.pop(said.get("id"), "")
+
+    def _spoil_state(self, rule: dict[str, Any], said: dict[str, Any]) -> None:
+        if self._state < 0 or said.get("data", {}).get("status") != "completed":
+            return
+        if "state" in rule:
             os.ftruncate(self._state, rule["state"])
-        if "flood" in rule:
-            while True:
-                self._agent.sendall(rule["flood"].encode() * (1 + (1 << 16) // len(rule["flood"])))
+        if "appended" in rule:
+            os.pwrite(self._state, b"\x06" * rule["appended"], os.fstat(self._state).st_size)
+
+    def _say_before(self, rule: dict[str, Any]) -> None:
+        self._agent.sendall(rule.get("said", "").encode())
+        while "flood" in rule:
+            self._agent.sendall(rule["flood"].encode() * (1 + (1 << 16) // len(rule["flood"])))
+        time.sleep(rule.get("slow", 0))  # this is the lie
+
+    def _changed(self, said: dict[str, Any]) -> bytes:
+        rule = self._lies.of(self._name_of(said))
+        self._spoil_state(rule, said)
+        self._say_before(rule)
         if "hang-up" in rule:
             raise OSError("as it was told")
         if "silent" in rule:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -179,6 +182,82 @@ def test_a_state_that_is_mostly_a_hole_is_refused(lab: Lab, evil: Evil, good: Gu
     began = time.monotonic()
     lab.job("SaveAll", survives="qemu-restart", policy="force")
     assert time.monotonic() - began < 30
+    good.load()
+    assert_contained(lab, good)
+
+
+def test_a_state_full_of_beginnings_is_looked_through_in_no_time(lab: Lab, evil: Evil, good: Guest) -> None:
+    """Each of these bytes could begin the description at the end of a state."""
+    liar = evil()
+    liar.lie({"on": "event:MIGRATION", "appended": 64 << 20})
+    before = time.monotonic()
+    lab.job("SaveAll", survives="qemu-restart", policy="force")
+    assert time.monotonic() - before < 30
+    good.load()
+    assert_contained(lab, good)
+
+
+SLOW_S = 28.0
+
+
+@pytest.mark.parametrize("policy", ["all-or-nothing", "force"])
+@pytest.mark.parametrize("when", ["from the beginning", "once guests stand still"])
+def test_slow_answers_leave_no_other_guest_stopped(lab: Lab, evil: Evil, good: Guest, policy: str, when: str) -> None:
+    """Each comes just before it would be too late. The VM is given up, by the policy."""
+    liar = evil()
+    on = "*" if when == "from the beginning" else "event:STOP"
+    liar.lie({"on": on, "slow": SLOW_S})
+    result = lab.job("SaveAll", survives="qemu-restart", policy=policy)
+    if policy == "force":
+        assert result == "done"
+        assert good.state == "saved"
+        assert lab.job("LoadAll") == "done"
+    else:
+        assert "evil" in result
+    until(lambda: good.state == "running", "it goes on")
+    assert longest_standstill_s(good) < 40  # of its budget, of the undo, and of what a slow machine takes
+    assert_contained(lab, good)
+
+
+def longest_standstill_s(guest: Guest) -> float:
+    """By the journal of the agent: from each stop to the next start."""
+    longest, stopped = 0.0, 0.0
+    for line in (guest.lab.state / "journal").read_bytes().splitlines():
+        record = json.loads(line.partition(b" ")[2])
+        if record.get("vm") == guest.name and record["event"] == "save-begin":
+            stopped = record["at"]
+        elif record.get("vm") == guest.name and record["event"] == "resumed" and stopped:
+            longest, stopped = max(longest, record["at"] - stopped), 0.0
+    return longest
+
+
+def test_a_firmware_file_that_became_a_fifo_is_not_waited_for(lab: Lab, good: Guest) -> None:
+    rom = lab.root / "rom"
+    rom.write_bytes(bytes(65536))
+    guest = lab.running("evil", "-device", f"virtio-net-pci,romfile={rom}")
+    rom.unlink()
+    os.mkfifo(rom)
+    assert lab.job("SaveAll", survives="qemu-restart") == "done"
+    assert longest_standstill_s(good) == 0.0
+    lab.job("LoadAll")
+    until(lambda: good.state == "running", "it goes on")
+    assert longest_standstill_s(good) < 15
+    assert guest.state in ("saved", "held", "running", "stopped")
+    assert_contained(lab, good)
+
+
+def test_memory_that_its_owner_cuts_off_ends_no_agent(lab: Lab, good: Guest) -> None:
+    """Root must not touch a mapping beyond its end (SIGBUS). QEMU itself does as soon as its guest runs."""
+    guest = lab.running("evil")
+    guest.call("Stop", "s", "hard")
+    guest.start()
+    guest.until_counts()
+    guest.save()
+    os.truncate(guest.ram, 4096)
+    for act in (guest.load, lambda: guest.call("Resume"), lambda: guest.call("Check"), guest.start):
+        with contextlib.suppress(CallError):
+            act()
+    lab.job("SaveAll", survives="qemu-restart", policy="force")
     good.load()
     assert_contained(lab, good)
 

@@ -69,11 +69,13 @@ class PlaceTurn(Turn):
     def __init__(self, places: Places, ready: Callable[[], Awaitable[object]] | None = None) -> None:
         super().__init__()
         self._ready = ready
+        self._places = places
         self._place = places.place()
 
     async def __aenter__(self) -> None:
         if self._ready:
             await self._ready()
+        self._place = self._places.place()  # anew: a load that fails is tried once more, with the old program
         await self._place.__aenter__()
         await super().__aenter__()
 

@@ -66,7 +66,7 @@ class Publisher(Listener):
             try:
                 write(text())
                 self._complained.discard(text.__name__)
-            except OSError as error:  # no guest depends on it
+            except (OSError, ValueError) as error:  # no guest depends on it
                 if text.__name__ not in self._complained:
                     log.warning("%s could not be written: %s", text.__name__.strip("_"), error)
                 self._complained.add(text.__name__)
