@@ -18,14 +18,17 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from cpr_agent.core.model import (
+    BlockNode,
     DaxDevice,
     Difference,
     DiskIdentity,
     Finding,
     HookFailure,
     HookPhase,
+    Inventory,
     Kernel,
     Launch,
+    PluggedDevice,
     QemuFacts,
 )
 from cpr_agent.core.ports import Qemu
@@ -341,12 +344,25 @@ class FakeQemu:
         assert self.launch.argv[1:3] == ("-machine", "none"), "it was to have no machine"
         return self._runner.lacking
 
+    @property
+    def pid(self) -> int:
+        """This process's own PID stands for all: /proc has it."""
+        return os.getpid()
+
+    async def inventory(self) -> Inventory:
+        await self._step("inventory")
+        nodes = [
+            BlockNode(disk="d0", role="", node=disk.node, driver=disk.driver, filename=disk.filename)
+            for disk in await self.disks()
+        ]
+        return Inventory(nodes=tuple(nodes), devices=tuple(self._runner.plugged.get(self.launch.vm, ())))
+
     async def listening(self) -> list[str]:
         return []
 
     async def disks(self) -> list[DiskIdentity]:
         disk = self._runner.disks.get(self.launch.vm)
-        return [DiskIdentity(node="disk", driver="raw", filename=str(disk))] if disk else []
+        return [DiskIdentity(node="disk", driver="file", filename=str(disk))] if disk else []
 
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
         await self._step("save")
@@ -513,7 +529,6 @@ class FakePlace:
         return self._qemus[self._name]
 
     async def pid(self) -> int:
-        """This process's own PID stands for all: /proc has it."""
         self._runner.point()
         return os.getpid() if self._name in self._qemus else 0
 
@@ -547,6 +562,9 @@ class FakeRunner:
         self.transfers = False
         self.load_runs_guest = False
         self.disks: dict[str, Path] = {}
+        """Of each VM one at the most, which the test has open."""
+        self.plugged: dict[str, list[PluggedDevice]] = {}
+        self.inventories: dict[str, Inventory] = {}
         self.counts: dict[str, int] = {}
         self.violations: list[str] = []
         self.started: list[tuple[str, str]] = []
@@ -600,6 +618,13 @@ class FakeRunner:
 
     def launched_all(self) -> list[str]:
         return sorted(self._launches)
+
+    def inventory(self, name: str) -> Inventory | None:
+        return self.inventories.get(name)
+
+    def record_inventory(self, name: str, inventory: Inventory) -> None:
+        self.point()
+        self.inventories[name] = inventory
 
     def unit(self, name: str) -> str:  # noqa: ARG002
         return ""

@@ -140,7 +140,7 @@ class Guest:
     def checkpoint_files(self) -> list[str]:
         return sorted(path.name for path in self.checkpoint.iterdir()) if self.checkpoint.exists() else []
 
-    def admin(self, command: str, **arguments: Any) -> Any:
+    def admin(self, command: str, /, **arguments: Any) -> Any:
         """One QMP command over the admin's own socket."""
         return qmp(self.lab.run / "vm" / self.name / "admin.sock", command, **arguments)
 
@@ -298,11 +298,11 @@ class Lab:
                 os.kill(pid, signal.SIGKILL)
 
 
-def qmp(path: Path, command: str, **arguments: Any) -> Any:
+def qmp(socket_path: Path, command: str, /, **arguments: Any) -> Any:
     """One QMP command by hand, as an admin with socat would send it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(PATIENCE_S)
-        connection.connect(str(path))
+        connection.connect(str(socket_path))
         stream = connection.makefile("rw")
         stream.readline()
         reply: dict[str, Any] = {}

@@ -68,7 +68,7 @@ def linux_with_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _qemu(version: str) -> str:
+def qemu_of(version: str) -> str:
     if version not in QEMUS:
         missing = f"no QEMU {version} here (found: {', '.join(QEMUS) or 'none'}); build it with: make host-root"
         # Debian 13's own QEMU is the other one's version: there the older dialect has no binary.
@@ -81,12 +81,12 @@ def _qemu(version: str) -> str:
 @pytest.fixture(scope="session")
 def any_qemu() -> str:
     """For what does not depend on the dialect."""
-    return next(iter(QEMUS.values())) if QEMUS else _qemu("10.0")
+    return next(iter(QEMUS.values())) if QEMUS else qemu_of("10.0")
 
 
 @pytest.fixture(params=["7.2", "10.0"])
 def each_qemu(request: pytest.FixtureRequest) -> str:
-    return _qemu(request.param)
+    return qemu_of(request.param)
 
 
 def _lab(tmp_path: Path, tiny: Path, qemu: str) -> Iterator[Lab]:

@@ -12,7 +12,7 @@ import pytest
 from scripts.guest.console import read_console
 from scripts.hostvm.image import find_image
 from scripts.hostvm.vm import pack_payload
-from tests.bus.conftest import _qemu
+from tests.bus.conftest import qemu_of
 from tests.guests.debian import HERE, Debian, Nic, command_line, judge, network, rebase
 from tests.guests.tally import case
 from tests.guests.test_refresh import installed, refresh, version
@@ -39,7 +39,7 @@ def debian(lab: Lab, qemu: str, *, queues: int = 1, smp: int = 4) -> Iterator[De
 
 @pytest.mark.parametrize("version", ["10.0", "11.1"])
 def test_saved_and_loaded(lab: Lab, version: str) -> None:
-    with debian(lab, _qemu(version)) as one:
+    with debian(lab, qemu_of(version)) as one:
         with case(f"a Debian guest under load, saved and loaded on {version}"):
             one.guest.save()
             one.guest.load()

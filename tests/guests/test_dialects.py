@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bus.conftest import _qemu
+from tests.bus.conftest import qemu_of
 from tests.bus.test_dialects import *  # noqa: F403 - the suite
 from tests.guests.scenarios import in_host_vm
 from tests.guests.tally import note
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.counted
 @pytest.fixture(params=REAL)
 def each_qemu(request: pytest.FixtureRequest) -> str:
     note("dialect", request.param)
-    return _qemu(request.param)
+    return qemu_of(request.param)
 
 
 @pytest.mark.parametrize(("old", "new"), [("7.2", "10.0"), ("7.2", "11.1"), ("10.0", "11.1")])
@@ -30,7 +30,7 @@ def test_saved_by_an_old_one_and_loaded_by_a_new_one(lab: Lab, old: str, new: st
 
     def installed(version: str) -> None:
         path.unlink(missing_ok=True)
-        path.symlink_to(_qemu(version))
+        path.symlink_to(qemu_of(version))
 
     installed(old)
     guest = lab.guest(qemu=str(path))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bus.conftest import _qemu
+from tests.bus.conftest import qemu_of
 from tests.bus.test_crashes import dies
 from tests.guests.scenarios import in_host_vm
 from tests.guests.tally import case
@@ -22,7 +22,7 @@ def installed(lab: Lab, version: str) -> None:
     """What the package manager does: another program under the path that the definition names."""
     path = lab.root / "qemu"
     path.unlink(missing_ok=True)
-    path.symlink_to(_qemu(version))
+    path.symlink_to(qemu_of(version))
 
 
 def refresh(guest: Guest, *options: str) -> str:
@@ -94,7 +94,7 @@ def test_a_new_one_that_does_not_work_leaves_the_old_one(lab: Lab, guest: Guest,
     path, before = lab.root / "qemu", guest.pid
     path.unlink()
     if program:
-        script(path, program.format(qemu=_qemu("7.2")))
+        script(path, program.format(qemu=qemu_of("7.2")))
     with case(f"a new QEMU that does not work: {why}"):
         done = lab.cprctl("refresh", "web1")
         assert done.returncode == 1
@@ -115,7 +115,7 @@ def own_program(lab: Lab) -> Guest:
     (lab.root / "usr/bin").mkdir(parents=True)
     (lab.root / "usr/share").symlink_to("/usr/share")
     (lab.root / "usr/lib").symlink_to("/usr/lib")
-    path = str(shutil.copy(_qemu("7.2"), lab.root / "usr/bin/qemu"))
+    path = str(shutil.copy(qemu_of("7.2"), lab.root / "usr/bin/qemu"))
     guest = lab.guest("web1", "-device", "virtio-balloon", "-device", "virtio-net-pci,romfile=efi-virtio.rom", qemu=path)
     guest.start()
     guest.until_counts()
@@ -135,7 +135,7 @@ def replaced(lab: Lab, program: str) -> None:
     path = lab.root / "usr/bin/qemu"
     path.unlink()
     if program:
-        script(path, program.format(qemu=_qemu("7.2")))
+        script(path, program.format(qemu=qemu_of("7.2")))
 
 
 @pytest.mark.parametrize(("program", "why"), BROKEN)
@@ -166,7 +166,7 @@ def test_in_turn_a_new_one_that_does_not_work_brings_the_old_one_back(
             guest.assert_unbroken()
     guest.save()
     guest.call("Resume")
-    shutil.copy(_qemu("7.2"), lab.root / "usr/bin/new")
+    shutil.copy(qemu_of("7.2"), lab.root / "usr/bin/new")
     (lab.root / "usr/bin/new").rename(lab.root / "usr/bin/qemu")
     refresh(guest, "--in-turn")
     guest.assert_unbroken()
@@ -283,7 +283,7 @@ def test_what_cannot_take_the_guest_leaves_it(lab: Lab, program: str, why: str) 
     if program == "older":
         installed(lab, "10.0")
     else:
-        script(lab.root / "qemu", program.format(qemu=_qemu("11.1")))
+        script(lab.root / "qemu", program.format(qemu=qemu_of("11.1")))
     with case(f"a new QEMU that can't take it: {why}"):
         refused(guest, "LoadFailed", "could not get a new QEMU", why, "goes on in the QEMU that it had", member="Refresh")
         assert guest.pid == before

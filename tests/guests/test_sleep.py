@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bus.conftest import _qemu
+from tests.bus.conftest import qemu_of
 from tests.guests.tally import case
 from tests.lab import Guest, Lab, refused
 
@@ -21,7 +21,7 @@ def sleepy(lab: Lab, linux: Path, append: str = "", *more: str, machine: str = "
     arguments = guest.definition["vm"]["arguments"]
     arguments[arguments.index("-machine") + 1] = f"{machine},accel=tcg"
     guest.definition["save"] = {"suspend": "always", "suspend-timeout": timeout_s}
-    guest.definition["vm"]["qemu"] = _qemu("10.0")
+    guest.definition["vm"]["qemu"] = qemu_of("10.0")
     lab.define(guest)
     guest.start()
     guest.until_counts()
@@ -85,7 +85,7 @@ def test_no_guest_agent_answers(lab: Lab, *, port: bool) -> None:
     """The tiny guest has none, with a port for it or without."""
     guest = lab.guest("web1", *(lab.agent_port() if port else ()))
     guest.definition["save"] = {"suspend": "always"}
-    guest.definition["vm"]["qemu"] = _qemu("10.0")
+    guest.definition["vm"]["qemu"] = qemu_of("10.0")
     lab.define(guest)
     guest.start()
     guest.until_counts()

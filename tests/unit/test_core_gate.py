@@ -297,8 +297,9 @@ def test_a_disk_that_was_written_to_meanwhile_holds_a_resume_too(tmp_path: Path)
     bench.define("web1", bench.define_device("web1"))
     bench.runner.disks["web1"] = disk = tmp_path / "disk.img"
     disk.write_bytes(b"before")
-    bench.vm(lambda vm: vm.start())
-    bench.vm(lambda vm: vm.save(SaveRequest()))
+    with disk.open("rb"):  # a fake QEMU's files are those of the test
+        bench.vm(lambda vm: vm.start())
+        bench.vm(lambda vm: vm.save(SaveRequest()))
     disk.write_bytes(b"written by somebody else")
     with pytest.raises(DiskChanged, match="size_bytes"):
         bench.vm(lambda vm: vm.resume())

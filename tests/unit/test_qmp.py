@@ -187,6 +187,15 @@ GOOD: dict[str, object] = {
     "qom-list": [{"name": "net0", "type": "child<virtio-net-pci>"}],
     "query-memdev": [{"id": "cpr-ram", "size": 4096, "share": True}],
     "query-named-block-nodes": [{"drv": "raw", "file": "/x", "node-name": "n", "image": {"virtual-size": 1}}],
+    "query-block": [{"device": "d0", "qdev": "disk0", "inserted": {"node-name": "n"}}, {"device": "cd", "removable": True}],
+    "x-debug-query-block-graph": {
+        "nodes": [{"id": 1, "type": "block-driver", "name": "n"}],
+        "edges": [{"parent": 1, "child": 2, "name": "file", "perm": [], "shared-perm": []}],
+    },
+    "query-hotpluggable-cpus": [
+        {"type": "x86_64-cpu", "props": {"core-id": 0}, "qom-path": "/machine/unattached/device[0]"}
+    ],
+    "query-memory-devices": [{"type": "dimm", "data": {"id": "dimm0", "size": 4096}}],
     "query-jobs": [{"id": "job0"}],
     "query-replay": {"mode": "none"},
     "query-colo-status": {"mode": "none"},

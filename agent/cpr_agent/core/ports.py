@@ -19,11 +19,13 @@ from cpr_agent.core.model import (
     HookFailure,
     HookPhase,
     Imported,
+    Inventory,
     Kernel,
     Launch,
     Located,
     Manifest,
     MemorySection,
+    OpenFile,
     QemuFacts,
     Ram,
     Vmstate,
@@ -35,6 +37,10 @@ from cpr_agent.core.timeline import GuestTimeline
 
 class Qemu(Protocol):
     """One live QEMU, over its QMP socket. Every call raises QemuFailed when QEMU is gone or does not answer in time."""
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
 
     def on_change(self, callback: Callable[[str], None]) -> None:
         """Call back with the name of each QMP event, and ``"GONE"`` once when the connection ends."""
@@ -57,6 +63,9 @@ class Qemu(Protocol):
 
     async def lacks(self, was: QemuFacts) -> list[Difference]:
         """The same of a QEMU that was started by ``Definitions.plan_probe``, which knows no more than its program."""
+
+    async def inventory(self) -> Inventory:
+        """The disks and devices that its guest sees; the files that it has open are the host's to say."""
 
     async def listening(self) -> list[str]:
         """The paths of the Unix sockets at which its character devices listen, but for the agent's own."""
@@ -161,6 +170,12 @@ class Runner(Protocol):
     def trim_logs(self) -> None:
         """Cut off what QEMUs have written to their logs beyond any use. Blocking."""
 
+    def inventory(self, name: str) -> Inventory | None:
+        """What the QEMU in the VM's own place had when it was last recorded; it may be an earlier QEMU's. Blocking."""
+
+    def record_inventory(self, name: str, inventory: Inventory) -> None:
+        """Until the host starts anew. Blocking. Raises OSError."""
+
     def unit(self, name: str) -> str:
         """The systemd unit, or "" where systemd does not run it."""
 
@@ -185,6 +200,9 @@ class Definitions(Protocol):
 
     def unshareable(self, launch: Launch) -> list[str]:
         """What of the host a second QEMU with the same arguments must not even open while the first one has it."""
+
+    def images(self, launch: Launch) -> list[str]:
+        """The paths by which its command line names disks and firmware of the host."""
 
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
 
@@ -350,7 +368,16 @@ class Files(Protocol):
         """SHA-256; "" if there is no such file, or it can't be read. Blocking."""
 
     def identify_disk(self, disk: DiskIdentity) -> DiskIdentity:
-        """``disk`` as it is now. True for a checkpoint only once the guest has stopped. Blocking."""
+        """``disk`` as it is now, by its path. Blocking."""
+
+    def open_files(self, pid: int) -> list[OpenFile]:
+        """The files and block devices that the process has open. Blocking; empty if it has ended."""
+
+    def working_directory(self, pid: int) -> str:
+        """Of the process; "" if it has ended."""
+
+    def look_at(self, path: str) -> OpenFile | None:
+        """What would be opened by ``path``, which must not be QEMU's word; None if nothing would. Blocking."""
 
 
 class Sockets(Protocol):

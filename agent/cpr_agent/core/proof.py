@@ -10,13 +10,16 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from cpr_agent.core.inventory import differences
 from cpr_agent.core.model import (
     Difference,
     DiskIdentity,
     FileDigest,
+    Inventory,
     Located,
     Manifest,
     MemoryIdentity,
+    OpenFile,
     QemuFacts,
     Ram,
     Survives,
@@ -34,6 +37,7 @@ from cpr_agent.errors import (
     MemoryUnusable,
     NotVmstate,
     ProofFailed,
+    SaveFailed,
 )
 
 IN_RAM = ("tmpfs", "hugetlbfs")
@@ -175,6 +179,29 @@ async def identify_disks(ports: Ports, disks: Iterable[DiskIdentity]) -> list[Di
     return await asyncio.to_thread(lambda: [ports.files.identify_disk(disk) for disk in listed]) if listed else []
 
 
+def identify_open(listed: Iterable[DiskIdentity], opened: Iterable[OpenFile], draft: Manifest) -> list[DiskIdentity]:
+    """``listed`` by what QEMU has open. Files are those of ``draft``; the rest is not of this host. Raises SaveFailed."""
+    by_key, disks = {file.key: file for file in opened}, {disk.node: disk for disk in listed}
+    nodes = {node.node: node for node in draft.inventory.nodes if node.file} if draft.inventory else {}
+    out = []
+    for name, node in nodes.items():
+        file = by_key.get(node.file.key) if node.file and name in disks else None
+        if file is None:
+            raise SaveFailed(f"its disk {node.disk} (node {name}) was changed while it was saved", vm=draft.vm)
+        identity = DiskIdentity(
+            node=name,
+            driver=node.driver,
+            filename=file.path,
+            kind=file.kind,
+            device_id=file.device_id,
+            inode=file.inode if file.kind == "file" else 0,
+            size_bytes=file.size_bytes,
+            mtime_ns=file.mtime_ns,
+        )
+        out.append(identity)
+    return out + [disk for disk in disks.values() if disk.node not in nodes and not disk.filename.startswith("/")]
+
+
 async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
     """A guest has its disks' contents in its RAM: what somebody wrote meanwhile it would overwrite, or mix up.
 
@@ -212,6 +239,18 @@ async def refuse_lesser_machine(qemu: Qemu, manifest: Manifest) -> None:
     lacking = await qemu.differences(manifest.qemu, manifest.launch)
     remedy = "use the kernel and the QEMU that it was saved with, or newer ones: see `cprctl upgrade --back`"
     _refuse(MachineChanged, "the machine that it would go on in lacks what it had", lacking, manifest, remedy)
+
+
+def refuse_other_devices(ports: Ports, manifest: Manifest, found: Inventory) -> None:
+    """The new QEMU must have all that the guest had, and nothing else. It has loaded nothing yet. Raises DiskChanged,
+    MachineChanged."""
+    if manifest.inventory is None:
+        return
+    rebooted = manifest.boot_id != ports.boot.boot_id()
+    disks, devices = differences(manifest.inventory, found, anew=True, rebooted=rebooted)
+    remedy = "bring back what it had, and load again"
+    _refuse(DiskChanged, "the QEMU that it would go on in has other disks", disks, manifest, remedy)
+    _refuse(MachineChanged, "the QEMU that it would go on in has other devices", devices, manifest, remedy)
 
 
 def _refuse(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Literal
 
+from cpr_agent.core import inventory
 from cpr_agent.core.acts.sleep import sleep_reasons
 from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.machine import Machine
@@ -20,7 +21,8 @@ async def blocked_reasons(machine: Machine) -> list[str]:
     launch = machine.launched()
     if machine.qemu is None or launch is None or machine.run_state not in SAVEABLE:
         return []
-    return await machine.qemu.blocked_reasons(launch) + await sleep_reasons(machine, machine.qemu)
+    changed = await inventory.reasons(machine.ports, machine.qemu, launch)
+    return await machine.qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, machine.qemu)
 
 
 async def require_live(machine: Machine, need: Survives) -> Launch:

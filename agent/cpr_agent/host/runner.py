@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from cpr_agent.core.model import Launch, MemoryIdentity
+from cpr_agent.core.model import Inventory, Launch, MemoryIdentity
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import QemuFailed
 from cpr_agent.files import make_private_directory, write_atomically
@@ -32,6 +32,8 @@ MAX_LOG_BYTES = 8 << 20
 """Of each VM; the log of the QEMU before is kept beside it."""
 
 
+_INVENTORY = msgspec.json.Decoder(Inventory)
+"""Made once, as in store/schema.py."""
 SECOND = ":b"
 """What tells a VM's second place from its first; no name of a VM has a colon."""
 
@@ -140,6 +142,18 @@ class RunFiles:
             marker.touch()
         self._in_second ^= {name}
         self.point_admin(name)
+
+    def inventory(self, place: str) -> Inventory | None:
+        try:
+            return _INVENTORY.decode(self._inventory(place).read_bytes())
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+    def record_inventory(self, place: str, inventory: Inventory) -> None:
+        write_atomically(self._inventory(place), msgspec.json.encode(inventory), durable=False)
+
+    def _inventory(self, place: str) -> Path:
+        return self._launched / f"{place}.inventory"
 
     def launch(self, place: str) -> Launch | None:
         """Each VM that is started or loaded asks for the memory of all the others: a record is read once, as it is replaced
@@ -279,6 +293,12 @@ class BaseRunner(ABC):
 
     def trim_logs(self) -> None:
         self._files.trim_logs()
+
+    def inventory(self, name: str) -> Inventory | None:
+        return self._files.inventory(self._files.own(name))
+
+    def record_inventory(self, name: str, inventory: Inventory) -> None:
+        self._files.record_inventory(self._files.own(name), inventory)
 
 
 def reap_when_done(child: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from cpr_agent.core.model import DiskIdentity
+from cpr_agent.core.model import DiskIdentity, OpenFile
 from cpr_agent.files import digest_of
 from cpr_agent.handles import file_at
 from cpr_agent.host import sockets
@@ -84,11 +84,37 @@ class ThisHost:
         except OSError:
             return replace(disk, kind="missing")
         if stat.S_ISBLK(info.st_mode):
-            number = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
-            return replace(disk, kind="device", **_block_device(BLOCK_DEVICES / number))
+            return replace(disk, kind="device", **_block_device(info.st_rdev))
         if not stat.S_ISREG(info.st_mode):
             return replace(disk, kind="device")
         return replace(disk, kind="file", inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
+
+    def open_files(self, pid: int) -> list[OpenFile]:
+        try:
+            links = list(Path(f"/proc/{pid}/fd").iterdir())
+        except OSError:
+            return []
+        found: dict[tuple[str, int, int], OpenFile] = {}
+        for link in links:
+            try:
+                path, info = str(link.readlink()), link.stat()  # of the open file itself (proc(5))
+            except OSError:
+                continue  # it was closed meanwhile
+            if stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode):
+                found[path, info.st_dev, info.st_ino] = _open_file(path, info)
+        return list(found.values())
+
+    def working_directory(self, pid: int) -> str:
+        try:
+            return str(Path(f"/proc/{pid}/cwd").readlink())
+        except OSError:
+            return ""
+
+    def look_at(self, path: str) -> OpenFile | None:
+        try:
+            return _open_file(path, Path(path).stat())
+        except (OSError, ValueError):
+            return None
 
     def keep_sockets(self, paths: Sequence[str], pid: int) -> None:
         sockets.keep(paths, pid)
@@ -116,11 +142,32 @@ class ThisHost:
             return True
 
 
-def _block_device(sysfs: Path) -> dict[str, Any]:
-    """The size, and a name that stays the same over boots if there is one (Documentation/ABI, block and dm)."""
+def _open_file(path: str, info: os.stat_result) -> OpenFile:
+    nameless = info.st_nlink == 0
+    shown = path.removesuffix(" (deleted)") if nameless else path
+    shown = shown if shown.isprintable() else ""
+    if stat.S_ISBLK(info.st_mode):
+        return OpenFile(path=shown, kind="device", st_dev=info.st_rdev, **_block_device(info.st_rdev))
+    return OpenFile(
+        path=shown,
+        st_dev=info.st_dev,
+        inode=info.st_ino,
+        size_bytes=info.st_size,
+        mtime_ns=info.st_mtime_ns,
+        nameless=nameless,
+    )
+
+
+def _block_device(number: int) -> dict[str, Any]:
+    """The size, and a name that stays the same over boots if there is one."""
+    sysfs = BLOCK_DEVICES / f"{os.major(number)}:{os.minor(number)}"
+    return {"device_id": _device_id(sysfs), "size_bytes": int(_text(sysfs / "size") or 0) * 512}
+
+
+def _device_id(sysfs: Path) -> str:
+    """Documentation/ABI, block and dm; "" if there is none."""
     names = ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
-    name = next((text for name in names if (text := _text(sysfs / name))), "")
-    return {"device_id": name, "size_bytes": int(_text(sysfs / "size") or 0) * 512}
+    return next((text for name in names if (text := _text(sysfs / name))), "")
 
 
 def _text(path: Path) -> str:

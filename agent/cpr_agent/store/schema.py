@@ -25,7 +25,9 @@ def read_manifest(raw: bytes) -> Manifest:
     if body["schema"] == 1:
         body |= {"schema": 2, "memory": [body["memory"]], "launch": _launch(body["launch"])}
     if body["schema"] == 2:
-        body |= {"schema": MANIFEST_SCHEMA}  # its witness has no ``chosen_by``: see Witness
+        body |= {"schema": 3}  # its witness has no ``chosen_by``: see Witness
+    if body["schema"] == 3:
+        body |= {"schema": MANIFEST_SCHEMA, "inventory": None}  # its load can compare the disks alone
     if body["schema"] != MANIFEST_SCHEMA:
         raise ValueError(f"its schema is {body['schema']}, this agent reads up to {MANIFEST_SCHEMA}")
     return msgspec.convert(body, Manifest)

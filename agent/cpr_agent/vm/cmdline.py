@@ -32,6 +32,9 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 """System calls that QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. The agent gets
 a new QEMU without the old one starting a program; cpr-exec would need that."""
 
+WHOLE_IMAGES = ("-cdrom", "-hda", "-hdb", "-hdc", "-hdd", "-fda", "-fdb", "-sd", "-mtdblock", "-pflash")
+"""Options that are the path of an image as a whole."""
+
 OWN = {
     "-m": "the memory size",
     "-name": "the name",
@@ -250,6 +253,14 @@ def firmware_files(argv: Sequence[str]) -> list[str]:
             node = nodes.get(machine.get(flash, ""), {})
             below = nodes.get(node.get("file", ""), {})
             files.append(node.get("filename") or node.get("file.filename") or below.get("filename", ""))
+    return [file for file in dict.fromkeys(files) if file.startswith("/")]
+
+
+def image_files(argv: Sequence[str]) -> list[str]:
+    """Files of the host that are disks or firmware by the command line, as the admin named them."""
+    files = option(argv, *WHOLE_IMAGES)
+    for keys in map(keyed, option(argv, "-drive", "-blockdev")):
+        files += [keys.get("file", ""), keys.get("filename", ""), keys.get("file.filename", "")]
     return [file for file in dict.fromkeys(files) if file.startswith("/")]
 
 

@@ -19,7 +19,16 @@ from cpr_agent.core.model import VM_NAME, Bytes, Definition, Imported, Launch, L
 from cpr_agent.core.paths import why_swappable
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition
 from cpr_agent.text import printable, printable_lines
-from cpr_agent.vm.cmdline import collisions, numa_collisions, plan_load, plan_probe, plan_start, plan_transfer, tap_devices
+from cpr_agent.vm.cmdline import (
+    collisions,
+    image_files,
+    numa_collisions,
+    plan_load,
+    plan_probe,
+    plan_start,
+    plan_transfer,
+    tap_devices,
+)
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +205,9 @@ class DefinitionDirectory:
 
     def unshareable(self, launch: Launch) -> list[str]:
         return [f"the tap device {name}" for name in tap_devices(launch.argv)]
+
+    def images(self, launch: Launch) -> list[str]:
+        return image_files(launch.argv)
 
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch:
         return plan_transfer(draft, located, self._log_dir, Path(directory))

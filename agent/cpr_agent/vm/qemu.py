@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cpr_agent.core.model import Difference, DiskIdentity, Launch, QemuFacts, RunState
+from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, QemuFacts, RunState
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed
 from cpr_agent.handles import socket_at, uid_of
-from cpr_agent.vm import blockers, devices, facts, guest_agent
+from cpr_agent.vm import blockers, devices, facts, guest_agent, inventory
 from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, listening_sockets, transfer_address
 from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose
 from cpr_agent.vm.qmp import Event, Qmp, QmpRefused
@@ -114,6 +114,13 @@ class LiveQemu:
 
     async def disks(self) -> list[DiskIdentity]:
         return await facts.disks(self._qmp)
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    async def inventory(self) -> Inventory:
+        return await inventory.inventory(self._qmp)
 
     async def listening(self) -> list[str]:
         return list(self._sockets().values())

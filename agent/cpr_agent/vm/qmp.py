@@ -12,9 +12,9 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
@@ -231,11 +231,37 @@ class Qmp:
     ) -> T:
         """Run one command; ``fd`` travels with it (SCM_RIGHTS). Raises QmpRefused; QemuFailed, also for an answer that is
         none to this query."""
-        raw = await self._raw(query.command, arguments, fd, timeout_s)
+        return self._decode(query, await self._raw(query.command, arguments, fd, timeout_s))
+
+    def _decode(self, query: Query[T], raw: msgspec.Raw | bytes) -> T:
+        """Raises QemuFailed."""
         try:
             return query.read(raw)
         except UnreadableReplyError as error:
             raise QemuFailed(f"QEMU gave an answer to {query.command} that makes no sense: {error}", vm=self.vm) from error
+
+    async def ask_all(
+        self, asked: Sequence[tuple[Query[Any], dict[str, object]]], timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> list[Any]:
+        """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
+        refuses. Raises QemuFailed."""
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                sent = (self._client.execute(query.command, arguments) for query, arguments in asked)
+                answers = await asyncio.gather(*sent, return_exceptions=True)
+        except TimeoutError:
+            raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=self.vm) from None
+        return [self._read(query, answer) for (query, _), answer in zip(asked, answers, strict=True)]
+
+    def _read(self, query: Query[T], answer: object) -> T | None:
+        """Raises QemuFailed."""
+        if isinstance(answer, ExecuteError):
+            return None
+        if isinstance(answer, (QMPError, OSError)):
+            raise QemuFailed(f"QEMU went away during {query.command}: {_reason(answer)}", vm=self.vm) from answer
+        if isinstance(answer, BaseException):
+            raise answer
+        return self._decode(query, answer if isinstance(answer, msgspec.Raw) else b"")
 
     async def ask_optional(self, query: Query[T], absent: T, arguments: dict[str, object] | None = None) -> T:
         """The answer of a command or a property that this QEMU may lack."""

@@ -22,6 +22,8 @@ MAX_SIZE = (1 << 63) - 1
 Number = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
 Small = Annotated[int, Meta(ge=0, le=0xFFFF)]
 Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+MAX_NODES = 4096
+"""Of a block graph: no host comes near."""
 
 
 class UnreadableReplyError(ValueError):
@@ -122,6 +124,25 @@ class Tpm(Reply, frozen=True):
     options: TpmOptions
 
 
+class CpuSlot(Reply, frozen=True):
+    """HotpluggableCPU. ``qom_path`` is "" where no CPU is plugged."""
+
+    props: dict[str, Number] = {}
+    qom_path: Text = ""
+
+
+class MemoryDeviceInfo(Reply, frozen=True):
+    """Of all kinds of MemoryDeviceInfo's ``data``."""
+
+    id: Text = ""
+    size: Number = 0
+
+
+class MemoryDevice(Reply, frozen=True):
+    type: Text
+    data: MemoryDeviceInfo
+
+
 class CurrentMachine(Reply, frozen=True):
     wakeup_suspend_support: bool = False
 
@@ -153,6 +174,8 @@ MODEL_EXPANSION = Query[ModelExpansion]("query-cpu-model-expansion", ModelExpans
 TPMS = Query[list[Tpm]]("query-tpm", list[Tpm])
 CURRENT_MACHINE = Query[CurrentMachine]("query-current-machine", CurrentMachine)
 PCI = Query[list[PciBus]]("query-pci", list[PciBus])
+CPU_SLOTS = Query[list[CpuSlot]]("query-hotpluggable-cpus", Annotated[list[CpuSlot], Meta(max_length=8192)])
+MEMORY_DEVICES = Query[list[MemoryDevice]]("query-memory-devices", Annotated[list[MemoryDevice], Meta(max_length=8192)])
 QOM_LIST = Query[list[QomProperty]]("qom-list", list[QomProperty])
 QOM_TEXT = Query[str]("qom-get", Text)
 QOM_TEXTS = Query[list[str]]("qom-get", list[Text])
@@ -182,7 +205,42 @@ class BlockNode(Reply, frozen=True):
     drv: Text = ""
     file: Text = ""
     node_name: Text = ""
+    ro: bool = False
     image: Image = Image()
+
+
+class InsertedNode(Reply, frozen=True):
+    node_name: Text = ""
+
+
+class BlockBackend(Reply, frozen=True):
+    """BlockInfo. ``qdev`` is the id of the device that has it, or the device's place in QOM."""
+
+    device: Text = ""
+    qdev: Text = ""
+    inserted: InsertedNode | None = None
+
+
+class GraphNode(Reply, frozen=True):
+    """XDbgBlockGraphNode."""
+
+    id: Number
+    name: Text
+
+
+class GraphEdge(Reply, frozen=True):
+    """XDbgBlockGraphEdge: ``name`` is the child's role."""
+
+    parent: Number
+    child: Number
+    name: Text
+
+
+class BlockGraph(Reply, frozen=True):
+    """XDbgBlockGraph. A debugging command, which all of QEMU 4.0 to 11.1 have; nothing else tells the roles before 10.1."""
+
+    nodes: Annotated[list[GraphNode], Meta(max_length=MAX_NODES)] = []
+    edges: Annotated[list[GraphEdge], Meta(max_length=MAX_NODES)] = []
 
 
 class BlockJob(Reply, frozen=True):
@@ -191,6 +249,8 @@ class BlockJob(Reply, frozen=True):
 
 MEMORY_BACKENDS = Query[list[MemoryBackend]]("query-memdev", list[MemoryBackend])
 BLOCK_NODES = Query[list[BlockNode]]("query-named-block-nodes", list[BlockNode])
+BLOCK_BACKENDS = Query[list[BlockBackend]]("query-block", list[BlockBackend])
+BLOCK_GRAPH = Query[BlockGraph]("x-debug-query-block-graph", BlockGraph)
 JOBS = Query[list[BlockJob]]("query-jobs", list[BlockJob])
 
 

@@ -16,8 +16,9 @@ from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.acts.start import boot
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Proof, let_run, let_run_by_load, wake
+from cpr_agent.core.inventory import record, take
 from cpr_agent.core.machine import Machine
-from cpr_agent.core.model import Definition, Held, Launch, Located, Manifest, RunState, VmState, ram_of
+from cpr_agent.core.model import Definition, Held, Inventory, Launch, Located, Manifest, RunState, VmState, ram_of
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.ports import Place, Qemu
 from cpr_agent.core.proof import (
@@ -26,6 +27,7 @@ from cpr_agent.core.proof import (
     provably_lost,
     prove,
     refuse_lesser_machine,
+    refuse_other_devices,
     refuse_overlap,
     refuse_spent,
 )
@@ -278,7 +280,7 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
         memory_at = ports.clock.now()
         async with request.turn or Turn():
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
-            qemu, proven = await _load_located(machine, manifest, fd, located, vessel)
+            qemu, proven, has = await _load_located(machine, manifest, fd, located, vessel)
             times = LoadTimes(load_at, memory_at, ports.clock.now())
             async with Undo() as undo:
                 undo.push(vessel.fail)
@@ -290,12 +292,12 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
                 if runs
                 else go_on(machine, qemu, manifest, proven, vessel)
             )
-            await finish_load(machine, manifest, times, going_on)
+            await finish_load(machine, manifest, times, going_on, has)
 
 
 async def _load_located(
     machine: Machine, manifest: Manifest, fd: int, located: Sequence[Located], vessel: Vessel
-) -> tuple[Qemu, Proven]:
+) -> tuple[Qemu, Proven, Inventory]:
     """Once its memory is there. The state is read, unless that would let the guest go on (``runs_by_load``)."""
     ports = machine.ports
     proving = Proving(machine, manifest, located)
@@ -310,6 +312,8 @@ async def _load_located(
             try:
                 qemu, proven = await vessel.start(plan, proving, proven)
                 await refuse_lesser_machine(qemu, manifest)
+                has = await take(ports, qemu, plan)
+                refuse_other_devices(ports, manifest, has)
                 if not await runs_by_load(qemu, manifest):
                     await qemu.load(fd, machine.settings.agent.load_timeout)
             except BaseException:
@@ -321,7 +325,7 @@ async def _load_located(
         if isinstance(error, (ProofFailed, MemoryUnusable)):
             raise
         raise _failed(manifest, error, said, vessel.remedy) from error
-    return qemu, proven
+    return qemu, proven, has
 
 
 def _failed(manifest: Manifest, error: CprError | TimeoutError, said: str, remedy: str) -> LoadFailed:
@@ -370,12 +374,17 @@ async def put_back(machine: Machine, checkpoint: str, why: VmEvent) -> None:
     await machine.end()
 
 
-async def finish_load(machine: Machine, manifest: Manifest, times: LoadTimes, going_on: Awaitable[float]) -> None:
+async def finish_load(
+    machine: Machine, manifest: Manifest, times: LoadTimes, going_on: Awaitable[float], has: Inventory
+) -> None:
     """``going_on`` is a ``go_on``: whoever is cancelled meanwhile, it comes to its end, and its guest has its record, its
-    clock and its hooks."""
+    clock and its hooks. ``has`` is what its QEMU has."""
 
     async def run() -> None:
-        machine.spawn(report(machine, manifest, times, await going_on))
+        resumed_at = await going_on
+        if launch := machine.launched():
+            await record(machine.ports, machine.name, replace(has, started_at=launch.created_at))
+        machine.spawn(report(machine, manifest, times, resumed_at))
 
     await uninterrupted(run())
 

@@ -18,11 +18,12 @@ from cpr_agent.core.acts.save import draft_manifest, save, save_drafted
 from cpr_agent.core.acts.sleep import must_sleep
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.hooks import before_save
+from cpr_agent.core.inventory import take
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Launch, Manifest, RunState, Survives
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.ports import Qemu
-from cpr_agent.core.proof import refuse_lesser_machine
+from cpr_agent.core.proof import refuse_lesser_machine, refuse_other_devices
 from cpr_agent.core.saveable import require_live
 from cpr_agent.core.undo import Undo, uninterrupted
 from cpr_agent.errors import CprError, LoadFailed, QemuFailed
@@ -102,6 +103,7 @@ async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa
     plan = machine.ports.definitions.plan_load(draft, await machine.relocated(launch.memory))
     new = await machine.launch_spare(machine.stamped(plan))
     await refuse_lesser_machine(new, draft)
+    refuse_other_devices(machine.ports, draft, await take(machine.ports, new, plan))
     manifest = await save_drafted(machine, draft, request)
     await load_into(machine, manifest, LoadRequest(), Beside(machine, manifest, new))
 
@@ -123,6 +125,8 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
         async with qemu.handing_over(spare.directory, lives, agent.qemu_start_timeout) as handed_over:
             new = await spare.connect(agent.qemu_start_timeout)
             await refuse_lesser_machine(new, draft)
+            has = await take(machine.ports, new, plan)
+            refuse_other_devices(machine.ports, draft, has)
             await new.take_over(spare.directory, agent.load_timeout)
             stopped_at = await handed_over()
     except (QemuFailed, LoadFailed) as error:
@@ -136,7 +140,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     loaded = LoadTimes(handed_at, handed_at, handed_at)
     vessel = Beside(machine, handed, new)
     announce_resume(machine, handed)
-    await finish_load(machine, handed, loaded, go_on(machine, new, handed, Unbroken.HANDED_OVER, vessel))
+    await finish_load(machine, handed, loaded, go_on(machine, new, handed, Unbroken.HANDED_OVER, vessel), has)
 
 
 @contextlib.asynccontextmanager

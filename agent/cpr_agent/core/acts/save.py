@@ -20,6 +20,7 @@ from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.acts.sleep import Sleep, end_sleep, fall_asleep, must_sleep
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Unbroken, let_run, let_run_by_load
+from cpr_agent.core.inventory import take
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import (
     DiskIdentity,
@@ -35,7 +36,7 @@ from cpr_agent.core.model import (
 )
 from cpr_agent.core.past import InterruptedSave, VmEvent
 from cpr_agent.core.ports import PendingState
-from cpr_agent.core.proof import digest_firmware, identify_disks, refuse_foreign_state
+from cpr_agent.core.proof import digest_firmware, identify_open, refuse_foreign_state
 from cpr_agent.core.turns import Turn
 from cpr_agent.core.undo import Undo, uninterrupted
 from cpr_agent.errors import CprError, QemuFailed, SaveFailed
@@ -95,6 +96,7 @@ async def draft_manifest(
         times=SaveTimes(requested_at=ports.clock.now(), stopped_at=0.0, written_at=0.0, durable_at=0.0),
         upgrade=request.upgrade,
         wakes=run_state is RunState.SUSPENDED and machine.past.put_to_sleep,
+        inventory=await take(ports, qemu, launch),
     )
 
 
@@ -201,7 +203,7 @@ async def _store_state(
     vmstate, witness, identified, firmware = await asyncio.gather(
         asyncio.to_thread(pending.seal),
         take_witness(),
-        _disks(machine),
+        _disks(machine, draft),
         digest_firmware(ports, draft.qemu.firmware),
     )
     refuse_foreign_state(vmstate, draft.qemu)
@@ -224,13 +226,15 @@ async def _store_state(
     return manifest
 
 
-async def _disks(machine: Machine) -> list[DiskIdentity]:
+async def _disks(machine: Machine, draft: Manifest) -> list[DiskIdentity]:
+    """As QEMU has them open, now that the guest has stopped. Raises SaveFailed, QemuFailed."""
+    qemu = machine.require_qemu()
     try:
         async with asyncio.timeout(DISKS_S):
-            disks = await machine.require_qemu().disks()
+            listed, opened = await asyncio.gather(qemu.disks(), asyncio.to_thread(machine.ports.files.open_files, qemu.pid))
     except TimeoutError:
         raise QemuFailed(f"its QEMU has not named its disks within {DISKS_S:g} s", vm=machine.name) from None
-    return await identify_disks(machine.ports, disks)
+    return identify_open(listed, opened, draft)
 
 
 async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, located: Sequence[Located]) -> str:

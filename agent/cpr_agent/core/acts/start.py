@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from cpr_agent.core import inventory
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Definition, RunState, ram_of
 from cpr_agent.core.past import VmEvent
@@ -43,7 +44,11 @@ async def boot(machine: Machine, definition: Definition) -> None:
         await refuse_other_users(ports, machine.name, located, {machine.pid, *neighbours.live_pids()})
     launch = machine.stamped(ports.definitions.plan_start(definition, located))
     machine.record(VmEvent.START)
-    await machine.launch(launch)
+    qemu = await machine.launch(launch)
+    try:
+        await inventory.record(ports, machine.name, await inventory.take(ports, qemu, launch))
+    except QemuFailed as error:  # the guest runs; its first check looks again
+        log.warning("VM %s: its QEMU does not tell what it has: %s", machine.name, error.what)
     await asyncio.to_thread(ports.programs.forget, machine.name)
 
 

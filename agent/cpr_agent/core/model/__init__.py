@@ -30,6 +30,7 @@ from cpr_agent.core.model.definition import (
     VmSection,
 )
 from cpr_agent.core.model.finding import Finding, HookFailure, HookPhase, Kernel
+from cpr_agent.core.model.inventory import BlockNode, Inventory, OpenFile, PluggedDevice
 from cpr_agent.core.model.memory import RAM_ID, DaxDevice, Located, MemoryIdentity, Ram, overlapping, ram_of, survives
 from cpr_agent.core.model.units import Bytes, Seconds
 from cpr_agent.core.states import SAVEABLE, Policy, RunState, Survives, VmState
@@ -40,6 +41,7 @@ __all__ = [
     "RAM_ID",
     "SAVEABLE",
     "VM_NAME",
+    "BlockNode",
     "Bytes",
     "CpuFacts",
     "DaxDevice",
@@ -52,6 +54,7 @@ __all__ = [
     "HookFailure",
     "HookPhase",
     "Imported",
+    "Inventory",
     "Kernel",
     "Launch",
     "LoadSection",
@@ -61,6 +64,8 @@ __all__ = [
     "MemoryNode",
     "MemorySection",
     "Note",
+    "OpenFile",
+    "PluggedDevice",
     "Policy",
     "QemuFacts",
     "Ram",

@@ -7,12 +7,13 @@ from typing import Literal
 
 import msgspec
 
+from cpr_agent.core.model.inventory import Inventory
 from cpr_agent.core.model.memory import Ram
 from cpr_agent.core.states import Survives
 from cpr_agent.errors import Difference
 
-MANIFEST_SCHEMA = 3
-"""1 had one range of memory: store/schema.py still reads it."""
+MANIFEST_SCHEMA = 4
+"""1 had one range of memory, and up to 3 no inventory: store/schema.py still reads them."""
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +146,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     upgrade: str = ""
     wakes: bool = False
     """The agent put the guest to sleep to save it, and wakes it after the load."""
+    inventory: Inventory | None = None
+    """What its QEMU had; None from an agent before schema 4, which did not record it."""
     schema: int = MANIFEST_SCHEMA
 
 

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a live QEMU has, compared: with what it had when it was started, with what its command line would open now, and with
+what the guest had when it was saved (invariant 8).
+
+QEMU says by which name it has opened a file, and the kernel which files it has open. The two are matched as strings, and no
+name of QEMU's is ever opened (invariant 10). A file that is not found so is told of, and never guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import posixpath
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from cpr_agent.core.model import BlockNode, Difference, Inventory, Launch, OpenFile, PluggedDevice
+from cpr_agent.core.ports import Files, Ports, Qemu
+
+log = logging.getLogger(__name__)
+
+_AFRESH = "shut the guest down and start it afresh"
+_UNDO = f"undo that, or let the definition say so, {_AFRESH}"
+
+
+async def take(ports: Ports, qemu: Qemu, launch: Launch) -> Inventory:
+    """What this QEMU has now, which was started by ``launch``. Raises QemuFailed."""
+    said, images = await qemu.inventory(), ports.definitions.images(launch)
+    matched = await asyncio.to_thread(_match, ports.files, qemu.pid, said, images)
+    return replace(matched, started_at=launch.created_at)
+
+
+def _match(files: Files, pid: int, said: Inventory, images: Iterable[str]) -> Inventory:
+    opened = files.open_files(pid)
+    keys = {file.key for file in opened}
+    looked = {path: files.look_at(path) for path in images}
+    named = {path: file for path, file in looked.items() if file and file.key in keys}
+    nodes = said.nodes
+    if any(node.is_local for node in nodes):
+        finder = _Finder(opened, named, files.working_directory(pid))
+        nodes = tuple(replace(node, file=finder.find(node)) if node.is_local else node for node in nodes)
+    by_kernel = {node.file.path for node in nodes if node.file and node.file.path} - named.keys()
+    for path in by_kernel:
+        file = files.look_at(path)
+        if file and file.key in keys:
+            named[path] = file
+    return replace(said, nodes=nodes, named=tuple(replace(file, path=path) for path, file in sorted(named.items())))
+
+
+class _Finder:
+    """Finds the file that a block node is, among those that its process has open."""
+
+    def __init__(self, opened: Sequence[OpenFile], named: Mapping[str, OpenFile], directory: str) -> None:
+        self._by_path: dict[str, dict[tuple[int, int], OpenFile]] = {}
+        for file in opened:
+            if file.path:
+                self._by_path.setdefault(file.path, {})[file.key] = file
+        self._by_key = {file.key: file for file in opened}
+        self._named = named
+        self._directory = directory
+
+    def find(self, node: BlockNode) -> OpenFile | None:
+        """None also where two files have had the same name."""
+        name = plain_name(node.filename)
+        path = posixpath.normpath(posixpath.join(self._directory, name))
+        there = list(self._by_path.get(path, {}).values())
+        if len(there) == 1:
+            return there[0]
+        named = self._named.get(name)
+        return self._by_key.get(named.key) if named and not there else None
+
+
+def plain_name(filename: str) -> str:
+    """Of the file's node. QEMU writes one with options of its own as JSON."""
+    if not filename.startswith("json:"):
+        return filename
+    try:
+        return str(json.loads(filename.removeprefix("json:"))["filename"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return filename
+
+
+# -- compared ------------------------------------------------------------------------------------------------------------
+
+
+def differences(
+    was: Inventory, now: Inventory, *, anew: bool = False, rebooted: bool = False
+) -> tuple[list[Difference], list[Difference]]:
+    """Of the disks, and of the devices. ``anew``: ``now`` is another QEMU's, for the same guest, and ``rebooted``: in
+    another boot of the host."""
+    return _disk_differences(was, now, anew=anew, rebooted=rebooted), [
+        *_device_differences(was.devices, now.devices),
+        *_set_differences("CPU at", was.cpus, now.cpus),
+        *_set_differences("memory device", was.memory, now.memory),
+    ]
+
+
+def _disk_differences(was: Inventory, now: Inventory, *, anew: bool, rebooted: bool) -> list[Difference]:
+    before, after = by_disk(was.nodes), by_disk(now.nodes)
+    out = []
+    for disk in sorted({*before, *after}):
+        old, new = before.get(disk, []), after.get(disk, [])
+        if not _same(old, new, anew=anew, rebooted=rebooted):
+            out.append(_tell(disk, old, new))
+    return out
+
+
+def by_disk(nodes: Iterable[BlockNode]) -> dict[str, list[BlockNode]]:
+    disks: dict[str, list[BlockNode]] = {}
+    for node in nodes:
+        disks.setdefault(node.disk, []).append(node)
+    return disks
+
+
+def _same(old: Sequence[BlockNode], new: Sequence[BlockNode], *, anew: bool, rebooted: bool) -> bool:
+    return len(old) == len(new) and all(
+        _same_node(one, other, anew=anew, rebooted=rebooted) for one, other in zip(old, new, strict=True)
+    )
+
+
+def _same_node(was: BlockNode, now: BlockNode, *, anew: bool, rebooted: bool) -> bool:
+    """A disk may grow while its guest runs, but not between two QEMUs. What lies below the first image is read only or not
+    as QEMU needs it."""
+    if (was.role, was.driver) != (now.role, now.driver) or (not was.role and was.read_only != now.read_only):
+        return False
+    if anew and not was.role and was.size_bytes != now.size_bytes:
+        return False
+    if was.is_local:
+        return bool(was.file and now.file and was.file.same_as(now.file, rebooted=rebooted))
+    return anew or was.filename == now.filename
+
+
+def _tell(disk: str, old: Sequence[BlockNode], new: Sequence[BlockNode]) -> Difference:
+    """QEMU's name of the node is the one that it has now."""
+    node = (new or old)[0].node
+    expected, found = _chain(old), _chain(new)
+    if expected == found:
+        expected, found = _chain(old, exact=True), _chain(new, exact=True)
+    return Difference(f"disk {disk} (node {node})", expected, found)
+
+
+def _chain(nodes: Sequence[BlockNode], *, exact: bool = False) -> str:
+    """``/srv/snap.qcow2 (qcow2) on /srv/disk.qcow2 (qcow2)``."""
+    if not nodes:
+        return "not there"
+    layers: dict[int, list[BlockNode]] = {}
+    for node in nodes:
+        layers.setdefault(node.depth, []).append(node)
+    return " on ".join(_layer(layer, exact=exact) for _, layer in sorted(layers.items()))
+
+
+def _layer(nodes: Sequence[BlockNode], *, exact: bool) -> str:
+    first, last = nodes[0], nodes[-1]
+    details = [first.driver]
+    if exact:
+        details += ["read only" if first.read_only else "writable", f"{first.size_bytes} bytes"]
+        details += [f"inode {last.file.inode} on {last.file.st_dev}"] if last.file else []
+    return f"{path_of(last)} ({', '.join(details)})"
+
+
+def path_of(node: BlockNode) -> str:
+    return node.file.path if node.file and node.file.path else plain_name(node.filename)
+
+
+def _device_differences(was: Iterable[PluggedDevice], now: Iterable[PluggedDevice]) -> list[Difference]:
+    before, after = ({device.name: device for device in some} for some in (was, now))
+    return [
+        Difference(f"device {name}", _described(before.get(name)), _described(after.get(name)))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _described(device: PluggedDevice | None) -> str:
+    if device is None:
+        return "not there"
+    return " ".join(
+        filter(None, (device.kind, device.bus and f"on {device.bus}", device.address and f"at {device.address}"))
+    )
+
+
+def _set_differences(what: str, was: Collection[str], now: Collection[str]) -> list[Difference]:
+    """Of things that have no more to them than their names."""
+    gone = [Difference(f"{what} {name}", "there", "not there") for name in sorted({*was} - {*now})]
+    return gone + [Difference(f"{what} {name}", "not there", "there") for name in sorted({*now} - {*was})]
+
+
+# -- what stands in the way of a save ------------------------------------------------------------------------------------
+
+
+class Lookup(NamedTuple):
+    """A QEMU as it is, as it was recorded, and what the host has at the recorded paths now."""
+
+    live: Inventory
+    recorded: Inventory | None
+    now: Mapping[str, OpenFile | None]
+
+
+async def reasons(ports: Ports, qemu: Qemu, launch: Launch) -> list[str]:
+    """Why a QEMU that is started by the recorded command line would not have what this one has: one for each difference,
+    with its remedy. A QEMU of which nothing was recorded is recorded now. Raises QemuFailed."""
+    live = await take(ports, qemu, launch)
+    recorded, images = await asyncio.to_thread(recorded_of, ports, launch), ports.definitions.images(launch)
+    wanted = {*(file.path for file in (recorded or live).named), *images}
+    looked = await asyncio.to_thread(lambda: {path: ports.files.look_at(path) for path in wanted})
+    lost, found = _lost_files(live, looked), Lookup(live, recorded, looked)
+    compared = [*lost.values(), *(_unlike_arguments(found, images) if recorded is None else _compared(found, lost))]
+    if recorded is None and not compared:
+        await record(ports, launch.vm, live)
+    return compared
+
+
+def recorded_of(ports: Ports, launch: Launch) -> Inventory | None:
+    """Of just the QEMU that was started by ``launch``. Blocking."""
+    recorded = ports.runner.inventory(launch.vm)
+    return recorded if recorded and recorded.started_at == launch.created_at else None
+
+
+async def record(ports: Ports, vm: str, inventory: Inventory) -> None:
+    """What the VM's QEMU has. A record that can't be written is made at the next look."""
+    try:
+        await asyncio.to_thread(ports.runner.record_inventory, vm, inventory)
+    except OSError as error:
+        log.warning("VM %s: what its QEMU has could not be recorded: %s", vm, error)
+
+
+def _lost_files(live: Inventory, now: Mapping[str, OpenFile | None]) -> dict[str, str]:
+    """By disk: files that QEMU has open, and no other QEMU could open."""
+    out = {}
+    for node in live.nodes:
+        if not node.is_local:
+            continue
+        where = f"disk {node.disk} (node {node.node})"
+        if node.file is None:
+            out[node.disk] = (
+                f"{where}: QEMU has no file open by the name {plain_name(node.filename)}, which was moved or replaced: "
+                "bring the file that it has open back to this name"
+            )
+        elif node.file.nameless:
+            there = "another file is there now" if now.get(path_of(node)) else "nothing is there now"
+            out[node.disk] = (
+                f"{where}: {path_of(node)} was deleted or replaced while QEMU has it open, and {there}: what the guest has "
+                f"written would be lost. Copy the disk to a new file (drive-mirror), and have the definition name that one"
+            )
+    return out
+
+
+def _compared(found: Lookup, lost: Collection[str]) -> list[str]:
+    assert found.recorded is not None
+    disks, devices = differences(_without(found.recorded, lost), _without(found.live, lost))
+    return [
+        *(f"{one}; a load would open what its QEMU was started with: {_UNDO}" for one in disks),
+        *(f"{one}; a load would have what its QEMU was started with: {_UNDO}" for one in devices),
+        *_elsewhere(found.recorded.named, found),
+    ]
+
+
+def _without(inventory: Inventory, disks: Collection[str]) -> Inventory:
+    return replace(inventory, nodes=tuple(node for node in inventory.nodes if node.disk not in disks))
+
+
+def _elsewhere(named: Iterable[OpenFile], found: Lookup) -> list[str]:
+    """Paths that led to a file which QEMU has open, and lead to another one now."""
+    open_now = {node.file.key: node for node in found.live.nodes if node.file and not node.file.nameless}
+    out = []
+    for was in named:
+        node, now = open_now.get(was.key), found.now.get(was.path)
+        if node is None or (now and now.key == was.key):
+            continue
+        there = f"inode {now.inode}" if now else "nothing"
+        out.append(
+            f"disk {node.disk} (node {node.node}): {was.path} led to inode {was.inode}, which QEMU has open, and leads to "
+            f"{there} now: bring the file back to this name, or {_AFRESH}"
+        )
+    return out
+
+
+def _unlike_arguments(found: Lookup, images: Iterable[str]) -> list[str]:
+    """An agent that recorded nothing has started it: what its command line names must be the first image of a disk."""
+    first = {node.file.key for node in found.live.nodes if node.file and not node.depth}
+    paths = {path_of(node) for node in found.live.nodes if not node.depth}
+    return [
+        f"its command line names {path}, which is not what any of its disks has now: {_UNDO}"
+        for path in images
+        if path not in paths and ((there := found.now.get(path)) is None or there.key not in first)
+    ]

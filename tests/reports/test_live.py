@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a live QEMU has, against what was recorded: a guest goes on with its own disks and devices, or is not saved."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import Guest, Lab, refused, until
+
+ROOT_PORT = ("-device", "pcie-root-port,id=rp0,chassis=1,slot=1")
+
+
+def image(path: Path, kind: str = "qcow2") -> Path:
+    subprocess.run(["qemu-img", "create", "-q", "-f", kind, path, "1M"], check=True)
+    return path
+
+
+def with_disk(lab: Lab, path: Path, kind: str = "qcow2", *more: str, drive: str = "") -> Guest:
+    """A guest with one disk, ``d0``, at a controller that the tiny guest does not touch."""
+    file = f"file={path},format={kind},if=none,id=d0{drive}"
+    return lab.running("web1", "-drive", file, "-device", "ahci,id=a0", "-device", "ide-hd,drive=d0,bus=a0.0", *more)
+
+
+def io(guest: Guest, command: str, disk: str = "d0") -> None:
+    """Of the guest, as its QEMU does it; what goes wrong stands in the VM's log alone."""
+    guest.admin("human-monitor-command", **{"command-line": f'qemu-io {disk} "{command}"'})
+
+
+def blocks(guest: Guest) -> list[dict[str, Any]]:
+    """The errors of its check."""
+    return [found for found in guest.call("Check") if found["severity"] == "error"]
+
+
+def peripherals(guest: Guest) -> list[str]:
+    return [one["name"] for one in guest.admin("qom-list", path="/machine/peripheral")]
+
+
+def assert_refused(guest: Guest, *words: str) -> None:
+    """Check, save and refresh name the cause, and the guest goes on."""
+    found = blocks(guest)
+    assert [one["code"] for one in found] == ["blocked"] * len(found), found
+    assert found, "check found nothing"
+    for member in ("CprSave", "Refresh"):
+        refused(guest, "Blocked", *words, member=member)
+    for word in words:
+        assert any(word in one["what"] for one in found), found
+    guest.assert_unbroken()
+    assert guest.state == "running"
+
+
+def assert_goes_on(guest: Guest) -> None:
+    """Saved and loaded, it is the same guest in another QEMU."""
+    assert blocks(guest) == []
+    before = guest.pid
+    guest.save()
+    guest.load()
+    guest.assert_unbroken()
+    assert guest.pid != before
+
+
+def test_what_nobody_changed_goes_on(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"), "qcow2", *ROOT_PORT)
+    assert_goes_on(guest)
+    assert_goes_on(guest)
+
+
+def test_an_external_snapshot_is_told(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
+    overlay = each_lab.root / "snap.qcow2"
+    guest.admin("blockdev-snapshot-sync", device="d0", **{"snapshot-file": str(overlay), "format": "qcow2"})
+    assert_refused(guest, "disk d0", str(overlay), "disk.qcow2")
+
+
+def test_an_external_snapshot_that_was_committed_is_no_obstacle(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
+    overlay = each_lab.root / "snap.qcow2"
+    guest.admin("blockdev-snapshot-sync", device="d0", **{"snapshot-file": str(overlay), "format": "qcow2"})
+    guest.admin("block-commit", device="d0", **{"job-id": "commit"})
+    until(lambda: guest.admin("query-jobs")[0]["status"] == "ready", "the commit is ready")
+    guest.admin("job-complete", id="commit")
+    until(lambda: guest.admin("query-jobs") == [], "the commit has ended")
+    assert_goes_on(guest)
+
+
+def test_a_finished_mirror_is_told(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.raw", "raw"), "raw")
+    copy = each_lab.root / "copy.raw"
+    guest.admin("drive-mirror", device="d0", target=str(copy), sync="full", **{"job-id": "mirror", "format": "raw"})
+    until(lambda: guest.admin("query-jobs")[0]["status"] == "ready", "the mirror is ready")
+    guest.admin("job-complete", id="mirror")
+    until(lambda: guest.admin("query-jobs") == [], "the mirror has ended")
+    assert_refused(guest, "disk d0", str(copy), "disk.raw")
+
+
+def replace(path: Path) -> None:
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    copy.rename(path)
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+
+
+def move_and_replace(path: Path) -> None:
+    old = path.with_suffix(".old")
+    path.rename(old)
+    path.write_bytes(old.read_bytes())
+
+
+@pytest.mark.parametrize("change", [replace, Path.unlink, move, move_and_replace])
+def test_an_image_that_is_not_at_its_path_any_more_is_told(each_lab: Lab, change: Any) -> None:
+    path = image(each_lab.root / "disk.raw", "raw")
+    guest = with_disk(each_lab, path, "raw")
+    change(path)
+    assert_refused(guest, "disk d0", str(path))
+
+
+def test_an_image_that_came_back_to_its_path_is_no_obstacle(each_lab: Lab) -> None:
+    path = image(each_lab.root / "disk.raw", "raw")
+    guest = with_disk(each_lab, path, "raw")
+    move(path)
+    assert_refused(guest, "disk d0")
+    path.with_suffix(".moved").rename(path)
+    assert_goes_on(guest)
+
+
+def test_a_link_that_leads_to_another_image_is_told(each_lab: Lab) -> None:
+    one, other = image(each_lab.root / "one.raw", "raw"), image(each_lab.root / "other.raw", "raw")
+    link = each_lab.root / "current.raw"
+    link.symlink_to(one)
+    guest = with_disk(each_lab, link, "raw")
+    assert_goes_on(guest)
+    link.unlink()
+    link.symlink_to(other)
+    assert_refused(guest, "disk d0", str(link))
+
+
+def test_a_backing_image_that_was_replaced_is_told(each_lab: Lab) -> None:
+    base = image(each_lab.root / "base.raw", "raw")
+    top = each_lab.root / "top.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top], check=True)
+    guest = with_disk(each_lab, top)
+    assert_goes_on(guest)
+    replace(base)
+    assert_refused(guest, "disk d0", str(base))
+
+
+def test_writes_to_a_temporary_file_are_told(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"), drive=",snapshot=on")
+    assert_refused(guest, "disk d0", "/vl.")
+
+
+def test_a_medium_that_was_changed_is_told(each_lab: Lab) -> None:
+    one, other = image(each_lab.root / "one.iso", "raw"), image(each_lab.root / "other.iso", "raw")
+    drive = f"file={one},format=raw,media=cdrom,if=none,id=cd,readonly=on"
+    guest = each_lab.running("web1", "-drive", drive, "-device", "ide-cd,drive=cd,id=cd0,bus=ide.0")
+    assert_goes_on(guest)
+    guest.admin("blockdev-change-medium", id="cd0", filename=str(other), format="raw")
+    assert_refused(guest, "disk cd0", str(one), str(other))
+
+
+def test_a_hotplugged_disk_is_told_until_it_is_unplugged(each_lab: Lab) -> None:
+    extra = image(each_lab.root / "extra.raw", "raw")
+    guest = each_lab.running("web1", *ROOT_PORT)
+    guest.admin("blockdev-add", driver="raw", **{"node-name": "extra", "file": {"driver": "file", "filename": str(extra)}})
+    guest.admin("device_add", driver="virtio-blk-pci", drive="extra", id="extra0", bus="rp0")
+    assert_refused(guest, "disk extra0", str(extra), "device peripheral/extra0")
+
+
+def test_an_unplugged_device_is_told(each_lab: Lab) -> None:
+    guest = each_lab.running("web1", "-device", "usb-ehci,id=usb", "-device", "usb-tablet,id=tablet,bus=usb.0")
+    guest.admin("device_del", id="tablet")
+    until(lambda: "tablet" not in peripherals(guest), "it is unplugged")
+    assert_refused(guest, "device peripheral/tablet", "usb-tablet")
+
+
+def test_a_hotplugged_cpu_is_told(each_lab: Lab) -> None:
+    guest = each_lab.running("web1", "-smp", "1,maxcpus=2")
+    slot = next(cpu for cpu in guest.admin("query-hotpluggable-cpus") if "qom-path" not in cpu)
+    guest.admin("device_add", driver=slot["type"], id="cpu1", **slot["props"])
+    assert_refused(guest, "CPU at", "device peripheral/cpu1")
+
+
+def test_another_disk_in_the_new_qemu_holds_the_guest(each_lab: Lab) -> None:
+    """The link is moved after the save: what the command line names is not what the guest had."""
+    one, other = image(each_lab.root / "one.raw", "raw"), image(each_lab.root / "other.raw", "raw")
+    link = each_lab.root / "current.raw"
+    link.symlink_to(one)
+    guest = with_disk(each_lab, link, "raw")
+    guest.save()
+    guest.call("Stop", "s", "hard")
+    link.unlink()
+    link.symlink_to(other)
+    refused(guest, "DiskChanged", "disk d0", str(one), str(other))
+    assert guest.state == "held"
+    assert guest.pid == 0
+
+
+def test_a_guest_of_an_agent_that_recorded_nothing_is_compared_with_its_command_line(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
+    record = each_lab.run / "launched/web1.inventory"
+    overlay = each_lab.root / "snap.qcow2"
+    guest.admin("blockdev-snapshot-sync", device="d0", **{"snapshot-file": str(overlay), "format": "qcow2"})
+    record.unlink()
+    assert_refused(guest, "disk.qcow2", "its command line names")
+    assert not record.exists()
+
+
+def test_a_guest_of_an_agent_that_recorded_nothing_goes_on_as_it_is(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
+    record = each_lab.run / "launched/web1.inventory"
+    record.unlink()
+    assert_goes_on(guest)
+    assert record.exists()

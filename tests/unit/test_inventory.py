@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a QEMU says of its disks, and what the kernel says of its files: matched without opening any of QEMU's names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpr_agent.core.inventory import _match, differences, plain_name
+from cpr_agent.core.model import BlockNode, Inventory, OpenFile, PluggedDevice
+from cpr_agent.host.this_host import ThisHost
+from cpr_agent.vm import replies
+from cpr_agent.vm.inventory import MAX_DEPTH, _Graph, disk_name
+from cpr_agent.vm.replies import BlockBackend, BlockGraph, GraphEdge, GraphNode, InsertedNode
+
+
+class Watched(ThisHost):
+    """Tells which paths were looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked: list[str] = []
+
+    def look_at(self, path: str) -> OpenFile | None:
+        self.looked.append(path)
+        return super().look_at(path)
+
+
+def local(filename: str | Path) -> BlockNode:
+    return BlockNode(disk="d0", role="", node="n", driver="file", filename=str(filename))
+
+
+def match(host: Watched, filename: str | Path, *images: str) -> BlockNode:
+    return _match(host, os.getpid(), Inventory(nodes=(local(filename),)), images).nodes[0]
+
+
+def test_a_file_is_found_by_the_kernel_s_name(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x")
+    with path.open("rb"):
+        node = match(Watched(), path)
+    assert node.file
+    assert (node.file.path, node.file.inode) == (str(path), path.stat().st_ino)
+
+
+def test_a_name_of_qemu_s_is_never_looked_at(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x")
+    host = Watched()
+    assert match(host, secret).file is None
+    assert host.looked == []
+
+
+def test_a_deleted_file_has_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x")
+    with path.open("rb"):
+        path.unlink()
+        node = match(Watched(), path)
+    assert node.file
+    assert node.file.nameless
+    assert node.file.path == str(path)
+
+
+def test_two_files_of_one_name_are_not_guessed_at(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x")
+    with path.open("rb"):
+        path.unlink()
+        path.write_bytes(b"y")
+        with path.open("rb"):
+            assert match(Watched(), path).file is None
+
+
+def test_a_link_of_the_command_line_is_followed(tmp_path: Path) -> None:
+    path, link = tmp_path / "disk", tmp_path / "link"
+    path.write_bytes(b"x")
+    link.symlink_to(path)
+    with path.open("rb"):
+        node = match(Watched(), link, str(link))
+        assert match(Watched(), link).file is None
+    assert node.file
+    assert node.file.inode == path.stat().st_ino
+
+
+def test_a_relative_name_is_of_qemu_s_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").write_bytes(b"x")
+    with (tmp_path / "disk").open("rb"):
+        node = match(Watched(), "disk")
+    assert node.file
+    assert node.file.path == str(tmp_path / "disk")
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("/x", "/x"),
+        ('json:{"driver":"file","filename":"/x","locking":"off"}', "/x"),
+        ("json:{", "json:{"),
+        ("json:[]", "json:[]"),
+        ('json:{"filename":5}', "5"),
+    ],
+)
+def test_a_node_with_options_has_a_plain_name(said: str, name: str) -> None:
+    assert plain_name(said) == name
+
+
+def graph(*edges: tuple[int, int, str]) -> _Graph:
+    numbers = sorted({number for edge in edges for number in edge[:2]})
+    nodes = [replies.BlockNode(node_name=f"n{number}", drv="raw") for number in numbers]
+    said = BlockGraph(
+        nodes=[GraphNode(id=number, name=f"n{number}") for number in numbers],
+        edges=[GraphEdge(parent=parent, child=child, name=name) for parent, child, name in edges],
+    )
+    return _Graph(nodes, said)
+
+
+DISK = BlockBackend(device="d0", qdev="disk0", inserted=InsertedNode(node_name="n1"))
+
+
+def test_roles_and_depth_are_told_from_the_top() -> None:
+    found = list(graph((1, 2, "file"), (1, 3, "backing"), (3, 4, "file")).of(DISK))
+    assert [(node.node, node.role, node.depth) for node in found] == [
+        ("n1", "", 0),
+        ("n3", "backing", 1),
+        ("n4", "backing.file", 1),
+        ("n2", "file", 0),
+    ]
+
+
+def test_a_graph_that_leads_back_to_itself_comes_to_an_end() -> None:
+    assert len(list(graph((1, 2, "file"), (2, 1, "file")).of(DISK))) == MAX_DEPTH + 1
+    everywhere = graph(*((one, other, f"{other}") for one in range(1, 20) for other in range(1, 20)))
+    assert len(list(everywhere.of(DISK))) == replies.MAX_NODES
+
+
+@pytest.mark.parametrize(
+    ("device", "qdev", "name"),
+    [
+        ("d0", "disk0", "disk0"),
+        ("", "/machine/peripheral/disk0/virtio-backend", "disk0"),
+        ("d0", "/machine/peripheral-anon/device[0]", "d0"),
+        ("", "/machine/peripheral-anon/device[0]/virtio-backend", "peripheral-anon/device[0]"),
+        ("ide2-cd0", "/machine/unattached/device[13]", "ide2-cd0"),
+        ("pflash0", "/machine/system.flash0", "pflash0"),
+    ],
+)
+def test_a_disk_has_the_same_name_in_each_qemu(device: str, qdev: str, name: str) -> None:
+    assert disk_name(BlockBackend(device=device, qdev=qdev)) == name
+
+
+FILE = OpenFile(path="/x", st_dev=1, inode=2)
+NODE = BlockNode(disk="d0", role="", node="n", driver="file", filename="/x", size_bytes=512, file=FILE)
+DEVICE = PluggedDevice(name="peripheral/n0", kind="virtio-net-pci", bus="rp0", address="addr 0")
+
+
+def changed(what: Any, **changes: Any) -> Any:
+    return type(what)(**{**{name: getattr(what, name) for name in what.__struct_fields__}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("node", "live", "anew", "rebooted"),
+    [
+        (NODE, False, False, False),
+        (changed(NODE, node="other"), False, False, False),
+        (changed(NODE, size_bytes=1024), False, True, True),
+        (changed(NODE, read_only=True), True, True, True),
+        (changed(NODE, driver="host_device"), True, True, True),
+        (changed(NODE, file=None), True, True, True),
+        (changed(NODE, file=changed(FILE, inode=3)), True, True, True),
+        (changed(NODE, file=changed(FILE, st_dev=3)), True, True, False),
+        (changed(NODE, file=changed(FILE, path="/y", mtime_ns=5, size_bytes=9)), False, False, False),
+    ],
+)
+def test_a_disk_is_the_same_or_is_told(node: BlockNode, live: bool, anew: bool, rebooted: bool) -> None:  # noqa: FBT001
+    was, now = Inventory(nodes=(NODE,)), Inventory(nodes=(node,))
+    assert bool(differences(was, now)[0]) == live
+    assert bool(differences(was, now, anew=True)[0]) == anew
+    assert bool(differences(was, now, anew=True, rebooted=True)[0]) == rebooted
+
+
+def test_each_thing_that_came_or_went_is_told() -> None:
+    was = Inventory(nodes=(NODE,), devices=(DEVICE,), cpus=("core-id 0",), memory=("dimm",))
+    for disks, devices in (differences(was, Inventory()), differences(Inventory(), was)):
+        assert [one.what for one in disks] == ["disk d0 (node n)"]
+        assert [one.what for one in devices] == ["device peripheral/n0", "CPU at core-id 0", "memory device dimm"]
+    moved = Inventory(nodes=(NODE,), devices=(changed(DEVICE, address="addr 8"),))
+    assert [str(one) for one in differences(Inventory(nodes=(NODE,), devices=(DEVICE,)), moved)[1]] == [
+        "device peripheral/n0 was virtio-net-pci on rp0 at addr 0, is virtio-net-pci on rp0 at addr 8"
+    ]
