@@ -357,6 +357,9 @@ class FakeQemu:
         ]
         return Inventory(nodes=tuple(nodes), devices=tuple(self._runner.plugged.get(self.launch.vm, ())))
 
+    async def brief_inventory(self) -> Inventory:
+        return replace(await self.inventory(), placed=False)
+
     async def listening(self) -> list[str]:
         return []
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from cpr_agent.core.inventory import _match, differences, plain_name
+from cpr_agent.core import inventory
+from cpr_agent.core.inventory import differences, plain_name
 from cpr_agent.core.model import BlockNode, Inventory, OpenFile, PluggedDevice
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.vm import replies
-from cpr_agent.vm.inventory import MAX_DEPTH, _Graph, disk_name
-from cpr_agent.vm.replies import BlockBackend, BlockGraph, GraphEdge, GraphNode, InsertedNode
+from cpr_agent.vm.inventory import MAX_DEPTH, disk_name, walk
+from cpr_agent.vm.replies import BlockGraph, GraphEdge, GraphNode
 
 
 class Watched(ThisHost):
@@ -34,7 +35,8 @@ def local(filename: str | Path) -> BlockNode:
 
 
 def match(host: Watched, filename: str | Path, *images: str) -> BlockNode:
-    return _match(host, os.getpid(), Inventory(nodes=(local(filename),)), images).nodes[0]
+    said = Inventory(nodes=(local(filename),))
+    return inventory.match(host, os.getpid(), said, host.open_files(os.getpid()), images).nodes[0]
 
 
 def test_a_file_is_found_by_the_kernel_s_name(tmp_path: Path) -> None:
@@ -109,48 +111,46 @@ def test_a_node_with_options_has_a_plain_name(said: str, name: str) -> None:
     assert plain_name(said) == name
 
 
-def graph(*edges: tuple[int, int, str]) -> _Graph:
+def nodes_of(*edges: tuple[int, int, str]) -> list[BlockNode]:
+    """Below drive d0, which is 0."""
     numbers = sorted({number for edge in edges for number in edge[:2]})
-    nodes = [replies.BlockNode(node_name=f"n{number}", drv="raw") for number in numbers]
     said = BlockGraph(
-        nodes=[GraphNode(id=number, name=f"n{number}") for number in numbers],
+        nodes=[
+            GraphNode(id=number, name=f"n{number}" if number else "d0", type="block-driver" if number else "block-backend")
+            for number in numbers
+        ],
         edges=[GraphEdge(parent=parent, child=child, name=name) for parent, child, name in edges],
     )
-    return _Graph(nodes, said)
-
-
-DISK = BlockBackend(device="d0", qdev="disk0", inserted=InsertedNode(node_name="n1"))
+    return list(walk([replies.BlockNode(node_name=f"n{number}", drv="raw") for number in numbers if number], said))
 
 
 def test_roles_and_depth_are_told_from_the_top() -> None:
-    found = list(graph((1, 2, "file"), (1, 3, "backing"), (3, 4, "file")).of(DISK))
-    assert [(node.node, node.role, node.depth) for node in found] == [
-        ("n1", "", 0),
-        ("n3", "backing", 1),
-        ("n4", "backing.file", 1),
-        ("n2", "file", 0),
+    found = nodes_of((0, 1, "root"), (1, 2, "file"), (1, 3, "backing"), (3, 4, "file"))
+    assert [(node.disk, node.node, node.role, node.depth) for node in found] == [
+        ("d0", "n1", "", 0),
+        ("d0", "n3", "backing", 1),
+        ("d0", "n4", "backing.file", 1),
+        ("d0", "n2", "file", 0),
     ]
 
 
 def test_a_graph_that_leads_back_to_itself_comes_to_an_end() -> None:
-    assert len(list(graph((1, 2, "file"), (2, 1, "file")).of(DISK))) == MAX_DEPTH + 1
-    everywhere = graph(*((one, other, f"{other}") for one in range(1, 20) for other in range(1, 20)))
-    assert len(list(everywhere.of(DISK))) == replies.MAX_NODES
+    assert len(nodes_of((0, 1, "root"), (1, 2, "file"), (2, 1, "file"))) == MAX_DEPTH + 1
+    everywhere = [(one, other, f"{other}") for one in range(20) for other in range(1, 20)]
+    assert len(nodes_of(*everywhere)) == replies.MAX_NODES
 
 
 @pytest.mark.parametrize(
-    ("device", "qdev", "name"),
+    ("backend", "name"),
     [
-        ("d0", "disk0", "disk0"),
-        ("", "/machine/peripheral/disk0/virtio-backend", "disk0"),
-        ("d0", "/machine/peripheral-anon/device[0]", "d0"),
-        ("", "/machine/peripheral-anon/device[0]/virtio-backend", "peripheral-anon/device[0]"),
-        ("ide2-cd0", "/machine/unattached/device[13]", "ide2-cd0"),
-        ("pflash0", "/machine/system.flash0", "pflash0"),
+        ("d0", "d0"),
+        ("/machine/peripheral/disk0/virtio-backend", "disk0"),
+        ("/machine/peripheral-anon/device[0]/virtio-backend", "peripheral-anon/device[0]"),
+        ("pflash0", "pflash0"),
     ],
 )
-def test_a_disk_has_the_same_name_in_each_qemu(device: str, qdev: str, name: str) -> None:
-    assert disk_name(BlockBackend(device=device, qdev=qdev)) == name
+def test_a_disk_has_the_same_name_in_each_qemu(backend: str, name: str) -> None:
+    assert disk_name(backend) == name
 
 
 FILE = OpenFile(path="/x", st_dev=1, inode=2)
@@ -191,4 +191,14 @@ def test_each_thing_that_came_or_went_is_told() -> None:
     moved = Inventory(nodes=(NODE,), devices=(changed(DEVICE, address="addr 8"),))
     assert [str(one) for one in differences(Inventory(nodes=(NODE,), devices=(DEVICE,)), moved)[1]] == [
         "device peripheral/n0 was virtio-net-pci on rp0 at addr 0, is virtio-net-pci on rp0 at addr 8"
+    ]
+
+
+def test_of_a_brief_inventory_names_and_kinds_are_compared() -> None:
+    was = Inventory(devices=(DEVICE,), cpus=("core-id 0",))
+    same = Inventory(devices=(changed(DEVICE, bus="", address=""),), placed=False)
+    assert differences(was, same, anew=True) == ([], [])
+    other = Inventory(devices=(PluggedDevice(name=DEVICE.name, kind="e1000"),), placed=False)
+    assert [str(one) for one in differences(was, other, anew=True)[1]] == [
+        "device peripheral/n0 was virtio-net-pci, is e1000"
     ]

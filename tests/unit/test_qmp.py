@@ -187,7 +187,7 @@ GOOD: dict[str, object] = {
     "qom-list": [{"name": "net0", "type": "child<virtio-net-pci>"}],
     "query-memdev": [{"id": "cpr-ram", "size": 4096, "share": True}],
     "query-named-block-nodes": [{"drv": "raw", "file": "/x", "node-name": "n", "image": {"virtual-size": 1}}],
-    "query-block": [{"device": "d0", "qdev": "disk0", "inserted": {"node-name": "n"}}, {"device": "cd", "removable": True}],
+    "query-block": [{"device": "d0", "qdev": "disk0", "removable": True}],
     "x-debug-query-block-graph": {
         "nodes": [{"id": 1, "type": "block-driver", "name": "n"}],
         "edges": [{"parent": 1, "child": 2, "name": "file", "perm": [], "shared-perm": []}],

@@ -12,7 +12,7 @@ import asyncio
 import json
 import logging
 import posixpath
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -28,13 +28,25 @@ _UNDO = f"undo that, or let the definition say so, {_AFRESH}"
 
 async def take(ports: Ports, qemu: Qemu, launch: Launch) -> Inventory:
     """What this QEMU has now, which was started by ``launch``. Raises QemuFailed."""
-    said, images = await qemu.inventory(), ports.definitions.images(launch)
-    matched = await asyncio.to_thread(_match, ports.files, qemu.pid, said, images)
-    return replace(matched, started_at=launch.created_at)
+    return await _with_files(ports, qemu, launch, qemu.inventory())
 
 
-def _match(files: Files, pid: int, said: Inventory, images: Iterable[str]) -> Inventory:
-    opened = files.open_files(pid)
+async def take_brief(ports: Ports, qemu: Qemu, launch: Launch) -> Inventory:
+    """Likewise while a guest waits: without the place of devices, CPUs and memory."""
+    return await _with_files(ports, qemu, launch, qemu.brief_inventory())
+
+
+async def _with_files(ports: Ports, qemu: Qemu, launch: Launch, asked: Awaitable[Inventory]) -> Inventory:
+    """The kernel is asked while QEMU answers."""
+    said, opened = await asyncio.gather(asked, asyncio.to_thread(ports.files.open_files, qemu.pid))
+    images = ports.definitions.images(launch)
+    if said.nodes or images:
+        said = await asyncio.to_thread(match, ports.files, qemu.pid, said, opened, images)
+    return replace(said, started_at=launch.created_at)
+
+
+def match(files: Files, pid: int, said: Inventory, opened: Sequence[OpenFile], images: Iterable[str]) -> Inventory:
+    """``said`` with the files of its nodes, and the paths that lead to them. Blocking."""
     keys = {file.key for file in opened}
     looked = {path: files.look_at(path) for path in images}
     named = {path: file for path, file in looked.items() if file and file.key in keys}
@@ -91,11 +103,18 @@ def differences(
 ) -> tuple[list[Difference], list[Difference]]:
     """Of the disks, and of the devices. ``anew``: ``now`` is another QEMU's, for the same guest, and ``rebooted``: in
     another boot of the host."""
-    return _disk_differences(was, now, anew=anew, rebooted=rebooted), [
+    disks = _disk_differences(was, now, anew=anew, rebooted=rebooted)
+    if not (was.placed and now.placed):
+        return disks, _device_differences(map(_unplaced, was.devices), map(_unplaced, now.devices))
+    return disks, [
         *_device_differences(was.devices, now.devices),
         *_set_differences("CPU at", was.cpus, now.cpus),
         *_set_differences("memory device", was.memory, now.memory),
     ]
+
+
+def _unplaced(device: PluggedDevice) -> PluggedDevice:
+    return PluggedDevice(name=device.name, kind=device.kind)
 
 
 def _disk_differences(was: Inventory, now: Inventory, *, anew: bool, rebooted: bool) -> list[Difference]:

@@ -67,6 +67,9 @@ class Qemu(Protocol):
     async def inventory(self) -> Inventory:
         """The disks and devices that its guest sees; the files that it has open are the host's to say."""
 
+    async def brief_inventory(self) -> Inventory:
+        """Likewise, without the place of devices, CPUs and memory: while a guest waits."""
+
     async def listening(self) -> list[str]:
         """The paths of the Unix sockets at which its character devices listen, but for the agent's own."""
 

@@ -20,31 +20,36 @@ from cpr_agent.vm.replies import (
     QOM_TEXTS,
     TPMS,
     VERSION,
+    Cpu,
     ModelExpansion,
+    Tpm,
 )
+
+_MACHINE_TYPE: dict[str, object] = {"path": "/machine", "property": "type"}
 
 
 async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFacts:
     """All but its disks; of firmware files the paths alone, which are those of its command line."""
-    cpu = await _cpu(qmp)
+    cpu = await _cpu(qmp, await qmp.ask(CPUS))
     return QemuFacts(
         version=version,
-        machine_type=await _machine_type(qmp),
+        machine_type=_pinned(await qmp.ask(QOM_TEXT, _MACHINE_TYPE)),
         dialect=dialect,
         cpu=replace(cpu, features=await _features(qmp, launch)) if cpu.words else cpu,
-        tpm=await _tpm(qmp),
+        tpm=_named_tpms(await qmp.ask_optional(TPMS, [])),
         firmware=tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.argv)),
     )
 
 
 async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> list[Difference]:
-    """Parts of its machine that a guest saved in ``was`` would miss."""
+    """Parts of its machine that a guest saved in ``was`` would miss. A guest waits for it."""
     out = []
-    if (machine := await _machine_type(qmp)) != was.machine_type:
+    kind, tpms, cpus = await qmp.ask_all([(QOM_TEXT, _MACHINE_TYPE), (TPMS, {}), (CPUS, {})])
+    if (machine := _pinned(kind or "")) != was.machine_type:
         out.append(Difference("machine type", was.machine_type, machine))
-    if (tpm := await _tpm(qmp)) != was.tpm:
+    if (tpm := _named_tpms(tpms or [])) != was.tpm:
         out.append(Difference("TPM", ", ".join(was.tpm) or "none", ", ".join(tpm) or "none"))
-    cpu = await _cpu(qmp)
+    cpu = await _cpu(qmp, cpus or [])
     if was.cpu.count and cpu.count != was.cpu.count:
         out.append(Difference("number of CPUs", str(was.cpu.count), str(cpu.count)))
     if gone := _gone(was.cpu.words, cpu.words):
@@ -94,13 +99,14 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version.partition("(")[0])[:3])
 
 
-async def _machine_type(qmp: Qmp) -> str:
-    return (await qmp.property(QOM_TEXT, "/machine", "type")).removesuffix("-machine")
+def _pinned(machine_type: str) -> str:
+    return machine_type.removesuffix("-machine")
 
 
-async def _cpu(qmp: Qmp) -> CpuFacts:
+async def _cpu(qmp: Qmp, cpus: list[Cpu]) -> CpuFacts:
     """The CPUID words of the first CPU; all are the same model."""
-    cpus = await qmp.ask(CPUS)
+    if not cpus:
+        return CpuFacts()
     words = await qmp.property(QOM_FEATURE_WORDS, cpus[0].qom_path, "feature-words", [])
     named = {
         f"{word.cpuid_input_eax:X}.{word.cpuid_input_ecx:X}.{word.cpuid_register}": word.features
@@ -129,5 +135,5 @@ def _gone(was: dict[str, int], now: dict[str, int]) -> dict[str, int]:
     return {word: missing for word, bits in was.items() if (missing := bits & ~now.get(word, 0))}
 
 
-async def _tpm(qmp: Qmp) -> tuple[str, ...]:
-    return tuple(f"{tpm.id} {tpm.model} {tpm.options.type}" for tpm in await qmp.ask_optional(TPMS, []))
+def _named_tpms(tpms: list[Tpm]) -> tuple[str, ...]:
+    return tuple(f"{tpm.id} {tpm.model} {tpm.options.type}" for tpm in tpms)

@@ -120,7 +120,10 @@ class LiveQemu:
         return self._pid
 
     async def inventory(self) -> Inventory:
-        return await inventory.inventory(self._qmp)
+        return await inventory.whole(self._qmp)
+
+    async def brief_inventory(self) -> Inventory:
+        return await inventory.brief(self._qmp)
 
     async def listening(self) -> list[str]:
         return list(self._sockets().values())

@@ -209,23 +209,19 @@ class BlockNode(Reply, frozen=True):
     image: Image = Image()
 
 
-class InsertedNode(Reply, frozen=True):
-    node_name: Text = ""
-
-
 class BlockBackend(Reply, frozen=True):
     """BlockInfo. ``qdev`` is the id of the device that has it, or the device's place in QOM."""
 
     device: Text = ""
     qdev: Text = ""
-    inserted: InsertedNode | None = None
 
 
 class GraphNode(Reply, frozen=True):
-    """XDbgBlockGraphNode."""
+    """XDbgBlockGraphNode. ``name`` of a backend is that of its drive, or its device's place in QOM."""
 
     id: Number
     name: Text
+    type: Text
 
 
 class GraphEdge(Reply, frozen=True):

@@ -16,7 +16,7 @@ from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.acts.start import boot
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Proof, let_run, let_run_by_load, wake
-from cpr_agent.core.inventory import record, take
+from cpr_agent.core.inventory import record, take_brief
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Definition, Held, Inventory, Launch, Located, Manifest, RunState, VmState, ram_of
 from cpr_agent.core.past import VmEvent
@@ -312,7 +312,7 @@ async def _load_located(
             try:
                 qemu, proven = await vessel.start(plan, proving, proven)
                 await refuse_lesser_machine(qemu, manifest)
-                has = await take(ports, qemu, plan)
+                has = await take_brief(ports, qemu, plan)
                 refuse_other_devices(ports, manifest, has)
                 if not await runs_by_load(qemu, manifest):
                     await qemu.load(fd, machine.settings.agent.load_timeout)
@@ -382,11 +382,18 @@ async def finish_load(
 
     async def run() -> None:
         resumed_at = await going_on
-        if launch := machine.launched():
-            await record(machine.ports, machine.name, replace(has, started_at=launch.created_at))
+        machine.spawn(_record(machine, manifest, has))
         machine.spawn(report(machine, manifest, times, resumed_at))
 
     await uninterrupted(run())
+
+
+async def _record(machine: Machine, manifest: Manifest, has: Inventory) -> None:
+    """The places of devices are those that were saved: QEMU refuses a state whose devices are elsewhere."""
+    launch, saved = machine.launched(), manifest.inventory
+    if launch and saved:
+        proved = replace(saved, nodes=has.nodes, named=has.named, started_at=launch.created_at)
+        await record(machine.ports, machine.name, proved)
 
 
 async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, vessel: Vessel) -> float:

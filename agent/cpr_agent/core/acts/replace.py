@@ -18,7 +18,7 @@ from cpr_agent.core.acts.save import draft_manifest, save, save_drafted
 from cpr_agent.core.acts.sleep import must_sleep
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.hooks import before_save
-from cpr_agent.core.inventory import take
+from cpr_agent.core.inventory import take, take_brief
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Launch, Manifest, RunState, Survives
 from cpr_agent.core.past import VmEvent
@@ -125,7 +125,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
         async with qemu.handing_over(spare.directory, lives, agent.qemu_start_timeout) as handed_over:
             new = await spare.connect(agent.qemu_start_timeout)
             await refuse_lesser_machine(new, draft)
-            has = await take(machine.ports, new, plan)
+            has = await take_brief(machine.ports, new, plan)
             refuse_other_devices(machine.ports, draft, has)
             await new.take_over(spare.directory, agent.load_timeout)
             stopped_at = await handed_over()

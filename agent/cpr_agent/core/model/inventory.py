@@ -45,7 +45,7 @@ class BlockNode(msgspec.Struct, frozen=True, kw_only=True):
     """A node of the graph below a disk."""
 
     disk: str
-    """The id of its device, or its drive where the device has none."""
+    """Its drive, or the id of its device where a drive has no name."""
     role: str
     """The way from the disk to the node: "" for the first, then ``file``, ``backing``, ``backing.file`` …"""
     node: str
@@ -76,6 +76,8 @@ class PluggedDevice(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     bus: str = ""
     address: str = ""
+    drive: str = ""
+    """That it has, if that has a name."""
 
 
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,4 +91,6 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """Devices that are memory: DIMMs and their like."""
     named: tuple[OpenFile, ...] = ()
     """The paths that lead to a file that QEMU has open: those of its command line, and those that the kernel tells."""
+    placed: bool = True
+    """False if it has no place of any device, and neither CPUs nor memory."""
     started_at: float = 0.0
