@@ -29,6 +29,13 @@ def test_an_empty_device_is_free_as_a_whole() -> None:
     assert allocate("web1", 4 * MIB, [DEVICE], []) == (DEVICE, Range(0, 4 * MIB, "web1"))
 
 
+def test_what_the_kernel_has_as_memory_is_not_free() -> None:
+    taken = replace(DEVICE, system_ram=True)
+    assert free(taken, []) == []
+    with pytest.raises(MemoryUnusable):
+        allocate("web1", 4 * MIB, [taken], [])
+
+
 def test_what_others_have_is_left_out() -> None:
     claims = [("web1", memory(0, 8 * MIB)), ("web2", memory(16 * MIB, 8 * MIB)), ("web3", memory(0, 64 * MIB, "other"))]
     assert used(DEVICE, claims) == [Range(0, 8 * MIB, "web1"), Range(16 * MIB, 8 * MIB, "web2")]

@@ -12,6 +12,7 @@ import pytest
 from cpr_agent.core import inventory
 from cpr_agent.core.inventory import differences, plain_name
 from cpr_agent.core.model import BlockNode, Inventory, OpenFile, PluggedDevice
+from cpr_agent.host import this_host
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.vm import replies
 from cpr_agent.vm.inventory import MAX_DEPTH, disk_name, walk
@@ -202,3 +203,48 @@ def test_of_a_brief_inventory_names_and_kinds_are_compared() -> None:
     assert [str(one) for one in differences(was, other, anew=True)[1]] == [
         "device peripheral/n0 was virtio-net-pci, is e1000"
     ]
+
+
+# -- block devices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("way", "attributes", "name"),
+    [
+        ("pci0000:00/0000:00:05.0/virtio2/block/vdb", {}, "path:pci0000:00/0000:00:05.0"),
+        ("pci0000:00/0000:00:05.0/virtio7/block/vda", {}, "path:pci0000:00/0000:00:05.0"),
+        ("pci0000:00/0000:00:06.0/virtio2/block/vdb", {}, "path:pci0000:00/0000:00:06.0"),
+        ("pci0000:00/0000:00:05.0/virtio2/block/vdb", {"serial": "disk7"}, "disk7"),
+        (
+            "pci0000:00/0000:00:05.0/virtio2/host3/target3:0:1/3:0:1:2/block/sdb",
+            {},
+            "path:pci0000:00/0000:00:05.0/:0:1/:0:1:2",
+        ),
+        ("virtual/block/dm-3", {"dm/uuid": "LVM-x"}, "LVM-x"),
+        ("virtual/block/zram0", {}, ""),
+    ],
+)
+def test_a_block_device_is_known_by_what_a_kexec_does_not_change(
+    tmp_path: Path, way: str, attributes: dict[str, str], name: str
+) -> None:
+    device = tmp_path / "sys/devices" / way
+    for attribute, value in attributes.items():
+        (device / attribute).parent.mkdir(parents=True, exist_ok=True)
+        (device / attribute).write_text(value)
+    part = device / "part1"
+    part.mkdir(parents=True)
+    (part / "partition").write_text("1")
+    assert this_host._device_id(device) == name
+    assert this_host._device_id(part) == (f"{name}-part1" if name else "")
+
+
+def test_a_device_without_a_name_is_told_and_never_taken_for_the_same_after_a_kexec() -> None:
+    nameless = OpenFile(path="/dev/zram0", kind="device", st_dev=5, size_bytes=512)
+    inventory_of = Inventory(nodes=(changed(NODE, file=nameless),))
+    assert "disk d0 is the block device /dev/zram0" in inventory.unnamed_devices(inventory_of)[0]
+    assert nameless.same_as(nameless)
+    assert not nameless.same_as(nameless, rebooted=True)
+    named = changed(nameless, device_id="disk7")
+    assert inventory.unnamed_devices(Inventory(nodes=(changed(NODE, file=named),))) == []
+    assert named.same_as(changed(named, st_dev=9), rebooted=True)
+    assert not named.same_as(changed(named, device_id="disk8"), rebooted=True)

@@ -20,7 +20,7 @@ from msgspec.structs import asdict, replace
 
 from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
-from cpr_agent.memory import users
+from cpr_agent.memory import devices, users
 from cpr_agent.memory.backends import HostMemory, filesystem_of
 from cpr_agent.memory.opening import open_memory
 from cpr_agent.memory.witness import PAGE, chosen_pages, is_blank, new_witness, prepared_witness, take_witness
@@ -82,6 +82,43 @@ def test_what_does_not_fit_the_device_is_refused(what: MemorySection, said: str)
 def test_a_device_without_uuid_is_refused() -> None:
     with pytest.raises(MemoryUnusable, match="has no uuid"):
         asyncio.run(HostMemory(FakeDevices(replace(DEVICE, uuid=""))).locate(section("/dev/dax1.0"), 0))
+
+
+def test_a_device_that_the_kernel_has_as_memory_is_refused() -> None:
+    taken = replace(DEVICE, system_ram=True)
+    with pytest.raises(MemoryUnusable, match="system-ram mode") as caught:
+        locate(section(), taken)
+    assert "daxctl reconfigure-device --mode=devdax dax1.0" in caught.value.remedy
+    with pytest.raises(MemoryChanged, match="system-ram mode"):
+        relocate(DEVDAX, taken)
+
+
+class Sysfs:
+    """A device as pyudev has it, below ``root``."""
+
+    def __init__(self, root: Path, name: str, parent: Sysfs | None, **attributes: str) -> None:
+        self.sys_name, self.sys_path, self.parent = name, str(root / name), parent
+        self.subsystem, self.device_node, self.is_initialized = "nd", f"/dev/{name}", True
+        self.attributes = self
+        self._attributes = attributes
+
+    def asstring(self, name: str) -> str:
+        return self._attributes[name]
+
+
+@pytest.mark.parametrize(("driver", "module"), [("kmem", "kmem"), ("kmem", ""), ("device_dax", "device_dax"), ("", "")])
+def test_the_driver_tells_whether_the_kernel_has_a_device_as_memory(tmp_path: Path, driver: str, module: str) -> None:
+    device = Sysfs(tmp_path, "dax0.0", Sysfs(tmp_path, "region0", None, uuid="u"), size="4096", align="4096")
+    (tmp_path / "dax0.0").mkdir()
+    if driver:
+        (tmp_path / "drivers" / driver).mkdir(parents=True)
+        (tmp_path / "dax0.0/driver").symlink_to(tmp_path / "drivers" / driver)
+    if module:
+        (tmp_path / "module" / module).mkdir(parents=True)
+        (tmp_path / "drivers" / driver / "module").symlink_to(tmp_path / "module" / module)
+    found = devices._read(device)
+    assert found
+    assert found.system_ram == (driver == "kmem")
 
 
 @pytest.mark.parametrize(

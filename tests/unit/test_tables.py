@@ -16,9 +16,25 @@ from tests.stories import told
 M = 1 << 20
 UUID = "21dfda89-0355-4462-b7ed-7d7a01837540"
 DEVICES = [
-    {"node": "/dev/dax0.0", "uuid": UUID, "align": 2 * M, "numa-node": -1, "provider": "ACPI.NFIT", "size": 1018 * M}
+    {
+        "node": "/dev/dax0.0",
+        "uuid": UUID,
+        "align": 2 * M,
+        "mode": "devdax",
+        "numa-node": -1,
+        "provider": "ACPI.NFIT",
+        "size": 1018 * M,
+    }
     | {"used": [[64 * M, 512 * M, "customer-database-17"], [0, 64 * M, "web1"]], "free": [[576 * M, 442 * M]]},
-    {"node": "/dev/dax10.0", "uuid": UUID[::-1], "align": 2 * M, "numa-node": 1, "provider": "e820", "size": 1022 * M}
+    {
+        "node": "/dev/dax10.0",
+        "uuid": UUID[::-1],
+        "align": 2 * M,
+        "mode": "devdax",
+        "numa-node": 1,
+        "provider": "e820",
+        "size": 1022 * M,
+    }
     | {"used": [], "free": [[0, 1022 * M]]},
 ]
 

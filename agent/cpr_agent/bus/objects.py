@@ -423,6 +423,7 @@ def _device(device: DaxDevice, ranges: list[Range]) -> dict[str, Variant]:
         numa_node=device.numa_node,
         region=device.region,
         provider=device.provider,
+        mode="system-ram" if device.system_ram else "devdax",
         used=Variant("a(tts)", [list(one) for one in ranges]),
         free=Variant("a(tt)", [[one.offset, one.size] for one in free(device, ranges)]),
     )

@@ -186,6 +186,8 @@ def devices(data: list[dict[str, Any]]) -> None:
         # Below the uuid instead of in columns of their own, so that a row fits in 80 columns.
         numa = f"NUMA node {entry['numa-node']}, " if entry["numa-node"] >= 0 else ""
         more = Text(f"{entry['provider']}, {numa}aligned to {exact_size(entry['align'])}", "dim")
+        if entry["mode"] != "devdax":
+            more = Text.assemble((f"{entry['mode']}: not for guests, ", "bold"), more)
         about = [(entry["node"], entry["uuid"]), ("", more)]
         for left, right in zip_longest(about, rows, fillvalue=("", "")):
             table.add_row(*left, *right)

@@ -26,7 +26,10 @@ def used(device: DaxDevice, claims: Iterable[tuple[str, MemoryIdentity]]) -> lis
 
 
 def free(device: DaxDevice, taken: Iterable[Range]) -> list[Range]:
-    """The ranges between the ``taken`` ones (sorted), in whole units of the device's alignment."""
+    """The ranges between the ``taken`` ones (sorted), in whole units of the device's alignment; none of one that the kernel
+    has as its own memory."""
+    if device.system_ram:
+        return []
     align = device.align_bytes or 1
     out, at = [], 0
     for end, after in [*((one.offset, one.offset + one.size) for one in taken), (device.size_bytes, 0)]:

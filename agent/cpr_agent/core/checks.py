@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from cpr_agent.core.hooks import vetoes
+from cpr_agent.core.inventory import recorded_of, unnamed_devices
 from cpr_agent.core.model import SAVEABLE, Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
@@ -25,6 +28,7 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
         found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))
     if launch and _has_live_guest(vm):
         found += await _guest_findings(vm, launch)
+        found += await _disk_findings(vm, ports, launch)
         found += await _witness_findings(vm, ports, launch)
     return found
 
@@ -69,6 +73,16 @@ async def _guest_findings(vm: Vm, launch: Launch) -> list[Finding]:
             Finding(severity="error", code="successor", what=reason, why=held, remedy=newer, vm=vm.name)
             for reason in await vm.successor_reasons()
         ),
+    ]
+
+
+async def _disk_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
+    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    why = "it can be saved for a restart of QEMU, but an upgrade of the host will refuse it"
+    remedy = "give it a serial number, or have the disk in a logical volume"
+    return [
+        Finding(severity="warning", code="unnamed-disk", what=what, why=why, remedy=remedy, vm=vm.name)
+        for what in (unnamed_devices(recorded) if recorded else ())
     ]
 
 

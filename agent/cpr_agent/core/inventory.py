@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from cpr_agent.core.model import BlockNode, Difference, Inventory, Launch, OpenFile, PluggedDevice
+from cpr_agent.core.model import BlockNode, Difference, Inventory, Launch, OpenFile, PluggedDevice, Survives
 from cpr_agent.core.ports import Files, Ports, Qemu
 
 log = logging.getLogger(__name__)
@@ -207,6 +207,17 @@ def _set_differences(what: str, was: Collection[str], now: Collection[str]) -> l
     return gone + [Difference(f"{what} {name}", "not there", "there") for name in sorted({*now} - {*was})]
 
 
+def unnamed_devices(inventory: Inventory) -> list[str]:
+    """Block devices of which the next kernel could make others: two of them could change their names."""
+    found = {node.disk: node for node in inventory.nodes if node.file and node.file.kind == "device"}
+    return [
+        f"disk {disk} is the block device {path_of(node)}, which has nothing to know it by after a kexec: no serial "
+        "number, world wide id, uuid or slot"
+        for disk, node in found.items()
+        if node.file and not node.file.device_id
+    ]
+
+
 # -- what stands in the way of a save ------------------------------------------------------------------------------------
 
 
@@ -218,7 +229,7 @@ class Lookup(NamedTuple):
     now: Mapping[str, OpenFile | None]
 
 
-async def reasons(ports: Ports, qemu: Qemu, launch: Launch) -> list[str]:
+async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Survives.QEMU_RESTART) -> list[str]:
     """Why a QEMU that is started by the recorded command line would not have what this one has: one for each difference,
     with its remedy. A QEMU of which nothing was recorded is recorded now. Raises QemuFailed."""
     live = await take(ports, qemu, launch)
@@ -229,7 +240,7 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch) -> list[str]:
     compared = [*lost.values(), *(_unlike_arguments(found, images) if recorded is None else _compared(found, lost))]
     if recorded is None and not compared:
         await record(ports, launch.vm, live)
-    return compared
+    return compared + (unnamed_devices(live) if need is Survives.KEXEC else [])
 
 
 def recorded_of(ports: Ports, launch: Launch) -> Inventory | None:

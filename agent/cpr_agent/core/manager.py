@@ -218,7 +218,9 @@ class Manager:
         for finding in await self.own_findings_of_all():
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
-            elif finding.code != MEMORY_SURVIVES and (finding.code != "volatile-memory" or finding.vm not in decided):
+            elif finding.code != MEMORY_SURVIVES and (
+                finding.code not in ("volatile-memory", "unnamed-disk") or finding.vm not in decided
+            ):
                 out.append(finding)
         return out
 

@@ -16,12 +16,12 @@ from cpr_agent.errors import AlreadySaved, Blocked, QemuFailed, WrongState
 Fallback = Literal["wait", "shut-down", "refuse"]
 
 
-async def blocked_reasons(machine: Machine) -> list[str]:
+async def blocked_reasons(machine: Machine, need: Survives = Survives.QEMU_RESTART) -> list[str]:
     """Why it can't be saved as it is now; empty also where there is nothing to save."""
     launch = machine.launched()
     if machine.qemu is None or launch is None or machine.run_state not in SAVEABLE:
         return []
-    changed = await inventory.reasons(machine.ports, machine.qemu, launch)
+    changed = await inventory.reasons(machine.ports, machine.qemu, launch, need)
     return await machine.qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, machine.qemu)
 
 
@@ -42,7 +42,7 @@ async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = Tr
     launch = machine.launched()
     if launch is None:
         raise Blocked(["the record of how its QEMU was started is gone"], vm=machine.name)
-    reasons = await blocked_reasons(machine) + (await vetoes(machine) if hooks else [])
+    reasons = await blocked_reasons(machine, need) + (await vetoes(machine) if hooks else [])
     reasons += [
         f"its RAM in {one.place} ({one.filesystem}) does not survive a {need}"
         for one in launch.memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import time
@@ -19,6 +20,8 @@ from cpr_agent.files import digest_of
 from cpr_agent.handles import file_at
 from cpr_agent.host import sockets
 
+_COUNTED = re.compile(r"^(?:virtio|host|nvme)\d+$|^target\d+(?=:)|^\d+(?=:\d+:\d+:\d+$)")
+"""Parts of a device's way that are numbers in the order of discovery: those of virtio devices and SCSI hosts."""
 JOURNAL_TIMEOUT_S = 60.0
 MAX_PROGRAM_BYTES = 1 << 30
 MAX_FIRMWARE_BYTES = 128 << 20
@@ -166,8 +169,22 @@ def _block_device(number: int) -> dict[str, Any]:
 
 def _device_id(sysfs: Path) -> str:
     """Documentation/ABI, block and dm; "" if there is none."""
-    names = ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
-    return next((text for name in names if (text := _text(sysfs / name))), "")
+    if number := _text(sysfs / "partition"):
+        whole = _device_id(sysfs.resolve().parent)
+        return whole and f"{whole}-part{number}"
+    names = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
+    return next((text for name in names if (text := _text(sysfs / name))), "") or _slot_of(sysfs)
+
+
+def _slot_of(sysfs: Path) -> str:
+    """Where a device without a name of its own is plugged in, which a kexec does not change: its way in /sys/devices
+    without the numbers that the kernel gives in the order in which it finds things. "" for one that is in no slot."""
+    parts = sysfs.resolve().parts
+    way = parts[parts.index("devices") + 1 : -1] if "devices" in parts else ()
+    if not way or way[0] == "virtual":
+        return ""
+    kept = [_COUNTED.sub("", part) for part in way if part != "block"]
+    return f"path:{'/'.join(part for part in kept if part)}"
 
 
 def _text(path: Path) -> str:

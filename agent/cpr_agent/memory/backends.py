@@ -265,6 +265,11 @@ def _devdax(wanted: MemoryNode, device: DaxDevice) -> Located:
             f"{device.node} has no uuid, so that it could not be told from another after a kexec",
             remedy="make its namespace with: ndctl create-namespace -f -e NAMESPACE -m devdax",
         )
+    if device.system_ram:
+        raise MemoryUnusable(
+            f"{device.node} is in system-ram mode: it is the kernel's own memory, and what a guest had there is gone",
+            remedy=f"make it a device again: daxctl reconfigure-device --mode=devdax {Path(device.node).name}",
+        )
     for what, value in (("size", size), ("offset", offset)):
         if value % align:
             raise MemoryUnusable(

@@ -123,7 +123,14 @@ def _read(device: Any) -> DaxDevice | None:
         region=_region(device),
         provider=_provider(device),
         drivers=_drivers(device),
+        system_ram="kmem" in _bound_to(device),
     )
+
+
+def _bound_to(device: Any) -> tuple[str, str]:
+    """Names of the device's driver and of its module, which are one for kmem; a driver that is built in has no module."""
+    driver = Path(device.sys_path, "driver")  # in system-ram mode the node stays, and can't be opened (ENXIO)
+    return driver.resolve().name, (driver / "module").resolve().name
 
 
 def _region(device: Any) -> str:

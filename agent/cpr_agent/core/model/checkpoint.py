@@ -48,7 +48,8 @@ class DiskIdentity(msgspec.Struct, frozen=True, kw_only=True):
     filename: str
     kind: Literal["file", "device", "missing", "remote"] = "remote"
     device_id: str = ""
-    """Of a block device, what names it on any boot: its world wide id, or that of the device mapper."""
+    """Of a block device, what names it on any boot: its world wide id, that of the device mapper, its slot. "" from an
+    agent that did not know it."""
     inode: int = 0
     size_bytes: int = 0
     mtime_ns: int = 0
@@ -60,7 +61,7 @@ class DiskIdentity(msgspec.Struct, frozen=True, kw_only=True):
         return [
             Difference(f"{self.filename}: {name}", str(getattr(self, name)), str(getattr(found, name)))
             for name in ("device_id", "inode", "size_bytes", "mtime_ns")
-            if getattr(self, name) != getattr(found, name)
+            if getattr(self, name) != getattr(found, name) and not (name == "device_id" and not self.device_id)
         ]
 
 

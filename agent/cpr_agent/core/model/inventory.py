@@ -32,7 +32,8 @@ class OpenFile(msgspec.Struct, frozen=True, kw_only=True):
         if not rebooted:
             return self.key == other.key
         if self.kind == "device":
-            return (self.kind, self.device_id, self.size_bytes) == (other.kind, other.device_id, other.size_bytes)
+            known = (self.kind, self.device_id, self.size_bytes) == (other.kind, other.device_id, other.size_bytes)
+            return known and self.device_id != ""
         return (self.kind, self.inode) == (other.kind, other.inode)
 
     @property

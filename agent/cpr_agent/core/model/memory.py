@@ -118,6 +118,8 @@ class DaxDevice(msgspec.Struct, frozen=True, kw_only=True):
     provider: str = ""
     drivers: tuple[str, ...] = ()
     """Kernel modules (or built-in drivers) that the device and its parents are bound to, as /sys/module names them."""
+    system_ram: bool = False
+    """The kernel has it as ordinary memory (driver kmem, daxctl-reconfigure-device(1)): no guest's."""
 
 
 class Located(msgspec.Struct, frozen=True, kw_only=True):
