@@ -32,7 +32,7 @@ from cpr_agent.core.model import (
     QemuFacts,
 )
 from cpr_agent.core.ports import Qemu
-from cpr_agent.errors import KernelRefused, LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.errors import KernelRefused, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable, SaveFailed
 from cpr_agent.host.programs import KeptPrograms
 from cpr_agent.host.this_host import ThisHost
 
@@ -307,7 +307,7 @@ class FakeQemu:
     async def _step(self, operation: str) -> None:
         self._runner.point()
         if self not in (self._runner.qemus.get(self.launch.vm), self._runner.beside.get(self.launch.vm)):
-            raise QemuFailed("QEMU is gone", vm=self.launch.vm)
+            raise QemuUnreachable("the connection to QEMU is lost", vm=self.launch.vm)
         if gate := self._runner.gates.get((self.launch.vm, operation)):
             gate.entered.set()
             await gate.go.wait()
@@ -442,11 +442,13 @@ class FakeQemu:
 
     async def cont(self) -> float:
         await self._step("cont")
+        if self.status == "finish-migrate":  # as after a flush that failed: well again
+            self.status = "postmigrate"
         if self.status not in ("postmigrate", "paused"):
-            raise QemuFailed(f"cannot continue from {self.status}", vm=self.launch.vm)
+            raise QemuRefused(f"cannot continue from {self.status}", vm=self.launch.vm)
         if self._slept and self.status == "postmigrate":
             self._runner.end(self.launch.vm)  # as QEMU 10.0 and 11.1 do
-            raise QemuFailed("QEMU has aborted", vm=self.launch.vm)
+            raise QemuEnded("QEMU has aborted", vm=self.launch.vm)
         if self._slept:
             self.status = "suspended"
         else:

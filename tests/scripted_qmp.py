@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from cpr_agent.vm.qmp import Qmp, QmpRefused
+from cpr_agent.errors import QemuRefused
+from cpr_agent.vm.qmp import Qmp
 
 Answers = Callable[[str, dict[str, object]], object]
 """By command and arguments; raises LookupError for a command that this QEMU does not have."""
@@ -30,4 +31,4 @@ class ScriptedQmp(Qmp):
         try:
             return msgspec.Raw(msgspec.json.encode(self._answers(command, arguments or {})))
         except LookupError as error:
-            raise QmpRefused(f"The command {command} has not been found", vm=self.vm) from error
+            raise QemuRefused(f"The command {command} has not been found", vm=self.vm) from error

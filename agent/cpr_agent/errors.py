@@ -25,7 +25,10 @@
     │   ├── DiskChanged
     │   ├── MachineChanged    an older QEMU, fewer CPU features, other firmware
     │   └── CheckpointUnreadable
-    ├── QemuFailed            QEMU could not be started, died, or did not answer
+    ├── QemuFailed            QEMU could not be started, or makes no sense
+    │   ├── QemuRefused       it lives, and said no: its guest is in it
+    │   ├── QemuUnreachable   it does not answer, or the connection to it is lost
+    │   └── QemuEnded         its process has ended
     ├── GuestAgentFailed      the QEMU guest agent hung, refused, or made no sense
     ├── SaveFailed
     │   └── SaveRefused       no guest was saved, because one of them can't be
@@ -195,6 +198,22 @@ class CheckpointUnreadable(ProofFailed):
 
 class QemuFailed(CprError):
     kind = "QemuFailed"
+
+
+class QemuRefused(QemuFailed):
+    """QEMU understood the command and said no."""
+
+    kind = "QemuRefused"
+
+
+class QemuUnreachable(QemuFailed):
+    """Whether its process lives is not said by that."""
+
+    kind = "QemuUnreachable"
+
+
+class QemuEnded(QemuFailed):
+    kind = "QemuEnded"
 
 
 class GuestAgentFailed(CprError):

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bus.conftest import each_lab, interruptible, qemu_of, tiny
+from tests.bus.conftest import any_qemu, each_lab, interruptible, lab, qemu_of, tiny
 
-__all__ = ["each_lab", "interruptible", "tiny"]
+__all__ = ["any_qemu", "each_lab", "interruptible", "lab", "tiny"]
+
+REAL = ["7.2", "10.0", "11.1"]
 
 
-@pytest.fixture(params=["7.2", "10.0", "11.1"])
+@pytest.fixture(params=REAL)
 def each_qemu(request: pytest.FixtureRequest) -> str:
     return qemu_of(request.param)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from cpr_agent.errors import (
     MemoryChanged,
     NoCheckpoint,
     QemuFailed,
+    QemuRefused,
+    QemuUnreachable,
     SaveFailed,
 )
 from tests.bench import Bench
@@ -96,7 +100,7 @@ def test_a_save_whose_qemu_dies_says_so(bench: Bench) -> None:
         bench.runner.end("web1")
         bench.runner.faults["web1", "save"] = QemuFailed("QEMU went away", vm="web1")
         gate.go.set()
-        with pytest.raises(SaveFailed, match="its QEMU is gone"):
+        with pytest.raises(SaveFailed, match="Its QEMU has ended, and the guest is lost unless"):
             await saving
         assert vm.state is VmState.STOPPED
 
@@ -253,11 +257,47 @@ def test_a_proof_that_fails_leaves_the_old_qemu_for_a_rollback(bench: Bench) -> 
 
 def test_a_rollback_retires_the_checkpoint_before_the_guest_runs(bench: Bench) -> None:
     bench.vm(save)
-    bench.runner.faults["web1", "cont"] = QemuFailed("the disk is locked", vm="web1")
-    with pytest.raises(QemuFailed, match="the disk is locked.*the checkpoint is retired"):
+    bench.runner.faults["web1", "cont"] = QemuRefused("the disk is locked", vm="web1")
+    with pytest.raises(QemuFailed, match="the disk is locked. The guest stands, whole, in its QEMU"):
         bench.vm(lambda vm: vm.resume())
     assert bench.files() == ["manifest.json.discarded", "vmstate.discarded"]
     assert bench.qemu().status == "postmigrate"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (QemuRefused("its storage fails"), "The guest stands, whole, in its QEMU (PID {pid})"),
+        (QemuUnreachable("no answer"), "Its QEMU (PID {pid}) is there, with the guest, and does not answer"),
+    ],
+)
+def test_a_qemu_that_says_no_is_not_one_that_has_ended(bench: Bench, error: QemuFailed, told: str) -> None:
+    """By the words for an end an admin kills a living guest."""
+    bench.runner.faults["web1", "after-save"] = SaveFailed("the disk could not be flushed", vm="web1")
+    bench.runner.faults["web1", "cont"] = error
+    with pytest.raises(SaveFailed, match=re.escape(told.format(pid=os.getpid()))):
+        bench.vm(save)
+    assert bench.qemu().status == "postmigrate"
+
+
+def test_a_guest_that_was_not_let_run_is_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpr_agent.core.vm.RETRY_S", 0.01)
+
+    async def story(vm: Vm) -> None:
+        bench.runner.faults["web1", "after-save"] = SaveFailed("the disk could not be flushed", vm="web1")
+        bench.runner.faults["web1", "cont"] = QemuRefused("its storage fails")
+        with pytest.raises(SaveFailed):
+            await save(vm)
+        assert "its storage fails" in vm.error
+        trial = bench.runner.gates["web1", "cont"] = Gate()
+        await trial.entered.wait()
+        bench.runner.faults.clear()
+        trial.go.set()
+        await vm.idle()
+        assert vm.state is VmState.RUNNING
+        assert vm.error == ""
+
+    bench.vm(story)
 
 
 def test_a_suspended_guest_is_taken_back_by_a_load(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from cpr_agent.core.machine import Machine
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.ports import Qemu
 from cpr_agent.core.proof import Proven
-from cpr_agent.errors import ProofFailed
+from cpr_agent.errors import ProofFailed, QemuFailed
 
 
 class Unbroken(enum.StrEnum):
@@ -35,9 +35,12 @@ Proof = Proven | Unbroken
 
 
 async def let_run(machine: Machine, qemu: Qemu, proof: Proof) -> float:
-    """Returns when the guest ran (epoch s). Raises ProofFailed for a held VM, QemuFailed."""
+    """Returns when the guest ran (epoch s). Raises ProofFailed for a held VM; QemuFailed, which says where the guest is."""
     _refuse(machine, proof)
-    return await qemu.cont()
+    try:
+        return await qemu.cont()
+    except QemuFailed as error:
+        raise await machine.locating_guest(error) from error
 
 
 async def let_run_by_load(machine: Machine, qemu: Qemu, proof: Proof, vmstate_fd: int) -> float:

@@ -29,7 +29,17 @@ from cpr_agent.core.ports import Place, Ports, Qemu
 from cpr_agent.core.proof import naming
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.undo import Undo
-from cpr_agent.errors import AlreadyRunning, CheckpointUnreadable, CprError, InvalidDefinition, MemoryUnusable, QemuFailed
+from cpr_agent.errors import (
+    AlreadyRunning,
+    CheckpointUnreadable,
+    CprError,
+    InvalidDefinition,
+    MemoryUnusable,
+    QemuEnded,
+    QemuFailed,
+    QemuRefused,
+    QemuUnreachable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +50,8 @@ GREETING_S = 5.0
 LOOK_S = 10.0
 """For its run state, which it knows at once: others may stand still until all are looked at."""
 SILENT = f"QEMU has not said within {LOOK_S:g} s how its guest is"
+EXITING_S = 1.0
+"""Between the end of a QEMU's connection and that of its process."""
 RELOCATE_S = 5.0
 """For memory that a live QEMU has open, so that its device is there."""
 _FROM_RUN_STATE = {
@@ -176,28 +188,42 @@ class Machine:
         return self.definition
 
     def require_qemu(self) -> Qemu:
-        """The live QEMU. Raises QemuFailed if there is none that answers."""
+        """The live QEMU. Raises QemuEnded, QemuUnreachable."""
         if self.qemu is None:
-            raise QemuFailed("has no QEMU that answers", vm=self.name)
+            error = QemuUnreachable if self.pid else QemuEnded
+            raise error("has no QEMU that answers", vm=self.name)
         return self.qemu
 
     async def answering_qemu(self) -> Qemu:
         """The live QEMU, to which the agent connects anew where it has lost its connection: for an undo, which must not
-        leave a guest stopped because of that. Raises QemuFailed."""
+        leave a guest stopped because of that. Raises QemuEnded, QemuUnreachable."""
         with contextlib.suppress(QemuFailed):
             qemu = self.require_qemu()
             await qemu.run_state()
             return qemu
         await self.disconnect()
         if not await self.own.pid():
-            raise QemuFailed("its QEMU has ended", vm=self.name)
+            raise QemuEnded("its QEMU has ended", vm=self.name)
         return await self._connect(GREETING_S)
 
+    async def locating_guest(self, error: QemuFailed) -> QemuFailed:
+        """``error``, by which its guest does not go on, with the place where the guest is then."""
+        if isinstance(error, QemuRefused):
+            left = f"the guest stands, whole, in its QEMU (PID {self.pid})"
+            remedy = f"mend that; the agent tries again, and `cprctl resume {self.name}` does so at once"
+            return QemuRefused(error.what, vm=self.name, left=left, remedy=remedy)
+        if isinstance(error, QemuEnded) or await self.own.wait_exit(EXITING_S):
+            left = "its QEMU has ended, and the guest is lost unless it had shut itself down"
+            return QemuEnded(error.what, vm=self.name, left=left, remedy="see the end of its log")
+        left = f"its QEMU (PID {self.pid}) is there, with the guest, and does not answer"
+        remedy = f"once it does, `cprctl resume {self.name}` lets the guest go on"
+        return QemuUnreachable(error.what, vm=self.name, left=left, remedy=remedy)
+
     def refuse_silent_qemu(self, left: str) -> None:
-        """Raises QemuFailed. A QEMU that does not answer can't say whether its guest still stands where it was saved, and
-        the witness, a sample, need not show it (invariant 2)."""
+        """Raises QemuUnreachable: a QEMU that does not answer can't say whether its guest still stands where it was saved,
+        and the witness, a sample, need not show it (invariant 2)."""
         if self.pid and self.qemu is None:
-            raise QemuFailed(
+            raise QemuUnreachable(
                 "its QEMU does not answer, so the agent can't tell whether its guest has run since it was saved",
                 vm=self.name,
                 left=left,
@@ -260,6 +286,11 @@ class Machine:
         launch = self.launched()
         loads = launch is not None and launch.kind == "load" and not self.past.spent_by(launch.checkpoint)
         return loads and self.run_state in BEFORE_IT_RUNS
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether it stands saved, or where a failed save left it: QEMU has the guest, and could not flush its disks."""
+        return self.run_state in (RunState.POSTMIGRATE, RunState.FINISH_MIGRATE)
 
     def _state_with_qemu(self) -> VmState:
         if not self.stands_saved:

@@ -36,7 +36,8 @@ from cpr_agent.core.timeline import GuestTimeline
 
 
 class Qemu(Protocol):
-    """One live QEMU, over its QMP socket. Every call raises QemuFailed when QEMU is gone or does not answer in time."""
+    """One live QEMU, over its QMP socket. Every call raises QemuRefused when QEMU says no, QemuUnreachable when it does not
+    answer in time or the connection is lost, QemuFailed when it makes no sense."""
 
     @property
     def pid(self) -> int:
@@ -103,7 +104,8 @@ class Qemu(Protocol):
         """Take the guest that is offered; it does not run after. Raises LoadFailed, QemuFailed."""
 
     async def cont(self) -> float:
-        """Let the guest run; returns when it did (epoch s)."""
+        """Let the guest run; returns when it did (epoch s). Raises QemuRefused also for a guest whose disks could not be
+        flushed when it stopped, and still can't be."""
 
     async def set_guest_clock(self, now: Callable[[], float]) -> float | None:
         """Set it to ``now()`` (epoch s) by the guest agent; returns by how much it was behind (s), None where the VM has no

@@ -30,11 +30,17 @@ RECOVERY_PATIENCE_S = 1.0
 """A recovery takes milliseconds where QEMU answers, and the call that has started the agent is to find it done."""
 
 
+RETRY_S = 5.0
+"""After which a guest is tried again that QEMU did not let run; each time twice as long."""
+MAX_RETRY_S = 60.0
+
+
 class Act(enum.StrEnum):
     RECOVER = "the recovery that follows a start of the agent"
     START = "start"
     STOP = "stop"
     RESUME = "resume"
+    RETRY = "resume again"
     DISCARD = "discard"
     SAVE = "save"
     LOAD = "load"
@@ -52,6 +58,8 @@ class Vm:
         self._act: Act | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_s = RETRY_S
         self._outdated = False
         """Whether QEMU has told of something since the act's last look at it."""
 
@@ -186,6 +194,8 @@ class Vm:
 
     async def resume(self) -> None:
         """Take a save back, or let a paused guest go on. Raises ProofFailed, and the VM is held then; CprError."""
+        while self._act is Act.RETRY:
+            await self.idle()
         async with self._admitted(Act.RESUME):
             if not await recover.resume_unfinished(self.machine):
                 await resume.resume(self.machine)
@@ -256,6 +266,8 @@ class Vm:
 
     async def close(self) -> None:
         """Let go of QEMU, which runs on."""
+        self._retry_s = 0.0
+        self._stop_retrying()
         await self.settled()
         async with self._lock:
             await self.machine.disconnect()
@@ -301,8 +313,29 @@ class Vm:
         finally:
             self._act = None
             self._idle.set()
+            self._plan_retry()
             if self._outdated:
                 self.machine.spawn(self.refresh())
+
+    def _plan_retry(self) -> None:
+        """Storage that failed may be well again soon. Not once this is closed."""
+        self._stop_retrying()
+        if not recover.is_unfinished(self.machine):
+            self._retry_s = RETRY_S if self._retry_s else 0.0
+        elif self._retry_s:
+            loop = asyncio.get_running_loop()
+            self._retry = loop.call_later(self._retry_s, lambda: self.machine.spawn(self._try_again()))
+            self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
+
+    def _stop_retrying(self) -> None:
+        if self._retry:
+            self._retry.cancel()
+            self._retry = None
+
+    async def _try_again(self) -> None:
+        with contextlib.suppress(CprError):  # the VM's error tells
+            async with self._admitted(Act.RETRY):
+                await recover.resume_unfinished(self.machine)
 
     def _on_qemu_event(self, event: str) -> None:
         if event not in _STATE_EVENTS:

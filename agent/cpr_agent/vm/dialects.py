@@ -13,8 +13,8 @@ import re
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from cpr_agent.errors import QemuFailed, SaveFailed
-from cpr_agent.vm.qmp import Qmp, QmpRefused
+from cpr_agent.errors import QemuFailed, QemuRefused, SaveFailed
+from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import ADD_FD, CAPABILITIES, COMMANDS, PARAMETERS, SCHEMA
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
@@ -107,17 +107,17 @@ class CprSave(Dialect):
     async def save(self, qmp: Qmp, fd: int) -> None:
         try:
             await qmp.execute("cpr-save", {"filename": await fdset(qmp, fd), "mode": "reboot"})
-        except QmpRefused as error:
-            raise SaveFailed(f"QEMU could not write its state: {_with_cause(error.what)}", vm=qmp.vm) from error
+        except QemuRefused as error:
+            raise SaveFailed(f"QEMU could not write its state: {with_cause(error.what)}", vm=qmp.vm) from error
 
     async def load(self, qmp: Qmp, fd: int) -> None:
         await qmp.execute("cpr-load", {"filename": await fdset(qmp, fd)})
 
 
-def _with_cause(what: str) -> str:
-    """The proposal's own code gives an error's number alone."""
-    number = re.search(r"Error -(\d+) while saving", what)
-    return f"{what} ({os.strerror(int(number[1]))})" if number else what
+def with_cause(what: str) -> str:
+    """QEMU gives some errors by their number alone."""
+    number = re.search(r"Error -(\d+) while saving|migration_stop_vm failed, error (\d+)", what)
+    return f"{what} ({os.strerror(int(number[1] or number[2]))})" if number else what
 
 
 async def fdset(qmp: Qmp, fd: int) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, QemuFacts, RunState
 from cpr_agent.core.undo import uninterrupted
-from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, SaveFailed
+from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable, SaveFailed
 from cpr_agent.handles import socket_at, uid_of
 from cpr_agent.vm import blockers, devices, facts, guest_agent, inventory
 from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, listening_sockets, transfer_address
-from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose
-from cpr_agent.vm.qmp import Event, Qmp, QmpRefused
+from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose, fdset, with_cause
+from cpr_agent.vm.qmp import Event, Qmp
 from cpr_agent.vm.replies import MIGRATION, STATUS
 from cpr_agent.vm.retry import poll_until
 
@@ -27,6 +28,10 @@ _CHECK_S = 5.0
 _ENDED = ("completed", "failed", "cancelled")
 _GONE_S = 2.0
 """The end of a connection is known a moment after a command has failed by it."""
+_LET_GO_S = 2.0
+"""A migration that has failed lets go of its guest within milliseconds, or never: see ``_free``."""
+_FREE_S = 3.0
+"""For disks that can't be flushed. Other guests may stand until then; whoever acts tries again later."""
 _SETTLE_S = 30.0
 """After MIGRATION says completed, the run state follows within milliseconds; this is for a host in trouble."""
 
@@ -46,6 +51,8 @@ class LiveQemu:
         self._version = ""
         self._resumed = False
         """Whether its guest has begun to run since this connection, or since the last save, began."""
+        self._nowhere = ""
+        """The address of a file that is read by nobody; "" until it is needed."""
         self._stands_in = ""
         """The run state of a guest that did not run when it was saved, where the save changes no run state (CprSave)."""
         qmp.on_event(self._hear)
@@ -61,7 +68,7 @@ class LiveQemu:
                 await qemu._prepare_once()
         except TimeoutError:
             await qemu.close()
-            raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=vm) from None
+            raise QemuUnreachable(f"QEMU did not answer within {timeout_s:.0f} s", vm=vm) from None
         except BaseException:
             await qemu.close()
             raise
@@ -229,7 +236,36 @@ class LiveQemu:
 
     async def _let_go_of(self) -> None:
         """Wait until a migration that has ended lets go of the guest: before, QEMU refuses ``cont``."""
-        await poll_until(self.run_state, lambda now: now is not RunState.FINISH_MIGRATE, _SETTLE_S)
+        await poll_until(self.run_state, lambda now: now is not RunState.FINISH_MIGRATE, _LET_GO_S)
+
+    async def _free(self) -> None:
+        """Bring a guest to postmigrate that a failed migration has left in finish-migrate. Raises QemuRefused.
+
+        QEMU 10.0 and 11.1 do so when the disks can't be flushed at the guest's stop (migration_connect in
+        migration/migration.c starts it again in no case), and refuse ``cont`` there. A migration that ends well leads out;
+        its state goes nowhere. It has the mode of a save, in which QEMU notes the run state first: one that fails in
+        another mode would set a run state that it never noted, and abort.
+        """
+        await self._let_go_of()
+        if await self.run_state() is not RunState.FINISH_MIGRATE or not isinstance(await self.dialect(), CprReboot):
+            return
+        if problem := await poll_until(self._migrate_to_nowhere, lambda why: not why, _FREE_S, slowest_s=1.0):
+            raise QemuRefused(f"QEMU can't flush its disks: {problem}", vm=self._qmp.vm)
+
+    async def _migrate_to_nowhere(self) -> str:
+        """Returns why it failed."""
+        await self._prepare()
+        if not self._nowhere:
+            with _write_only_memory() as fd:
+                self._nowhere = f"file:{await fdset(self._qmp, fd)}"
+        try:
+            ended = await self._migrate(lambda qmp, _: qmp.execute("migrate", {"uri": self._nowhere}), -1, _SETTLE_S)
+        except QemuRefused as error:  # for one, the failed migration is not over yet
+            return error.what
+        if ended != "completed":
+            return await self._why(ended)
+        await poll_until(self.run_state, lambda now: now is RunState.POSTMIGRATE, _SETTLE_S)
+        return ""
 
     async def _cancel_migration(self) -> None:
         """Returns when none is under way: it would stop the guest after the caller has looked whether it runs. For
@@ -245,7 +281,7 @@ class LiveQemu:
 
     async def _why(self, ended: str) -> str:
         try:
-            return (await self._qmp.ask(MIGRATION)).error_desc or ended
+            return with_cause((await self._qmp.ask(MIGRATION)).error_desc) or ended
         except QemuFailed:
             return ended
 
@@ -290,9 +326,9 @@ class LiveQemu:
         async def offer() -> str:
             try:
                 await self._qmp.execute("migrate", {"channels": channels})
-            except QmpRefused as error:
+            except QemuRefused as error:
                 if not await taker_lives():
-                    raise QemuFailed("the new QEMU has ended", vm=self._qmp.vm) from error
+                    raise QemuEnded("the new QEMU has ended", vm=self._qmp.vm) from error
                 return error.what
             return ""
 
@@ -330,6 +366,7 @@ class LiveQemu:
     # -- the guest ------------------------------------------------------------------------------------------------------
 
     async def cont(self) -> float:
+        await self._free()
         with self._qmp.expecting("RESUME") as resumed:
             await self._qmp.execute("cont")
             state = await self.run_state()
@@ -391,7 +428,7 @@ class LiveQemu:
                     await guest_agent.suspend(self._qmp.vm, address, asleep, timeout_s)
             except GuestAgentFailed:
                 # A Linux that sleeps without S3 (s2idle) is running for QEMU, and is woken by its keyboard.
-                with contextlib.suppress(QmpRefused):
+                with contextlib.suppress(QemuRefused):
                     await self._qmp.execute("send-key", {"keys": [{"type": "qcode", "data": "shift"}]})
                 raise
             return asleep.result().at
@@ -423,6 +460,20 @@ class LiveQemu:
 
     async def close(self) -> None:
         await self._qmp.close()
+
+
+@contextlib.contextmanager
+def _write_only_memory() -> Iterator[int]:
+    """QEMU 10.0 takes no other descriptor to write to."""
+    memory = os.memfd_create("cpr-nowhere")
+    try:
+        fd = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY)
+    finally:
+        os.close(memory)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _channel(kind: str, name: str, directory: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, 
 from qemu.qmp.error import ProtocolError
 from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
-from cpr_agent.errors import QemuFailed
+from cpr_agent.errors import QemuFailed, QemuRefused, QemuUnreachable
 from cpr_agent.handles import socket_at, uid_of
 from cpr_agent.text import printable
 from cpr_agent.vm.patience import Patience
@@ -51,10 +51,6 @@ CLOCK_SLACK_S = 5.0
 """An event cannot be older than the wait for it, nor from the future, by more than this."""
 _PEER = struct.Struct("iII")
 """struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)."""
-
-
-class QmpRefused(QemuFailed):
-    """QEMU understood the command and said no."""
 
 
 class Event(NamedTuple):
@@ -181,17 +177,17 @@ class Qmp:
 
     @classmethod
     async def connect(cls, vm: str, path: Path, timeout_s: float, pid: int = 0) -> Qmp:
-        """Connect and negotiate, with no other process than ``pid`` if there is one. Raises QemuFailed: no listener, no
-        greeting in time, somebody else's socket, or not QMP at all."""
+        """Connect and negotiate, with no other process than ``pid`` if there is one. Raises QemuUnreachable: no listener,
+        no greeting in time, or not QMP at all; QemuFailed for somebody else's socket."""
         try:
             async with asyncio.timeout(timeout_s):
                 qmp = await _connected(vm, path, pid)
         except TimeoutError:
-            raise QemuFailed(
+            raise QemuUnreachable(
                 f"QEMU did not greet on {path} within {timeout_s:.0f} s", vm=vm, remedy="another client may hold it"
             ) from None
         except (ConnectError, QMPError, OSError) as error:
-            raise QemuFailed(f"no QMP on {path}: {_reason(error)}", vm=vm) from error
+            raise QemuUnreachable(f"no QMP on {path}: {_reason(error)}", vm=vm) from error
         if pid and (peer := qmp._client.peer) != pid:
             await qmp.close()
             raise QemuFailed(f"the socket {path} is not its QEMU's: process {peer} listens there, not {pid}", vm=vm)
@@ -229,8 +225,8 @@ class Qmp:
         fd: int | None = None,
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> T:
-        """Run one command; ``fd`` travels with it (SCM_RIGHTS). Raises QmpRefused; QemuFailed, also for an answer that is
-        none to this query."""
+        """Run one command; ``fd`` travels with it (SCM_RIGHTS). Raises QemuRefused,
+        QemuUnreachable; QemuFailed for an answer that is none to this query."""
         return self._decode(query, await self._raw(query.command, arguments, fd, timeout_s))
 
     def _decode(self, query: Query[T], raw: msgspec.Raw | bytes) -> T:
@@ -267,7 +263,7 @@ class Qmp:
         """The answer of a command or a property that this QEMU may lack."""
         try:
             return await self.ask(query, arguments)
-        except QmpRefused:
+        except QemuRefused:
             return absent
 
     async def property(self, query: Query[T], path: str, name: str, absent: T | None = None) -> T:
@@ -290,11 +286,13 @@ class Qmp:
                 finally:
                     self._patience.waited(time.monotonic() - began)
         except ExecuteError as error:
-            raise QmpRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
+            raise QemuRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
         except TimeoutError:
-            raise QemuFailed(f"QEMU did not answer {command} within {timeout_s:.0f} s", vm=self.vm) from None
+            raise QemuUnreachable(f"QEMU did not answer {command} within {timeout_s:.0f} s", vm=self.vm) from None
         except (QMPError, OSError) as error:
-            raise QemuFailed(f"QEMU went away during {command}: {_reason(error)}", vm=self.vm) from error
+            raise QemuUnreachable(
+                f"the connection to QEMU was lost during {command}: {_reason(error)}", vm=self.vm
+            ) from error
         if not isinstance(answer, msgspec.Raw):
             raise QemuFailed(f"QEMU gave no answer to {command}", vm=self.vm)
         return answer
@@ -307,7 +305,7 @@ class Qmp:
         wait = _Wait(lambda event: event.name == name and (bool(event.problem) or fits(event)), future, time.monotonic())
         self._waits.append(wait)
         if self._gone:
-            future.set_exception(QemuFailed("QEMU is gone", vm=self.vm))
+            future.set_exception(QemuUnreachable("the connection to QEMU is lost", vm=self.vm))
         try:
             yield future
         finally:
@@ -379,7 +377,7 @@ class Qmp:
         self._gone = True
         for wait in self._waits:
             if not wait.future.done():
-                wait.future.set_exception(QemuFailed("QEMU went away", vm=self.vm))
+                wait.future.set_exception(QemuUnreachable("the connection to QEMU was lost", vm=self.vm))
         for sink in self._sinks:
             sink(GONE)
 

@@ -77,17 +77,19 @@ class Facts(NamedTuple):
 def decide(facts: Facts) -> Recovery:
     """ADR 4's table. The first rule that fits decides."""
     stands = facts.run_state is RunState.POSTMIGRATE
+    failed = facts.run_state is RunState.FINISH_MIGRATE
+    """Of no migration that is under way: that is taken back before."""
     rules = (
         (facts.loads_checkpoint and facts.run_state in BEFORE_IT_RUNS, Recovery.REPEAT_LOAD),
         (stands and facts.in_refresh and facts.saved_run_state is RunState.RUNNING, Recovery.TAKE_BACK),
         (facts.checkpointed, Recovery.NOTHING),
-        (stands and facts.in_transfer, Recovery.UNDO_TRANSFER),
+        ((stands or failed) and facts.in_transfer, Recovery.UNDO_TRANSFER),
         (
             facts.run_state is RunState.INMIGRATE and facts.started_for_load and facts.resume_interrupted,
             Recovery.PUT_BACK,
         ),
         (stands and facts.interrupted_save is RunState.RUNNING and facts.proved_before, Recovery.TAKE_BACK_AGAIN),
-        (stands and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
+        ((stands or failed) and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
         (
             stands and facts.interrupted_save is not None and not facts.save_was_taken_back and facts.has_launch,
             Recovery.FINISH_SAVE,
@@ -142,6 +144,13 @@ async def resume_unfinished(machine: Machine) -> bool:
     await _carry_out(machine, recovery, launch, None)
     end_refresh(machine)
     return True
+
+
+def is_unfinished(machine: Machine) -> bool:
+    """Whether a guest stands that is to run, and that QEMU did not let run: ``resume_unfinished`` tries again."""
+    if machine.qemu is None or machine.held():
+        return False
+    return decide(_facts(machine, machine.launched(), None)) in _LETS_RUN
 
 
 def end_refresh(machine: Machine) -> None:

@@ -49,7 +49,7 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
             await (_beside if how is Replacement.BESIDE else _transfer)(machine, qemu, launch)
         return how
     finally:
-        if not (machine.stands_saved and machine.past.in_transfer):  # else a resume can still end what was begun
+        if not (machine.stands_still and machine.past.in_transfer):  # else a resume can still end what was begun
             machine.record(VmEvent.REFRESHED)
 
 
@@ -160,13 +160,13 @@ async def _keeping_old_qemu(machine: Machine, qemu: Qemu) -> AsyncIterator[None]
         raise LoadFailed(
             f"could not get a new QEMU: {error.what}",
             vm=machine.name,
-            left=undo.left or "see its state in `cprctl status`",
+            left=undo.left or error.left or "see its state in `cprctl status`",
             remedy=error.remedy,
         ) from error
 
 
 async def _go_on_in_old_qemu(machine: Machine) -> str:
-    """After the one beside it has failed. Returns a sentence for the error."""
+    """After the one beside it has failed. Returns a sentence for the error; "" where that says more."""
     await machine.spare.kill()
     await machine.derive()
     try:
@@ -177,15 +177,14 @@ async def _go_on_in_old_qemu(machine: Machine) -> str:
         return "it stays saved, and stands still in the QEMU that it had" if held else error.text
     finally:
         await settle_sockets(machine)
-    goes_on = machine.run_state is RunState.RUNNING
-    return "its guest goes on in the QEMU that it had" if goes_on else "see its state in `cprctl status`"
+    return "its guest goes on in the QEMU that it had" if machine.run_state is RunState.RUNNING else ""
 
 
 async def _take_back(machine: Machine) -> None:
     manifest = machine.readable_checkpoint()
     if machine.stands_saved and manifest:
         await take_back(machine, manifest)
-    elif machine.stands_saved and machine.past.in_transfer:
+    elif machine.stands_still and machine.past.in_transfer:
         await undo_transfer(machine)
     else:
         return

@@ -12,7 +12,7 @@ from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Manifest, RunState
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.proof import prove_stopped
-from cpr_agent.errors import NoCheckpoint, QemuFailed, WrongState
+from cpr_agent.errors import NoCheckpoint, WrongState
 
 
 async def resume(machine: Machine) -> None:
@@ -47,15 +47,7 @@ async def take_back(machine: Machine, manifest: Manifest) -> None:
         proven = await prove_stopped(machine.ports, manifest, located, own)
     machine.record(VmEvent.ROLLBACK, checkpoint=manifest.id)
     await asyncio.to_thread(machine.ports.store.discard, machine.name)
-    try:
-        await let_run(machine, qemu, proven)
-    except QemuFailed as error:
-        raise QemuFailed(
-            f"could not be resumed: {error.what}",
-            vm=machine.name,
-            left="the guest is stopped in its QEMU, and the checkpoint is retired",
-            remedy="if another process holds its disk, end that; then `cont` on the admin's QMP socket",
-        ) from error
+    await let_run(machine, qemu, proven)
     machine.record(VmEvent.RESUMED, checkpoint=manifest.id)
 
 

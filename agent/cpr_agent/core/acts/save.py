@@ -253,12 +253,13 @@ async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, lo
     except OSError as error:
         return f"the half-written checkpoint could not be removed ({error}), so the guest stays stopped"
     except QemuFailed as error:
-        return f"and its QEMU is gone ({error.what}); the guest is lost unless it shut itself down"
+        where = error if error.left else await machine.locating_guest(error)
+        return f"{where.left}: {where.what}. {where.remedy[0].upper()}{where.remedy[1:]}"
     except CprError as error:
         return f"the guest stays stopped: {error.what}"
     if now == run_state:
         return f"the guest is {now}, as before; no checkpoint was left"
-    return f"the guest was {run_state} and QEMU is now {now}, where only `cont` on the admin's QMP socket continues it"
+    return f"the guest was {run_state}; it stands in its QEMU (PID {machine.pid}), which is {now} now"
 
 
 async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located], state: int) -> RunState:
