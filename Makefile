@@ -92,7 +92,7 @@ test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and w
 	@$(PYTHON) -m tests.access.tally
 
 .PHONY: test-hostile
-test-hostile: bootstrap host-root ## Lying, flooding and silent QEMUs, local users, and fuzzed input of every kind
+test-hostile: bootstrap host-root ## Hostile QEMUs, users and input; CPR_TEST_FUZZ_S=600 and CPR_TEST_CASE_S=60 for long runs
 	rm -f build/hostile
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/hostile
 	@$(PYTHON) -m tests.hostile.tally

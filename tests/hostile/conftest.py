@@ -92,6 +92,11 @@ def rss_mib(lab: Lab) -> int:
     raise AssertionError("the agent is gone")
 
 
+def figure(what: str, value: float, limit: float, unit: str) -> None:
+    print(f"figure: {what}: {value:.2f} {unit}, at most {limit:.2f}", file=sys.stderr)
+    assert value <= limit, what
+
+
 def cpu_s(lab: Lab) -> float:
     fields = Path(f"/proc/{agent_pid(lab)}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

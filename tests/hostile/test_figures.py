@@ -6,22 +6,19 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from cpr_agent.bus.client import CallError
-from tests.hostile.conftest import Polkit, User, assert_contained
+from tests.hostile.conftest import MAX_RSS_MIB, Evil, Polkit, User, assert_contained, figure, rss_mib
+from tests.hostile.test_qemus import FLOODS
 from tests.lab import DAEMON, ROOT, Lab, until
 
+CASE_S = float(os.environ.get("CPR_TEST_CASE_S", "10"))
+"""How long each flood lasts whose memory is measured."""
 READY_S = 3.0
 SILENT, VMS = 3, 10
-
-
-def figure(what: str, value: float, limit: float, unit: str) -> None:
-    print(f"figure: {what}: {value:.2f} {unit}, at most {limit:.2f}", file=sys.stderr)
-    assert value <= limit, what
 
 
 def test_ready_beside_silent_qemus(lab: Lab) -> None:
@@ -82,3 +79,30 @@ def saved_all_in_s(lab: Lab) -> float:
     took = time.monotonic() - began
     assert lab.job("LoadAll") == "done"
     return took
+
+
+@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())
+def test_memory_after_a_flood_of_a_qemu(lab: Lab, evil: Evil, flood: str) -> None:
+    """Each look connects anew, and the flood begins again."""
+    liar = evil()
+    liar.lie({"on": "query-status", "flood": flood})
+    end = time.monotonic() + CASE_S
+    while time.monotonic() < end:
+        lab.client(lambda client: client.manager("Reload"))
+    figure(f"the agent's peak RSS after {CASE_S:.0f} s of it", rss_mib(lab), MAX_RSS_MIB, "MiB")
+    assert_contained(lab)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+@pytest.mark.parametrize("what", ["list", "managed", "deep key", "shorter pattern", "report", "elsewhere"])
+def test_memory_after_a_storm_of_a_user(lab: Lab, polkit: Polkit, what: str) -> None:
+    polkit("looking")
+    guest = lab.running("good")
+    user = User(lab, f"storm of {what}", calls=100, connections=4)
+    end = time.monotonic() + CASE_S
+    while time.monotonic() < end:
+        guest.save()
+        guest.load()
+    user.answers()
+    figure(f"the agent's peak RSS after {CASE_S:.0f} s of {what}", rss_mib(lab), MAX_RSS_MIB, "MiB")
+    assert_contained(lab, guest)

@@ -24,15 +24,17 @@ from dbus_next.signature import SignatureTree, SignatureType, Variant
 
 from cpr_agent.bus.client import CallError
 from cpr_agent.bus.contract import read_contract, standard_interfaces
-from cpr_agent.bus.wire import AgentBus
+from cpr_agent.bus.wire import AgentBus, parse
 from cpr_agent.core.listener import Listener
+from cpr_agent.core.settings import Settings
 from cpr_agent.core.upgrade.ledger import Ledger
 from cpr_agent.errors import CprError
 from cpr_agent.store import vmstate
+from cpr_agent.store.checkpoints import CheckpointStore
 from cpr_agent.store.journal import FileJournal, _line, _line_of
 from cpr_agent.store.schema import read_launch, read_manifest
 from cpr_agent.vm import replies
-from cpr_agent.vm.definition import read_definition
+from cpr_agent.vm.definition import decode_toml, read_definition
 from cpr_agent.vm.importer import import_command_line
 from cpr_agent.vm.replies import Query, UnreadableReplyError
 from tests.fakes import FakeHost
@@ -158,7 +160,32 @@ def read_journal(raw: bytes, chance: random.Random) -> object:
             journal.close()
 
 
+def read_file_of(name: str) -> Callable[[bytes, random.Random], object]:
+    """As the store reads it from a VM's directory."""
+
+    def read(raw: bytes, _: random.Random) -> object:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "web1" / name
+            path.parent.mkdir()
+            path.write_bytes(raw)
+            store = CheckpointStore(Path(directory), ())
+            return store.live("web1") if name == "manifest.json" else store.held("web1")
+
+    return read
+
+
+FRAME = bytes(
+    Message(
+        "org.cpragent1", "/org/cpragent1", "org.cpragent1.Manager", "Import", signature="sa{sv}", serial=7, body=["x", {}]
+    )._marshall()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+)
+HELD = b'{"reason":"x","error":"y","at":1.0,"evidence":[["a","b","c"]]}'
+SETTINGS = (Path(__file__).parent.parent.parent / "packaging/agent.toml").read_bytes().replace(b"\n# ", b"\n")
 PARSERS: dict[str, Parser] = {
+    "frames": Parser((FRAME,), lambda raw, _: parse(bytearray(FRAME[:16] + raw[16:])), ()),
+    "holds": Parser((HELD,), read_file_of("held"), ()),
+    "checkpoints": Parser((msgspec.json.encode(manifest()),), read_file_of("manifest.json"), (CprError,)),
+    "settings": Parser((SETTINGS,), lambda raw, _: decode_toml(Path("/etc/x.toml"), Settings, raw), (CprError,)),
     "answers": Parser(ANSWERS, lambda raw, chance: chance.choice(QUERIES).read(raw), (UnreadableReplyError,)),
     "definitions": Parser((DEFINITION,), lambda raw, _: read_definition(Path("/etc/web1.toml"), raw), (CprError,)),
     "command lines": Parser((COMMAND_LINE,), lambda raw, _: import_command_line(raw.decode(errors="replace")), (CprError,)),
