@@ -20,6 +20,7 @@ from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm import Vm
+from cpr_agent.host.firmware import KeptFirmware
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.store.checkpoints import CheckpointStore, PendingVmstate
@@ -183,6 +184,7 @@ class Bench:
                 boot=self.host,
                 files=self.host,
                 sockets=self.host,
+                firmware=KeptFirmware(self.root / "firmware"),
                 programs=FakePrograms(self.root / "programs", point),
                 kernels=self.kernels,
                 kexec=self.kexec,

@@ -22,6 +22,7 @@ from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.files import locked, make_private_directory, write_atomically
+from cpr_agent.host.firmware import KeptFirmware
 from cpr_agent.host.hooks import HookDirectory
 from cpr_agent.host.journald import LogControl
 from cpr_agent.host.kernels import InstalledKernels
@@ -92,6 +93,11 @@ class Paths(msgspec.Struct, frozen=True):
         return self.root / "var/cache/cpr-agent/programs"
 
     @property
+    def firmware(self) -> Path:
+        """Likewise."""
+        return self.root / "var/cache/cpr-agent/firmware"
+
+    @property
     def run(self) -> Path:
         return self.root / "run/cpr-agent"
 
@@ -118,6 +124,7 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
         files=host,
         sockets=host,
         programs=KeptPrograms(paths.programs),
+        firmware=KeptFirmware(paths.firmware),
         kernels=InstalledKernels(),
         kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,90 @@ def test_a_medium_that_was_changed_is_told(each_lab: Lab) -> None:
     assert_goes_on(guest)
     guest.admin("blockdev-change-medium", id="cd0", filename=str(other), format="raw")
     assert_refused(guest, "disk cd ", str(one), str(other))
+
+
+# -- firmware -------------------------------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def larger(path: Path) -> None:
+    """As a package's upgrade does it, which renames a new file into place."""
+    new = path.with_suffix(".new")
+    new.write_bytes(bytes(2 * path.stat().st_size))
+    new.rename(path)
+
+
+def of_same_size(path: Path) -> None:
+    new = path.with_suffix(".new")
+    new.write_bytes(b"\xf4" * path.stat().st_size)
+    new.rename(path)
+
+
+UPGRADES = pytest.mark.parametrize("upgrade", [remove, larger, of_same_size])
+
+
+@UPGRADES
+def test_flash_that_was_upgraded_under_its_guest_is_no_obstacle(each_lab: Lab, upgrade: Any) -> None:
+    """A guest without a kernel of its own: it runs what is in the flash, which jumps to itself."""
+    code, variables = each_lab.root / "CODE.fd", each_lab.root / "VARS.fd"
+    code.write_bytes(b"\xeb\xfe" * (1 << 16))
+    variables.write_bytes(bytes(1 << 16))
+    guest = each_lab.guest("web1")
+    flash = [f"if=pflash,unit=0,format=raw,readonly=on,file={code}", f"if=pflash,unit=1,format=raw,file={variables}"]
+    guest.definition["vm"]["arguments"] = [
+        *("-machine", "q35,accel=tcg", "-nodefaults"),
+        *(word for drive in flash for word in ("-drive", drive)),
+    ]
+    each_lab.define(guest)
+    guest.start()
+    was = code.read_bytes()
+    upgrade(code)
+    for _ in range(2):
+        assert blocks(guest) == []
+        guest.save()
+        guest.load()
+        assert guest.state == "running"
+    assert_flash(guest, was)
+
+
+def assert_flash(guest: Guest, content: bytes) -> None:
+    """The file that its QEMU has open as flash."""
+    opened = [path for path in Path(f"/proc/{guest.pid}/fd").iterdir() if path.is_file()]
+    found = [path.read_bytes() for path in opened if path.stat().st_size == len(content)]
+    assert content in found
+
+
+@UPGRADES
+def test_roms_that_were_upgraded_under_their_guest_are_no_obstacle(each_lab: Lab, upgrade: Any) -> None:
+    """QEMU finds the BIOS and the ROM that starts the guest by their names."""
+    roms = each_lab.root / "roms"
+    roms.mkdir()
+    for place in ("seabios", "qemu"):
+        for rom in Path("/usr/share", place).glob("*.bin"):
+            shutil.copy(rom, roms)
+    guest = each_lab.running("web1", "-L", str(roms))
+    for name in ("bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin"):
+        upgrade(roms / name)
+    assert_goes_on(guest)
+    assert_goes_on(guest)
+
+
+def test_firmware_whose_copy_was_lost_too_holds_the_guest(each_lab: Lab) -> None:
+    bios = each_lab.root / "bios.bin"
+    shutil.copy("/usr/share/seabios/bios-256k.bin", bios)
+    guest = each_lab.running("web1", "-bios", str(bios))
+    guest.save()
+    guest.call("Stop", "s", "hard")
+    shutil.rmtree(each_lab.root / "var/cache/cpr-agent/firmware")
+    of_same_size(bios)
+    refused(guest, "MachineChanged", str(bios), "SHA-256")
+    assert guest.state == "held"
+
+
+# -- devices --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_hotplugged_disk_is_told_until_it_is_unplugged(each_lab: Lab) -> None:

@@ -207,6 +207,24 @@ def _set_differences(what: str, was: Collection[str], now: Collection[str]) -> l
     return gone + [Difference(f"{what} {name}", "not there", "there") for name in sorted({*now} - {*was})]
 
 
+def kept_paths(ports: Ports, vm: str) -> set[str]:
+    """Firmware of which there are copies, and these: a QEMU may have either. Blocking."""
+    return {path for file in ports.firmware.kept(vm) if not file.rom for path in (file.path, file.copy)}
+
+
+def without(inventory: Inventory, paths: Collection[str]) -> Inventory:
+    """But for disks that are one of these files, as flash memory is, and read only."""
+    if not paths:
+        return inventory
+    first = [disk for disk, nodes in by_disk(inventory.nodes).items() if nodes[0].read_only and path_of(nodes[-1]) in paths]
+    named = tuple(file for file in inventory.named if file.path not in paths)
+    return replace(_without_disks(inventory, first), named=named)
+
+
+def _without_disks(inventory: Inventory, disks: Collection[str]) -> Inventory:
+    return replace(inventory, nodes=tuple(node for node in inventory.nodes if node.disk not in disks))
+
+
 def unnamed_devices(inventory: Inventory) -> list[str]:
     """Block devices of which the next kernel could make others: two of them could change their names."""
     found = {node.disk: node for node in inventory.nodes if node.file and node.file.kind == "device"}
@@ -232,14 +250,19 @@ class Lookup(NamedTuple):
 async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Survives.QEMU_RESTART) -> list[str]:
     """Why a QEMU that is started by the recorded command line would not have what this one has: one for each difference,
     with its remedy. A QEMU of which nothing was recorded is recorded now. Raises QemuFailed."""
+    kept = await asyncio.to_thread(kept_paths, ports, launch.vm)
     live = await take(ports, qemu, launch)
-    recorded, images = await asyncio.to_thread(recorded_of, ports, launch), ports.definitions.images(launch)
+    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    images = [path for path in ports.definitions.images(launch) if path not in kept]
     wanted = {*(file.path for file in (recorded or live).named), *images}
     looked = await asyncio.to_thread(lambda: {path: ports.files.look_at(path) for path in wanted})
-    lost, found = _lost_files(live, looked), Lookup(live, recorded, looked)
+    disks = without(live, kept)
+    lost, found = _lost_files(disks, looked), Lookup(disks, recorded and without(recorded, kept), looked)
     compared = [*lost.values(), *(_unlike_arguments(found, images) if recorded is None else _compared(found, lost))]
     if recorded is None and not compared:
         await record(ports, launch.vm, live)
+        if not kept:
+            await keep_firmware(ports, launch)
     return compared + (unnamed_devices(live) if need is Survives.KEXEC else [])
 
 
@@ -255,6 +278,15 @@ async def record(ports: Ports, vm: str, inventory: Inventory) -> None:
         await asyncio.to_thread(ports.runner.record_inventory, vm, inventory)
     except OSError as error:
         log.warning("VM %s: what its QEMU has could not be recorded: %s", vm, error)
+
+
+async def keep_firmware(ports: Ports, launch: Launch) -> None:
+    """Before an update replaces it. A guest whose firmware can't be kept needs it to stay what it is."""
+    try:
+        await asyncio.to_thread(ports.firmware.keep, launch.vm, ports.definitions.firmware(launch))
+    except OSError as error:
+        log.warning("VM %s: its firmware could not be kept: %s", launch.vm, error)
+        await asyncio.to_thread(ports.firmware.forget, launch.vm)
 
 
 def _lost_files(live: Inventory, now: Mapping[str, OpenFile | None]) -> dict[str, str]:
@@ -280,16 +312,12 @@ def _lost_files(live: Inventory, now: Mapping[str, OpenFile | None]) -> dict[str
 
 def _compared(found: Lookup, lost: Collection[str]) -> list[str]:
     assert found.recorded is not None
-    disks, devices = differences(_without(found.recorded, lost), _without(found.live, lost))
+    disks, devices = differences(_without_disks(found.recorded, lost), _without_disks(found.live, lost))
     return [
         *(f"{one}; a load would open what its QEMU was started with: {_UNDO}" for one in disks),
         *(f"{one}; a load would have what its QEMU was started with: {_UNDO}" for one in devices),
         *_elsewhere(found.recorded.named, found),
     ]
-
-
-def _without(inventory: Inventory, disks: Collection[str]) -> Inventory:
-    return replace(inventory, nodes=tuple(node for node in inventory.nodes if node.disk not in disks))
 
 
 def _elsewhere(named: Iterable[OpenFile], found: Lookup) -> list[str]:

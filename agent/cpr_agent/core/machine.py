@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -245,6 +245,18 @@ class Machine:
         """Raises DeviceMissing, MemoryChanged."""
         with naming(self.name):
             return await self.ports.memory.relocate(ram, RELOCATE_S)
+
+    async def plan_load(self, manifest: Manifest, located: Sequence[Located], directory: str = "") -> Launch:
+        """How to start a QEMU that takes the guest of ``manifest``, by cpr-transfer where it is to wait in ``directory``.
+        Where its firmware is not what it was, with copies."""
+        definitions = self.ports.definitions
+        changed = await asyncio.to_thread(self.ports.firmware.changed, self.name)
+        plan = (
+            definitions.plan_transfer(manifest, located, directory)
+            if directory
+            else definitions.plan_load(manifest, located)
+        )
+        return definitions.with_firmware(plan, changed)
 
     # -- its state ----------------------------------------------------------------------------------------------------
 

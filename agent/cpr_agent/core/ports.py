@@ -15,11 +15,13 @@ from cpr_agent.core.model import (
     Difference,
     DiskIdentity,
     Finding,
+    Firmware,
     Held,
     HookFailure,
     HookPhase,
     Imported,
     Inventory,
+    KeptFile,
     Kernel,
     Launch,
     Located,
@@ -210,6 +212,12 @@ class Definitions(Protocol):
         """The paths by which its command line names disks and firmware of the host."""
 
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
+
+    def firmware(self, launch: Launch) -> Firmware:
+        """What its QEMU reads as firmware."""
+
+    def with_firmware(self, launch: Launch, copies: Sequence[KeptFile]) -> Launch:
+        """``launch`` with these copies in the place of their files."""
 
     def plan_probe(self, launch: Launch) -> Launch:
         """A QEMU of the program that is installed now, without a machine, to be asked what it has."""
@@ -409,6 +417,21 @@ class Programs(Protocol):
         """Keep it no more."""
 
 
+class FirmwareCopies(Protocol):
+    """Copies of the firmware that each VM was started with. All block."""
+
+    def keep(self, vm: str, wanted: Firmware) -> None:
+        """In place of those that were kept for the VM. Raises OSError."""
+
+    def kept(self, vm: str) -> list[KeptFile]: ...
+
+    def changed(self, vm: str) -> list[KeptFile]:
+        """Those whose file is gone, or is not the one that was copied; by its looks, since a guest waits."""
+
+    def forget(self, vm: str) -> None:
+        """Keep none any more."""
+
+
 class Kernels(Protocol):
     """Installed kernels, and the one that is loaded for a kexec."""
 
@@ -494,5 +517,6 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     files: Files
     sockets: Sockets
     programs: Programs
+    firmware: FirmwareCopies
     kernels: Kernels
     kexec: Kexec

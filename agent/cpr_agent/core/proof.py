@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from cpr_agent.core.inventory import differences
+from cpr_agent.core.inventory import differences, kept_paths, path_of, without
 from cpr_agent.core.model import (
     Difference,
     DiskIdentity,
@@ -179,10 +179,14 @@ async def identify_disks(ports: Ports, disks: Iterable[DiskIdentity]) -> list[Di
     return await asyncio.to_thread(lambda: [ports.files.identify_disk(disk) for disk in listed]) if listed else []
 
 
-def identify_open(listed: Iterable[DiskIdentity], opened: Iterable[OpenFile], draft: Manifest) -> list[DiskIdentity]:
-    """``listed`` by what QEMU has open. Files are those of ``draft``; the rest is not of this host. Raises SaveFailed."""
+def identify_open(
+    listed: Iterable[DiskIdentity], opened: Iterable[OpenFile], draft: Manifest, kept: Collection[str]
+) -> list[DiskIdentity]:
+    """``listed`` by what QEMU has open. Files are those of ``draft``, but for firmware that is ``kept``; the rest is not of
+    this host. Raises SaveFailed."""
     by_key, disks = {file.key: file for file in opened}, {disk.node: disk for disk in listed}
-    nodes = {node.node: node for node in draft.inventory.nodes if node.file} if draft.inventory else {}
+    inventory = draft.inventory or Inventory()
+    nodes = {node.node: node for node in inventory.nodes if node.file and path_of(node) not in kept}
     out = []
     for name, node in nodes.items():
         file = by_key.get(node.file.key) if node.file and name in disks else None
@@ -215,23 +219,41 @@ async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
     _refuse(DiskChanged, what, changed, manifest, "bring the original contents back and load again")
 
 
-async def digest_firmware(ports: Ports, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
+async def digest_firmware(ports: Ports, vm: str, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
+    """Of a file that was kept: as the guest was started with."""
     listed = tuple(files)
     if not listed:
         return ()
-    return await asyncio.to_thread(lambda: tuple(replace(one, sha256=ports.files.digest_file(one.path)) for one in listed))
+
+    def digested() -> tuple[FileDigest, ...]:
+        kept = {file.path: file for file in ports.firmware.kept(vm)}
+        return tuple(
+            replace(one, sha256=kept[one.path].sha256, size_bytes=kept[one.path].size_bytes)
+            if one.path in kept
+            else replace(one, sha256=ports.files.digest_file(one.path))
+            for one in listed
+        )
+
+    return await asyncio.to_thread(digested)
 
 
 async def refuse_changed_firmware(ports: Ports, manifest: Manifest) -> None:
     """A guest goes on with the variables that it knows, and writes them over those in the file. Raises MachineChanged."""
-    now = await digest_firmware(ports, manifest.qemu.firmware)
+    firmware = manifest.qemu.firmware
+    found = await asyncio.to_thread(_digests_now, ports, manifest.vm, firmware) if firmware else []
     changed = [
-        Difference(f"{was.path}: SHA-256", was.sha256, found.sha256 or "there is no such file")
-        for was, found in zip(manifest.qemu.firmware, now, strict=True)
-        if was != found
+        Difference(f"{was.path}: SHA-256", was.sha256, now or "there is no such file")
+        for was, now in zip(firmware, found, strict=True)
+        if was.sha256 != now
     ]
     what = "its firmware is not what it was when it was saved"
     _refuse(MachineChanged, what, changed, manifest, "bring the original file back and load again")
+
+
+def _digests_now(ports: Ports, vm: str, files: Iterable[FileDigest]) -> list[str]:
+    """Of the files that a load reads: the copies of those that changed. Blocking."""
+    copies = {file.path: file.copy for file in ports.firmware.changed(vm)}
+    return [ports.files.digest_file(copies.get(file.path, file.path)) for file in files]
 
 
 async def refuse_lesser_machine(qemu: Qemu, manifest: Manifest) -> None:
@@ -241,13 +263,14 @@ async def refuse_lesser_machine(qemu: Qemu, manifest: Manifest) -> None:
     _refuse(MachineChanged, "the machine that it would go on in lacks what it had", lacking, manifest, remedy)
 
 
-def refuse_other_devices(ports: Ports, manifest: Manifest, found: Inventory) -> None:
+async def refuse_other_devices(ports: Ports, manifest: Manifest, found: Inventory) -> None:
     """The new QEMU must have all that the guest had, and nothing else. It has loaded nothing yet. Raises DiskChanged,
     MachineChanged."""
     if manifest.inventory is None:
         return
+    kept = await asyncio.to_thread(kept_paths, ports, manifest.vm)  # firmware is proved by its contents
     rebooted = manifest.boot_id != ports.boot.boot_id()
-    disks, devices = differences(manifest.inventory, found, anew=True, rebooted=rebooted)
+    disks, devices = differences(without(manifest.inventory, kept), without(found, kept), anew=True, rebooted=rebooted)
     remedy = "bring back what it had, and load again"
     _refuse(DiskChanged, "the QEMU that it would go on in has other disks", disks, manifest, remedy)
     _refuse(MachineChanged, "the QEMU that it would go on in has other devices", devices, manifest, remedy)

@@ -9,14 +9,26 @@ into being between check and use.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from cpr_agent.core.model import RAM_ID, Definition, Launch, Located, Manifest, MemoryIdentity, MemorySection, Ram, ram_of
+from cpr_agent.core.model import (
+    RAM_ID,
+    Definition,
+    Firmware,
+    KeptFile,
+    Launch,
+    Located,
+    Manifest,
+    MemoryIdentity,
+    MemorySection,
+    Ram,
+    ram_of,
+)
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.text import printable
 
@@ -32,6 +44,11 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 """System calls that QEMU forbids itself by seccomp once it is set up (qemu(1), -sandbox), as libvirt has it. The agent gets
 a new QEMU without the old one starting a program; cpr-exec would need that."""
 
+ROM_DIRECTORIES = (
+    *("share/qemu", "share/seabios", "lib/ipxe/qemu", "share/qemu-firmware"),
+    *("share/seavgabios", "share/ipxe/qemu", "share/ipxe", "share/sgabios"),
+)
+"""Below the prefix of a program, where distributions have QEMU look for ROMs."""
 WHOLE_IMAGES = ("-cdrom", "-hda", "-hdb", "-hdc", "-hdd", "-fda", "-fdb", "-sd", "-mtdblock", "-pflash")
 """Options that are the path of an image as a whole."""
 
@@ -244,16 +261,81 @@ def listening_sockets(argv: Sequence[str]) -> dict[str, str]:
 
 def firmware_files(argv: Sequence[str]) -> list[str]:
     """Files of the VM's firmware and its variables that the admin named by their whole paths."""
-    files = option(argv, "-bios", "-pflash")
-    files += [drive.get("file", "") for drive in map(keyed, option(argv, "-drive")) if drive.get("if") == "pflash"]
-    files += [device["romfile"] for device in map(keyed, option(argv, "-device")) if "romfile" in device]
+    files = [*option(argv, "-bios", "-pflash"), *_option_roms(argv), *(path for path, _ in _flash(argv))]
+    return [file for file in dict.fromkeys(files) if file.startswith("/")]
+
+
+def _option_roms(argv: Sequence[str]) -> list[str]:
+    return [device["romfile"] for device in map(keyed, option(argv, "-device")) if device.get("romfile")]
+
+
+def _flash(argv: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Each file that is flash memory, and whether it is read only."""
+    for drive in map(keyed, option(argv, "-drive")):
+        if drive.get("if") == "pflash":
+            yield drive.get("file", ""), _on(drive.get("readonly") or drive.get("read-only"))
     nodes = {node.get("node-name", ""): node for node in map(keyed, option(argv, "-blockdev"))}
     for machine in map(keyed, option(argv, "-machine", "-M")):
         for flash in ("pflash0", "pflash1"):
             node = nodes.get(machine.get(flash, ""), {})
             below = nodes.get(node.get("file", ""), {})
-            files.append(node.get("filename") or node.get("file.filename") or below.get("filename", ""))
-    return [file for file in dict.fromkeys(files) if file.startswith("/")]
+            path = node.get("filename") or node.get("file.filename") or below.get("filename", "")
+            yield path, _on(node.get("read-only"))
+
+
+def _on(flag: str | None) -> bool:
+    """A flag of JSON is Python's word by now."""
+    return (flag or "off").lower() in ("on", "yes", "true")
+
+
+def kept_firmware(argv: Sequence[str]) -> Firmware:
+    """What QEMU reads as firmware, and does not write. It looks for other ROMs in its data directories: those of ``-L``,
+    then those beside its program (get_relocated_path() in util/cutils.c; --firmwarepath of Debian's and Fedora's
+    packages)."""
+    named = [*option(argv, "-bios"), *_option_roms(argv), *(path for path, read_only in _flash(argv) if read_only)]
+    program = Path(argv[0]).resolve()
+    directories = [path for path in option(argv, "-L") if path.startswith("/")]
+    return Firmware(
+        files=tuple(name for name in dict.fromkeys(named) if name.startswith("/")),
+        names=tuple(name for name in named if name and "/" not in name),
+        directories=(*directories, *(str(program.parent.parent / name) for name in ROM_DIRECTORIES)),
+    )
+
+
+def with_firmware(argv: Sequence[str], copies: Sequence[KeptFile]) -> tuple[str, ...]:
+    """Copies in the place of files. The directory of ROMs is looked at before QEMU's own."""
+    paths = {file.path: file.copy for file in copies if not file.rom}
+    out = with_paths(argv, paths) if paths else tuple(argv)
+    roms = next((str(Path(file.copy).parent) for file in copies if file.rom), "")
+    return (out[0], "-L", roms, *out[1:]) if roms else out
+
+
+def with_paths(argv: Sequence[str], paths: Mapping[str, str]) -> tuple[str, ...]:
+    """Each of these paths replaced by another, where it is the value of an option or of a key."""
+    return (argv[0], *(word if word.startswith("-") else _with_paths(word, paths) for word in argv[1:]))
+
+
+def _with_paths(word: str, paths: Mapping[str, str]) -> str:
+    if word in paths:
+        return paths[word]
+    if word.startswith("{"):
+        try:
+            before = json.loads(word)
+            after = _replaced(before, paths)
+        except (ValueError, RecursionError):
+            return word
+        return word if after == before else json.dumps(after)
+    parts = [part.partition("=") for part in word.replace(",,", "\0").split(",")]
+    if not any(value.replace("\0", ",") in paths for _, _, value in parts):
+        return word
+    changed = [(key, equals, paths.get(value.replace("\0", ","), value.replace("\0", ","))) for key, equals, value in parts]
+    return ",".join(f"{key}{equals}{value.replace(',', ',,')}" for key, equals, value in changed)
+
+
+def _replaced(value: Any, paths: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(inner, paths) for key, inner in value.items()}
+    return paths.get(value, value) if isinstance(value, str) else value
 
 
 def image_files(argv: Sequence[str]) -> list[str]:

@@ -14,20 +14,35 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec.structs import replace
 
-from cpr_agent.core.model import VM_NAME, Bytes, Definition, Imported, Launch, Located, Manifest, MemorySection, Seconds
+from cpr_agent.core.model import (
+    VM_NAME,
+    Bytes,
+    Definition,
+    Firmware,
+    Imported,
+    KeptFile,
+    Launch,
+    Located,
+    Manifest,
+    MemorySection,
+    Seconds,
+)
 from cpr_agent.core.paths import why_swappable
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition
 from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import (
     collisions,
     image_files,
+    kept_firmware,
     numa_collisions,
     plan_load,
     plan_probe,
     plan_start,
     plan_transfer,
     tap_devices,
+    with_firmware,
 )
 
 log = logging.getLogger(__name__)
@@ -208,6 +223,12 @@ class DefinitionDirectory:
 
     def images(self, launch: Launch) -> list[str]:
         return image_files(launch.argv)
+
+    def firmware(self, launch: Launch) -> Firmware:
+        return kept_firmware(launch.base_argv)
+
+    def with_firmware(self, launch: Launch, copies: Sequence[KeptFile]) -> Launch:
+        return replace(launch, argv=with_firmware(launch.argv, copies)) if copies else launch
 
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch:
         return plan_transfer(draft, located, self._log_dir, Path(directory))

@@ -37,7 +37,7 @@ async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFac
         dialect=dialect,
         cpu=replace(cpu, features=await _features(qmp, launch)) if cpu.words else cpu,
         tpm=_named_tpms(await qmp.ask_optional(TPMS, [])),
-        firmware=tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.argv)),
+        firmware=tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.base_argv)),
     )
 
 

@@ -302,7 +302,7 @@ async def _load_located(
     ports = machine.ports
     proving = Proving(machine, manifest, located)
     proven = await vessel.prove_first(proving)
-    plan = vessel.planned(ports.definitions.plan_load(manifest, located))
+    plan = vessel.planned(await machine.plan_load(manifest, located))
     machine.record(VmEvent.LOAD_BEGIN, checkpoint=manifest.id, program=plan.argv[0])
     await vessel.make_room()
     said = ""
@@ -313,7 +313,7 @@ async def _load_located(
                 qemu, proven = await vessel.start(plan, proving, proven)
                 await refuse_lesser_machine(qemu, manifest)
                 has = await take_brief(ports, qemu, plan)
-                refuse_other_devices(ports, manifest, has)
+                await refuse_other_devices(ports, manifest, has)
                 if not await runs_by_load(qemu, manifest):
                     await qemu.load(fd, machine.settings.agent.load_timeout)
             except BaseException:

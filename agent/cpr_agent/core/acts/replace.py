@@ -100,10 +100,10 @@ async def _beside(machine: Machine, qemu: Qemu, launch: Launch) -> None:  # noqa
     RAM, and writes nothing to it before that (measured: only ``-incoming`` skips writing firmware into RAM)."""
     request = SaveRequest()
     draft = await draft_manifest(machine, launch, RunState.RUNNING, request)
-    plan = machine.ports.definitions.plan_load(draft, await machine.relocated(launch.memory))
+    plan = await machine.plan_load(draft, await machine.relocated(launch.memory))
     new = await machine.launch_spare(machine.stamped(plan))
     await refuse_lesser_machine(new, draft)
-    refuse_other_devices(machine.ports, draft, await take(machine.ports, new, plan))
+    await refuse_other_devices(machine.ports, draft, await take(machine.ports, new, plan))
     manifest = await save_drafted(machine, draft, request)
     await load_into(machine, manifest, LoadRequest(), Beside(machine, manifest, new))
 
@@ -114,7 +114,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
     clock, agent, spare = machine.ports.clock, machine.settings.agent, machine.spare
     draft = await draft_manifest(machine, launch, RunState.RUNNING, SaveRequest(mode="transfer"))
     located = await machine.relocated(launch.memory)
-    plan = machine.ports.definitions.plan_transfer(draft, located, spare.directory)
+    plan = await machine.plan_load(draft, located, spare.directory)
     machine.record(VmEvent.TRANSFER, checkpoint=draft.id)
 
     async def lives() -> bool:
@@ -126,7 +126,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
             new = await spare.connect(agent.qemu_start_timeout)
             await refuse_lesser_machine(new, draft)
             has = await take_brief(machine.ports, new, plan)
-            refuse_other_devices(machine.ports, draft, has)
+            await refuse_other_devices(machine.ports, draft, has)
             await new.take_over(spare.directory, agent.load_timeout)
             stopped_at = await handed_over()
     except (QemuFailed, LoadFailed) as error:

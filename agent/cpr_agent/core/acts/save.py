@@ -20,7 +20,7 @@ from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.acts.sleep import Sleep, end_sleep, fall_asleep, must_sleep
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Unbroken, let_run, let_run_by_load
-from cpr_agent.core.inventory import take
+from cpr_agent.core.inventory import kept_paths, take
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import (
     DiskIdentity,
@@ -204,7 +204,7 @@ async def _store_state(
         asyncio.to_thread(pending.seal),
         take_witness(),
         _disks(machine, draft),
-        digest_firmware(ports, draft.qemu.firmware),
+        digest_firmware(ports, machine.name, draft.qemu.firmware),
     )
     refuse_foreign_state(vmstate, draft.qemu)
     manifest = replace(
@@ -234,7 +234,7 @@ async def _disks(machine: Machine, draft: Manifest) -> list[DiskIdentity]:
             listed, opened = await asyncio.gather(qemu.disks(), asyncio.to_thread(machine.ports.files.open_files, qemu.pid))
     except TimeoutError:
         raise QemuFailed(f"its QEMU has not named its disks within {DISKS_S:g} s", vm=machine.name) from None
-    return identify_open(listed, opened, draft)
+    return identify_open(listed, opened, draft, await asyncio.to_thread(kept_paths, machine.ports, machine.name))
 
 
 async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, located: Sequence[Located]) -> str:
@@ -273,7 +273,7 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
         _record_if_possible(machine, VmEvent.RESUMED, was)
     elif now is RunState.POSTMIGRATE:
         await machine.end()
-        qemu = await machine.launch(machine.stamped(machine.ports.definitions.plan_load(was, located)))
+        qemu = await machine.launch(machine.stamped(await machine.plan_load(was, located)))
         if await runs_by_load(qemu, was):
             await let_run_by_load(machine, qemu, Unbroken.SAVE_UNDONE, state)
             machine.record(VmEvent.RESUMED, checkpoint=was.id)

@@ -43,6 +43,7 @@ async def boot(machine: Machine, definition: Definition) -> None:
         refuse_overlap(machine.name, ram_of(located), await neighbours.claimed(machine.name))
         await refuse_other_users(ports, machine.name, located, {machine.pid, *neighbours.live_pids()})
     launch = machine.stamped(ports.definitions.plan_start(definition, located))
+    await inventory.keep_firmware(ports, launch)
     machine.record(VmEvent.START)
     qemu = await machine.launch(launch)
     try:

@@ -80,6 +80,31 @@ class FileDigest(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     sha256: str
+    size_bytes: int = 0
+    """0 from an agent before schema 4."""
+
+
+class Firmware(msgspec.Struct, frozen=True, kw_only=True):
+    """What a QEMU reads as it starts, and is not written to: ``files`` by their whole paths, ``names`` that it looks for in
+    its ``directories``, and the ROMs in there."""
+
+    files: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+
+
+class KeptFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A firmware file of which there is a ``copy``, as it was when its guest was started. ``rom``: QEMU looks for its name
+    in directories."""
+
+    path: str
+    copy: str
+    sha256: str
+    size_bytes: int
+    rom: bool
+    st_dev: int
+    inode: int
+    mtime_ns: int
 
 
 class QemuFacts(msgspec.Struct, frozen=True, kw_only=True):
