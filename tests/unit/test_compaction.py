@@ -580,22 +580,29 @@ def test_it_is_compacted_between_jobs_and_an_agent_that_dies_there_leaves_nothin
 
 
 @pytest.mark.parametrize("what", ["years", "large-upgrades"])
-def test_a_hundred_thousand_records_are_opened_in_60_ms_once_compacted(tmp_path: Path, what: str) -> None:
-    """CPU time, the best of five: this machine may be busy."""
+def test_a_hundred_thousand_records_cost_little_once_compacted(tmp_path: Path, what: str) -> None:
+    """Against reading the same bytes as JSON, the best of five each, in turn: a busy machine slows both. A quiet machine
+    opens either in less than 60 ms."""
     path = tmp_path / "journal"
     records = years() if what == "years" else many_upgrades(500, 100)[:100_000]
     assert len(records) == 100_000
     write(path, records)
     compact(path)
-    times = []
+    assert len(path.read_bytes().splitlines()) < 5000
+    times, reading = [], []
     gc.disable()  # as the agent does while it starts
     for _ in range(5):
         begin = time.process_time()
         journal = opened(path)
         times.append(time.process_time() - begin)
         journal.close()
+        begin = time.process_time()
+        for line in path.read_text().splitlines():
+            json.loads(line[line.index("{") :])
+        reading.append(time.process_time() - begin)
     gc.enable()
+    print(f"{what}: opened in {min(times) * 1e3:.1f} ms, read as JSON in {min(reading) * 1e3:.1f} ms")
     assert opened(path).append("woken", vm="web1")["n"] > 99_999
     spent = {str(r["checkpoint"]) for r in records if r["event"] == "resumed"}
     assert all(journal.past("web1").spent_by(checkpoint) for checkpoint in spent)
-    assert min(times) < 0.06
+    assert min(times) < 6 * min(reading)
