@@ -97,6 +97,17 @@ test-hostile: bootstrap host-root ## Hostile QEMUs, users and input; CPR_TEST_FU
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/hostile
 	@$(PYTHON) -m tests.hostile.tally
 
+.PHONY: test-reports
+test-reports: bootstrap host-root $(DEB) ## What people met with live QEMUs, kernels and imports; 500 random sequences
+	rm -f build/reports
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s -p tests.reports.tally tests/reports || true
+	@$(PYTHON) -m tests.reports.tally
+
+HOURS := 1
+.PHONY: soak
+soak: bootstrap host-root ## HOURS=1 of those sequences over eight guests, with 1,000 faults an hour
+	@$(PYTHON) -m tests.reports.soak --hours $(HOURS)
+
 .PHONY: bench
 bench: ## What the agent costs, against a bare script, libvirt, and this machine (docs/bench.md)
 	@scripts/bootstrap --bench

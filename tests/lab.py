@@ -298,6 +298,10 @@ class Lab:
                 os.kill(pid, signal.SIGKILL)
 
 
+class QmpRefused(AssertionError):
+    """QEMU says no."""
+
+
 def qmp(socket_path: Path, command: str, /, **arguments: Any) -> Any:
     """One QMP command by hand, as an admin with socat would send it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -312,7 +316,8 @@ def qmp(socket_path: Path, command: str, /, **arguments: Any) -> Any:
             reply = json.loads(stream.readline())
             while "event" in reply:
                 reply = json.loads(stream.readline())
-            assert "return" in reply, reply
+            if "return" not in reply:
+                raise QmpRefused(reply)
         return reply["return"]
 
 
