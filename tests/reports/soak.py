@@ -2,8 +2,9 @@
 """Eight guests for hours: sequences of tests/reports/sequences.py, saves, loads and refreshes, and faults among them.
 
 In each round every guest lives through a few steps, and is looked at. Then all are saved and loaded, or refreshed, in one
-of several ways, while faults happen at random instants. At last what was done is put right, as systemd or an admin would,
-and each guest is looked at again. A guest whose QEMU was killed may be lost with it; then it is started afresh.
+of several ways, again and again while faults happen at random instants. At last what was done is put right, as systemd or
+an admin would, and each guest is looked at again. A guest whose QEMU was killed may be lost with it; then it is started
+afresh.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ UNHEARD = (CallError, OSError, EOFError, AssertionError)
 class Run:
     lab: Lab
     rng: random.Random
+    up: threading.Event = field(default_factory=threading.Event)
+    """Cleared while an agent is away that was ended here."""
     subjects: dict[str, Subject] = field(default_factory=dict)
     refused: Counter[str] = field(default_factory=Counter)
     killed: set[str] = field(default_factory=set)
@@ -60,10 +63,10 @@ class Run:
 
     # --- faults
 
-    def inject(self, ended: threading.Event) -> None:
-        for _ in range(self.rng.randint(3, 8)):
-            ended.wait(self.rng.uniform(0, 0.8))
-            fault = self.rng.choice(FAULTS)
+    def inject(self, rng: random.Random) -> None:
+        for _ in range(rng.randint(8, 16)):
+            threading.Event().wait(rng.uniform(0, 1))
+            fault = rng.choice(FAULTS)
             if fault(self):
                 self.faults[fault.__name__] += 1
 
@@ -75,6 +78,7 @@ class Run:
         return 0
 
     def kill_agent(self) -> bool:
+        self.up.clear()
         self.lab.end_agent(signal.SIGKILL)
         self.revive()
         return True
@@ -83,8 +87,10 @@ class Run:
         """As systemd would; one that finds its disk full may end again."""
         with contextlib.suppress(AssertionError):
             self.lab.start_agent()
+        self.up.set()
 
     def restart_bus(self) -> bool:
+        self.up.clear()
         self.lab.end_bus()
         self.lab.agent_ended()
         self.lab.restart_bus()
@@ -140,22 +146,31 @@ class Run:
                 for name in self.subjects
             }
             before = dict(zip(steps, pool.map(lambda name: self.live(name, steps[name]), steps), strict=True))
-            end = self.rng.choice(ENDS)
-            ended = threading.Event()
-            trouble = threading.Thread(target=self.inject, args=(ended,))
-            trouble.start()
-            end(self, pool)
-            ended.set()
-            trouble.join()
-            self.revive_if_gone()
+            ends = self.end(pool)
             found = dict(zip(before, pool.map(lambda name: self.judge(name, before[name]), before), strict=True))
             for name, problems in found.items():
                 for problem in problems:
                     self.harm[problem.harm] += 1
-                    print(f"HARM {problem.harm}: {name} ({steps[name]}, {end.__name__}): {problem.text}", flush=True)
+                    print(f"HARM {problem.harm}: {name} ({steps[name]}, {ends}): {problem.text}", flush=True)
             again = [name for name in found if found[name] or name in self.killed or self.refused[name] > 1]
             list(pool.map(self.renew, again))
         self.killed.clear()
+
+    def end(self, pool: ThreadPoolExecutor) -> list[str]:
+        """One act after the other, for as long as there is trouble; and one in peace. Returns their names."""
+        trouble = threading.Thread(target=self.inject, args=(random.Random(self.rng.random()),))
+        trouble.start()
+        ends = []
+        while True:
+            in_peace = not trouble.is_alive()
+            if in_peace:
+                self.revive_if_gone()
+            end = self.rng.choice(ENDS)
+            ends.append(end.__name__)
+            self.up.wait(SETTLED_S)
+            end(self, pool)
+            if in_peace:
+                return ends
 
     def live(self, name: str, steps: list[Step]) -> Seen:
         on = self.subjects[name]
@@ -298,6 +313,7 @@ def started(rng: random.Random) -> Iterator[Run]:
         stack.callback(lab.close)
         lab.start_agent()
         run = Run(lab, rng)
+        run.up.set()
         with ThreadPoolExecutor(GUESTS) as pool:
             list(pool.map(run.start, [f"web{number}" for number in range(1, GUESTS + 1)]))
         try:
