@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from dbus_next.signature import Variant
 
 from cpr_agent.bus.client import CallError
 from cpr_agent.bus.contract import BUS_NAME, ROOT
-from cpr_agent.bus.limits import BURST, CALLS_PER_S, UNDER_WAY, Limits
+from cpr_agent.bus.limits import BURST, CALLS_PER_S, UNDER_WAY, UNDER_WAY_PER_USER, Limits
 from cpr_agent.bus.wire import MAX_BODY_BYTES, FrameReader, parse
 from cpr_agent.errors import LimitsExceeded
 from tests.lab import PATIENCE_S, Guest, Lab, let_others_in
@@ -212,6 +213,19 @@ def test_calls_that_wait_are_counted() -> None:
     limits.begin(":1.2")
     limits.end(":1.1")
     limits.begin(":1.1")
+
+
+def test_calls_of_a_user_are_counted_over_all_his_connections() -> None:
+    limits = Limits(lambda: 0.0)
+    with contextlib.ExitStack() as under_way:
+        for _ in range(UNDER_WAY_PER_USER):
+            under_way.enter_context(limits.one_more(1000))
+        with pytest.raises(LimitsExceeded), limits.one_more(1000):
+            pass
+        with limits.one_more(1001):
+            pass
+    with limits.one_more(1000):
+        pass
 
 
 def test_a_user_gets_calls_back_with_time() -> None:

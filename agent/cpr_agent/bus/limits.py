@@ -23,6 +23,8 @@ BURST = 1000.0
 """Calls that a user may make at once after a quiet time: `cprctl list` asks once for each VM."""
 UNDER_WAY = 128
 """Calls of one connection that wait for an answer; dbus-daemon has the same limit (max_replies_per_connection)."""
+UNDER_WAY_PER_USER = 1024
+"""Of all connections of a user other than root: each call under way is a task, of some KB."""
 COSTS = {
     **dict.fromkeys(("Validate", "Import", "Report", "Check"), 20.0),
     **dict.fromkeys(("GetManagedObjects", "ListHistory", "ListDevices", "AllocateMemory"), 5.0),
@@ -53,6 +55,7 @@ class Limits:
         self._left: dict[int, tuple[float, float]] = {}
         """By user: calls left, and when that was so."""
         self._heavy: Counter[int] = Counter()
+        self._of_user: Counter[int] = Counter()
 
     def begin(self, sender: str) -> None:
         """A call of this connection, until its ``end``. Raises LimitsExceeded if too many wait for their answer."""
@@ -81,6 +84,23 @@ class Limits:
                 left="nothing was done",
                 remedy="wait a second; GetAll and GetManagedObjects answer much in one call",
             )
+
+    @contextlib.contextmanager
+    def one_more(self, uid: int) -> Iterator[None]:
+        """While a call of this user, on whichever connection, is under way. Raises LimitsExceeded."""
+        if self._of_user[uid] >= UNDER_WAY_PER_USER:
+            raise LimitsExceeded(
+                f"{UNDER_WAY_PER_USER} calls of user {uid} are waiting for an answer",
+                left="nothing was done",
+                remedy="wait",
+            )
+        self._of_user[uid] += 1
+        try:
+            yield
+        finally:
+            self._of_user[uid] -= 1
+            if not self._of_user[uid]:
+                del self._of_user[uid]
 
     @contextlib.contextmanager
     def under_way(self, uid: int, cost: float) -> Iterator[None]:

@@ -9,6 +9,7 @@ and always answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 from collections import OrderedDict
@@ -146,11 +147,12 @@ class Service(Listener):
             await self._ready.wait()
             uid = await self._authority.uid(call)
             cost = 0.0 if trusted(uid) else COSTS.get(str(call.member), 1.0)
-            if cost:
-                await self._spend(uid, cost)
-                refuse_long_text(call)
-            with self._limits.under_way(uid, cost):
-                signature, body = await self._dispatch(call, uid)
+            with self._limits.one_more(uid) if cost else contextlib.nullcontext():
+                if cost:
+                    await self._spend(uid, cost)
+                    refuse_long_text(call)
+                with self._limits.under_way(uid, cost):
+                    signature, body = await self._dispatch(call, uid)
             reply = Message.new_method_return(call, signature, body)
         except CprError as error:
             self._remember(str(call.sender), error)

@@ -31,7 +31,7 @@ MAX_SENT_BYTES = 16 << 20
 """Of a message to the bus, which hangs up at 32 MiB (dbus-daemon(1), max_message_size of the system bus)."""
 MAX_SENT_CHARS = 8 << 20
 """Of one text: the longest is a report."""
-MESSAGES_PER_TURN = 32
+MESSAGES_PER_TURN = 8
 """After so many the event loop gets its turn, however many more are waiting."""
 _FIXED_BYTES = 16
 _BIG_ENDIAN = ord("B")
