@@ -26,7 +26,7 @@ from cpr_agent.errors import Blocked, Busy, CprError, InvalidArgument, QemuFaile
 _STATE_EVENTS = ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION")
 """QMP events after which the state is derived anew."""
 
-RECOVERY_PATIENCE_S = 1.0
+RECOVERY_PATIENCE_S = 3.0
 """A recovery takes milliseconds where QEMU answers, and the call that has started the agent is to find it done."""
 
 

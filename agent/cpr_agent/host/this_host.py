@@ -84,7 +84,7 @@ class ThisHost:
             return replace(disk, kind="remote")
         try:
             info = Path(disk.filename).stat()
-        except OSError:
+        except (OSError, ValueError):
             return replace(disk, kind="missing")
         if stat.S_ISBLK(info.st_mode):
             return replace(disk, kind="device", **_block_device(info.st_rdev))

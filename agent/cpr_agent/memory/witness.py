@@ -38,6 +38,10 @@ MEASURED_BYTES = 1 << 30
 """Hashed to measure the cost of a full witness: a multiple of each alignment that device-dax has."""
 SHORTER = "it is shorter than it was"
 _CHUNK = 2 << 20
+_READ = 256 << 10
+"""At once, of a file: each thread has a buffer of that size."""
+_MAX_THREADS = 32
+"""Fewer use up a host's memory bandwidth, and each has a buffer."""
 _SEGMENT = 64 << 20
 _Piece = memoryview | tuple[int, int, int]
 """Mapped memory; or a descriptor to read from, with length and offset (bytes)."""
@@ -257,7 +261,7 @@ def _full(located: Sequence[Located]) -> str:
             step = max(_SEGMENT, identity.align_bytes, identity.page_bytes)
             begins = range(0, identity.size_bytes, step)
             segments += [(fd, identity, begin, min(step, identity.size_bytes - begin)) for begin in begins]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
             for digests in pool.map(_digests, segments):
                 whole.update(digests)
     return whole.hexdigest()
@@ -266,17 +270,21 @@ def _full(located: Sequence[Located]) -> str:
 def _digests(segment: tuple[int, MemoryIdentity, int, int]) -> bytes:
     fd, identity, begin, length = segment
     if _is_file(fd):
-        at, buffer = identity.offset_bytes + begin, memoryview(bytearray(_CHUNK))
-        return b"".join(_digest_read(fd, at + piece, buffer[:size]) for piece, size in _pieces(length))
+        at, buffer = identity.offset_bytes + begin, memoryview(bytearray(_READ))
+        return b"".join(_digest_read(fd, at + piece, size, buffer) for piece, size in _pieces(length))
     with _mapped_from(*segment) as ram:
         return b"".join(xxhash.xxh3_128_digest(ram[piece : piece + size]) for piece, size in _pieces(length))
 
 
-def _digest_read(fd: int, offset: int, buffer: memoryview) -> bytes:
-    """Into the same buffer each time: the pages of a new one would cost as much as the hash."""
-    if os.preadv(fd, [buffer], offset) < len(buffer):
-        raise OSError(errno.ENODATA, SHORTER)
-    return xxhash.xxh3_128_digest(buffer)
+def _digest_read(fd: int, offset: int, length: int, buffer: memoryview) -> bytes:
+    """By way of the same buffer each time: the pages of a new one would cost as much as the hash."""
+    digest = xxhash.xxh3_128()
+    for at in range(0, length, len(buffer)):
+        part = buffer[: min(len(buffer), length - at)]
+        if os.preadv(fd, [part], offset + at) < len(part):
+            raise OSError(errno.ENODATA, SHORTER)
+        digest.update(part)
+    return digest.digest()
 
 
 def _pieces(length: int) -> Iterator[tuple[int, int]]:
