@@ -13,7 +13,7 @@ from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
-from cpr_agent.errors import LoadFailed, QemuFailed, SaveFailed, WrongState
+from cpr_agent.errors import LoadFailed, QemuFailed, QemuRefused, SaveFailed, WrongState
 from tests.bench import Bench, ended
 from tests.fakes import Gate
 
@@ -79,10 +79,10 @@ def test_one_that_can_not_be_saved_keeps_all_running(bench: Bench, failing: str)
 
 def test_one_that_can_not_be_resumed_either_is_named(bench: Bench) -> None:
     bench.runner.faults["first", "save"] = SaveFailed("no room", vm="first")
-    bench.runner.faults["last", "cont"] = QemuFailed("its disk is locked", vm="last")
+    bench.runner.faults["last", "cont"] = QemuRefused("its disk is locked", vm="last")
     job = bench.run(save_all)
     assert "VM first: could not be saved: no room" in job.result
-    assert "but not VM last: could not be resumed: its disk is locked" in job.result
+    assert "but not VM last: its disk is locked. The guest stands, whole, in its QEMU" in job.result
     assert statuses(bench) == {"first": "running", "middle": "running", "last": "postmigrate"}
 
 

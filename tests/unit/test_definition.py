@@ -146,8 +146,8 @@ def test_firmware_is_found_wherever_it_is_named() -> None:
     ]
     assert firmware_files(argv) == [
         "/fw/bios.bin",
-        "/fw/a,b.fd",
         "/fw/efi-virtio.rom",
+        "/fw/a,b.fd",
         "/fw/third.fd",
         "/fw/code.fd",
         "/fw/vars.fd",
