@@ -69,10 +69,61 @@ def test_what_nobody_changed_goes_on(each_lab: Lab) -> None:
     assert_goes_on(guest)
 
 
-def test_an_external_snapshot_is_told(each_lab: Lab) -> None:
-    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
-    overlay = each_lab.root / "snap.qcow2"
+def snapshot(guest: Guest, overlay: Path) -> None:
     guest.admin("blockdev-snapshot-sync", device="d0", **{"snapshot-file": str(overlay), "format": "qcow2"})
+
+
+def assert_carried(guest: Guest, *contents: str) -> None:
+    """Check warns of it, and the next QEMU has the same graph and the same contents, also after another round."""
+    before = graph(guest)
+    for _ in range(2):
+        assert blocks(guest) == []
+        guest.save()
+        guest.load()
+        guest.assert_unbroken()
+        assert graph(guest) == before
+        for content in contents:
+            io(guest, f"read -P {content} 0 4096")
+        assert "Pattern verification failed" not in guest_log(guest)
+
+
+def guest_log(guest: Guest) -> str:
+    """Of the QEMU that it has now."""
+    return (guest.lab.root / f"var/log/cpr-agent/{guest.name}.log").read_text()
+
+
+def graph(guest: Guest) -> list[tuple[str, str]]:
+    nodes = guest.admin("query-named-block-nodes", flat=True)
+    return sorted((node["drv"], node["file"]) for node in nodes if node["drv"] == "file")
+
+
+def warned(guest: Guest) -> list[str]:
+    return [found["what"] for found in guest.call("Check") if found["code"] == "carried-over"]
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_an_external_snapshot_goes_along(each_lab: Lab, kind: str) -> None:
+    path, overlays = image(each_lab.root / "disk", kind), [each_lab.root / "one.qcow2", each_lab.root / "two.qcow2"]
+    guest = with_disk(each_lab, path, kind)
+    io(guest, "write -P 0x11 0 4096")
+    snapshot(guest, overlays[0])
+    io(guest, "write -P 0x22 0 4096")
+    assert [str(overlays[0]) in what and str(path) in what for what in warned(guest)] == [True]
+    assert_carried(guest, "0x22")
+    assert warned(guest) == []
+    snapshot(guest, overlays[1])
+    io(guest, "write -P 0x33 0 4096")
+    assert_carried(guest, "0x33")
+    guest.call("Refresh", "a{sv}", {})
+    assert_carried(guest, "0x33")
+    io(guest, "read -P 0x22 0 4096")
+    assert "Pattern verification failed" in guest_log(guest), "a wrong content would not be seen"
+
+
+def test_a_snapshot_of_a_disk_whose_argument_says_more_is_told(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"), drive=",copy-on-read=on")
+    overlay = each_lab.root / "snap.qcow2"
+    snapshot(guest, overlay)
     assert_refused(guest, "disk d0", str(overlay), "disk.qcow2")
 
 
@@ -87,14 +138,16 @@ def test_an_external_snapshot_that_was_committed_is_no_obstacle(each_lab: Lab) -
     assert_goes_on(guest)
 
 
-def test_a_finished_mirror_is_told(each_lab: Lab) -> None:
+def test_a_finished_mirror_goes_along(each_lab: Lab) -> None:
     guest = with_disk(each_lab, image(each_lab.root / "disk.raw", "raw"), "raw")
     copy = each_lab.root / "copy.raw"
     guest.admin("drive-mirror", device="d0", target=str(copy), sync="full", **{"job-id": "mirror", "format": "raw"})
     until(lambda: guest.admin("query-jobs")[0]["status"] == "ready", "the mirror is ready")
     guest.admin("job-complete", id="mirror")
     until(lambda: guest.admin("query-jobs") == [], "the mirror has ended")
-    assert_refused(guest, "disk d0", str(copy), "disk.raw")
+    io(guest, "write -P 0x44 0 4096")
+    assert [str(copy) in what for what in warned(guest)] == [True]
+    assert_carried(guest, "0x44")
 
 
 def replace(path: Path) -> None:
@@ -156,13 +209,17 @@ def test_writes_to_a_temporary_file_are_told(each_lab: Lab) -> None:
     assert_refused(guest, "disk d0", "/vl.")
 
 
-def test_a_medium_that_was_changed_is_told(each_lab: Lab) -> None:
+def test_a_medium_that_was_changed_goes_along(each_lab: Lab) -> None:
     one, other = image(each_lab.root / "one.iso", "raw"), image(each_lab.root / "other.iso", "raw")
     drive = f"file={one},format=raw,media=cdrom,if=none,id=cd,readonly=on"
     guest = each_lab.running("web1", "-drive", drive, "-device", "ide-cd,drive=cd,id=cd0,bus=ide.0")
     assert_goes_on(guest)
     guest.admin("blockdev-change-medium", id="cd0", filename=str(other), format="raw")
-    assert_refused(guest, "disk cd ", str(one), str(other))
+    assert [str(other) in what for what in warned(guest)] == [True]
+    assert_carried(guest)
+    assert [file for _, file in graph(guest)] == [str(other)]
+    guest.admin("eject", id="cd0", force=True)
+    assert_refused(guest, "disk cd ", str(other), "not there")
 
 
 # -- firmware -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from cpr_agent.core.hooks import vetoes
-from cpr_agent.core.inventory import recorded_of, unnamed_devices
+from cpr_agent.core.inventory import carried_now, recorded_of, unnamed_devices
 from cpr_agent.core.model import SAVEABLE, Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
@@ -78,11 +78,24 @@ async def _guest_findings(vm: Vm, launch: Launch) -> list[Finding]:
 
 async def _disk_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
     recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    found = await _carried_findings(vm, ports, launch)
     why = "it can be saved for a restart of QEMU, but an upgrade of the host will refuse it"
     remedy = "give it a serial number, or have the disk in a logical volume"
-    return [
+    return found + [
         Finding(severity="warning", code="unnamed-disk", what=what, why=why, remedy=remedy, vm=vm.name)
         for what in (unnamed_devices(recorded) if recorded else ())
+    ]
+
+
+async def _carried_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
+    """What its next QEMU gets, and a start by its definition would not."""
+    if vm.qemu is None:
+        return []
+    why = "a save and a load carry it over, but a fresh start opens what the definition names"
+    remedy = "name the image that it has now in the definition, before the guest is shut down"
+    return [
+        Finding(severity="warning", code="carried-over", what=str(one), why=why, remedy=remedy, vm=vm.name)
+        for one in (await carried_now(ports, vm.qemu, launch)).disks.values()
     ]
 
 

@@ -258,12 +258,44 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     looked = await asyncio.to_thread(lambda: {path: ports.files.look_at(path) for path in wanted})
     disks = without(live, kept)
     lost, found = _lost_files(disks, looked), Lookup(disks, recorded and without(recorded, kept), looked)
-    compared = [*lost.values(), *(_unlike_arguments(found, images) if recorded is None else _compared(found, lost))]
+    goes_along = carried(ports, launch, recorded, live).disks
+    known = {*lost, *goes_along}
+    compared = [*lost.values(), *(_unlike_arguments(found, images) if recorded is None else _compared(found, known))]
     if recorded is None and not compared:
         await record(ports, launch.vm, live)
         if not kept:
             await keep_firmware(ports, launch)
     return compared + (unnamed_devices(live) if need is Survives.KEXEC else [])
+
+
+class Carried(NamedTuple):
+    """A command line for disks that are other images now, by their names; ``disks`` says what they were and are."""
+
+    launch: Launch
+    disks: dict[str, Difference]
+
+
+def carried(ports: Ports, launch: Launch, recorded: Inventory | None, live: Inventory) -> Carried:
+    """Disks that can go along to the next QEMU as they are now (ADR 24)."""
+    if recorded is None:
+        return Carried(launch, {})
+    disks: dict[str, Difference] = {}
+    before, after = by_disk(recorded.nodes), by_disk(live.nodes)
+    named = {file.path for file in live.named}
+    for disk in sorted({*before} & {*after}):
+        was, now = before[disk], after[disk]
+        reachable = all(node.file is None or node.file.path in named for node in now)
+        if not reachable or _same(was, now, anew=False, rebooted=False):
+            continue
+        if new := ports.definitions.carry(launch, was, now):
+            launch, disks[disk] = new, _tell(disk, was, now)
+    return Carried(launch, disks)
+
+
+async def carried_now(ports: Ports, qemu: Qemu, launch: Launch) -> Carried:
+    """Likewise of a live QEMU. Raises QemuFailed."""
+    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    return carried(ports, launch, recorded, await take(ports, qemu, launch))
 
 
 def recorded_of(ports: Ports, launch: Launch) -> Inventory | None:

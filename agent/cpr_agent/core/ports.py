@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cpr_agent.core.model import (
+    BlockNode,
     DaxDevice,
     Definition,
     Difference,
@@ -212,6 +213,9 @@ class Definitions(Protocol):
         """The paths by which its command line names disks and firmware of the host."""
 
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
+
+    def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:
+        """``launch`` for a disk that had the nodes ``was``, and has ``now``; None where that can't be known for sure."""
 
     def firmware(self, launch: Launch) -> Firmware:
         """What its QEMU reads as firmware."""

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from cpr_agent.core.model import (
     VM_NAME,
+    BlockNode,
     Bytes,
     Definition,
     Firmware,
@@ -32,6 +33,7 @@ from cpr_agent.core.model import (
 from cpr_agent.core.paths import why_swappable
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition
 from cpr_agent.text import printable, printable_lines
+from cpr_agent.vm.carried import carry
 from cpr_agent.vm.cmdline import (
     collisions,
     image_files,
@@ -223,6 +225,10 @@ class DefinitionDirectory:
 
     def images(self, launch: Launch) -> list[str]:
         return image_files(launch.argv)
+
+    def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:
+        argv = carry(launch.base_argv, was, now)
+        return replace(launch, base_argv=argv) if argv else None
 
     def firmware(self, launch: Launch) -> Firmware:
         return kept_firmware(launch.base_argv)

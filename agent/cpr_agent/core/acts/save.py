@@ -20,7 +20,7 @@ from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.acts.sleep import Sleep, end_sleep, fall_asleep, must_sleep
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Unbroken, let_run, let_run_by_load
-from cpr_agent.core.inventory import kept_paths, take
+from cpr_agent.core.inventory import carried, kept_paths, recorded_of, take
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import (
     DiskIdentity,
@@ -78,13 +78,15 @@ async def draft_manifest(
 ) -> Manifest:
     """The part of a manifest that is known before the guest stops. Raises QemuFailed."""
     ports, qemu = machine.ports, machine.require_qemu()
+    has = await take(ports, qemu, launch)
+    recorded = await asyncio.to_thread(recorded_of, ports, launch)
     return Manifest(
         id=checkpoint or uuid.uuid4().hex,
         vm=machine.name,
         mode=request.mode,
         survives=survives(launch.memory),
         run_state=run_state,
-        launch=launch,
+        launch=carried(ports, launch, recorded, has).launch,
         qemu=await qemu.facts(launch),
         qemu_path=launch.base_argv[0],
         qemu_sha256=await asyncio.to_thread(ports.files.program_digest, machine.pid),
@@ -96,7 +98,7 @@ async def draft_manifest(
         times=SaveTimes(requested_at=ports.clock.now(), stopped_at=0.0, written_at=0.0, durable_at=0.0),
         upgrade=request.upgrade,
         wakes=run_state is RunState.SUSPENDED and machine.past.put_to_sleep,
-        inventory=await take(ports, qemu, launch),
+        inventory=has,
     )
 
 
