@@ -30,8 +30,10 @@ from cpr_agent.core.model import (
     Launch,
     PluggedDevice,
     QemuFacts,
+    RunState,
 )
 from cpr_agent.core.ports import Qemu
+from cpr_agent.core.run_states import RUN_STATES
 from cpr_agent.errors import KernelRefused, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable, SaveFailed
 from cpr_agent.host.programs import KeptPrograms
 from cpr_agent.host.this_host import ThisHost
@@ -442,9 +444,7 @@ class FakeQemu:
 
     async def cont(self) -> float:
         await self._step("cont")
-        if self.status == "finish-migrate":  # as after a flush that failed: well again
-            self.status = "postmigrate"
-        if self.status not in ("postmigrate", "paused"):
+        if not RUN_STATES[RunState(self.status)].resumes and self.status != "postmigrate":
             raise QemuRefused(f"cannot continue from {self.status}", vm=self.launch.vm)
         if self._slept and self.status == "postmigrate":
             self._runner.end(self.launch.vm)  # as QEMU 10.0 and 11.1 do

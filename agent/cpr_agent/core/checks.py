@@ -7,9 +7,11 @@ import asyncio
 
 from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.inventory import carried_now, recorded_of, unnamed_devices
-from cpr_agent.core.model import SAVEABLE, Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
+from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
+from cpr_agent.core.run_states import SAVEABLE
+from cpr_agent.core.saveable import obstacle
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
 
@@ -26,6 +28,7 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
     if launch and vm.definition and launch.definition_digest != vm.definition.digest:
         what, why = "its definition changed since it was started", "a load uses what it was started with"
         found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))
+    found += _state_findings(vm)
     if launch and _has_live_guest(vm):
         found += await _guest_findings(vm, launch)
         found += await _disk_findings(vm, ports, launch)
@@ -46,6 +49,15 @@ async def check_hooks(vm: Vm) -> list[Finding]:
 
 def _has_live_guest(vm: Vm) -> bool:
     return vm.qemu is not None and vm.launched() is not None and vm.run_state in SAVEABLE
+
+
+def _state_findings(vm: Vm) -> list[Finding]:
+    """Why its guest could not be saved as it stands now, in the words of the save."""
+    error = obstacle(vm.machine) if vm.pid else None
+    if error is None:
+        return []
+    why = "a save would be refused"
+    return [Finding(severity="error", code="state", what=error.what, why=why, remedy=error.remedy, vm=vm.name)]
 
 
 def _definition_findings(vm: Vm) -> list[Finding]:

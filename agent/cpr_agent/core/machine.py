@@ -27,6 +27,7 @@ from cpr_agent.core.model import (
 from cpr_agent.core.past import Past, VmEvent
 from cpr_agent.core.ports import Place, Ports, Qemu
 from cpr_agent.core.proof import naming
+from cpr_agent.core.run_states import RUN_STATES
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.undo import Undo
 from cpr_agent.errors import (
@@ -54,14 +55,6 @@ EXITING_S = 1.0
 """Between the end of a QEMU's connection and that of its process."""
 RELOCATE_S = 5.0
 """For memory that a live QEMU has open, so that its device is there."""
-_FROM_RUN_STATE = {
-    RunState.RUNNING: VmState.RUNNING,
-    RunState.PAUSED: VmState.PAUSED,
-    RunState.SUSPENDED: VmState.SUSPENDED,
-    RunState.SHUTDOWN: VmState.SHUT_DOWN,
-    RunState.INMIGRATE: VmState.LOADING,
-    RunState.PRELAUNCH: VmState.STARTING,
-}
 BEFORE_IT_RUNS = (RunState.INMIGRATE, RunState.PAUSED, RunState.PRELAUNCH)
 """The run states of a QEMU whose guest has not run yet."""
 _TAKEN = ("Device or resource busy", "Address already in use", "Could not set up host forwarding rule")
@@ -208,16 +201,17 @@ class Machine:
 
     async def locating_guest(self, error: QemuFailed) -> QemuFailed:
         """``error``, by which its guest does not go on, with the place where the guest is then."""
+        what = f"could not be resumed: {error.what}"
         if isinstance(error, QemuRefused):
             left = f"the guest stands, whole, in its QEMU (PID {self.pid})"
             remedy = f"mend that; the agent tries again, and `cprctl resume {self.name}` does so at once"
-            return QemuRefused(error.what, vm=self.name, left=left, remedy=remedy)
+            return QemuRefused(what, vm=self.name, left=left, remedy=remedy)
         if isinstance(error, QemuEnded) or await self.own.wait_exit(EXITING_S):
             left = "its QEMU has ended, and the guest is lost unless it had shut itself down"
-            return QemuEnded(error.what, vm=self.name, left=left, remedy="see the end of its log")
+            return QemuEnded(what, vm=self.name, left=left, remedy="see the end of its log")
         left = f"its QEMU (PID {self.pid}) is there, with the guest, and does not answer"
         remedy = f"once it does, `cprctl resume {self.name}` lets the guest go on"
-        return QemuUnreachable(error.what, vm=self.name, left=left, remedy=remedy)
+        return QemuUnreachable(what, vm=self.name, left=left, remedy=remedy)
 
     def refuse_silent_qemu(self, left: str) -> None:
         """Raises QemuUnreachable: a QEMU that does not answer can't say whether its guest still stands where it was saved,
@@ -306,7 +300,7 @@ class Machine:
 
     def _state_with_qemu(self) -> VmState:
         if not self.stands_saved:
-            return _FROM_RUN_STATE.get(self.run_state, VmState.PAUSED)
+            return RUN_STATES[self.run_state].shown
         if self.held():
             return VmState.HELD
         return VmState.SAVED if self.checkpointed else VmState.PAUSED

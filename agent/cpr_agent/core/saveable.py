@@ -10,10 +10,30 @@ from cpr_agent.core import inventory
 from cpr_agent.core.acts.sleep import sleep_reasons
 from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.machine import Machine
-from cpr_agent.core.model import SAVEABLE, Launch, Policy, QemuFacts, Survives, VmState
-from cpr_agent.errors import AlreadySaved, Blocked, QemuFailed, WrongState
+from cpr_agent.core.model import Launch, Policy, QemuFacts, Survives, VmState
+from cpr_agent.core.run_states import RUN_STATES, SAVEABLE
+from cpr_agent.errors import AlreadySaved, Blocked, CprError, QemuFailed, QemuUnreachable, WrongState
 
 Fallback = Literal["wait", "shut-down", "refuse"]
+
+
+def obstacle(machine: Machine) -> CprError | None:
+    """Why it has no guest that could be saved now, whatever QEMU might say; None also where a checkpoint has the guest."""
+    nothing = "nothing was saved"
+    if machine.pid and machine.state is VmState.UNREACHABLE:
+        return QemuUnreachable(
+            "can't be saved: its QEMU does not answer",
+            vm=machine.name,
+            left=nothing,
+            remedy=f"another client may hold its socket, or QEMU hang; `cprctl stop --hard {machine.name}` ends it",
+        )
+    if not machine.pid or machine.qemu is None:
+        return WrongState(f"is {machine.state} and can't be saved", vm=machine.name, left=nothing)
+    row = RUN_STATES[machine.run_state]
+    if row.problem and not (machine.stands_saved and machine.checkpointed):
+        what = f"can't be saved: {row.problem} (run state {machine.run_state})"
+        return WrongState(what, vm=machine.name, left=nothing, remedy=row.remedy.format(vm=machine.name))
+    return None
 
 
 async def blocked_reasons(machine: Machine, need: Survives = Survives.QEMU_RESTART) -> list[str]:
@@ -30,15 +50,13 @@ async def require_live(machine: Machine, need: Survives) -> Launch:
     if machine.live_checkpoint():
         remedy = f"`cprctl resume {machine.name}` takes the save back"
         raise AlreadySaved("is already saved", vm=machine.name, remedy=remedy)
-    if machine.run_state not in SAVEABLE:
-        raise WrongState(f"is {machine.state} and can't be saved", vm=machine.name, left="nothing was saved")
     return await require_saveable(machine, need)
 
 
 async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = True) -> Launch:
-    """``hooks``: ask those of the admin too. Raises WrongState, Blocked with every reason."""
-    if machine.qemu is None:
-        raise WrongState(f"is {machine.state} and can't be saved", vm=machine.name, left="nothing was saved")
+    """``hooks``: ask those of the admin too. Raises WrongState, QemuUnreachable, Blocked with every reason."""
+    if error := obstacle(machine):
+        raise error
     launch = machine.launched()
     if launch is None:
         raise Blocked(["the record of how its QEMU was started is gone"], vm=machine.name)
@@ -58,11 +76,6 @@ async def until_saveable(machine: Machine) -> None:
     launch = machine.launched()
     if machine.qemu and launch and machine.definition and waits_when_blocked(machine):
         await machine.qemu.until_saveable(launch, machine.definition.save.blocked_wait)
-
-
-def why_unsaveable(machine: Machine) -> str:
-    """Why it has no run state in which it could be saved."""
-    return "its QEMU does not answer" if machine.state is VmState.UNREACHABLE else f"its run state is {machine.run_state}"
 
 
 def saved_in_volatile(machine: Machine, need: Survives) -> bool:

@@ -47,10 +47,6 @@ class RunState(enum.StrEnum):
         return cls.UNKNOWN
 
 
-SAVEABLE = (RunState.RUNNING, RunState.PAUSED, RunState.SUSPENDED)
-"""Run states in which a guest can be saved."""
-
-
 class Survives(enum.StrEnum):
     """What a VM's RAM outlives."""
 

@@ -58,6 +58,7 @@ OWN = {
     "-mem-path": "the memory backend",
     "-mem-prealloc": "the memory backend",
     "-incoming": "loads are the agent's",
+    "-preconfig": "QEMU would wait for commands that the agent does not give",
     "-S": "the agent decides when the guest runs",
     "-loadvm": "loads are the agent's",
     "-daemonize": "the VM's unit supervises QEMU",

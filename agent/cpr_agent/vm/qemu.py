@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, QemuFacts, RunState
+from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable, SaveFailed
 from cpr_agent.handles import socket_at, uid_of
@@ -215,7 +216,7 @@ class LiveQemu:
             raise LoadFailed(f"QEMU could not read the state: {await self._why(ended)}", vm=self._qmp.vm)
         state = await poll_until(self.run_state, lambda now: now is not RunState.INMIGRATE, _SETTLE_S)
         # It runs if another client has sent `cont` before: the caller spends the checkpoint at once.
-        if state not in (RunState.PAUSED, RunState.SUSPENDED, RunState.RUNNING):
+        if state not in SAVEABLE:
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
 
     async def _migrate(self, act: Callable[[Qmp, int], Awaitable[None]], fd: int, timeout_s: float) -> str:

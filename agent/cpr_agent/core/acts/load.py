@@ -31,6 +31,7 @@ from cpr_agent.core.proof import (
     refuse_overlap,
     refuse_spent,
 )
+from cpr_agent.core.run_states import RUN_STATES
 from cpr_agent.core.turns import Turn
 from cpr_agent.core.undo import Undo, uninterrupted
 from cpr_agent.errors import (
@@ -187,7 +188,7 @@ async def load(machine: Machine, request: LoadRequest) -> str:
     Returns "", or why the guest was started afresh: its memory is lost, and the definition wants that. Raises CprError."""
     await machine.derive()
     machine.refuse_silent_qemu("nothing was loaded")
-    if machine.pid and not machine.stands_saved:
+    if machine.pid and not RUN_STATES[machine.run_state].loads:
         raise AlreadyRunning(
             f"is {machine.state}; a checkpoint can't be loaded into a live VM", vm=machine.name, left="it was not touched"
         )

@@ -12,6 +12,7 @@ from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Manifest, RunState
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.proof import prove_stopped
+from cpr_agent.core.run_states import RUN_STATES
 from cpr_agent.errors import NoCheckpoint, WrongState
 
 
@@ -31,8 +32,20 @@ async def resume(machine: Machine) -> None:
 
 
 async def _unpause(machine: Machine) -> None:
-    if machine.qemu is None or machine.run_state is not RunState.PAUSED:
-        raise WrongState(f"is {machine.state}, there is nothing to resume", vm=machine.name)
+    if machine.pid:
+        machine.require_qemu()
+    row = RUN_STATES.get(machine.run_state)
+    if machine.qemu is None or row is None or not row.resumes:
+        remedy = row.remedy.format(vm=machine.name) if row and row.problem else ""
+        raise WrongState(f"is {machine.state}, there is nothing to resume", vm=machine.name, remedy=remedy)
+    begun = machine.past.interrupted_save
+    if machine.run_state is RunState.FINISH_MIGRATE and begun and begun.run_state is RunState.SUSPENDED:
+        raise WrongState(
+            "was asleep when its save failed at the flush of its disks, and QEMU has no way back for it",
+            vm=machine.name,
+            left=f"the guest stands in its QEMU (PID {machine.pid})",
+            remedy=f"`cprctl stop --hard {machine.name}` gives it up",
+        )
     await let_run(machine, machine.qemu, Unbroken.PAUSED)
 
 

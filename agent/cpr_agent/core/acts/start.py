@@ -65,13 +65,28 @@ async def press_power_button(machine: Machine) -> None:
             remedy=f"`cprctl stop --hard {machine.name}` ends QEMU",
         )
     if machine.run_state in (RunState.RUNNING, RunState.SUSPENDED):
-        await machine.qemu.powerdown()
         launch = machine.launched()
         timeout_s = launch.shutdown_timeout_s if launch else 60.0
-        if await machine.own.wait_exit(timeout_s):
-            return
-        log.warning("VM %s: did not shut down within %.0f s, going on the hard way", machine.name, timeout_s)
+        with machine.hearing("SHUTDOWN") as shut_down:
+            await machine.qemu.powerdown()
+            if await _ends(machine, shut_down, timeout_s):
+                return
+        if not shut_down.is_set():
+            log.warning("VM %s: did not shut down within %.0f s, going on the hard way", machine.name, timeout_s)
     await machine.end()
+
+
+async def _ends(machine: Machine, shut_down: asyncio.Event, timeout_s: float) -> bool:
+    """Wait until QEMU has ended, or its guest has shut down and QEMU stays (``-action shutdown=pause``)."""
+    ended = asyncio.create_task(machine.own.wait_exit(timeout_s))
+    stays = asyncio.create_task(shut_down.wait())
+    try:
+        await asyncio.wait({ended, stays}, return_when=asyncio.FIRST_COMPLETED)
+        return ended.done() and ended.result()
+    finally:
+        for task in (ended, stays):
+            task.cancel()
+        await asyncio.gather(ended, stays, return_exceptions=True)
 
 
 async def end_hard(machine: Machine) -> None:

@@ -35,13 +35,12 @@ from cpr_agent.core.model.finding import Finding, HookFailure, HookPhase, Kernel
 from cpr_agent.core.model.inventory import BlockNode, Inventory, OpenFile, PluggedDevice
 from cpr_agent.core.model.memory import RAM_ID, DaxDevice, Located, MemoryIdentity, Ram, overlapping, ram_of, survives
 from cpr_agent.core.model.units import Bytes, Seconds
-from cpr_agent.core.states import SAVEABLE, Policy, RunState, Survives, VmState
+from cpr_agent.core.states import Policy, RunState, Survives, VmState
 from cpr_agent.errors import Difference
 
 __all__ = [
     "MANIFEST_SCHEMA",
     "RAM_ID",
-    "SAVEABLE",
     "VM_NAME",
     "BlockNode",
     "Bytes",

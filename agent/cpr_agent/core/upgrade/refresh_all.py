@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from itertools import chain
 
 from cpr_agent.core.jobs import Job
-from cpr_agent.core.model import SAVEABLE
+from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.upgrade.scope import in_turn, names
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, LoadFailed, NothingToDo

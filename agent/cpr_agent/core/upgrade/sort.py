@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Collection
 import msgspec
 
 from cpr_agent.core.hooks import before_save
-from cpr_agent.core.model import SAVEABLE, Policy, Survives
-from cpr_agent.core.saveable import may_shut_down, saved_in_volatile, waits_when_blocked, why_unsaveable
+from cpr_agent.core.model import Policy, Survives
+from cpr_agent.core.run_states import SAVEABLE
+from cpr_agent.core.saveable import may_shut_down, obstacle, saved_in_volatile, waits_when_blocked
 from cpr_agent.core.upgrade.scope import UNTOUCHED, Failure, Scope, on_all, on_each
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CprError, QemuFailed, SaveFailed, SaveRefused, WrongState
+from cpr_agent.errors import CprError, QemuFailed, SaveFailed, SaveRefused
 
 CHECK_S = 60.0
 """For all that is asked of a VM before its save; others may sleep already."""
@@ -75,11 +76,8 @@ async def _triage(vms: Collection[Vm], need: Survives, policy: Policy, check: Ch
             out.refused.append((vm, SaveFailed(what, vm=vm.name, remedy=f"cprctl load {vm.name}")))
     live = [vm for vm in vms if vm.run_state in SAVEABLE]
     failures = await on_each(live, lambda vm: in_time(vm, check))
-    failures += [
-        Failure(vm, WrongState(f"can't be saved: {why_unsaveable(vm.machine)}", vm=vm.name))
-        for vm in vms
-        if vm.pid and vm not in live and not vm.machine.powered_off and not vm.checkpointed
-    ]
+    unlike = [vm for vm in vms if vm.pid and vm not in live and not vm.machine.powered_off and not vm.checkpointed]
+    failures += [Failure(vm, error) for vm in unlike if (error := obstacle(vm.machine))]
     for failure in failures:
         out.give_up(failure)
     failed = {failure.vm for failure in failures}
