@@ -276,7 +276,7 @@ class Carried(NamedTuple):
 
 
 def carried(ports: Ports, launch: Launch, recorded: Inventory | None, live: Inventory) -> Carried:
-    """Disks that can go along to the next QEMU as they are now (ADR 24)."""
+    """Disks that can go along to the next QEMU as they are now (ADR 23)."""
     if recorded is None:
         return Carried(launch, {})
     disks: dict[str, Difference] = {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command line of a guest whose disk is another image now: a changed medium, a finished mirror, an external snapshot.
 
-Only what is known for sure is carried over (ADR 24): images of this host by their paths, of which QEMU knows the format,
+Only what is known for sure is carried over (ADR 23): images of this host by their paths, of which QEMU knows the format,
 below a drive that has nothing more to it than options that hold for any image. The new argument names each image of the
 chain, so that no header of an image decides what is opened.
 """
