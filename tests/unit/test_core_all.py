@@ -82,7 +82,7 @@ def test_one_that_can_not_be_resumed_either_is_named(bench: Bench) -> None:
     bench.runner.faults["last", "cont"] = QemuRefused("its disk is locked", vm="last")
     job = bench.run(save_all)
     assert "VM first: could not be saved: no room" in job.result
-    assert "but not VM last: its disk is locked. The guest stands, whole, in its QEMU" in job.result
+    assert "but not VM last: could not be resumed: its disk is locked. The guest stands, whole, in its QEMU" in job.result
     assert statuses(bench) == {"first": "running", "middle": "running", "last": "postmigrate"}
 
 
