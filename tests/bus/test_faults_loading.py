@@ -115,11 +115,11 @@ def test_a_qemu_that_dies_during_the_load_leaves_the_checkpoint(lab: Lab, tmp_pa
 
 
 def test_a_state_that_qemu_refuses_leaves_the_checkpoint(lab: Lab, tmp_path: Path) -> None:
-    """A device of the machine that was saved is not there: QEMU exits, and says so on stderr alone."""
+    """A device has another configuration space than when it was saved: QEMU exits, and says so on stderr alone."""
     wrapper = script(
         tmp_path / "qemu",
-        f'#!/bin/sh\ncase "$*" in *-incoming*) [ -e {tmp_path}/well ] || exec {lab.qemu} "$@";; esac\n'
-        f'exec {lab.qemu} "$@" -device virtio-balloon-pci\n',
+        f'#!/bin/sh\ncase "$*" in *-incoming*) [ -e {tmp_path}/well ] ||'
+        f' set -- "$@" -global virtio-pci.disable-modern=on;; esac\nexec {lab.qemu} "$@" -device virtio-balloon-pci\n',
     )
     guest = lab.guest(qemu=wrapper)
     guest.start()
