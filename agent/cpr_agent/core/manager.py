@@ -182,10 +182,11 @@ class Manager:
         try:
             async with asyncio.timeout(CHECK_S):
                 return await check_vm(vm, self.ports, await self.claimed(vm.name))
-        except (CprError, TimeoutError) as failure:
-            error = failure if isinstance(failure, CprError) else QemuFailed(f"its QEMU took more than {CHECK_S:g} s")
-            why = "whether it could be saved is not known"
-            return [Finding(severity="error", code=error.kind, what=error.what, why=why, remedy=error.remedy, vm=vm.name)]
+        except TimeoutError:
+            what = f"its QEMU does not answer: the check took more than {CHECK_S:g} s"
+            return [_not_known(vm, QemuFailed(what, remedy=f"see its log; `cprctl stop {vm.name} --hard` ends it"))]
+        except CprError as error:
+            return [_not_known(vm, error)]
 
     def plan(self, request: UpgradeRequest) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
@@ -333,3 +334,8 @@ class _Housekeeper(Listener):
 
     def job_removed(self, job: Job) -> None:  # noqa: ARG002 - whichever it was
         self._manager.tidy()
+
+
+def _not_known(vm: Vm, error: CprError) -> Finding:
+    why = "whether it could be saved is not known"
+    return Finding(severity="error", code=error.kind, what=error.what, why=why, remedy=error.remedy, vm=vm.name)
