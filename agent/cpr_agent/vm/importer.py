@@ -32,7 +32,6 @@ _WHY = {
     "-add-fd": "descriptors die with who opened them",
     "-no-shutdown": "QEMU would stay when its guest has powered off",
     "-numa": "the agent makes NUMA nodes of [[memory.node]]",
-    "-preconfig": "the agent decides when the guest runs",
     "-loadstate": "loads are the agent's",
     "-full-screen": "there is no screen",
     "-id": "Proxmox VE's QEMU alone knows it",
