@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
+from pathlib import Path
 
 import pytest
 from dbus_next.message import Message
@@ -11,6 +14,7 @@ from dbus_next.signature import Variant
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpr_agent.bus.client import CallError, Client
 from cpr_agent.bus.limits import COSTS, HEAVY_IN_ALL, HEAVY_PER_USER, MAX_TEXT_BYTES, Limits, refuse_long_text
 from cpr_agent.bus.listeners import IN_ALL, PER_USER, Listeners
 from cpr_agent.bus.wire import sendable
@@ -95,3 +99,15 @@ def test_listeners_are_those_who_asked_last_and_all_of_root() -> None:
     listeners.discard(":3.0")
     listeners.discard(":9.9")
     assert ":3.0" not in list(listeners)
+
+
+def test_a_bus_that_never_answers_is_said_to_have_timed_out(tmp_path: Path) -> None:
+    async def connect() -> None:
+        async with Client.connected(f"unix:path={tmp_path}/bus", timeout_s=0.1):
+            pass
+
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "bus"))
+        silent.listen()
+        with pytest.raises(CallError, match="cannot connect to D-Bus: timed out"):
+            asyncio.run(connect())

@@ -87,7 +87,7 @@ class Client:
             except BridgeError as error:
                 raise CallError("NoBus", str(error)) from error
             except (OSError, TimeoutError, EOFError, AuthError, InvalidAddressError) as error:
-                raise CallError("NoBus", f"cannot connect to D-Bus: {error or 'timed out'}") from error
+                raise CallError("NoBus", f"cannot connect to D-Bus: {str(error) or 'timed out'}") from error
             client = cls(bus)
             try:
                 yield client
