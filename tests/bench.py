@@ -14,7 +14,7 @@ import pytest
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import DaxDevice, Manifest, Seconds, Vmstate
+from cpr_agent.core.model import DaxDevice, Firmware, Manifest, Seconds, Vmstate
 from cpr_agent.core.past import Record
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import AgentSection, Settings, WitnessSection
@@ -124,6 +124,13 @@ class MortalStore(CheckpointStore):
         self._point("after discard-files")
 
 
+class NamedFirmware(KeptFirmware):
+    """The real one, but for the ROMs of this machine's QEMU, 5 MB in each of hundreds of directories."""
+
+    def keep(self, vm: str, wanted: Firmware) -> None:
+        super().keep(vm, Firmware(files=wanted.files))
+
+
 class Bench:
     """Definitions, disk and QEMUs that outlive any agent; ``run`` is one agent's life."""
 
@@ -184,7 +191,7 @@ class Bench:
                 boot=self.host,
                 files=self.host,
                 sockets=self.host,
-                firmware=KeptFirmware(self.root / "firmware"),
+                firmware=NamedFirmware(self.root / "firmware"),
                 programs=FakePrograms(self.root / "programs", point),
                 kernels=self.kernels,
                 kexec=self.kexec,

@@ -120,3 +120,28 @@ def test_an_index_that_can_not_be_read_is_as_good_as_none(tmp_path: Path, source
     kept.keep("web1", Firmware(files=(str(source / "CODE"),)))
     (tmp_path / "firmware/web1/index.json").write_text("[{")
     assert kept.kept("web1") == []
+
+
+def test_what_many_guests_have_is_there_once_until_the_last_is_gone(tmp_path: Path, source: Path) -> None:
+    kept = KeptFirmware(tmp_path / "firmware")
+    for vm in ("web1", "web2"):
+        kept.keep(vm, Firmware(files=(str(source / "CODE"),), directories=(str(source),)))
+    copies = [Path(file.copy) for vm in ("web1", "web2") for file in kept.kept(vm)]
+    assert len({copy.stat().st_ino for copy in copies}) == 2
+    kept.forget("web1")
+    assert [Path(file.copy).read_bytes() for file in kept.kept("web2")] == [b"code", b"bios"]
+    kept.forget("web2")
+    assert list((tmp_path / "firmware/.contents").iterdir()) == []
+
+
+def test_what_is_no_file_that_all_may_read_is_not_kept(tmp_path: Path, source: Path) -> None:
+    (source / "secret").write_bytes(b"secret")
+    (source / "secret").chmod(0o600)
+    os.mkfifo(source / "fifo")
+    others = tmp_path / "others"
+    others.mkdir()
+    others.chmod(0o777)
+    (others / "link").symlink_to(source / "CODE")
+    kept = KeptFirmware(tmp_path / "firmware")
+    kept.keep("web1", Firmware(files=tuple(str(path) for path in (source / "secret", source / "fifo", others / "link"))))
+    assert kept.kept("web1") == []

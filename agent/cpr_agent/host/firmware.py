@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import msgspec
 
 from cpr_agent.core.model import Firmware, KeptFile
 from cpr_agent.files import sync_directory, write_atomically
+from cpr_agent.handles import file_at
 
 INDEX = "index.json"
+CONTENTS = ".contents"
 ROM_SUFFIXES = (".bin", ".rom")
 ROM_BYTES = 1 << 20
 """A ROM that QEMU looks for by itself is smaller: firmware of megabytes is named by the command line."""
@@ -29,27 +33,30 @@ _READ = msgspec.json.Decoder(list[KeptFile])
 
 
 class KeptFirmware:
-    """``root`` has a directory for each VM: an index, ``files`` by their digests, and ``roms`` by their names. Any user may
-    read them, and root alone may write."""
+    """``root`` has a directory for each VM: an index, ``files`` by their digests, and ``roms`` by their names. They are
+    links to contents that all VMs share, so that many guests cost no more than one. Any user may read them, and root alone
+    may write."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._lock = threading.Lock()
+        """Held while contents come and go, never while a file of others is read."""
 
     def keep(self, vm: str, wanted: Firmware) -> None:
         draft, kept = self._root / f".{vm}.draft", self._root / vm
-        for made in (self._root.parent, self._root):
+        for made in (self._root.parent, self._root, self._root / CONTENTS):
             made.mkdir(parents=True, exist_ok=True)
             made.chmod(0o755)
         shutil.rmtree(draft, ignore_errors=True)
         for made in (draft, draft / "files", draft / "roms"):
             made.mkdir(mode=0o755)
             made.chmod(0o755)
-        files = [_copy(path, draft / "files", kept / "files", rom=False) for path in wanted.files]
-        files += [_copy(path, draft / "roms", kept / "roms", rom=True) for path in _roms(wanted)]
+        files = [self._copy(path, draft / "files", kept / "files", rom=False) for path in wanted.files]
+        files += [self._copy(path, draft / "roms", kept / "roms", rom=True) for path in _roms(wanted)]
         write_atomically(draft / INDEX, msgspec.json.encode([file for file in files if file]))
         for directory in (draft / "files", draft / "roms"):
             sync_directory(directory)
-        shutil.rmtree(kept, ignore_errors=True)
+        self.forget(vm)
         draft.rename(kept)
         sync_directory(self._root)
 
@@ -64,6 +71,38 @@ class KeptFirmware:
 
     def forget(self, vm: str) -> None:
         shutil.rmtree(self._root / vm, ignore_errors=True)
+        with self._lock:
+            for content in (self._root / CONTENTS).glob("*"):
+                if content.stat().st_nlink == 1:
+                    content.unlink()
+
+    def _copy(self, path: str, draft: Path, final: Path, *, rom: bool) -> KeptFile | None:
+        """None if there is no such file, none that can be firmware, or none that any user may read. Raises OSError."""
+        try:
+            with file_at(Path(path)) as file:
+                info, content = os.fstat(file.fileno()), file.read(FILE_BYTES + 1)
+        except OSError:
+            return None
+        if len(content) > FILE_BYTES or not info.st_mode & stat.S_IROTH:
+            return None
+        digest = hashlib.sha256(content).hexdigest()
+        name = Path(path).name if rom else digest
+        kept = self._root / CONTENTS / digest
+        with self._lock:
+            if not kept.exists():
+                write_atomically(kept, content, mode=0o644)
+            (draft / name).unlink(missing_ok=True)  # two options may name one file
+            (draft / name).hardlink_to(kept)
+        return KeptFile(
+            path=path,
+            copy=str(final / name),
+            sha256=digest,
+            size_bytes=len(content),
+            rom=rom,
+            st_dev=info.st_dev,
+            inode=info.st_ino,
+            mtime_ns=info.st_mtime_ns,
+        )
 
 
 def _roms(wanted: Firmware) -> Iterator[str]:
@@ -76,31 +115,6 @@ def _roms(wanted: Firmware) -> Iterator[str]:
                 seen.add(path.name)
                 if path.name in wanted.names or path.stat().st_size <= ROM_BYTES:
                     yield str(path)
-
-
-def _copy(path: str, draft: Path, final: Path, *, rom: bool) -> KeptFile | None:
-    """None if there is no such file, or none that can be firmware. Raises OSError."""
-    try:
-        with Path(path).open("rb") as file:
-            info, content = os.fstat(file.fileno()), file.read(FILE_BYTES + 1)
-    except OSError:
-        return None
-    if len(content) > FILE_BYTES:
-        return None
-    digest = hashlib.sha256(content).hexdigest()
-    name = Path(path).name if rom else digest
-    if not (draft / name).exists():
-        write_atomically(draft / name, content, mode=0o644)
-    return KeptFile(
-        path=path,
-        copy=str(final / name),
-        sha256=digest,
-        size_bytes=len(content),
-        rom=rom,
-        st_dev=info.st_dev,
-        inode=info.st_ino,
-        mtime_ns=info.st_mtime_ns,
-    )
 
 
 def _is_unchanged(file: KeptFile) -> bool:
