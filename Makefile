@@ -28,7 +28,7 @@ check: bootstrap ## Lint and type-check everything; the unit tests, and how much
 
 .PHONY: test-unit
 test-unit: bootstrap ## Unit tests alone
-	$(PYTHON) -m pytest tests/unit
+	$(PYTHON) -m pytest --numprocesses=auto --dist=worksteal tests/unit
 
 .PHONY: test-bus
 test-bus: bootstrap host-root ## The real daemon on a private bus with real QEMUs

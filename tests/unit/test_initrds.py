@@ -132,6 +132,7 @@ def test_anything_else_is_refused_or_holds_nothing(path: Path, content: bytes) -
         (compressed(bytes(200) + b"\1", "gzip"), "which 4 does not divide|ends within"),
         (cpio({"init": b"x"}).replace(b"070701", b"070707", 1), "no file begins"),
     ],
+    ids=("garbage after it", "cut off", "cut off within", "no trailer", "no archive", "padding", "another format"),
 )
 def test_an_archive_that_is_not_whole_is_refused(path: Path, content: bytes, said: str) -> None:
     with pytest.raises(BadArchive, match=said):
