@@ -238,3 +238,18 @@ def test_a_state_of_another_machine_is_not_stored() -> None:
     for wrong in (replace(right, machine="pc-q35-9.2"), replace(right, cpus=1)):
         with pytest.raises(NotVmstate, match="is not of this VM"):
             refuse_foreign_state(wrong, facts)
+
+
+@pytest.mark.parametrize("point", ["before discard-files", "after discard-files"])
+def test_a_guest_whose_old_qemu_is_there_still_boots_after_a_kill(tmp_path: Path, point: str) -> None:
+    bench = Bench(tmp_path)
+    bench.define("web1", bench.define_device("web1"), autostart=True, on_lost_memory="cold-start")
+    bench.vm(lambda vm: vm.start())
+    bench.vm(lambda vm: vm.save(SaveRequest()))
+    blank(bench)
+    bench.dies(point, load)
+    bench.run(lambda manager: ended(manager, manager.load_and_start_all()))
+    assert bench.runner.started.count(("web1", "start")) == 2
+    assert bench.qemu().status == "running"
+    assert bench.records()[-1] == "cold-started"
+    assert bench.runner.violations == []

@@ -438,7 +438,7 @@ async def _start_afresh(machine: Machine, definition: Definition, manifest: Mani
     machine.record(VmEvent.MEMORY_LOST, checkpoint=manifest.id, reason=lost)
     text = f"VM {machine.name}: its memory is lost: {lost}. It is started afresh, as its definition wants."
     log.warning("%s", text, extra=about(Event.MEMORY_LOST, **entry(manifest, "load")))
+    await machine.end()  # while the checkpoint stands: the next agent loads it, should this one be killed here
     await asyncio.to_thread(machine.ports.store.discard, machine.name, "lost")
-    await machine.end()
     await boot(machine, definition)
     machine.record(VmEvent.COLD_STARTED)
