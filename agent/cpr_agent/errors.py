@@ -29,6 +29,7 @@
     │   ├── QemuRefused       it lives, and said no: its guest is in it
     │   ├── QemuUnreachable   it does not answer, or the connection to it is lost
     │   └── QemuEnded         its process has ended
+    ├── StorageSilent         the storage of a VM's disks or firmware does not answer
     ├── GuestAgentFailed      the QEMU guest agent hung, refused, or made no sense
     ├── SaveFailed
     │   └── SaveRefused       no guest was saved, because one of them can't be
@@ -214,6 +215,10 @@ class QemuUnreachable(QemuFailed):
 
 class QemuEnded(QemuFailed):
     kind = "QemuEnded"
+
+
+class StorageSilent(CprError):
+    kind = "StorageSilent"
 
 
 class GuestAgentFailed(CprError):

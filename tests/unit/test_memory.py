@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from msgspec.structs import asdict, replace
 
 from cpr_agent.core.model import Bytes, DaxDevice, Located, MemoryIdentity, MemorySection, Survives, Witness
+from cpr_agent.core.states import RunState
 from cpr_agent.errors import DeviceMissing, MemoryChanged, MemoryUnusable
 from cpr_agent.memory import devices, users
 from cpr_agent.memory.backends import HostMemory, filesystem_of
 from cpr_agent.memory.opening import open_memory
 from cpr_agent.memory.witness import PAGE, chosen_pages, is_blank, new_witness, prepared_witness, take_witness
+from cpr_agent.vm import shutdown
 from tests.fakes import FakeDevices
 from tests.processes import holding
 from tests.samples import DEVDAX, FILE, in_file
@@ -337,6 +339,11 @@ def test_the_launcher_needs_the_standard_library_alone() -> None:
         ended = subprocess.run([sys.executable, "-I", "-S", path, "/nonexistent/x", "1"], capture_output=True, check=False)
         assert b"ImportError" not in ended.stderr
         assert b"ModuleNotFoundError" not in ended.stderr
+
+
+def test_the_program_that_stops_a_unit_knows_qemus_run_states() -> None:
+    """It can't import them."""
+    assert {*shutdown.SAVED, *shutdown.QUIT_AT_ONCE, shutdown.SUSPENDED} <= set(RunState)
 
 
 def test_a_census_answers_all_who_ask_by_few_walks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

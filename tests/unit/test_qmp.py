@@ -299,6 +299,8 @@ def test_an_answer_that_nobody_waits_for_any_more_ends_no_connection(tmp_path: P
             if command["execute"] == "query-block":
                 asked.set()
                 await go.wait()
+                writer.write(raw({"return": {}}))  # to qmp_capabilities of a client before, for which QEMU was too late
+                writer.write(raw({"error": {"class": "CommandNotFound", "desc": "negotiated already"}}))
             answer = {"status": "running"} if command["execute"] == "query-status" else []
             writer.write(raw({"return": answer, "id": command.get("id")}))
         writer.close()

@@ -13,21 +13,25 @@ import json
 import logging
 import posixpath
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from cpr_agent.core.model import BlockNode, Difference, Inventory, Launch, OpenFile, PluggedDevice, Survives
 from cpr_agent.core.ports import Files, Ports, Qemu
+from cpr_agent.errors import StorageSilent
 
 log = logging.getLogger(__name__)
 
+FIRMWARE_S = 60.0
+"""Its copies are made durable on a disk that others use too."""
 _AFRESH = "shut the guest down and start it afresh"
 _UNDO = f"undo that, or let the definition say so, {_AFRESH}"
 
 
 async def take(ports: Ports, qemu: Qemu, launch: Launch) -> Inventory:
-    """What this QEMU has now, which was started by ``launch``. Raises QemuFailed."""
+    """What this QEMU has now, which was started by ``launch``. Raises QemuFailed, StorageSilent."""
     return await _with_files(ports, qemu, launch, qemu.inventory())
 
 
@@ -38,10 +42,10 @@ async def take_brief(ports: Ports, qemu: Qemu, launch: Launch) -> Inventory:
 
 async def _with_files(ports: Ports, qemu: Qemu, launch: Launch, asked: Awaitable[Inventory]) -> Inventory:
     """The kernel is asked while QEMU answers."""
-    said, opened = await asyncio.gather(asked, asyncio.to_thread(ports.files.open_files, qemu.pid))
+    said, opened = await asyncio.gather(asked, ports.threads.run(launch.vm, partial(ports.files.open_files, qemu.pid)))
     images = ports.definitions.images(launch)
     if said.nodes or images:
-        said = await asyncio.to_thread(match, ports.files, qemu.pid, said, opened, images)
+        said = await ports.threads.run(launch.vm, partial(match, ports.files, qemu.pid, said, opened, images))
     return replace(said, started_at=launch.created_at)
 
 
@@ -255,7 +259,7 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     recorded = await asyncio.to_thread(recorded_of, ports, launch)
     images = [path for path in ports.definitions.images(launch) if path not in kept]
     wanted = {*(file.path for file in (recorded or live).named), *images}
-    looked = await asyncio.to_thread(lambda: {path: ports.files.look_at(path) for path in wanted})
+    looked = await ports.threads.run(launch.vm, lambda: {path: ports.files.look_at(path) for path in wanted})
     disks = without(live, kept)
     lost, found = _lost_files(disks, looked), Lookup(disks, recorded and without(recorded, kept), looked)
     goes_along = carried(ports, launch, recorded, live).disks
@@ -315,7 +319,10 @@ async def record(ports: Ports, vm: str, inventory: Inventory) -> None:
 async def keep_firmware(ports: Ports, launch: Launch) -> None:
     """Before an update replaces it. A guest whose firmware can't be kept needs it to stay what it is."""
     try:
-        await asyncio.to_thread(ports.firmware.keep, launch.vm, ports.definitions.firmware(launch))
+        keep = partial(ports.firmware.keep, launch.vm, ports.definitions.firmware(launch))
+        await ports.threads.run(launch.vm, keep, patience_s=FIRMWARE_S)
+    except StorageSilent as error:
+        log.warning("%s", error)
     except OSError as error:
         log.warning("VM %s: its firmware could not be kept: %s", launch.vm, error)
         await asyncio.to_thread(ports.firmware.forget, launch.vm)

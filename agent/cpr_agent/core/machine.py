@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -244,7 +245,7 @@ class Machine:
         """How to start a QEMU that takes the guest of ``manifest``, by cpr-transfer where it is to wait in ``directory``.
         Where its firmware is not what it was, with copies."""
         definitions = self.ports.definitions
-        changed = await asyncio.to_thread(self.ports.firmware.changed, self.name)
+        changed = await self.ports.threads.run(self.name, partial(self.ports.firmware.changed, self.name))
         plan = (
             definitions.plan_transfer(manifest, located, directory)
             if directory

@@ -74,6 +74,7 @@ class Manager:
         for name in sorted(set(self.vms) - names):
             vm = self.vms.pop(name)
             await vm.close()
+            self.ports.threads.forget(name)
             self.listeners.vm_removed(vm)
         for name in sorted(names):
             known = name in self.vms

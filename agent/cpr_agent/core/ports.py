@@ -35,6 +35,7 @@ from cpr_agent.core.model import (
     Witness,
 )
 from cpr_agent.core.past import Past, Record
+from cpr_agent.core.threads import Threads
 from cpr_agent.core.timeline import GuestTimeline
 
 
@@ -507,7 +508,7 @@ class History(Protocol):
 
 
 class Ports(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything below core, in one piece."""
+    """Everything below core, in one piece; and the threads in which a VM's files are looked at."""
 
     definitions: Definitions
     runner: Runner
@@ -524,3 +525,4 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     firmware: FirmwareCopies
     kernels: Kernels
     kexec: Kexec
+    threads: Threads = msgspec.field(default_factory=Threads)

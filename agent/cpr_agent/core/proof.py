@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -174,9 +175,10 @@ async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Sequence
         )
 
 
-async def identify_disks(ports: Ports, disks: Iterable[DiskIdentity]) -> list[DiskIdentity]:
+async def identify_disks(ports: Ports, vm: str, disks: Iterable[DiskIdentity]) -> list[DiskIdentity]:
+    """Raises StorageSilent."""
     listed = list(disks)
-    return await asyncio.to_thread(lambda: [ports.files.identify_disk(disk) for disk in listed]) if listed else []
+    return await ports.threads.run(vm, lambda: [ports.files.identify_disk(disk) for disk in listed]) if listed else []
 
 
 def identify_open(
@@ -209,9 +211,9 @@ def identify_open(
 async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
     """A guest has its disks' contents in its RAM: what somebody wrote meanwhile it would overwrite, or mix up.
 
-    Raises DiskChanged.
+    Raises DiskChanged, StorageSilent.
     """
-    now = await identify_disks(ports, manifest.qemu.disks)
+    now = await identify_disks(ports, manifest.vm, manifest.qemu.disks)
     changed = [
         difference for was, found in zip(manifest.qemu.disks, now, strict=True) for difference in was.differences(found)
     ]
@@ -220,7 +222,7 @@ async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
 
 
 async def digest_firmware(ports: Ports, vm: str, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
-    """Of a file that was kept: as the guest was started with."""
+    """Of a file that was kept: as the guest was started with. Raises StorageSilent."""
     listed = tuple(files)
     if not listed:
         return ()
@@ -234,13 +236,14 @@ async def digest_firmware(ports: Ports, vm: str, files: Iterable[FileDigest]) ->
             for one in listed
         )
 
-    return await asyncio.to_thread(digested)
+    return await ports.threads.run(vm, digested)
 
 
 async def refuse_changed_firmware(ports: Ports, manifest: Manifest) -> None:
-    """A guest goes on with the variables that it knows, and writes them over those in the file. Raises MachineChanged."""
+    """A guest goes on with the variables that it knows, and writes them over those in the file. Raises MachineChanged,
+    StorageSilent."""
     firmware = manifest.qemu.firmware
-    found = await asyncio.to_thread(_digests_now, ports, manifest.vm, firmware) if firmware else []
+    found = await ports.threads.run(manifest.vm, partial(_digests_now, ports, manifest.vm, firmware)) if firmware else []
     changed = [
         Difference(f"{was.path}: SHA-256", was.sha256, now or "there is no such file")
         for was, now in zip(firmware, found, strict=True)

@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import asyncio
 import os
-import stat
 from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from cpr_agent.memory.statx import Key, key_of, known_key
+
 PROC = Path("/proc")
 
 Users = list[tuple[str, int]]
 """Name and PID."""
-_Key = tuple[str, int, int]
 
 
 class Wanted(NamedTuple):
     """A memory object, as processes' descriptors refer to it, and as their maps show it."""
 
-    key: _Key
+    key: Key
     mapping: bytes
 
     @classmethod
@@ -30,7 +30,7 @@ class Wanted(NamedTuple):
         """Raises OSError."""
         info = node.stat()
         # /proc/PID/maps shows the device and inode of the node, also for a device.
-        return cls(_key(info), b" %02x:%02x %d " % (os.major(info.st_dev), os.minor(info.st_dev), info.st_ino))
+        return cls(key_of(info), b" %02x:%02x %d " % (os.major(info.st_dev), os.minor(info.st_dev), info.st_ino))
 
 
 class Census:
@@ -110,14 +110,9 @@ def _content(path: str) -> bytes:
         os.close(fd)
 
 
-def _key(info: os.stat_result) -> _Key:
-    """Identifies a device by its number, whatever its node is, or a file."""
-    return ("device", info.st_rdev, 0) if stat.S_ISCHR(info.st_mode) else ("file", info.st_dev, info.st_ino)
-
-
-def _open_files(directory: str) -> Iterator[_Key]:
+def _open_files(directory: str) -> Iterator[Key]:
     for descriptor in os.listdir(directory):  # noqa: PTH208
         try:
-            yield _key(os.stat(f"{directory}/{descriptor}"))  # noqa: PTH116
+            yield known_key(f"{directory}/{descriptor}")
         except OSError:
             continue

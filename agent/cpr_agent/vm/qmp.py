@@ -138,10 +138,11 @@ class _Client(QMPClient):
     async def _on_message(self, msg: Message) -> None:
         if isinstance(event := msg.get("decoded"), Event):
             self._heard(event)
-        elif "id" not in msg or msg["id"] in self._pending:
+        elif msg.get("id") in self._pending:
             await super()._on_message(msg)
-        # Else it answers a command whose caller was cancelled. The parent would format it for a log, which fails for an
-        # answer that is still bytes, and so would end the connection.
+        # Else it answers a command whose caller was cancelled, or the qmp_capabilities, without an id, of a client before
+        # this one that QEMU was too late for. The parent would format it for a log, which fails for an answer that is still
+        # bytes, and so would end the connection.
 
 
 def _greeting(raw: msgspec.Raw) -> object:
@@ -338,6 +339,8 @@ class Qmp:
                     await self._client.connect(address)
             else:
                 await self._client.connect(str(path))
+        except AssertionError as error:  # qemu.qmp asserts that the peer has not hung up by now
+            raise ConnectError("the connection was lost as it was made", error) from error
         except asyncio.CancelledError:
             with contextlib.suppress(Exception):
                 await self._client.disconnect()
@@ -399,7 +402,7 @@ async def _connected(vm: str, path: Path, pid: int) -> Qmp:
         try:
             await qmp.open(path, pid)
         except ConnectError as error:
-            if not isinstance(error.exc, (GreetingError, NegotiationError)) or attempt == ATTEMPTS - 1:
+            if not isinstance(error.exc, (GreetingError, NegotiationError, AssertionError)) or attempt == ATTEMPTS - 1:
                 raise
         else:
             return qmp

@@ -43,6 +43,7 @@ from cpr_agent.errors import (
     MemoryUnusable,
     NoCheckpoint,
     ProofFailed,
+    StorageSilent,
 )
 
 log = logging.getLogger(__name__)
@@ -336,7 +337,7 @@ def _failed(manifest: Manifest, error: CprError | TimeoutError, said: str, remed
         f"could not be loaded: {what}{detail}",
         vm=manifest.vm,
         left="the checkpoint is kept and the load can be repeated",
-        remedy=remedy,
+        remedy=error.remedy if isinstance(error, StorageSilent) else remedy,
     )
     log.error("%s", failure.text, extra=about(Event.LOAD_FAILED, **entry(manifest, "load")))
     return failure

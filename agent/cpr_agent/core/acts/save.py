@@ -10,6 +10,7 @@ import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -89,7 +90,7 @@ async def draft_manifest(
         launch=carried(ports, launch, recorded, has).launch,
         qemu=await qemu.facts(launch),
         qemu_path=launch.base_argv[0],
-        qemu_sha256=await asyncio.to_thread(ports.files.program_digest, machine.pid),
+        qemu_sha256=await ports.threads.run(machine.name, partial(ports.files.program_digest, machine.pid)),
         memory=launch.memory,
         witness=ports.memory.new_witness(machine.settings.witness.kind),
         vmstate=Vmstate(path="", size_bytes=0, sha256=""),
@@ -233,7 +234,8 @@ async def _disks(machine: Machine, draft: Manifest) -> list[DiskIdentity]:
     qemu = machine.require_qemu()
     try:
         async with asyncio.timeout(DISKS_S):
-            listed, opened = await asyncio.gather(qemu.disks(), asyncio.to_thread(machine.ports.files.open_files, qemu.pid))
+            opening = machine.ports.threads.run(machine.name, partial(machine.ports.files.open_files, qemu.pid))
+            listed, opened = await asyncio.gather(qemu.disks(), opening)
     except TimeoutError:
         raise QemuFailed(f"its QEMU has not named its disks within {DISKS_S:g} s", vm=machine.name) from None
     return identify_open(listed, opened, draft, await asyncio.to_thread(kept_paths, machine.ports, machine.name))

@@ -11,7 +11,7 @@ from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Definition, RunState, ram_of
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.proof import naming, refuse_other_users, refuse_overlap
-from cpr_agent.errors import AlreadyRunning, AlreadySaved, QemuFailed, WrongState
+from cpr_agent.errors import AlreadyRunning, AlreadySaved, QemuFailed, StorageSilent, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ async def boot(machine: Machine, definition: Definition) -> None:
     qemu = await machine.launch(launch)
     try:
         await inventory.record(ports, machine.name, await inventory.take(ports, qemu, launch))
-    except QemuFailed as error:  # the guest runs; its first check looks again
+    except (QemuFailed, StorageSilent) as error:  # the guest runs; its first check looks again
         log.warning("VM %s: its QEMU does not tell what it has: %s", machine.name, error.what)
     await asyncio.to_thread(ports.programs.forget, machine.name)
 
