@@ -544,6 +544,9 @@ class FakePlace:
         self._runner.point()
         self._qemus.pop(self._name, None)
 
+    async def ended_by(self, timeout_s: float) -> int:  # noqa: ARG002
+        return 0
+
     def log_tail(self) -> str:
         return ""
 

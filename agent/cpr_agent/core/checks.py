@@ -7,7 +7,7 @@ import asyncio
 
 from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.inventory import carried_now, recorded_of, unnamed_devices
-from cpr_agent.core.model import Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
+from cpr_agent.core.model import Companion, Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
 from cpr_agent.core.run_states import SAVEABLE
@@ -32,6 +32,7 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
     if launch and _has_live_guest(vm):
         found += await _guest_findings(vm, launch)
         found += await _disk_findings(vm, ports, launch)
+        found += _companion_findings(vm, ports.definitions.companions(launch))
         found += await _witness_findings(vm, ports, launch)
     return found
 
@@ -96,6 +97,24 @@ async def _disk_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
     return found + [
         Finding(severity="warning", code="unnamed-disk", what=what, why=why, remedy=remedy, vm=vm.name)
         for what in (unnamed_devices(recorded) if recorded else ())
+    ]
+
+
+def _companion_findings(vm: Vm, companions: list[Companion]) -> list[Finding]:
+    """Programs of this host that must be there before a load, and after a kexec are not by themselves."""
+    remedy = "have a unit start it before cpr-load.service, and again whenever it ends: docs/companions.md"
+    return [
+        Finding(
+            severity="warning",
+            code="companion",
+            what=f"it needs {one}, which {'ends with its QEMU' if one.ends else 'ends with this kernel'}",
+            why="a load waits a few seconds for another one to be there, and fails without it; the checkpoint is kept then"
+            + ("; a refresh is refused" if one.ends else ""),
+            remedy=remedy,
+            vm=vm.name,
+        )
+        for one in companions
+        if one.is_local
     ]
 
 

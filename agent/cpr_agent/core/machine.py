@@ -12,7 +12,9 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from cpr_agent.core.endings import EXITING_S, LastWords, last_words
 from cpr_agent.core.model import (
+    Companion,
     Definition,
     Held,
     Launch,
@@ -52,8 +54,8 @@ GREETING_S = 5.0
 LOOK_S = 10.0
 """For its run state, which it knows at once: others may stand still until all are looked at."""
 SILENT = f"QEMU has not said within {LOOK_S:g} s how its guest is"
-EXITING_S = 1.0
-"""Between the end of a QEMU's connection and that of its process."""
+COMPANION_S = 15.0
+"""For programs beside a QEMU, which units start; systemd starts one that has ended again after 100 ms."""
 RELOCATE_S = 5.0
 """For memory that a live QEMU has open, so that its device is there."""
 BEFORE_IT_RUNS = (RunState.INMIGRATE, RunState.PAUSED, RunState.PRELAUNCH)
@@ -350,38 +352,60 @@ class Machine:
         if self.state is not state:  # skip redundant change signals: they delay other guests
             self.enter(state)
         place = self.own
+        said = LastWords()
         try:
             async with Undo() as undo:
                 undo.push(place.kill)
-                await place.start(launch)
-                self.pid = await place.pid()
-                qemu = await self._connect(self.settings.agent.qemu_start_timeout)
+                try:
+                    await place.start(launch)
+                    self.pid = await place.pid()
+                    qemu = await self._connect(self.settings.agent.qemu_start_timeout)
+                except CprError as error:
+                    said = await last_words(place, error)
+                    raise
                 undo.done()
                 return qemu
         except BaseException as error:
             self.pid = 0
             if not isinstance(error, CprError):
                 raise
-            raise _not_started(self.name, error, "nothing runs", place.log_tail()) from error
+            raise self._not_started(error, launch, "nothing runs", said) from error
 
     async def launch_spare(self, launch: Launch) -> Qemu:
         """Likewise beside the VM's own QEMU, which is left as it is."""
         place = self.spare
+        said = LastWords()
         try:
             async with Undo() as undo:
                 undo.push(place.kill)
-                await place.start(launch)
-                qemu = await place.connect(self.settings.agent.qemu_start_timeout)
+                try:
+                    await place.start(launch)
+                    qemu = await place.connect(self.settings.agent.qemu_start_timeout)
+                except CprError as error:
+                    said = await last_words(place, error)
+                    raise
                 undo.done()
                 return qemu
         except CprError as error:
-            raise self.spare_failed(error) from error
+            raise self.spare_failed(error, launch, said) from error
 
-    def spare_failed(self, error: CprError) -> QemuFailed:
-        failed = _not_started(self.name, error, "the QEMU that it has is untouched", self.spare.log_tail())
+    def spare_failed(self, error: CprError, launch: Launch, said: LastWords) -> QemuFailed:
+        failed = self._not_started(error, launch, "the QEMU that it has is untouched", said)
         if any(word in failed.what for word in _TAKEN):
             failed.remedy = f"where two can't have that, `cprctl refresh --in-turn {self.name}` ends the old one first"
         return failed
+
+    def _not_started(self, error: CprError, launch: Launch, left: str, said: LastWords) -> QemuFailed:
+        detail = f": {said.said}" if said.said and said.said not in error.what else ""
+        what = f"{error.what}{detail}"
+        named = [one for one in self.ports.definitions.companions(launch) if one.where in what]
+        return QemuFailed(what, vm=self.name, left=left, remedy=_start_first(named) or said.remedy or error.remedy)
+
+    async def await_companions(self, launch: Launch) -> None:
+        """Wait for the programs that its QEMU needs beside it. One that can start without them does so, and one that can't
+        says it best."""
+        if missing := await self.ports.definitions.missing_companions(launch, COMPANION_S):
+            log.warning("VM %s: not there yet: %s", self.name, ", ".join(map(str, missing)))
 
     async def adopt(self, qemu: Qemu) -> None:
         """Make the QEMU in the spare place the VM's own."""
@@ -468,6 +492,5 @@ class Machine:
             await asyncio.wait(self._tasks)
 
 
-def _not_started(vm: str, error: CprError, left: str, said: str) -> QemuFailed:
-    detail = f": {said}" if said and said not in error.what else ""
-    return QemuFailed(f"{error.what}{detail}", vm=vm, left=left, remedy=error.remedy)
+def _start_first(some: Sequence[Companion]) -> str:
+    return f"start {' and '.join(map(str, some))} first, by a unit that is there before the VM's" if some else ""

@@ -11,6 +11,7 @@ import msgspec
 
 from cpr_agent.core.model import (
     BlockNode,
+    Companion,
     DaxDevice,
     Definition,
     Difference,
@@ -156,6 +157,10 @@ class Place(Protocol):
     async def kill(self) -> None:
         """End its QEMU the hard way, and wait until it is gone."""
 
+    async def ended_by(self, timeout_s: float) -> int:
+        """The number of the signal that has ended its QEMU: 0 if none has within so long, ``kill`` has, or it is not
+        known."""
+
     def log_tail(self) -> str:
         """The last lines that QEMU wrote to stderr."""
 
@@ -209,6 +214,12 @@ class Definitions(Protocol):
 
     def unshareable(self, launch: Launch) -> list[str]:
         """What of the host a second QEMU with the same arguments must not even open while the first one has it."""
+
+    def companions(self, launch: Launch) -> list[Companion]:
+        """The programs beside its QEMU that its command line needs."""
+
+    async def missing_companions(self, launch: Launch, timeout_s: float) -> list[Companion]:
+        """Those whose socket on this host nobody has made, also after so long. QEMU may be able to start all the same."""
 
     def images(self, launch: Launch) -> list[str]:
         """The paths by which its command line names disks and firmware of the host."""

@@ -99,6 +99,15 @@ class QemuPlace(ABC):
         finally:
             os.close(fd)
 
+    async def ended_by(self, timeout_s: float) -> int:
+        if self._place in self._files.killed or not await self.wait_exit(timeout_s):
+            return 0
+        return await self._signal()
+
+    @abstractmethod
+    async def _signal(self) -> int:
+        """That has ended the process which was started last, and is gone; 0 if none has."""
+
     def log_tail(self) -> str:
         launch = self._files.launch(self._place)
         try:
@@ -121,6 +130,8 @@ class RunFiles:
         self.programs = programs
         self.pids: dict[str, int] = {}
         """By place, as last asked for: a guest may wait for a second question."""
+        self.killed: set[str] = set()
+        """Places whose last QEMU was ended by ``kill``."""
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._in_second = {path.name for path in (run_dir / "second").glob("*")}
@@ -200,6 +211,7 @@ class RunFiles:
         """Offer the ticket while this lasts, and record what is started; the record ends with this boot. The log and the
         RAM are opened here: by their paths they need not be the VM's. Raises QemuFailed, MemoryUnusable, OSError."""
         self.pids.pop(place, None)
+        self.killed.discard(place)
         directory = self.directory(place)
         launch = replace(launch, sockets={str(directory / Path(path).name): fd for path, fd in launch.sockets.items()})
         owner = _account(launch) if os.geteuid() == 0 else None

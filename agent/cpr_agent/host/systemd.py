@@ -96,6 +96,13 @@ class Systemd:
     def main_pid(self, name: str) -> int:
         return int(self._property(_unit_path(name), "Service", "MainPID", "u"))
 
+    def main_signal(self, name: str) -> int:
+        """The signal that has ended its main process, 0 if none has (waitid(2), CLD_KILLED and CLD_DUMPED)."""
+        path = _unit_path(name)
+        if int(self._property(path, "Service", "ExecMainCode", "i")) not in (os.CLD_KILLED, os.CLD_DUMPED):
+            return 0
+        return int(self._property(path, "Service", "ExecMainStatus", "i"))
+
     def job_of(self, name: str) -> bytes | None:
         """The job that starts this unit (``kexec.target`` has one before a kexec only)."""
         jobs = self._call("ListJobs")
@@ -201,8 +208,13 @@ class UnitPlace(QemuPlace):
                 remedy=f"see: journalctl -u {unit}",
             )
 
+    async def _signal(self) -> int:
+        """systemd hears of an end before it hears of a call (sd_event_source_set_priority(3) of SIGCHLD)."""
+        return self._systemd.main_signal(self._unit)
+
     async def kill(self) -> None:
         if await self.pid():
+            self._files.killed.add(self._place)
             self._systemd.kill_unit(self._unit)
             await self.wait_exit(JOB_TIMEOUT_S)
             if self._place != self._files.own(self._vm):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from cpr_agent.core.model import Launch
+from cpr_agent.vm.companions import unsaveable
 from cpr_agent.vm.dialects import CONFLICTING
 from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import (
@@ -33,7 +34,7 @@ async def save_blockers(qmp: Qmp, launch: Launch) -> list[str]:
     if (await qmp.ask_optional(COLO, _NO_MODE)).mode != "none":
         reasons.append("the VM is part of a COLO pair")
     reasons += [f"block or snapshot job {job.id} is running" for job in await qmp.ask(JOBS)]
-    return reasons + migration_blockers(await qmp.ask(MIGRATION))
+    return reasons + unsaveable(launch.base_argv) + migration_blockers(await qmp.ask(MIGRATION))
 
 
 def migration_blockers(migration: Migration) -> list[str]:

@@ -19,6 +19,9 @@ DIES = re.compile(
 """What is there only while libvirt runs the domain, or Proxmox VE the guest."""
 
 
+SWTPM, VIRTIOFSD = "swtpm", "virtiofsd"
+
+
 class Peer(NamedTuple):
     """A character device. ``who`` listens at ``where`` if it is a client; "" where it waits to be connected to."""
 
@@ -36,7 +39,7 @@ class Connections:
         self._peers: dict[str, Peer] = {}
         self._companions: dict[str, str] = {}
         options = list(options)
-        self._companions |= {user[0]: user[1] for option in options if (user := _companion_of(option))}
+        self._companions |= {user[0]: user[1] for option in options if (user := companion_of(option))}
         for option in options:
             if option.name == "-chardev":
                 id_ = option.value.keys.get("id", "")
@@ -61,17 +64,17 @@ class Connections:
         return self._peers[option.value.keys.get("id", "")]
 
 
-def _companion_of(option: Option) -> tuple[str, str] | None:
+def companion_of(option: Option) -> tuple[str, str] | None:
     """The character device by which an option needs another program, and which that is."""
     keys = option.value.keys
     driver = option.value.first("driver" if option.name == "-device" else "type")
     match option.name:
         case "-tpmdev" if driver == "emulator":
-            return keys.get("chardev", ""), "swtpm"
+            return keys.get("chardev", ""), SWTPM
         case "-netdev" if driver == "vhost-user":
             return keys.get("chardev", ""), "the switch's vhost-user port"
         case "-device" if driver.startswith("vhost-user-") and "chardev" in keys:
-            return keys["chardev"], "virtiofsd" if driver.startswith("vhost-user-fs") else f"the backend of {driver}"
+            return keys["chardev"], VIRTIOFSD if driver.startswith("vhost-user-fs") else f"the backend of {driver}"
     return None
 
 

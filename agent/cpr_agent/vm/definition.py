@@ -20,6 +20,7 @@ from cpr_agent.core.model import (
     VM_NAME,
     BlockNode,
     Bytes,
+    Companion,
     Definition,
     Firmware,
     Imported,
@@ -46,6 +47,8 @@ from cpr_agent.vm.cmdline import (
     tap_devices,
     with_firmware,
 )
+from cpr_agent.vm.companions import companions, missing
+from cpr_agent.vm.networks import forbidden_programs
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +224,14 @@ class DefinitionDirectory:
         return plan_load(manifest, located, self._log_dir)
 
     def unshareable(self, launch: Launch) -> list[str]:
-        return [f"the tap device {name}" for name in tap_devices(launch.argv)]
+        alone = [str(one) for one in self.companions(launch) if not one.shared]
+        return [f"the tap device {name}" for name in tap_devices(launch.argv)] + alone
+
+    def companions(self, launch: Launch) -> list[Companion]:
+        return companions(launch.base_argv)
+
+    async def missing_companions(self, launch: Launch, timeout_s: float) -> list[Companion]:
+        return await missing(self.companions(launch), timeout_s)
 
     def images(self, launch: Launch) -> list[str]:
         return image_files(launch.argv)
@@ -262,6 +272,12 @@ def read_definition(path: Path, raw: bytes | None = None) -> Definition:
             f"{path}: vm.arguments contain what the agent adds itself: {'; '.join(found)}",
             vm=name,
             remedy="remove them; [memory] and the file's name say the same",
+        )
+    if programs := forbidden_programs(definition.vm.arguments):
+        raise InvalidDefinition(
+            f"{path}: vm.arguments have QEMU start programs, which its sandbox forbids: {'; '.join(programs)}",
+            vm=name,
+            remedy="have the interface made at boot, and say tap,ifname=…,script=no,downscript=no: docs/confinement.md",
         )
     return definition
 

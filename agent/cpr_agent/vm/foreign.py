@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
@@ -130,7 +131,7 @@ def split(command_line: str) -> CommandLine:
     if not re.search(r"(qemu|kvm)[^/]*$", program):
         what = f"this is not a command line of QEMU: it begins with {program!r}"
         raise InvalidArgument(what, remedy="give all of it, from the program on")
-    return CommandLine(program, _options(words, joined=unquoted), environment, directory, user, unquoted)
+    return CommandLine(program, options_of(words, joined=unquoted), environment, directory, user, unquoted)
 
 
 def _words_as_shown(text: str) -> list[str]:
@@ -166,8 +167,10 @@ def _take_prefix(words: list[str]) -> tuple[list[str], str, str]:
     return environment, directory, user
 
 
-def _options(words: list[str], *, joined: bool) -> list[Option]:
-    """With ``joined`` a word that belongs to no option is the rest of the one before it, which has a space in it."""
+def options_of(some: Iterable[str], *, joined: bool = False) -> list[Option]:
+    """With ``joined`` a word that belongs to no option is the rest of the one before it, which has a space in it. Raises
+    InvalidArgument."""
+    words = list(some)
     pairs: list[tuple[str, str]] = []
     while words:
         name, text = single_dash(words.pop(0)), ""

@@ -7,11 +7,36 @@ script for a tap interface nor the helper of a bridge. Interfaces with a name it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from cpr_agent.errors import InvalidArgument
+from cpr_agent.vm.cmdline import keyed, option
 from cpr_agent.vm.connections import DIES
 from cpr_agent.vm.foreign import Value
 
 FD_KEYS = ("fd", "fds", "vhostfd", "vhostfds")
 NO_PROGRAMS = "with its sandbox QEMU starts no programs"
+
+
+def forbidden_programs(arguments: Sequence[str]) -> list[str]:
+    """Networks for which QEMU starts a program before its guest runs, unless its sandbox was told to let it."""
+    try:
+        sandbox = [keyed(value) for value in option(arguments, "-sandbox")]
+        if sandbox and sandbox[-1].get("spawn", "allow") != "deny":
+            return []
+        values = [Value(value) for value in option(arguments, "-netdev", "-nic", "-net")]
+    except InvalidArgument:
+        return []  # QEMU says it better
+    return [f"{value} ({program})" for value in values if (program := _program_of(value))]
+
+
+def _program_of(value: Value) -> str:
+    kind = value.first("type")
+    if kind == "bridge" or (kind == "tap" and "helper" in value.keys):
+        return "the helper of its bridge"
+    if kind == "tap" and set(FD_KEYS[:2]).isdisjoint(value.keys) and value.keys.get("script") not in ("no", ""):
+        return "the script of its interface"
+    return "passt" if kind == "passt" else ""
 
 
 def at_home(value: Value, interface: str) -> tuple[str | None, str]:

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from cpr_agent.core.acts.afterwards import LoadTimes, entry, report
 from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.acts.start import boot
+from cpr_agent.core.endings import LastWords, last_words
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Proof, let_run, let_run_by_load, wake
 from cpr_agent.core.inventory import record, take_brief
@@ -43,6 +44,7 @@ from cpr_agent.errors import (
     MemoryUnusable,
     NoCheckpoint,
     ProofFailed,
+    QemuFailed,
     StorageSilent,
 )
 
@@ -118,6 +120,7 @@ class Fresh:
         if self._machine.pid:
             await self._machine.refuse_resumed_by_hand(self._manifest)
             await self._machine.end()
+            await self._machine.await_companions(self._manifest.launch)
 
     async def start(self, plan: Launch, proving: Proving, proven: Proven | None) -> tuple[Qemu, Proven]:
         """QEMU comes up while the proof is made: it writes nothing to the RAM before it is told to load (ADR 11)."""
@@ -279,6 +282,7 @@ async def load_into(machine: Machine, manifest: Manifest, request: LoadRequest, 
     with open(fd, "rb", buffering=0), naming(machine.name):  # noqa: PTH123 - only to be closed
         machine.enter(VmState.LOADING)
         located = await ports.memory.relocate(manifest.memory, machine.settings.agent.device_timeout)
+        await machine.await_companions(manifest.launch)
         memory_at = ports.clock.now()
         async with request.turn or Turn():
             refuse_overlap(machine.name, ram_of(located), machine.neighbours.occupied(machine.name))
@@ -307,7 +311,7 @@ async def _load_located(
     plan = vessel.planned(await machine.plan_load(manifest, located))
     machine.record(VmEvent.LOAD_BEGIN, checkpoint=manifest.id, program=plan.argv[0])
     await vessel.make_room()
-    said = ""
+    said = LastWords()
     try:
         async with Undo() as undo:
             undo.push(vessel.fail)
@@ -318,8 +322,8 @@ async def _load_located(
                 await refuse_other_devices(ports, manifest, has)
                 if not await runs_by_load(qemu, manifest):
                     await qemu.load(fd, machine.settings.agent.load_timeout)
-            except BaseException:
-                said = vessel.place.log_tail()  # before it ends
+            except BaseException as error:
+                said = await last_words(vessel.place, error)
                 raise
             undo.done()
     except (CprError, TimeoutError) as error:
@@ -330,14 +334,14 @@ async def _load_located(
     return qemu, proven, has
 
 
-def _failed(manifest: Manifest, error: CprError | TimeoutError, said: str, remedy: str) -> LoadFailed:
+def _failed(manifest: Manifest, error: CprError | TimeoutError, words: LastWords, remedy: str) -> LoadFailed:
     what = error.what if isinstance(error, CprError) else "QEMU did not get done"
-    detail = f" (QEMU: {said})" if said and said not in what else ""
+    detail = f" (QEMU: {words.said})" if words.said and words.said not in what else ""
     failure = LoadFailed(
         f"could not be loaded: {what}{detail}",
         vm=manifest.vm,
         left="the checkpoint is kept and the load can be repeated",
-        remedy=error.remedy if isinstance(error, StorageSilent) else remedy,
+        remedy=(isinstance(error, (QemuFailed, StorageSilent)) and error.remedy) or words.remedy or remedy,
     )
     log.error("%s", failure.text, extra=about(Event.LOAD_FAILED, **entry(manifest, "load")))
     return failure
@@ -362,7 +366,7 @@ async def load_and_go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof
     try:
         resumed_at = await let_run_by_load(machine, qemu, proof, fd)
     except LoadFailed as error:
-        said = machine.own.log_tail()
+        said = await last_words(machine.own, error)
         await put_back(machine, manifest.id, VmEvent.LOAD_FAILED)
         raise _failed(manifest, error, said, Fresh(machine, manifest).remedy) from error
     return await _has_gone_on(machine, manifest, proof, resumed_at)

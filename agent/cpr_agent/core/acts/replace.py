@@ -16,6 +16,7 @@ from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.acts.resume import take_back
 from cpr_agent.core.acts.save import draft_manifest, save, save_drafted
 from cpr_agent.core.acts.sleep import must_sleep
+from cpr_agent.core.endings import last_words
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.inventory import take, take_brief
@@ -37,6 +38,7 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
     leaves it saved. Returns how. Raises CprError."""
     await machine.derive()
     launch = await require_live(machine, Survives.QEMU_RESTART)
+    _refuse_ending_companions(machine, launch)
     await before_save(machine)
     machine.record(VmEvent.REFRESH)
     try:
@@ -51,6 +53,19 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
     finally:
         if not (machine.stands_still and machine.past.in_transfer):  # else a resume can still end what was begun
             machine.record(VmEvent.REFRESHED)
+
+
+def _refuse_ending_companions(machine: Machine, launch: Launch) -> None:
+    """The QEMU that it has would take them along, and the new one could not start: its guest would stand still until
+    somebody starts them again. Raises LoadFailed."""
+    if ending := [str(one) for one in machine.ports.definitions.companions(launch) if one.ends]:
+        save, stop, load = (f"`cprctl {act} {machine.name}`" for act in ("save", "stop", "load"))
+        raise LoadFailed(
+            f"could not get a new QEMU: {', '.join(ending)} serves one QEMU, and ends with it",
+            vm=machine.name,
+            left="its guest goes on in the QEMU that it had",
+            remedy=f"{save} and {stop}, start that program again, then {load}",
+        )
 
 
 async def _choose(machine: Machine, qemu: Qemu, launch: Launch) -> Replacement:
@@ -130,7 +145,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
             await new.take_over(spare.directory, agent.load_timeout)
             stopped_at = await handed_over()
     except (QemuFailed, LoadFailed) as error:
-        raise machine.spare_failed(error) from error
+        raise machine.spare_failed(error, plan, await last_words(machine.spare, error)) from error
     handed_at = clock.now()
     uptime_s = clock.uptime_s() - (handed_at - stopped_at)
     times = changed(

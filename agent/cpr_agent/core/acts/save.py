@@ -277,6 +277,7 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
         _record_if_possible(machine, VmEvent.RESUMED, was)
     elif now is RunState.POSTMIGRATE:
         await machine.end()
+        await machine.await_companions(was.launch)
         qemu = await machine.launch(machine.stamped(await machine.plan_load(was, located)))
         if await runs_by_load(qemu, was):
             await let_run_by_load(machine, qemu, Unbroken.SAVE_UNDONE, state)

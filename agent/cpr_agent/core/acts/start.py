@@ -44,6 +44,7 @@ async def boot(machine: Machine, definition: Definition) -> None:
         await refuse_other_users(ports, machine.name, located, {machine.pid, *neighbours.live_pids()})
     launch = machine.stamped(ports.definitions.plan_start(definition, located))
     await inventory.keep_firmware(ports, launch)
+    await machine.await_companions(launch)
     machine.record(VmEvent.START)
     qemu = await machine.launch(launch)
     try:

@@ -20,6 +20,7 @@ from cpr_agent.core.model.checkpoint import (
     Vmstate,
     Witness,
 )
+from cpr_agent.core.model.companion import Companion
 from cpr_agent.core.model.definition import (
     VM_NAME,
     Definition,
@@ -44,6 +45,7 @@ __all__ = [
     "VM_NAME",
     "BlockNode",
     "Bytes",
+    "Companion",
     "CpuFacts",
     "DaxDevice",
     "Definition",
