@@ -15,28 +15,20 @@ from pathlib import Path
 
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, RunFiles, reap_when_done
+from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, reap_when_done
 
 EXIT_TIMEOUT_S = 60.0
 
 
 class ProcessRunner(BaseRunner):
-    def __init__(self, files: RunFiles) -> None:
-        super().__init__(files)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
-
     def unit(self, name: str) -> str:  # noqa: ARG002 - the port has units where there are any
         return ""
 
     def _at(self, vm: str, place: str) -> ProcessPlace:
-        return ProcessPlace(vm, place, self._files, self._children)
+        return ProcessPlace(vm, place, self._files)
 
 
 class ProcessPlace(QemuPlace):
-    def __init__(self, vm: str, place: str, files: RunFiles, children: dict[str, subprocess.Popen[bytes]]) -> None:
-        super().__init__(vm, place, files)
-        self._children = children
-
     async def _main_pid(self) -> int:
         try:
             pid, started = self._files.pid_file(self._place).read_text().split()
@@ -54,7 +46,7 @@ class ProcessPlace(QemuPlace):
                     stderr=log,
                     start_new_session=True,
                 )
-            self._children[self._place] = child
+            self._files.children[self._place] = child
             self._files.pid_file(self._place).write_text(f"{child.pid} {_start_time(child.pid)}")
             try:
                 started = await offer.until_ready(child.pid, READY_TIMEOUT_S)
@@ -66,7 +58,7 @@ class ProcessPlace(QemuPlace):
 
     async def _signal(self) -> int:
         """Of one that an earlier agent has started it is not known."""
-        child = self._children.get(self._place)
+        child = self._files.children.get(self._place)
         return max(0, -(child.poll() or 0)) if child else 0
 
     async def kill(self) -> None:

@@ -132,6 +132,8 @@ class RunFiles:
         """By place, as last asked for: a guest may wait for a second question."""
         self.killed: set[str] = set()
         """Places whose last QEMU was ended by ``kill``."""
+        self.children: dict[str, subprocess.Popen[bytes]] = {}
+        """By place: QEMUs that this agent has started itself."""
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._in_second = {path.name for path in (run_dir / "second").glob("*")}
