@@ -16,6 +16,7 @@ from pathlib import Path
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
 from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, reap_when_done
+from cpr_agent.host.waiting import readable
 
 EXIT_TIMEOUT_S = 60.0
 
@@ -56,10 +57,19 @@ class ProcessPlace(QemuPlace):
             await self.kill()
             raise QemuFailed(f"QEMU could not be started: {self.log_tail()}", vm=launch.vm)
 
-    async def _signal(self) -> int:
-        """Of one that an earlier agent has started it is not known."""
+    async def _signal(self, timeout_s: float) -> int:
+        """Of one that an earlier agent has started it is not known. The first thread of a process that is killed may be
+        gone before the others are."""
         child = self._files.children.get(self._place)
-        return max(0, -(child.poll() or 0)) if child else 0
+        if child is None:
+            return 0
+        with contextlib.suppress(ProcessLookupError):  # it was waited for
+            fd = os.pidfd_open(child.pid)
+            try:
+                await readable(fd, timeout_s)
+            finally:
+                os.close(fd)
+        return max(0, -(child.poll() or 0))
 
     async def kill(self) -> None:
         pid = await self.pid()

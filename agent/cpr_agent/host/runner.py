@@ -100,13 +100,11 @@ class QemuPlace(ABC):
             os.close(fd)
 
     async def ended_by(self, timeout_s: float) -> int:
-        if self._place in self._files.killed or not await self.wait_exit(timeout_s):
-            return 0
-        return await self._signal()
+        return 0 if self._place in self._files.killed else await self._signal(timeout_s)
 
     @abstractmethod
-    async def _signal(self) -> int:
-        """That has ended the process which was started last, and is gone; 0 if none has."""
+    async def _signal(self, timeout_s: float) -> int:
+        """That has ended the process which was started last; 0 if none has within so long."""
 
     def log_tail(self) -> str:
         launch = self._files.launch(self._place)

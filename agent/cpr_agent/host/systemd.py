@@ -208,9 +208,9 @@ class UnitPlace(QemuPlace):
                 remedy=f"see: journalctl -u {unit}",
             )
 
-    async def _signal(self) -> int:
-        """systemd hears of an end before it hears of a call (sd_event_source_set_priority(3) of SIGCHLD)."""
-        return self._systemd.main_signal(self._unit)
+    async def _signal(self, timeout_s: float) -> int:
+        """systemd hears of an end before it hears of a call: SIGCHLD has a higher priority (src/core/manager.c)."""
+        return self._systemd.main_signal(self._unit) if await self.wait_exit(timeout_s) else 0
 
     async def kill(self) -> None:
         if await self.pid():

@@ -2,8 +2,8 @@
 """The programs that a VM's QEMU needs beside it, by its command line.
 
 swtpm ends when a QEMU that it serves does: QEMU tells it to (CMD_SHUTDOWN in backends/tpm/tpm_emulator.c), also without
-``--terminate``. virtiofsd ends with its one connection. Other backends of vhost-user, servers of one NBD client, and passt
-stay, and serve one QEMU at a time: a second one that starts meanwhile waits for the first one's end, and hangs till then.
+``--terminate``. virtiofsd ends with its one connection. qemu-nbd and passt stay, and serve one QEMU at a time: a second one
+that starts meanwhile waits for the first one's end, and hangs till then.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from cpr_agent.vm.foreign import Option, Value, options_of
 from cpr_agent.vm.retry import poll_until
 
 _END = (SWTPM, VIRTIOFSD)
-_SAVED = ("vhost-user-blk",)
-"""Devices of vhost-user whose state QEMU saves. A network is none of these: it is a netdev."""
 
 
 def companions(argv: Sequence[str]) -> list[Companion]:
@@ -31,15 +29,15 @@ def companions(argv: Sequence[str]) -> list[Companion]:
 
 
 def unsaveable(argv: Sequence[str]) -> list[str]:
-    """Why a guest can't be saved that has these."""
-    devices = [option.value.first("driver") for option in _options(argv) if option.name == "-device"]
+    """Why a guest can't be saved that has these: a backend of vhost-user has the guest's RAM mapped, for as long as QEMU
+    lives and longer, so that nothing could prove who has written to it; and no saved guest could be taken back."""
+    keys = {"-device": "driver", "-netdev": "type"}
+    parts = [(one.name, one.value.first(keys[one.name])) for one in _options(argv) if one.name in keys]
     return [
-        f"its device {device} has a state in its backend, which QEMU does not save: unplug it in the guest's definition "
-        "(virtio-9p and NFS share directories without one), and start it afresh"
-        if device.startswith("vhost-user-fs")
-        else f"its device {device} has a state in its backend, which QEMU does not save: have a definition without it"
-        for device in devices
-        if device.startswith("vhost-user-") and not device.startswith(_SAVED)
+        f"{name} {kind} shares the guest's RAM with a program that is not QEMU: shut the guest down, and start it afresh "
+        "without (virtio-blk, vhost-net and NFS need no such program)"
+        for name, kind in parts
+        if (name == "-device" and kind.startswith("vhost-user-")) or (name == "-netdev" and kind == "vhost-user")
     ]
 
 
