@@ -545,7 +545,7 @@ class FakePlace:
         self._qemus.pop(self._name, None)
 
     async def ended_by(self, timeout_s: float) -> int:  # noqa: ARG002
-        return 0
+        return self._runner.signals.get(self._name, 0)
 
     def log_tail(self) -> str:
         return ""
@@ -561,6 +561,8 @@ class FakeRunner:
         self.qemus: dict[str, FakeQemu] = {}
         self.beside: dict[str, FakeQemu] = {}
         self.faults: dict[tuple[str, str], Exception] = {}
+        self.signals: dict[str, int] = {}
+        """By VM: what has ended its QEMU."""
         self.broken: dict[str, str] = {}
         """By the path of a program, the operation in which it fails."""
         self.gates: dict[tuple[str, str], Gate] = {}

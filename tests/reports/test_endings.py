@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from cpr_agent.bus.client import CallError
-from tests.lab import Guest, Lab, refused, script
+from tests.lab import Guest, Lab, refused, script, until
 
 SIGNALS = pytest.mark.parametrize(
     ("name", "words"),
@@ -56,6 +58,18 @@ def test_at_a_load(each_lab: Lab, name: str, words: tuple[str, ...]) -> None:
     there.unlink()
     guest.load()
     guest.assert_unbroken()
+
+
+def test_while_its_guest_runs(each_lab: Lab) -> None:
+    """As the kernel does it that has no memory left."""
+    guest = each_lab.running()
+    os.kill(guest.pid, signal.SIGKILL)
+    until(lambda: guest.state == "stopped", "the agent sees its end")
+    assert "ended by SIGKILL: the kernel had no memory left" in each_lab.cprctl("status", "web1").stdout
+    guest.start()
+    assert "SIGKILL" not in each_lab.cprctl("status", "web1").stdout
+    guest.call("Stop", "s", "hard")
+    assert "ended by" not in each_lab.cprctl("status", "web1").stdout
 
 
 def test_by_its_real_sandbox(each_lab: Lab) -> None:

@@ -63,7 +63,7 @@ def test_what_two_must_not_open_is_refused_before_the_new_one_starts(tmp_path: P
     bench = Bench(tmp_path)
     bench.define("web1")
     path = bench.definitions / "web1.toml"
-    arguments = 'arguments = ["-netdev", "tap,id=net0,ifname=tap0"]'
+    arguments = 'arguments = ["-netdev", "tap,id=net0,ifname=tap0,script=no"]'
     path.write_text(path.read_text().replace("[vm]\n", f"[vm]\n{arguments}\n"))
     bench.vm(lambda vm: vm.start())
     old = bench.qemu()

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from cpr_agent.core.endings import EXITING_S, LastWords, last_words
+from cpr_agent.core.endings import EXITING_S, LastWords, ending, last_words
 from cpr_agent.core.model import (
     Companion,
     Definition,
@@ -263,9 +263,11 @@ class Machine:
 
     async def derive(self) -> None:
         """Derive the state anew, connecting to a QEMU that is there."""
-        self.pid = await self.own.pid()
+        had, self.pid = self.pid, await self.own.pid()
         if not self.pid:
             await self.disconnect()
+            if had:
+                await self._tell_end()
             self.run_state = RunState.NONE
             self.enter(self._state_without_qemu())
             return
@@ -283,6 +285,12 @@ class Machine:
         await self._retire_if_resumed_by_hand()
         self._end_save_that_was_taken_back()
         self.enter(self._state_with_qemu())
+
+    async def _tell_end(self) -> None:
+        """Of a QEMU that has ended by a signal, and not by the agent."""
+        if said := ending(await self.own.ended_by(EXITING_S)).said:
+            self.error = f"VM {self.name}: its QEMU has ended: {said}"
+            log.error("%s", self.error)
 
     @property
     def stands_saved(self) -> bool:
