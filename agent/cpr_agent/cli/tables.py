@@ -75,7 +75,7 @@ def vms(data: list[dict[str, Any]]) -> None:
 
 
 def agent(data: dict[str, Any]) -> None:
-    newer = [f"newest installed: {version}" for version in data["Kernels"][:1] if version != data["Kernel"]]
+    newer = [f"newest of its flavour: {version}" for version in data["Kernels"][:1] if version != data["Kernel"]]
     kernel = ", ".join([f"kernel {data['Kernel']}", *newer])
     known, under_way = counted(len(data["VMs"]), "VM"), counted(len(data["Jobs"]), "job")
     _print(f"cpr-agent {data['Version']}, {known}, {under_way} under way; {kernel}")

@@ -22,7 +22,7 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Check, try to loa
 
 
 @command()
-@click.option("--kernel", default="", metavar="V", help="Version of an installed kernel (default: the newest).")
+@click.option("--kernel", default="", metavar="V", help="An installed version (default: newest of the running flavour).")
 @click.option("--kernel-image", default="", metavar="F", help="Another kernel's file, with --initrd.")
 @click.option("--initrd", default="", metavar="F", help="The initrd of --kernel-image.")
 @click.option("--append", default="", metavar="WORDS", help="The new command line; with --reuse-cmdline, added to it.")

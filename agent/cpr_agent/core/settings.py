@@ -19,7 +19,7 @@ class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
 
 class FilesSection(msgspec.Struct, frozen=True, kw_only=True):
     directories: tuple[str, ...] = ("/var/lib/cpr-agent/exports",)
-    kernel_directories: tuple[str, ...] = ("/boot", "/usr/lib/modules")
+    kernel_directories: tuple[str, ...] = ("/boot", "/efi", "/usr/lib/modules")
 
 
 class WitnessSection(msgspec.Struct, frozen=True, kw_only=True):

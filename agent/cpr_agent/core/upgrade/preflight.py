@@ -115,7 +115,7 @@ def _from_image(request: UpgradeRequest, ports: Ports, settings: Settings) -> Ke
 
 
 def _installed(version: str, ports: Ports) -> Kernel:
-    """``version`` "" is the newest."""
+    """``version`` "" is the newest of the running flavour."""
     installed = ports.kernels.installed()
     for kernel in installed:
         if version in ("", kernel.version):
