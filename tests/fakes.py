@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +28,11 @@ from cpr_agent.core.model import (
     Inventory,
     Kernel,
     Launch,
+    Part,
     PluggedDevice,
     QemuFacts,
     RunState,
+    Throttle,
 )
 from cpr_agent.core.ports import Qemu
 from cpr_agent.core.run_states import RUN_STATES
@@ -357,7 +359,17 @@ class FakeQemu:
             BlockNode(disk="d0", role="", node=disk.node, driver=disk.driver, filename=disk.filename)
             for disk in await self.disks()
         ]
-        return Inventory(nodes=tuple(nodes), devices=tuple(self._runner.plugged.get(self.launch.vm, ())))
+        runner, name = self._runner, self.launch.vm
+        return Inventory(
+            nodes=tuple(nodes),
+            devices=tuple(runner.plugged.get(name, ())),
+            parts=tuple(runner.parts.get(name, ())),
+            throttles=runner.throttled.get(name, ()),
+        )
+
+    async def throttle(self, some: Iterable[Throttle]) -> None:
+        await self._step("throttle")
+        self._runner.throttled[self.launch.vm] = tuple(some)
 
     async def brief_inventory(self) -> Inventory:
         return replace(await self.inventory(), placed=False)
@@ -561,6 +573,8 @@ class FakeRunner:
         self.qemus: dict[str, FakeQemu] = {}
         self.beside: dict[str, FakeQemu] = {}
         self.faults: dict[tuple[str, str], Exception] = {}
+        self.parts: dict[str, list[Part]] = {}
+        self.throttled: dict[str, tuple[Throttle, ...]] = {}
         self.signals: dict[str, int] = {}
         """By VM: what has ended its QEMU."""
         self.broken: dict[str, str] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 
 from cpr_agent.core.hooks import vetoes
-from cpr_agent.core.inventory import carried_now, recorded_of, unnamed_devices
+from cpr_agent.core.inventory import carried_now, lost, recorded_of, unnamed_devices
 from cpr_agent.core.model import Companion, Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
@@ -32,6 +32,7 @@ async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]
     if launch and _has_live_guest(vm):
         found += await _guest_findings(vm, launch)
         found += await _disk_findings(vm, ports, launch)
+        found += await _lost_findings(vm, ports, launch)
         found += _companion_findings(vm, ports.definitions.companions(launch))
         found += await _witness_findings(vm, ports, launch)
     return found
@@ -100,6 +101,17 @@ async def _disk_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
     ]
 
 
+async def _lost_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
+    """What its guest does not see, and its next QEMU would not have."""
+    if vm.qemu is None:
+        return []
+    said = [str(one) for one in await lost(ports, vm.qemu, launch)]
+    said += [f"its password for {display} was set on the monitor" for display in ports.definitions.passwords(launch)]
+    why = "its guest sees nothing of it, and a load has what its QEMU was started with"
+    remedy = "let the definition say so, or do it again after the load: a hook can (docs/insight.md, hooks)"
+    return [Finding(severity="warning", code="not-carried", what=what, why=why, remedy=remedy, vm=vm.name) for what in said]
+
+
 def _companion_findings(vm: Vm, companions: list[Companion]) -> list[Finding]:
     """Programs of this host that must be there before a load, and after a kexec are not by themselves."""
     remedy = "have a unit start it before cpr-load.service, and again whenever it ends: docs/companions.md"
@@ -122,8 +134,8 @@ async def _carried_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Findin
     """What its next QEMU gets, and a start by its definition would not."""
     if vm.qemu is None:
         return []
-    why = "a save and a load carry it over, but a fresh start opens what the definition names"
-    remedy = "name the image that it has now in the definition, before the guest is shut down"
+    why = "a save and a load carry it over, but a fresh start has what the definition says"
+    remedy = "let the definition say so, before the guest is shut down"
     return [
         Finding(severity="warning", code="carried-over", what=str(one), why=why, remedy=remedy, vm=vm.name)
         for one in (await carried_now(ports, vm.qemu, launch)).disks.values()

@@ -12,20 +12,22 @@ import asyncio
 import json
 import logging
 import posixpath
+import re
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from cpr_agent.core.model import BlockNode, Difference, Inventory, Launch, OpenFile, PluggedDevice, Survives
+from cpr_agent.core.model import BlockNode, Difference, Inventory, Launch, Manifest, OpenFile, PluggedDevice, Survives
 from cpr_agent.core.ports import Files, Ports, Qemu
-from cpr_agent.errors import StorageSilent
+from cpr_agent.errors import QemuRefused, StorageSilent
 
 log = logging.getLogger(__name__)
 
 FIRMWARE_S = 60.0
 """Its copies are made durable on a disk that others use too."""
+_NOT_THERE = "not there"
 _AFRESH = "shut the guest down and start it afresh"
 _UNDO = f"undo that, or let the definition say so, {_AFRESH}"
 
@@ -265,6 +267,7 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     goes_along = carried(ports, launch, recorded, live).disks
     known = {*lost, *goes_along}
     compared = [*lost.values(), *(_unlike_arguments(found, images) if recorded is None else _compared(found, known))]
+    compared += _with_state(recorded, live) if recorded else []
     if recorded is None and not compared:
         await record(ports, launch.vm, live)
         if not kept:
@@ -296,10 +299,74 @@ def carried(ports: Ports, launch: Launch, recorded: Inventory | None, live: Inve
     return Carried(launch, disks)
 
 
-async def carried_now(ports: Ports, qemu: Qemu, launch: Launch) -> Carried:
-    """Likewise of a live QEMU. Raises QemuFailed."""
+STATELESS = re.compile(
+    r"object .* (iothread|throttle-group|secret|secret_keyring|tls-[\w-]+|authz-[\w-]+|thread-context|rng-\w+)( .*)?"
+    r"|(character device|export|dirty bitmap|throttle) .*"
+)
+"""Parts of which nothing is in QEMU's state, by their names and kinds. QEMU refuses a state that has others than it has
+itself (measured: the NAT of ``netdev_add type=user`` on 10.0 and 11.1; backends/dbus-vmstate.c)."""
+
+
+def _with_state(was: Inventory, now: Inventory) -> list[str]:
+    return [
+        f"{one}; it may have a part in QEMU's state, which a load would not take: {_UNDO}"
+        for one in _part_changes(was, now)
+        if not _is_stateless(one)
+    ]
+
+
+def _is_stateless(part: Difference) -> bool:
+    return bool(STATELESS.fullmatch(f"{part.what} {part.found if part.expected == _NOT_THERE else part.expected}"))
+
+
+async def lost(ports: Ports, qemu: Qemu, launch: Launch) -> list[Difference]:
+    """What no device of the guest is, and was made or changed since its QEMU was started: a load has what the command line
+    says. Raises QemuFailed."""
     recorded = await asyncio.to_thread(recorded_of, ports, launch)
-    return carried(ports, launch, recorded, await take(ports, qemu, launch))
+    if recorded is None:
+        return []
+    live = await qemu.inventory()
+    unlimited = [one for one in _changes(_throttled(recorded), _throttled(live)) if one.found == _NOT_THERE]
+    return [one for one in _part_changes(recorded, live) if _is_stateless(one)] + unlimited
+
+
+def _part_changes(was: Inventory, now: Inventory) -> list[Difference]:
+    """None where an agent recorded nothing of them."""
+    if was.parts is None or now.parts is None:
+        return []
+    before, after = ({part.name: part.kind for part in parts} for parts in (was.parts, now.parts))
+    return _changes(before, after)
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[Difference]:
+    return [
+        Difference(name, before.get(name, _NOT_THERE), after.get(name, _NOT_THERE))
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _throttled(inventory: Inventory) -> dict[str, str]:
+    return {f"throttle of disk {one.disk}": str(one) for one in inventory.throttles}
+
+
+async def throttle(qemu: Qemu, manifest: Manifest) -> None:
+    """The limits of disks that the saved guest had, which a monitor may have set. Without them it runs all the same."""
+    if manifest.inventory is None or not manifest.inventory.throttles:
+        return
+    try:
+        await qemu.throttle(manifest.inventory.throttles)
+    except QemuRefused as error:
+        log.warning("VM %s: its disks have not the limits that they had: %s", manifest.vm, error.what)
+
+
+async def carried_now(ports: Ports, qemu: Qemu, launch: Launch) -> Carried:
+    """Likewise of a live QEMU, and with the throttles of disks. Raises QemuFailed."""
+    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    live = await take(ports, qemu, launch)
+    found = carried(ports, launch, recorded, live)
+    changed = _changes(_throttled(recorded), _throttled(live)) if recorded else []
+    return Carried(found.launch, found.disks | {one.what: one for one in changed if one.found != _NOT_THERE})
 
 
 def recorded_of(ports: Ports, launch: Launch) -> Inventory | None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from cpr_agent.core.model import (
     OpenFile,
     QemuFacts,
     Ram,
+    Throttle,
     Vmstate,
     Witness,
 )
@@ -75,6 +76,9 @@ class Qemu(Protocol):
 
     async def brief_inventory(self) -> Inventory:
         """Likewise, without the place of devices, CPUs and memory: while a guest waits."""
+
+    async def throttle(self, some: Iterable[Throttle]) -> None:
+        """Give its disks these limits."""
 
     async def listening(self) -> list[str]:
         """The paths of the Unix sockets at which its character devices listen, but for the agent's own."""
@@ -220,6 +224,9 @@ class Definitions(Protocol):
 
     async def missing_companions(self, launch: Launch, timeout_s: float) -> list[Companion]:
         """Those whose socket on this host nobody has made, also after so long. QEMU may be able to start all the same."""
+
+    def passwords(self, launch: Launch) -> list[str]:
+        """Displays whose password somebody sets on the monitor."""
 
     def images(self, launch: Launch) -> list[str]:
         """The paths by which its command line names disks and firmware of the host."""

@@ -260,6 +260,20 @@ def listening_sockets(argv: Sequence[str]) -> dict[str, str]:
     return {name: path for name, path in found if path.startswith("/")}
 
 
+def password_displays(argv: Sequence[str]) -> list[str]:
+    """Displays that take a password which no argument has: it is set on the monitor, and lasts as long as its QEMU."""
+    displays = [(name, keyed(value)) for name in ("-vnc", "-spice") for value in option(argv, name)]
+    return [
+        name[1:].upper()
+        for name, keys in displays
+        if "password-secret" not in keys and (_on(keys.get("password", "off") or "on") if name == "-vnc" else _asks(keys))
+    ]
+
+
+def _asks(spice: Mapping[str, str]) -> bool:
+    return not spice.get("password") and not _on(spice.get("disable-ticketing", "off") or "on")
+
+
 def firmware_files(argv: Sequence[str]) -> list[str]:
     """Files of the VM's firmware and its variables that the admin named by their whole paths."""
     files = [*option(argv, "-bios", "-pflash"), *_option_roms(argv), *(path for path, _ in _flash(argv))]

@@ -40,6 +40,7 @@ from cpr_agent.vm.cmdline import (
     image_files,
     kept_firmware,
     numa_collisions,
+    password_displays,
     plan_load,
     plan_probe,
     plan_start,
@@ -232,6 +233,9 @@ class DefinitionDirectory:
 
     async def missing_companions(self, launch: Launch, timeout_s: float) -> list[Companion]:
         return await missing(self.companions(launch), timeout_s)
+
+    def passwords(self, launch: Launch) -> list[str]:
+        return password_displays(launch.base_argv)
 
     def images(self, launch: Launch) -> list[str]:
         return image_files(launch.argv)

@@ -6,10 +6,11 @@ Questions are sent together, and few before a loaded guest runs, which waits for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from cpr_agent.core.model import BlockNode, Inventory, PluggedDevice
+from cpr_agent.core.model import BlockNode, Inventory, Part, PluggedDevice, Throttle
 from cpr_agent.errors import QemuFailed
 from cpr_agent.text import printable
 from cpr_agent.vm import replies
@@ -17,16 +18,23 @@ from cpr_agent.vm.devices import PLUGGED, Device
 from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import (
     BLOCK_BACKENDS,
+    BLOCK_EXPORTS,
     BLOCK_GRAPH,
     BLOCK_NODES,
+    CHARDEVS,
     CPU_SLOTS,
+    HUMAN_MONITOR,
     MAX_NODES,
     MEMORY_DEVICES,
+    QOM_LIMITS,
     QOM_LIST,
     QOM_NUMBER,
     QOM_TEXT,
+    BlockBackend,
     BlockGraph,
+    Chardev,
     CpuSlot,
+    Limits,
     MemoryDevice,
     QomProperty,
 )
@@ -41,6 +49,16 @@ _ADDRESSES = {"scsi": ("scsi-id", "lun")}
 
 
 _BLOCKS: list[Question] = [(BLOCK_NODES, {"flat": True}), (BLOCK_GRAPH, {})]
+_PARTS: list[Question] = [
+    (QOM_LIST, {"path": "/objects"}),
+    (CHARDEVS, {}),
+    (BLOCK_EXPORTS, {}),
+    (HUMAN_MONITOR, {"command-line": "info network"}),
+]
+"""No command of QMP tells of networks."""
+_NETWORK = re.compile(r"(?:^|\\n| )([^\s\\]+): index=\d+,type=([\w-]+)")
+"""A backend's line in the answer to ``info network``, in which line feeds show as their escapes."""
+_NEEDED_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _PLUGGED: list[Question] = [(QOM_LIST, {"path": parent}) for parent in PLUGGED]
 
 
@@ -58,15 +76,86 @@ async def brief(qmp: Qmp) -> Inventory:
 
 async def whole(qmp: Qmp) -> Inventory:
     """Likewise, with the place of each device, and CPUs and memory. Raises QemuFailed."""
-    asked = [*_BLOCKS, (BLOCK_BACKENDS, {}), (CPU_SLOTS, {}), (MEMORY_DEVICES, {}), *_PLUGGED]
-    nodes, graph, backends, cpus, memory, *children = await qmp.ask_all(asked)
+    asked = [*_BLOCKS, (BLOCK_BACKENDS, {}), (CPU_SLOTS, {}), (MEMORY_DEVICES, {}), *_PARTS, *_PLUGGED]
+    nodes, graph, backends, cpus, memory, objects, chardevs, exports, networks, *children = await qmp.ask_all(asked)
     drives = {backend.qdev.removeprefix(_ROOT): backend.device for backend in backends or ()}
     return Inventory(
         nodes=_disks(qmp, nodes, graph),
         devices=_sorted(await _placed(qmp, _plugged(children), drives)),
         cpus=tuple(sorted(_slot(cpu) for cpu in cpus or () if cpu.qom_path)),
         memory=tuple(sorted(_dimm(device) for device in memory or ())),
+        parts=tuple(
+            sorted(
+                (
+                    *await _objects(qmp, objects or ()),
+                    *_chardevs(chardevs or ()),
+                    *(_part(f"network {id_}", kind) for id_, kind in _NETWORK.findall(networks or "") if kind != "nic"),
+                    *(_part(f"export {one.id}", f"{one.type} of {one.node_name}") for one in exports or ()),
+                    *_bitmaps(nodes or ()),
+                ),
+                key=lambda part: part.name,
+            )
+        ),
+        throttles=tuple(throttles(backends or ())),
     )
+
+
+def _part(name: str, kind: str) -> Part:
+    return Part(name=name, kind=kind)
+
+
+async def _objects(qmp: Qmp, listed: Iterable[QomProperty]) -> list[Part]:
+    """Those of ``-object`` and ``object-add``; of a group of throttles with its limits, which qom-set changes."""
+    found = [
+        Device(f"/objects/{one.name}", one.type.removeprefix("child<").removesuffix(">"))
+        for one in listed
+        if one.type.startswith("child<")
+    ]
+    groups = [device for device in found if device.kind == "throttle-group"]
+    asked: list[Question] = [(QOM_LIMITS, {"path": group.path, "property": "limits"}) for group in groups]
+    limits = dict(zip(groups, await qmp.ask_all(asked), strict=True)) if groups else {}
+    return [_part(f"object {device.name}", " ".join((device.kind, *_limits(limits.get(device) or {})))) for device in found]
+
+
+def _limits(limits: Mapping[str, int]) -> Iterator[str]:
+    """A length is 1 where there is no burst."""
+    for name, value in sorted(limits.items()):
+        if value and not name.endswith("-length"):
+            yield f"{printable(name, 100)}={value}"
+
+
+def _chardevs(listed: Iterable[Chardev]) -> Iterator[Part]:
+    """By their kinds: whether one is connected, and to what, changes by itself."""
+    for one in listed:
+        if not one.label.startswith("cpr-"):
+            yield _part(f"character device {one.label}", one.filename.removeprefix("disconnected:").partition(":")[0])
+
+
+def _bitmaps(nodes: Iterable[replies.BlockNode]) -> Iterator[Part]:
+    """QEMU writes those that are persistent into their images."""
+    for node in nodes:
+        for bitmap in node.dirty_bitmaps:
+            if bitmap.name and not bitmap.persistent:
+                yield _part(f"dirty bitmap {bitmap.name} of {node.node_name}", "in QEMU's memory alone")
+
+
+def throttles(backends: Iterable[BlockBackend]) -> Iterator[Throttle]:
+    for backend in backends:
+        limits = backend.inserted and {
+            name: value
+            for name in Limits.__struct_fields__
+            if name != "group" and (value := getattr(backend.inserted, name))
+        }
+        if backend.inserted and limits:
+            by: Literal["device", "id"] = "device" if backend.device else "id"
+            yield Throttle(disk=backend.device or backend.qdev, by=by, group=backend.inserted.group, limits=limits)
+
+
+async def throttle(qmp: Qmp, some: Iterable[Throttle]) -> None:
+    """Raises QemuRefused, QemuFailed."""
+    for one in some:
+        place = {one.by: one.disk, "group": one.group}
+        await qmp.execute("block_set_io_throttle", {**dict.fromkeys(_NEEDED_LIMITS, 0), **one.limits, **place})
 
 
 def _plugged(children: Iterable[list[QomProperty] | None]) -> list[Device]:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, QemuFacts, RunState
+from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, QemuFacts, RunState, Throttle
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable, SaveFailed
@@ -129,6 +129,9 @@ class LiveQemu:
 
     async def inventory(self) -> Inventory:
         return await inventory.whole(self._qmp)
+
+    async def throttle(self, some: Iterable[Throttle]) -> None:
+        await inventory.throttle(self._qmp, some)
 
     async def brief_inventory(self) -> Inventory:
         return await inventory.brief(self._qmp)

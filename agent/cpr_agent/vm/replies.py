@@ -199,6 +199,13 @@ class Image(Reply, frozen=True):
     virtual_size: Number = 0
 
 
+class Bitmap(Reply, frozen=True):
+    """BlockDirtyInfo."""
+
+    name: Text = ""
+    persistent: bool = False
+
+
 class BlockNode(Reply, frozen=True):
     """BlockDeviceInfo."""
 
@@ -207,6 +214,32 @@ class BlockNode(Reply, frozen=True):
     node_name: Text = ""
     ro: bool = False
     image: Image = Image()
+    dirty_bitmaps: Annotated[list[Bitmap], Meta(max_length=MAX_NODES)] = []
+
+
+class Limits(Reply, frozen=True, rename=None):
+    """BlockDeviceInfo too, of which only the throttles."""
+
+    group: Text = ""
+    bps: Number = 0
+    bps_rd: Number = 0
+    bps_wr: Number = 0
+    iops: Number = 0
+    iops_rd: Number = 0
+    iops_wr: Number = 0
+    bps_max: Number = 0
+    bps_rd_max: Number = 0
+    bps_wr_max: Number = 0
+    iops_max: Number = 0
+    iops_rd_max: Number = 0
+    iops_wr_max: Number = 0
+    bps_max_length: Number = 0
+    bps_rd_max_length: Number = 0
+    bps_wr_max_length: Number = 0
+    iops_max_length: Number = 0
+    iops_rd_max_length: Number = 0
+    iops_wr_max_length: Number = 0
+    iops_size: Number = 0
 
 
 class BlockBackend(Reply, frozen=True):
@@ -214,6 +247,22 @@ class BlockBackend(Reply, frozen=True):
 
     device: Text = ""
     qdev: Text = ""
+    inserted: Limits | None = None
+
+
+class BlockExport(Reply, frozen=True):
+    """BlockExportInfo."""
+
+    id: Text
+    type: Text = ""
+    node_name: Text = ""
+
+
+class Chardev(Reply, frozen=True):
+    """ChardevInfo."""
+
+    label: Text
+    filename: Text = ""
 
 
 class GraphNode(Reply, frozen=True):
@@ -247,6 +296,10 @@ MEMORY_BACKENDS = Query[list[MemoryBackend]]("query-memdev", list[MemoryBackend]
 BLOCK_NODES = Query[list[BlockNode]]("query-named-block-nodes", list[BlockNode])
 BLOCK_BACKENDS = Query[list[BlockBackend]]("query-block", list[BlockBackend])
 BLOCK_GRAPH = Query[BlockGraph]("x-debug-query-block-graph", BlockGraph)
+BLOCK_EXPORTS = Query[list[BlockExport]]("query-block-exports", Annotated[list[BlockExport], Meta(max_length=MAX_NODES)])
+CHARDEVS = Query[list[Chardev]]("query-chardev", Annotated[list[Chardev], Meta(max_length=MAX_NODES)])
+QOM_LIMITS = Query[dict[str, int]]("qom-get", dict[str, Number])
+HUMAN_MONITOR = Query[str]("human-monitor-command", Text)
 JOBS = Query[list[BlockJob]]("query-jobs", list[BlockJob])
 
 

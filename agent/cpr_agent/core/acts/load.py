@@ -17,7 +17,7 @@ from cpr_agent.core.acts.start import boot
 from cpr_agent.core.endings import LastWords, last_words
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Proof, let_run, let_run_by_load, wake
-from cpr_agent.core.inventory import record, take_brief
+from cpr_agent.core.inventory import record, take_brief, throttle
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Definition, Held, Inventory, Launch, Located, Manifest, RunState, VmState, ram_of
 from cpr_agent.core.past import VmEvent
@@ -320,6 +320,7 @@ async def _load_located(
                 await refuse_lesser_machine(qemu, manifest)
                 has = await take_brief(ports, qemu, plan)
                 await refuse_other_devices(ports, manifest, has)
+                await throttle(qemu, manifest)
                 if not await runs_by_load(qemu, manifest):
                     await qemu.load(fd, machine.settings.agent.load_timeout)
             except BaseException as error:
@@ -399,6 +400,9 @@ async def _record(machine: Machine, manifest: Manifest, has: Inventory) -> None:
     launch, saved = machine.launched(), manifest.inventory
     if launch and saved:
         proved = replace(saved, nodes=has.nodes, named=has.named, started_at=launch.created_at)
+        with contextlib.suppress(QemuFailed):  # it has ended meanwhile
+            now = await machine.require_qemu().inventory()
+            proved = replace(proved, parts=now.parts, throttles=now.throttles)
         await record(machine.ports, machine.name, proved)
 
 

@@ -19,7 +19,7 @@ from cpr_agent.core.acts.sleep import must_sleep
 from cpr_agent.core.endings import last_words
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.hooks import before_save
-from cpr_agent.core.inventory import take, take_brief
+from cpr_agent.core.inventory import take, take_brief, throttle
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Launch, Manifest, RunState, Survives
 from cpr_agent.core.past import VmEvent
@@ -142,6 +142,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
             await refuse_lesser_machine(new, draft)
             has = await take_brief(machine.ports, new, plan)
             await refuse_other_devices(machine.ports, draft, has)
+            await throttle(new, draft)
             await new.take_over(spare.directory, agent.load_timeout)
             stopped_at = await handed_over()
     except (QemuFailed, LoadFailed) as error:

@@ -33,7 +33,7 @@ from cpr_agent.core.model.definition import (
     VmSection,
 )
 from cpr_agent.core.model.finding import Finding, HookFailure, HookPhase, Kernel
-from cpr_agent.core.model.inventory import BlockNode, Inventory, OpenFile, PluggedDevice
+from cpr_agent.core.model.inventory import BlockNode, Inventory, OpenFile, Part, PluggedDevice, Throttle
 from cpr_agent.core.model.memory import RAM_ID, DaxDevice, Located, MemoryIdentity, Ram, overlapping, ram_of, survives
 from cpr_agent.core.model.units import Bytes, Seconds
 from cpr_agent.core.states import Policy, RunState, Survives, VmState
@@ -70,6 +70,7 @@ __all__ = [
     "MemorySection",
     "Note",
     "OpenFile",
+    "Part",
     "PluggedDevice",
     "Policy",
     "QemuFacts",
@@ -79,6 +80,7 @@ __all__ = [
     "SaveTimes",
     "Seconds",
     "Survives",
+    "Throttle",
     "VmSection",
     "VmState",
     "Vmstate",

@@ -81,6 +81,29 @@ class PluggedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """That it has, if that has a name."""
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What a QEMU has that is neither disk nor device of its guest: an object, a character device, a network's backend, an
+    export, a bitmap."""
+
+    name: str
+    """As in "object iothread1"."""
+    kind: str
+
+
+class Throttle(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of a disk, as ``block_set_io_throttle`` takes them."""
+
+    disk: str
+    by: Literal["device", "id"]
+    """Whether ``disk`` is its drive, or the id or the place of its device where the drive has no name."""
+    group: str
+    limits: dict[str, int]
+    """Those that are no limits (0) left out."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.limits.items())
+
+
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """``started_at``: of its QEMU's Launch, which tells a record from that of an earlier QEMU."""
 
@@ -94,4 +117,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """The paths that lead to a file that QEMU has open: those of its command line, and those that the kernel tells."""
     placed: bool = True
     """False if it has no place of any device, and neither CPUs nor memory."""
+    parts: tuple[Part, ...] | None = None
+    """None from an agent that did not ask for them, and of an inventory without places."""
+    throttles: tuple[Throttle, ...] = ()
     started_at: float = 0.0

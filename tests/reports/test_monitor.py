@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a monitor has changed in a QEMU and its guest does not see: it goes along, or check says that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.lab import Guest, Lab
+from tests.reports.test_live import assert_goes_on, assert_refused, blocks, image, warned, with_disk
+
+UNLIMITED = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+
+
+def limits(guest: Guest) -> dict[str, Any]:
+    disk = next(one["inserted"] for one in guest.admin("query-block") if "inserted" in one)
+    return {name: value for name, value in disk.items() if name.startswith(("bps", "iops", "group")) and value}
+
+
+def lost(guest: Guest) -> list[str]:
+    return [found["what"] for found in guest.call("Check") if found["code"] == "not-carried"]
+
+
+@pytest.mark.parametrize("by", ["drive", "blockdev"])
+def test_a_throttle_goes_along(each_lab: Lab, by: str) -> None:
+    path = image(each_lab.root / "disk.qcow2")
+    if by == "drive":
+        guest, place = with_disk(each_lab, path), {"device": "d0"}
+    else:
+        nodes = f"driver=qcow2,node-name=d0,file.driver=file,file.filename={path}"
+        devices = ("-device", "ahci,id=a0", "-device", "ide-hd,id=disk0,drive=d0,bus=a0.0")
+        guest, place = each_lab.running("web1", "-blockdev", nodes, *devices), {"id": "disk0"}
+    wanted = {"iops": 100, "bps": 1 << 40, "bps_max": 1 << 41, "bps_max_length": 3, "iops_size": 4096, "group": "noisy"}
+    guest.admin("block_set_io_throttle", **{**UNLIMITED, **wanted, **place})
+    assert [("throttle of disk" in what, "iops=100" in what) for what in warned(guest)] == [(True, True)]
+    assert lost(guest) == []
+    for _ in range(2):
+        assert_goes_on(guest)
+        assert limits(guest) == wanted
+    guest.call("Refresh", "a{sv}", {})
+    assert limits(guest) == wanted
+    guest.admin("block_set_io_throttle", **UNLIMITED, **place)
+    assert [("throttle of disk" in what, "is not there" in what) for what in lost(guest)] == [(True, True)]
+    assert_goes_on(guest)
+    assert limits(guest) == {}
+
+
+def add_object(guest: Guest) -> str:
+    guest.admin("object-add", id="io1", **{"qom-type": "iothread"})
+    return "object io1 was not there, is iothread"
+
+
+def add_chardev(guest: Guest) -> str:
+    guest.admin("chardev-add", id="c1", backend={"type": "null", "data": {}})
+    return "character device c1 was not there, is null"
+
+
+def add_bitmap(guest: Guest) -> str:
+    node = guest.admin("query-block")[0]["inserted"]["node-name"]
+    guest.admin("block-dirty-bitmap-add", node=node, name="b1")
+    return f"dirty bitmap b1 of {node} was not there, is in QEMU's memory alone"
+
+
+def export(guest: Guest) -> str:
+    node = guest.admin("query-block")[0]["inserted"]["node-name"]
+    address = {"type": "unix", "data": {"path": str(guest.lab.root / "nbd")}}
+    guest.admin("nbd-server-start", addr=address)
+    guest.admin("block-export-add", type="nbd", id="e1", **{"node-name": node})
+    return f"export e1 was not there, is nbd of {node}"
+
+
+def limit_group(guest: Guest) -> str:
+    guest.admin("qom-set", path="/objects/tg", property="limits", value={"iops-total": 20})
+    return "object tg was throttle-group iops-total=10, is throttle-group iops-total=20"
+
+
+CHANGES = (add_object, add_chardev, add_bitmap, export, limit_group)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_does_not_go_along_is_said(each_lab: Lab, change: Callable[[Guest], str]) -> None:
+    """Each is lost with its QEMU, and the guest is the same: that is for an admin to know, and no reason against a save."""
+    group = ("-object", "throttle-group,id=tg,x-iops-total=10")
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"), "qcow2", *group)
+    assert lost(guest) == []
+    said = change(guest)
+    assert lost(guest) == [said]
+    assert blocks(guest) == []
+    assert_goes_on(guest)
+    assert lost(guest) == []
+
+
+@pytest.mark.parametrize("kind", ["user", "socket"])
+def test_a_network_that_was_added_is_told_before_a_save(each_lab: Lab, kind: str) -> None:
+    """That of QEMU's own NAT has a part in the state: the load would be refused for ever."""
+    more = ("-netdev", "user,id=n0", "-device", "e1000,netdev=n0")
+    guest = each_lab.running("web1", *more)
+    assert_goes_on(guest)
+    guest.admin("netdev_add", type=kind, id="n1", **({"listen": "127.0.0.1:0"} if kind == "socket" else {}))
+    assert_refused(guest, f"network n1 was not there, is {kind}")
+    guest.admin("netdev_del", id="n1")
+    assert_goes_on(guest)
+
+
+def test_an_object_with_a_state_is_told_before_a_save(each_lab: Lab) -> None:
+    guest = each_lab.running("web1", "-chardev", "null,id=c0", "-netdev", "hubport,id=n0,hubid=0")
+    guest.admin("object-add", id="f0", netdev="n0", maxlen=1, file=f"{each_lab.root}/dump", **{"qom-type": "filter-dump"})
+    assert_refused(guest, "object f0 was not there, is filter-dump")
+
+
+def test_a_password_that_was_set_on_the_monitor_is_told(each_lab: Lab) -> None:
+    guest = each_lab.running("web1", "-vnc", f"unix:{each_lab.root}/vnc.sock,password=on")
+    assert lost(guest) == ["its password for VNC was set on the monitor"]
+    assert_goes_on(guest)
