@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from cpr_agent.bus.client import CallError
 from cpr_agent.core.model import RunState
 from cpr_agent.core.run_states import RUN_STATES
-from tests.lab import Guest, Lab, refused, until
+from tests.lab import PATIENCE_S, Guest, Lab, refused, until
 
 
 def schema_of(qemu: str) -> list[dict[str, object]]:
@@ -111,13 +112,37 @@ def test_a_guest_that_qemu_was_told_to_stop(each_lab: Lab, device: str, command:
     guest.assert_unbroken()
 
 
-def test_a_guest_that_shut_down_in_a_qemu_that_stays(each_lab: Lab) -> None:
-    guest = each_lab.running("web1", "-no-shutdown", "-no-reboot")
+STAYS = pytest.mark.parametrize("how", [("-no-shutdown", "-no-reboot"), ("-action", "shutdown=pause,reboot=shutdown")])
+
+
+@STAYS
+def test_a_guest_that_shut_down_in_a_qemu_that_stays(each_lab: Lab, how: tuple[str, ...]) -> None:
+    guest = each_lab.running("web1", *how)
     guest.admin("inject-nmi")  # the tiny guest has no handler: a triple fault
     stopped_by(guest, "shutdown")
     says_the_same(each_lab, guest, "WrongState", "has powered off", "cprctl stop web1")
     refused(guest, "WrongState", "nothing to resume", member="Resume")
     guest.call("Stop", "s", "acpi")
+    assert guest.state == "stopped"
+
+
+@STAYS
+def test_a_stop_ends_with_its_guest_also_where_qemu_stays(each_lab: Lab, how: tuple[str, ...]) -> None:
+    """And not with the time that the definition gives it."""
+    guest = each_lab.guest("web1", *how)
+    guest.definition["vm"]["shutdown-timeout"] = "1h"
+    each_lab.define(guest)
+    guest.start()
+    guest.until_counts()
+    with socket.socket(socket.AF_UNIX) as monitor, monitor.makefile("rw") as stream:
+        monitor.settimeout(PATIENCE_S)
+        monitor.connect(str(each_lab.run / "vm/web1/admin.sock"))
+        print('{"execute": "qmp_capabilities"}', file=stream, flush=True)
+        with each_lab.cprctl_started("stop", "web1") as stopping:
+            while '"POWERDOWN"' not in stream.readline():
+                assert stopping.poll() is None, "the stop has ended before its guest"
+            print('{"execute": "inject-nmi"}', file=stream, flush=True)
+            assert stopping.wait(PATIENCE_S) == 0
     assert guest.state == "stopped"
 
 

@@ -187,7 +187,10 @@ GOOD: dict[str, object] = {
     "qom-list": [{"name": "net0", "type": "child<virtio-net-pci>"}],
     "query-memdev": [{"id": "cpr-ram", "size": 4096, "share": True}],
     "query-named-block-nodes": [{"drv": "raw", "file": "/x", "node-name": "n", "image": {"virtual-size": 1}}],
-    "query-block": [{"device": "d0", "qdev": "disk0", "removable": True}],
+    "query-block": [{"device": "d0", "qdev": "disk0", "removable": True, "inserted": {"iops": 100, "group": "g"}}],
+    "query-block-exports": [{"id": "e0", "type": "nbd", "node-name": "n", "shutting-down": False}],
+    "query-chardev": [{"label": "serial0", "filename": "null", "frontend-open": True}],
+    "human-monitor-command": "hub 0\r\n",
     "x-debug-query-block-graph": {
         "nodes": [{"id": 1, "type": "block-driver", "name": "n"}],
         "edges": [{"parent": 1, "child": 2, "name": "file", "perm": [], "shared-perm": []}],
@@ -209,6 +212,7 @@ PROPERTIES = {
     "QOM_TEXTS": ["x"],
     "QOM_FLAG": True,
     "QOM_NUMBER": 1,
+    "QOM_LIMITS": {"iops-total": 10},
     "QOM_FEATURE_WORDS": [{"cpuid-input-eax": 1, "cpuid-register": "EDX", "features": 7}],
 }
 

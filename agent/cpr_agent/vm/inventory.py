@@ -77,7 +77,7 @@ async def brief(qmp: Qmp) -> Inventory:
 async def whole(qmp: Qmp) -> Inventory:
     """Likewise, with the place of each device, and CPUs and memory. Raises QemuFailed."""
     asked = [*_BLOCKS, (BLOCK_BACKENDS, {}), (CPU_SLOTS, {}), (MEMORY_DEVICES, {}), *_PARTS, *_PLUGGED]
-    nodes, graph, backends, cpus, memory, objects, chardevs, exports, networks, *children = await qmp.ask_all(asked)
+    nodes, graph, backends, cpus, memory, objects, chardevs, exports, hmp, *children = await qmp.ask_all(asked)
     drives = {backend.qdev.removeprefix(_ROOT): backend.device for backend in backends or ()}
     return Inventory(
         nodes=_disks(qmp, nodes, graph),
@@ -89,7 +89,7 @@ async def whole(qmp: Qmp) -> Inventory:
                 (
                     *await _objects(qmp, objects or ()),
                     *_chardevs(chardevs or ()),
-                    *(_part(f"network {id_}", kind) for id_, kind in _NETWORK.findall(networks or "") if kind != "nic"),
+                    *networks(hmp or ""),
                     *(_part(f"export {one.id}", f"{one.type} of {one.node_name}") for one in exports or ()),
                     *_bitmaps(nodes or ()),
                 ),
@@ -98,6 +98,13 @@ async def whole(qmp: Qmp) -> Inventory:
         ),
         throttles=tuple(throttles(backends or ())),
     )
+
+
+def networks(said: str) -> Iterator[Part]:
+    """``said`` answers ``info network``, and has line feeds as their escapes. A network card is a device."""
+    for id_, kind in _NETWORK.findall(said):
+        if kind != "nic":
+            yield _part(f"network {id_}", kind)
 
 
 def _part(name: str, kind: str) -> Part:
