@@ -112,6 +112,30 @@ def test_other_arguments_are_the_admins() -> None:
     assert not collisions(("-machine", "q35", "-smp", "4", "-device", "virtio-net,id=net-cpr-x", "-qmp", "unix:/x"))
 
 
+WRITERS = (
+    "loader,addr=0x1000,data=0x2a,data-len=4",
+    "data-len=8,addr=0x1000,driver=loader",
+    '{"driver":"loader","addr":4096,"data-len":8}',
+)
+
+
+@pytest.mark.parametrize("device", WRITERS)
+def test_a_loader_that_writes_to_ram_at_a_load_is_refused(tmp_path: Path, device: str) -> None:
+    text = GOOD.replace('"-machine", "q35,accel=kvm"', f"'-device', '{device}'")
+    with pytest.raises(InvalidDefinition, match="writes its data to the guest's RAM at every start"):
+        read_definition(write(tmp_path, text))
+
+
+def test_a_loader_of_a_file_is_none() -> None:
+    assert not collisions(("-device", "loader,file=/srv/data,addr=0x1000", "-device", '{"driver":"loader","file":"/x"}'))
+    assert not collisions(("-device", "", "-device", "{}"))
+
+
+def test_a_device_that_can_not_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidDefinition, match="can't be read as JSON"):
+        read_definition(write(tmp_path, GOOD.replace('"-machine", "q35,accel=kvm"', "'-device', '{'")))
+
+
 def test_the_packaged_examples_are_valid() -> None:
     root = Path(__file__).parents[2]
     assert decode_toml(root / "packaging/agent.toml", Settings) == Settings()

@@ -102,6 +102,12 @@ def test_ram_that_can_stay_where_it_is_does(backend: str, device: str) -> None:
         assert "cprctl memory allocate imported --size 1G" in why(found, "memory.device")
 
 
+def test_a_loader_that_writes_to_ram_at_a_load_is_left_out() -> None:
+    found = imported("-device", "loader,addr=0x1000,data=1,data-len=4", "-device", "loader,file=/srv/x,addr=0x1000")
+    assert "at every start" in why(found, "-device loader")
+    assert read(found).vm.arguments == ("-device", "loader,file=/srv/x,addr=0x1000")
+
+
 def test_several_backends_and_what_is_in_them_are_left_out() -> None:
     found = imported(
         *("-m", "2G", "-object", "memory-backend-ram,id=n0,size=1G", "-object", "memory-backend-ram,id=n1,size=1G"),

@@ -68,10 +68,12 @@ OWN = {
     "-snapshot": "writes would be lost with the QEMU process",
     "-readconfig": "its contents can't be checked",
 }
+WRITES_RAM = "QEMU writes its data to the guest's RAM at every start, that for a load included"
+"""Why a generic loader can't have data. Its file is written at a start of the guest alone, as a kernel is."""
 
 
 def collisions(arguments: tuple[str, ...]) -> list[str]:
-    """Arguments of the admin that the agent adds itself, or can't allow."""
+    """Arguments of the admin that the agent adds itself, or can't allow. Raises InvalidArgument."""
     found = []
     for index, raw in enumerate(arguments):
         argument = single_dash(raw)
@@ -84,7 +86,15 @@ def collisions(arguments: tuple[str, ...]) -> list[str]:
         elif argument in ("-object", "-chardev", "-mon", "-device", "-netdev", "-blockdev", "-drive"):
             own = [part for part in parts if part.startswith(("id=cpr-", "chardev=cpr-"))]
             found.extend(f"{raw} {part} (names that begin with cpr- are the agent's)" for part in own)
+        if argument == "-device" and writes_ram(keyed(value)):
+            found.append(f"{raw} {value} ({WRITES_RAM})")
     return found
+
+
+def writes_ram(device: Mapping[str, str]) -> bool:
+    """Whether a device is a generic loader with data (QEMU, docs/system/generic-loader.rst). Its reset writes them with
+    ``-incoming`` too (hw/core/generic-loader.c), after the witness was read."""
+    return device.get("driver", next(iter(device), "")) == "loader" and bool({"data", "data-len"} & set(device))
 
 
 def numa_collisions(arguments: tuple[str, ...]) -> list[str]:

@@ -268,14 +268,15 @@ def read_definition(path: Path, raw: bytes | None = None) -> Definition:
     _refuse_unshown(definition, path)
     _refuse_bad_memory(path, name, definition.memory)
     try:
-        numa = numa_collisions(definition.vm.arguments) if definition.memory.node else []
+        found = collisions(definition.vm.arguments)
+        found += numa_collisions(definition.vm.arguments) if definition.memory.node else []
     except InvalidArgument as error:
         raise InvalidDefinition(f"{path}: vm.arguments: {error.what}", vm=name) from error
-    if found := collisions(definition.vm.arguments) + numa:
+    if found:
         raise InvalidDefinition(
-            f"{path}: vm.arguments contain what the agent adds itself: {'; '.join(found)}",
+            f"{path}: vm.arguments contain what the agent adds itself, or can't allow: {'; '.join(found)}",
             vm=name,
-            remedy="remove them; [memory] and the file's name say the same",
+            remedy="remove them; of the RAM and the name, [memory] and the file's name say the same",
         )
     if programs := forbidden_programs(definition.vm.arguments):
         raise InvalidDefinition(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cpr_agent.core.model import Bytes, Imported, Note
 from cpr_agent.errors import InvalidArgument
-from cpr_agent.vm.cmdline import OWN
+from cpr_agent.vm.cmdline import OWN, WRITES_RAM, writes_ram
 from cpr_agent.vm.connections import DIES, Connections
 from cpr_agent.vm.foreign import CommandLine, Option, read_config, split
 from cpr_agent.vm.networks import at_home
@@ -279,6 +279,8 @@ class _Draft:
     def _device(self, option: Option) -> tuple[str, ...]:
         if option.value.keys.get("memdev") in self._backends:
             return self._left_out(option, "its memory would not outlive QEMU")
+        if writes_ram(option.value.keys):
+            return self._left_out(option, WRITES_RAM)
         bus = option.value.keys.get("bus", "")
         if self._without_config and bus and not {bus, bus.rpartition(".")[0]} & self._buses:
             self.note("look", option, f"its bus {bus} was made by the file that was left out (-readconfig)")
