@@ -143,4 +143,4 @@ def test_a_guest_that_an_admin_migrated_away_is_not_resumed(lab: Lab) -> None:
     assert guest.admin("query-status")["status"] == "postmigrate"
     assert guest.report.last == last
     result = lab.job("SaveAll", survives="qemu-restart")
-    assert "VM web1: can't be saved: its run state is postmigrate" in result
+    assert "VM web1: can't be saved: its guest stands where a migration has left it" in result
