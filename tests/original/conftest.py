@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMUs that have cpr-save and cpr-load, of both releases: `make qemu-cpr`."""
+"""QEMUs that have cpr-save and cpr-load: those of `make qemu-cpr`, and that of Debian 14 where somebody has built it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.fixture(params=["12", "13"], ids=["7.2", "10.0"])
+@pytest.fixture(params=["12", "13", "14"], ids=["7.2", "10.0", "10.2"])
 def each_qemu(request: pytest.FixtureRequest) -> str:
     return original_qemu(request.param)
 

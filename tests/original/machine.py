@@ -26,12 +26,13 @@ class RefusedError(Exception):
 
 
 def original_qemu(release: str) -> str:
-    """Path of the QEMU with cpr-save and cpr-load that was built from Debian RELEASE's."""
+    """Path of the QEMU with cpr-save and cpr-load that was built from Debian RELEASE's. Debian 14 changes its own too often
+    for `make qemu-cpr`: the tests can do without."""
     found = subprocess.run(["scripts/qemu-cpr", "path", release], cwd=ROOT, capture_output=True, text=True, check=False)
     if path := found.stdout.strip():
         return path
-    missing = "no QEMU that has cpr-save here; build it with: make qemu-cpr"
-    if os.environ.get("CPR_TEST_REQUIRE_QEMUS"):
+    missing = f"no QEMU that has cpr-save here; build it with: scripts/qemu-cpr build {release}"
+    if os.environ.get("CPR_TEST_REQUIRE_QEMUS") and release != "14":
         pytest.fail(missing)
     pytest.skip(missing)
 
