@@ -176,10 +176,14 @@ def test_a_disk_on_the_network_that_grew(lab: Lab) -> None:
 
 
 def test_a_tpm_that_is_gone(each_lab: Lab, tmp_path: Path) -> None:
+    tpm_is_gone(each_lab, tmp_path, "tpm-tis,tpmdev=tpm0")
+
+
+def tpm_is_gone(each_lab: Lab, tmp_path: Path, device: str) -> None:
     """Its state travels in QEMU's file; the swtpm behind the VM ends with QEMU's connection, and is another at the load."""
     socket, state = each_lab.root / "tpm", each_lab.root / "tpm-state"
     state.mkdir()
-    tpm = f"-chardev socket,id=tpm,path={socket} -tpmdev emulator,id=tpm0,chardev=tpm -device tpm-tis,tpmdev=tpm0"
+    tpm = f"-chardev socket,id=tpm,path={socket} -tpmdev emulator,id=tpm0,chardev=tpm -device {device}"
     qemu, changed = changing(tmp_path, f'{each_lab.qemu} "$@" {tpm}', f'{each_lab.qemu} "$@"')
 
     def emulator() -> subprocess.Popen[bytes]:

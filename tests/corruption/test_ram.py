@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cpr_agent.core.model import Located, MemoryIdentity, Survives
 from cpr_agent.memory.witness import PAGE, new_witness, take_witness
@@ -94,14 +95,19 @@ def test_one_page_in_a_hundred_under_a_sampled_witness(kept: Guest) -> None:
 def test_sampling_notices_as_often_as_its_formula_says(kept: Guest, pages: int) -> None:
     """Measured with so few pages that it misses some; four standard deviations are what chance may add."""
     fraction, seeds = 0.01, 1000
-    located = Located(
-        identity=MemoryIdentity(kind="file", size_bytes=SIZE, offset_bytes=0, survives=Survives.QEMU_RESTART),
-        node=str(kept.ram),
+    file = kept.ram.stat()
+    identity = MemoryIdentity(
+        kind="file",
+        size_bytes=SIZE,
+        offset_bytes=0,
+        survives=Survives.QEMU_RESTART,
+        st_dev=file.st_dev,
+        inode=file.st_ino,
     )
+    located = Located(identity=identity, node=str(kept.ram))
     noticed = 0
     for seed in range(seeds):
-        like = new_witness("sampled")
-        like = type(like)(kind="sampled", seed=seed, pages=pages)
+        like = replace(new_witness("sampled"), seed=seed, pages=pages)
         before = take_witness([located], like)
         hit = random.Random(-1 - seed).sample(range(SIZE // PAGE), int(SIZE // PAGE * fraction))
         damage(kept.ram, hit)
