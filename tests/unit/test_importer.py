@@ -141,6 +141,7 @@ def test_several_backends_and_what_is_in_them_are_left_out() -> None:
         ("type=bridge,id=net0,br=br0", "type=tap,id=net0,ifname=web1-0,script=no,downscript=no"),
         ('{"type":"stream","id":"net0","addr":{"type":"unix","path":"/run/libvirt/qemu/passt/1"}}', "user,id=net0"),
         ("socket,id=net0,fd=3", "user,id=net0"),
+        ("passt,id=net0,mac=02:00:00:00:00:01", "user,id=net0,mac=02:00:00:00:00:01"),
     ],
 )
 def test_a_descriptor_of_a_tap_becomes_its_name(netdev: str, now: str) -> None:
@@ -230,6 +231,12 @@ def test_a_client_stays_a_client_and_is_told_who_must_listen(users: tuple[str, .
     found = imported(*chardev, *users)
     assert read(found).vm.arguments == (*chardev, *users)
     assert re.match(f"look: QEMU is the client at /run/companions/web1.sock: .*{who} must listen", why(found, "-chardev"))
+
+
+@pytest.mark.parametrize("users", [VIRTIOFS, SWITCH])
+def test_what_can_not_be_saved_is_told(users: tuple[str, ...]) -> None:
+    found = imported("-chardev", "socket,id=c0,path=/run/companions/web1.sock", *users)
+    assert why(found, users[0]).startswith("look: a guest with it can't be saved")
 
 
 def test_a_server_for_a_companion_waits_for_it() -> None:

@@ -52,6 +52,7 @@ _SOUND = ("alsa", "coreaudio", "dsound", "jack", "oss", "pa", "pipewire", "sdl",
 
 _IN_PLACE = ("/dev/dax", "/dev/shm/")  # noqa: S108 - where RAM is that the agent can leave in place
 _UNIT = "vm.user and the VM's unit say that"
+_UNSAVED = "a guest with it can't be saved: its backend has the guest's RAM mapped"
 _ONE_ACCEL = "-accel says that, and QEMU takes one of the two alone"
 
 
@@ -281,6 +282,8 @@ class _Draft:
             return self._left_out(option, "its memory would not outlive QEMU")
         if writes_ram(option.value.keys):
             return self._left_out(option, WRITES_RAM)
+        if option.value.first("driver").startswith("vhost-user-"):
+            self.note("look", option, _UNSAVED)
         bus = option.value.keys.get("bus", "")
         if self._without_config and bus and not {bus, bus.rpartition(".")[0]} & self._buses:
             self.note("look", option, f"its bus {bus} was made by the file that was left out (-readconfig)")
@@ -306,6 +309,8 @@ class _Draft:
         return (option.name, option.text)
 
     def _network(self, option: Option) -> tuple[str, ...]:
+        if option.value.first("type") == "vhost-user":
+            self.note("look", option, _UNSAVED)
         changed, why = at_home(option.value, self._interface())
         if changed is not None:
             return self._changed(option, changed, why)

@@ -53,10 +53,10 @@ def at_home(value: Value, interface: str) -> tuple[str | None, str]:
         name = value.keys.get("ifname") or interface
         why = f"{NO_PROGRAMS}, and its script is one: have the tap interface {name} at boot, in its bridge"
         return str(_tap(value, name)), why
-    if by_descriptor or (kind in ("stream", "dgram", "socket", "passt") and DIES.search(str(value))):
+    if kind == "passt" or by_descriptor or (kind in ("stream", "dgram", "socket") and DIES.search(str(value))):
         kept = [f"{key}={value.keys[key]}" for key in ("id", "model", "mac", "macaddr") if key in value.keys]
-        why = "what it was connected to dies with who has started that QEMU: the guest is behind QEMU's own NAT now"
-        return ",".join(["user", *kept]), why
+        why = NO_PROGRAMS if kind == "passt" else "what it was connected to dies with who has started that QEMU"
+        return ",".join(["user", *kept]), f"{why}: the guest is behind QEMU's own NAT now"
     if kind == "user" and not {"smb", "guestfwd"}.isdisjoint(value.keys):
         return None, f"{NO_PROGRAMS}: smb= and the commands of guestfwd= do not work"
     return None, ""
