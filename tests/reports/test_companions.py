@@ -65,10 +65,19 @@ def goes_on_in_turn(guest: Guest) -> None:
 
 
 @contextlib.contextmanager
-def swtpm(lab: Lab, *more: str) -> Iterator[subprocess.Popen[bytes]]:
-    state, path = lab.root / "tpm-state", lab.root / "tpm.sock"
-    state.mkdir(exist_ok=True)
-    words = ("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={path}", *more)
+def swtpm(lab: Lab, *more: str, state: str = "tpm-state") -> Iterator[subprocess.Popen[bytes]]:
+    path = lab.root / "tpm.sock"
+    (lab.root / state).mkdir(exist_ok=True)
+    words = (
+        "swtpm",
+        "socket",
+        "--tpm2",
+        "--tpmstate",
+        f"dir={lab.root / state}",
+        "--ctrl",
+        f"type=unixio,path={path}",
+        *more,
+    )
     with companion(path, *words) as process:
         yield process
 
@@ -134,6 +143,20 @@ def test_a_load_waits_for_a_tpm_that_is_started_again(each_lab: Lab) -> None:
             guest.load()
             guest.assert_unbroken()
         assert len(pids) >= 3
+
+
+def test_the_state_of_a_tpm_is_the_guest_s_and_not_that_of_its_directory(each_lab: Lab) -> None:
+    """An swtpm that had another TPM gets this one's from the load."""
+    with swtpm(each_lab) as first:
+        guest = with_tpm(each_lab)
+        guest.save()
+        guest.call("Stop", "s", "hard")
+        first.wait(PATIENCE_S)
+    with swtpm(each_lab, state="other"):
+        guest.load()
+        guest.assert_unbroken()
+    mine, other = (each_lab.root / name / "tpm2-00.permall" for name in ("tpm-state", "other"))
+    assert other.read_bytes() == mine.read_bytes()
 
 
 def test_a_load_without_its_tpm_says_what_to_start_and_can_be_repeated(each_lab: Lab) -> None:

@@ -146,13 +146,17 @@ def test_a_stop_ends_with_its_guest_also_where_qemu_stays(each_lab: Lab, how: tu
     assert guest.state == "stopped"
 
 
-def test_one_that_hangs(each_lab: Lab) -> None:
-    guest = each_lab.running()
+@pytest.mark.parametrize("named", [("web1",), ()])
+def test_one_that_hangs(each_lab: Lab, named: tuple[str, ...]) -> None:
+    """Nor does it keep the check of all from telling of another."""
+    guest, other = each_lab.running(), each_lab.running("web2")
     os.kill(guest.pid, signal.SIGSTOP)
     try:
-        checked = until_answered(each_lab, "check", "web1")
+        checked = until_answered(each_lab, "check", *named)
         assert checked.returncode == 4, checked
         assert "does not answer" in checked.stdout
+        assert named or "web2 info: the witness of its RAM" in checked.stdout, checked
+        other.assert_unbroken()
     finally:
         os.kill(guest.pid, signal.SIGCONT)
     until(lambda: guest.state == "running", "it answers again")
