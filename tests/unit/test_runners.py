@@ -86,6 +86,23 @@ def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path, monk
     asyncio.run(story())
 
 
+def test_the_signal_that_has_ended_a_unit_is_told_but_for_a_kill(tmp_path: Path) -> None:
+    class Ended(SlowSystemd):
+        def main_signal(self, name: str) -> int:
+            return 31 if name == "cpr-vm@web1.service" else 0
+
+    async def story() -> None:
+        ended = Ended()
+        place = UnitPlace("web1", "web1", files(tmp_path), ended)  # type: ignore[arg-type]  # as much of it as is used
+        assert await place.ended_by(0.0) == 31
+        ended.processes.append(process())
+        assert await place.ended_by(0.0) == 0
+        await place.kill()
+        assert await place.ended_by(0.0) == 0
+
+    asyncio.run(story())
+
+
 def test_a_process_whose_start_is_cancelled_leaves_no_zombie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = tmp_path / "launcher"
     launcher.write_text("import signal\nsignal.pause()\n")

@@ -30,6 +30,7 @@ _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
 _LOGIN = (b"org.freedesktop.login1", b"/org/freedesktop/login1", b"org.freedesktop.login1.Manager")
 _SHUTDOWNS = ("kexec.target", "reboot.target", "poweroff.target", "halt.target", "soft-reboot.target")
+_BY_SIGNAL = (os.CLD_KILLED, os.CLD_DUMPED)
 RUNTIME_UNITS = Path("/run/systemd/system")
 DEFAULT_USER = "cpr-vm"
 
@@ -97,11 +98,14 @@ class Systemd:
         return int(self._property(_unit_path(name), "Service", "MainPID", "u"))
 
     def main_signal(self, name: str) -> int:
-        """The signal that has ended its main process, 0 if none has (waitid(2), CLD_KILLED and CLD_DUMPED)."""
+        """The signal that has ended its main process, 0 if none has, or there is no such unit (waitid(2), CLD_KILLED and
+        CLD_DUMPED)."""
         path = _unit_path(name)
-        if int(self._property(path, "Service", "ExecMainCode", "i")) not in (os.CLD_KILLED, os.CLD_DUMPED):
+        try:
+            how = int(self._property(path, "Service", "ExecMainCode", "i"))
+            return int(self._property(path, "Service", "ExecMainStatus", "i")) if how in _BY_SIGNAL else 0
+        except DBusBaseError:
             return 0
-        return int(self._property(path, "Service", "ExecMainStatus", "i"))
 
     def job_of(self, name: str) -> bytes | None:
         """The job that starts this unit (``kexec.target`` has one before a kexec only)."""
