@@ -177,7 +177,7 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	find $(DESTDIR)/usr/lib/cpr-agent -name __pycache__ -prune -exec rm -r {} +
 	install -D packaging/bin/cprctl $(DESTDIR)/usr/bin/cprctl
 	install -D packaging/bin/cpr-agentd $(DESTDIR)/usr/sbin/cpr-agentd
-	install units/save-before-kexec units/gate units/before-removal $(DESTDIR)/usr/libexec/cpr-agent/
+	install units/save-before-kexec units/gate units/before-removal units/set-up-vm units/keep-users $(DESTDIR)/usr/libexec/cpr-agent/
 	install -D -m 644 packaging/completions/cprctl.bash $(DESTDIR)/usr/share/bash-completion/completions/cprctl
 	install -D -m 644 packaging/completions/_cprctl -t $(DESTDIR)/usr/share/zsh/vendor-completions
 	install -D -m 644 packaging/completions/cprctl.fish -t $(DESTDIR)/usr/share/fish/vendor_completions.d
@@ -187,11 +187,11 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 units/cpr-agent.catalog -t $(DESTDIR)/usr/lib/systemd/catalog
 	install -D -m 644 units/cpr-agent.sysusers $(DESTDIR)/usr/lib/sysusers.d/cpr-agent.conf
 	install -D -m 644 units/cpr-agent.tmpfiles $(DESTDIR)/usr/lib/tmpfiles.d/cpr-agent.conf
-	install -D -m 644 units/60-cpr-agent.rules -t $(DESTDIR)/usr/lib/udev/rules.d
 	install -D -m 644 policies/org.cpragent1.conf -t $(DESTDIR)/usr/share/dbus-1/system.d
 	install -D -m 644 policies/org.cpragent1.policy -t $(DESTDIR)/usr/share/polkit-1/actions
 	install -D -m 644 policies/50-cpr-operators.rules -t $(DESTDIR)/usr/share/doc/cpr-agent/examples
-	install -D -m 644 policies/apparmor/* -t $(DESTDIR)/etc/apparmor.d
+	install -D -m 644 policies/apparmor/cpr-* -t $(DESTDIR)/etc/apparmor.d
+	install -D -m 644 policies/apparmor/abstractions/cpr-vm -t $(DESTDIR)/etc/apparmor.d/abstractions
 	install -D -m 644 agent/cpr_agent/bus/org.cpragent1.xml -t $(DESTDIR)/usr/share/dbus-1/interfaces
 	install -d $(DESTDIR)/usr/share/cpr-agent/ansible
 	cp -r $(addprefix packaging/ansible/,inventory.example roles upgrade-hosts.yml) $(DESTDIR)/usr/share/cpr-agent/ansible/

@@ -571,6 +571,7 @@ class FakeRunner:
 
     def __init__(self) -> None:
         self.qemus: dict[str, FakeQemu] = {}
+        self.users: dict[str, str] = {}
         self.beside: dict[str, FakeQemu] = {}
         self.faults: dict[tuple[str, str], Exception] = {}
         self.parts: dict[str, list[Part]] = {}
@@ -649,6 +650,12 @@ class FakeRunner:
     def record_inventory(self, name: str, inventory: Inventory) -> None:
         self.point()
         self.inventories[name] = inventory
+
+    def user(self, name: str) -> str:
+        return self.users.get(name, "")
+
+    async def assign_user(self, name: str) -> str:
+        return self.users.setdefault(name, "nobody")
 
     def unit(self, name: str) -> str:  # noqa: ARG002
         return ""

@@ -32,6 +32,7 @@ from cpr_agent.host.programs import KeptPrograms
 from cpr_agent.host.runner import Programs, RunFiles
 from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watchdog_interval_s
 from cpr_agent.host.this_host import ThisHost
+from cpr_agent.host.users import Users
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
 from cpr_agent.memory.opening import open_memory
@@ -110,7 +111,8 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
     """The agent without its bus."""
     host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
     files = RunFiles(paths.run, paths.logs, PROGRAMS)
-    runner: Runner = SystemdRunner(files, systemd) if systemd else ProcessRunner(files)
+    users = Users(paths.state / "users")
+    runner: Runner = SystemdRunner(files, systemd, users) if systemd else ProcessRunner(files)
     ports = Ports(
         definitions=DefinitionDirectory(paths.definitions, paths.run, paths.logs),
         runner=runner,

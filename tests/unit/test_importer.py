@@ -409,8 +409,8 @@ def test_what_is_no_relative_path_stays(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("prefix", "user", "said"),
     [
-        ("", "", "look: QEMU will run as cpr-vm"),
-        ("sudo ", "", "changed: that QEMU ran as root, and here it runs as cpr-vm"),
+        ("", "", "look: QEMU will run as a user of its own"),
+        ("sudo ", "", "changed: that QEMU ran as root, and here it runs as a user of its own"),
         ("A=b exec sudo -E -n ", "", "changed: that QEMU ran as root"),
         ("sudo -u libvirt-qemu ", "libvirt-qemu", ""),
         ("cd /srv && sudo --user libvirt-qemu ", "libvirt-qemu", ""),
@@ -418,7 +418,7 @@ def test_what_is_no_relative_path_stays(arguments: tuple[str, ...]) -> None:
 )
 def test_who_it_ran_as_is_taken_or_said(prefix: str, user: str, said: str) -> None:
     found = import_command_line(f"{prefix}{QEMU} -usb")
-    assert read(found).vm.user == (user or "cpr-vm")
+    assert read(found).vm.user == user
     assert why(found, "vm.user").startswith(said) if said else "vm.user" not in {note.argument for note in found.notes}
     assert read(import_command_line(f"{prefix}{QEMU} -usb", Wanted(user="me"))).vm.user == "me"
 

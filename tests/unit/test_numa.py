@@ -495,7 +495,7 @@ def test_a_check_says_of_each_range_what_it_survives_and_why(tmp_path: Path) -> 
 
     async def found(manager: Manager) -> Sequence[tuple[str, str, str]]:
         vm = manager.vm("web1")
-        return [(one.severity, one.what, one.why) for one in await check_vm(vm, manager.ports, [])]
+        return [(one.severity, one.what, one.why) for one in await check_vm(vm, manager.ports, [], {})]
 
     first, second, third, *_ = bench.run(found)
     assert first == (

@@ -7,13 +7,13 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from cpr_agent.core.model import MemoryIdentity
+from cpr_agent.core.model import Launch, MemoryIdentity
 from cpr_agent.daemon import PROGRAMS
-from cpr_agent.host import systemd
 from cpr_agent.host.processes import ProcessPlace
 from cpr_agent.host.runner import Programs, RunFiles
 from cpr_agent.host.systemd import UnitPlace
@@ -59,19 +59,25 @@ def process() -> subprocess.Popen[bytes]:
 
 
 def open_memory(node: str, wanted: MemoryIdentity) -> int:  # noqa: ARG001
-    return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def files(tmp_path: Path, programs: Programs = PROGRAMS) -> RunFiles:
     return RunFiles(tmp_path / "run", tmp_path / "log", programs._replace(open_memory=open_memory))
 
 
-def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(systemd, "RUNTIME_UNITS", tmp_path / "units")
+class Installed:
+    """Stands for host.systemd.Setup, which has nothing to install."""
 
+    async def vm(self, launch: Launch, run_dir: Path, places: tuple[str, str]) -> None:
+        pass
+
+
+def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path) -> None:
     async def story() -> None:
         slow = SlowSystemd()
-        place = UnitPlace("web1", "web1", files(tmp_path), slow)  # type: ignore[arg-type]  # as much of it as is used
+        place = UnitPlace("web1", "web1", files(tmp_path), slow, Installed())  # type: ignore[arg-type]  # all that is used
         start = asyncio.ensure_future(place.start(launch(user="root", log=str(tmp_path / "web1.log"))))
         await slow.asked.wait()
         start.cancel()

@@ -98,11 +98,11 @@ def test_another_user_gets_none_and_the_vm_s_own_still_does(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
-def test_what_a_vm_s_user_owns_is_the_directory_of_its_sockets_alone(tmp_path: Path) -> None:
+def test_what_a_vm_s_user_owns_is_the_directories_of_its_sockets_alone(tmp_path: Path) -> None:
     """By enumeration, so that a file that is added counts."""
 
     def open_memory(node: str, wanted: MemoryIdentity) -> int:  # noqa: ARG001
-        return os.open("/dev/null", os.O_RDWR)
+        return os.open(tmp_path / "ram", os.O_RDWR | os.O_CREAT, 0o600)
 
     async def story() -> list[Path]:
         files = RunFiles(tmp_path / "run", tmp_path / "log", PROGRAMS._replace(open_memory=open_memory))
@@ -114,4 +114,4 @@ def test_what_a_vm_s_user_owns_is_the_directory_of_its_sockets_alone(tmp_path: P
             assert stat.S_IMODE((directory / TICKET).stat().st_mode) == 0o600
         return [path for path in tmp_path.rglob("*") if path.stat().st_uid == NOBODY or path.stat().st_mode & 0o002]
 
-    assert asyncio.run(story()) == [tmp_path / "run/vm/web1"]
+    assert sorted(asyncio.run(story())) == [tmp_path / "run/vm/web1", tmp_path / "run/vm/web1:b"]

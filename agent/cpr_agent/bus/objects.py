@@ -259,6 +259,9 @@ class VmObject(BusObject):
     def get_Unit(self) -> str:
         return self._vm.unit
 
+    def get_User(self) -> str:
+        return self._vm.user
+
     def get_Qemu(self) -> str:
         launch = self._vm.launched()
         return launch.argv[0] if launch else self._vm.definition.vm.qemu if self._vm.definition else ""

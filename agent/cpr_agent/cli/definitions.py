@@ -144,7 +144,7 @@ async def _definition_path(client: Client, vm: str) -> Path:
 @click.option("--name", default="", help="The VM's name (default: from -name).")
 @click.option("--device", default="", help="Where its RAM shall be: uuid:…, or a file (default: to be filled in).")
 @click.option("--offset", default="", help="Where in the device (default: 0).")
-@click.option("--user", default="", help="The user of QEMU (default: the process's, but for root; else cpr-vm).")
+@click.option("--user", default="", help="The user of QEMU (default: the process's, but for root; else one of its own).")
 @click.option("--output", "file", type=click.Path(dir_okay=False), help="Write it to this file, which must not exist.")
 @click.option("--install", is_flag=True, help="Write it to the agent's definitions, where it must not exist, and reload.")
 def import_(*, pid: int | None, cmdline: TextIO | None, file: str | None, install: bool, **wanted: str) -> Work:

@@ -112,6 +112,7 @@ def vm(data: dict[str, Any]) -> None:
         + (f", survives a {memory['survives']}" if "survives" in memory else ""),
         "QEMU": data["Qemu"] + (f", PID {data['MainPID']}" if data["MainPID"] else ""),
         "Unit": data["Unit"],
+        "User": data.get("User", ""),  # an earlier agent has none
         "Admin's QMP": data["AdminSocket"],
         "Blocked by": "; ".join(data["BlockedReasons"]),
         "Problem": data["Problem"],

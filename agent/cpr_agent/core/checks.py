@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.inventory import carried_now, lost, recorded_of, unnamed_devices
@@ -12,19 +13,27 @@ from cpr_agent.core.ports import Ports
 from cpr_agent.core.proof import DRAM_PROVIDER
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.saveable import obstacle
+from cpr_agent.core.separation import image_findings, sharing_findings
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
 
 MEMORY_SURVIVES = "memory-survives"
 
 
-async def check_vm(vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]]) -> list[Finding]:
-    """Each finding says what is so, why it matters and how to mend it. ``claims``: the memory of the other VMs."""
+async def check_vm(
+    vm: Vm, ports: Ports, claims: list[tuple[str, MemoryIdentity]], users: Mapping[str, str]
+) -> list[Finding]:
+    """Each finding says what is so, why it matters and how to mend it. ``claims`` and ``users`` are the memory and the
+    users of the other VMs."""
     found = _definition_findings(vm)
     launch, manifest = vm.launched(), _live_checkpoint(vm, found)
     memory = launch.memory if launch else manifest.memory if manifest else await _defined_memory(vm, ports, found)
     if memory:
         found += _memory_findings(vm, memory, claims)
+    found += sharing_findings(vm.name, vm.user, users, memory, claims)
+    plan = launch or (manifest.launch if manifest else None)
+    if arguments := plan.argv if plan else vm.definition.vm.arguments if vm.definition else ():
+        found += await asyncio.to_thread(image_findings, ports, vm.name, vm.user, arguments)
     if launch and vm.definition and launch.definition_digest != vm.definition.digest:
         what, why = "its definition changed since it was started", "a load uses what it was started with"
         found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))

@@ -44,7 +44,7 @@ async def take_brief(ports: Ports, qemu: Qemu, launch: Launch) -> Inventory:
 async def _with_files(ports: Ports, qemu: Qemu, launch: Launch, asked: Awaitable[Inventory]) -> Inventory:
     """The kernel is asked while QEMU answers."""
     said, opened = await asyncio.gather(asked, ports.threads.run(launch.vm, partial(ports.files.open_files, qemu.pid)))
-    images = ports.definitions.images(launch)
+    images = ports.definitions.images(launch.argv)
     if said.nodes or images:
         said = await ports.threads.run(launch.vm, partial(match, ports.files, qemu.pid, said, opened, images))
     return replace(said, started_at=launch.created_at)
@@ -258,7 +258,7 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     kept = await asyncio.to_thread(kept_paths, ports, launch.vm)
     live = await take(ports, qemu, launch)
     recorded = await asyncio.to_thread(recorded_of, ports, launch)
-    images = [path for path in ports.definitions.images(launch) if path not in kept]
+    images = [path for path in ports.definitions.images(launch.argv) if path not in kept]
     wanted = {*(file.path for file in (recorded or live).named), *images}
     looked = await ports.threads.run(launch.vm, lambda: {path: ports.files.look_at(path) for path in wanted})
     disks = without(live, kept)

@@ -253,7 +253,17 @@ class Machine:
             if directory
             else definitions.plan_load(manifest, located)
         )
+        plan = replace(plan, opened=await asyncio.to_thread(self._devices_below, manifest))
         return definitions.with_firmware(plan, changed)
+
+    def _devices_below(self, manifest: Manifest) -> tuple[str, ...]:
+        """Block devices that its QEMU had open, by QEMU's names where these still lead there. Blocking."""
+        nodes = manifest.inventory.nodes if manifest.inventory else ()
+        opened = {node.filename: node.file for node in nodes if node.file and node.file.kind == "device"}
+        look = self.ports.files.look_at
+        return tuple(
+            sorted(path for path, was in opened.items() if (now := look(path)) and was.same_as(now, rebooted=True))
+        )
 
     # -- its state ----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from cpr_agent.core.listener import Listener, Listeners
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives, VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.saveable import waits_when_blocked
+from cpr_agent.core.separation import NOT_OF_AN_UPGRADE
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.turns import Places
 from cpr_agent.core.upgrade.ledger import Ledger, Phase
@@ -61,6 +62,7 @@ class Manager:
     async def reload(self) -> None:
         """Read the definitions again, and look at each VM."""
         await self.read_definitions()
+        await self._on_each(self._assign_user, "it has no user of its own")
         await self._on_each(Vm.refresh, "its state could not be derived")
 
     async def read_definitions(self) -> None:
@@ -85,6 +87,11 @@ class Manager:
             self.vms[name] = vm
             if not known:
                 self.listeners.vm_added(vm)
+
+    async def _assign_user(self, vm: Vm) -> None:
+        """Now, so that an admin can give it its disks before its first start."""
+        if vm.definition and not vm.user:
+            await self.ports.runner.assign_user(vm.name)
 
     def validate(self, name: str, text: str) -> None:
         """Whether ``text`` could be the definition of a VM ``name``. Raises InvalidDefinition."""
@@ -182,7 +189,8 @@ class Manager:
         checked all the same."""
         try:
             async with asyncio.timeout(CHECK_S):
-                return await check_vm(vm, self.ports, await self.claimed(vm.name))
+                users = {other.name: other.user for other in self._others(vm.name)}
+                return await check_vm(vm, self.ports, await self.claimed(vm.name), users)
         except TimeoutError:
             what = f"its QEMU does not answer: the check took more than {CHECK_S:g} s"
             return [_not_known(vm, QemuFailed(what, remedy=f"see its log; `cprctl stop {vm.name} --hard` ends it"))]
@@ -220,7 +228,7 @@ class Manager:
         for finding in await self.own_findings_of_all():
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
-            elif finding.code != MEMORY_SURVIVES and (
+            elif finding.code not in (MEMORY_SURVIVES, *NOT_OF_AN_UPGRADE) and (
                 finding.code not in ("volatile-memory", "unnamed-disk") or finding.vm not in decided
             ):
                 out.append(finding)

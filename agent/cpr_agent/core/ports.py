@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -194,6 +194,12 @@ class Runner(Protocol):
     def record_inventory(self, name: str, inventory: Inventory) -> None:
         """Until the host starts anew. Blocking. Raises OSError."""
 
+    def user(self, name: str) -> str:
+        """The user of a VM whose definition names none; "" if it has none yet."""
+
+    async def assign_user(self, name: str) -> str:
+        """Likewise; it has one from now on, which is a user of the host. Raises QemuFailed, OSError."""
+
     def unit(self, name: str) -> str:
         """The systemd unit, or "" where systemd does not run it."""
 
@@ -228,8 +234,8 @@ class Definitions(Protocol):
     def passwords(self, launch: Launch) -> list[str]:
         """Displays whose password somebody sets on the monitor."""
 
-    def images(self, launch: Launch) -> list[str]:
-        """The paths by which its command line names disks and firmware of the host."""
+    def images(self, arguments: Sequence[str]) -> list[str]:
+        """The paths by which a command line names disks and firmware of the host."""
 
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
 
@@ -391,6 +397,15 @@ class Boot(Protocol):
         """When an earlier boot's userspace ended (epoch s); 0 if that is unknown. Blocking."""
 
 
+class Access(NamedTuple):
+    """``closed`` is the file, or the directory ``on_the_way`` to it, that a user can't open; "" if that can't be told. A
+    file of that user's is ``loose`` if everybody can read it."""
+
+    closed: str = ""
+    on_the_way: bool = False
+    loose: bool = False
+
+
 class Files(Protocol):
     """Programs, firmware and disks of the host, told from others."""
 
@@ -411,6 +426,9 @@ class Files(Protocol):
 
     def working_directory(self, pid: int) -> str:
         """Of the process; "" if it has ended."""
+
+    def access(self, path: str, user: str) -> Access:
+        """Whom owner and mode let in. Blocking."""
 
     def look_at(self, path: str) -> OpenFile | None:
         """What would be opened by ``path``, which must not be QEMU's word; None if nothing would. Blocking."""

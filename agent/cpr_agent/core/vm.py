@@ -21,7 +21,16 @@ from cpr_agent.core.model import Definition, Held, Launch, Manifest, Ram, RunSta
 from cpr_agent.core.ports import Ports, Qemu
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.undo import uninterrupted
-from cpr_agent.errors import Blocked, Busy, CprError, InvalidArgument, QemuFailed, SaveFailed, WrongState
+from cpr_agent.errors import (
+    Blocked,
+    Busy,
+    CheckpointUnreadable,
+    CprError,
+    InvalidArgument,
+    QemuFailed,
+    SaveFailed,
+    WrongState,
+)
 
 _STATE_EVENTS = ("GONE", "STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION")
 """QMP events after which the state is derived anew."""
@@ -96,6 +105,17 @@ class Vm:
     @property
     def unit(self) -> str:
         return self.machine.ports.runner.unit(self.name)
+
+    @property
+    def user(self) -> str:
+        """The one that its QEMU runs as, or will at the next start or load; "" if it has none yet."""
+        launch, manifest = self.launched(), None
+        with contextlib.suppress(CheckpointUnreadable):
+            manifest = self.live_checkpoint()
+        if plan := launch or (manifest.launch if manifest else None):
+            return plan.user
+        named = self.definition.vm.user if self.definition else ""
+        return named or self.machine.ports.runner.user(self.name)
 
     @property
     def busy(self) -> bool:

@@ -78,6 +78,7 @@ class ProcessPlace(QemuPlace):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             await self.wait_exit(EXIT_TIMEOUT_S)
+        self._files.grants.take_back(self._place)
         self._files.point_admin(self._vm)
 
 

@@ -21,7 +21,9 @@ from cpr_agent.core.model import Inventory, Launch, MemoryIdentity
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import QemuFailed
 from cpr_agent.files import make_private_directory, write_atomically
+from cpr_agent.host.grants import DeviceGrants
 from cpr_agent.host.tickets import Offer, offered
+from cpr_agent.host.users import SHARED_USER
 from cpr_agent.host.waiting import readable
 from cpr_agent.text import printable
 
@@ -83,7 +85,10 @@ class QemuPlace(ABC):
         files, place = self._files, self._place
         pid = files.pids.get(place) or await self.pid()
         path = files.directory(place) / "agent.sock"
-        return await files.programs.connect(self._vm, path, timeout_s, files.launch(place), pid)
+        try:
+            return await files.programs.connect(self._vm, path, timeout_s, files.launch(place), pid)
+        finally:
+            files.grants.take_back(place)  # a QEMU that answers has its RAM open
 
     async def wait_exit(self, timeout_s: float) -> bool:
         """By pidfd, which works for processes that are not our children, and leaves no room for PID reuse."""
@@ -132,6 +137,7 @@ class RunFiles:
         """Places whose last QEMU was ended by ``kill``."""
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         """By place: QEMUs that this agent has started itself."""
+        self.grants = DeviceGrants()
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._in_second = {path.name for path in (run_dir / "second").glob("*")}
@@ -181,6 +187,10 @@ class RunFiles:
     def launched_all(self) -> list[str]:
         return sorted({path.stem.removesuffix(SECOND) for path in self._launched.glob("*.json")})
 
+    @property
+    def run_dir(self) -> Path:
+        return self._run_dir
+
     def directory(self, place: str) -> Path:
         return self._run_dir / "vm" / place
 
@@ -215,7 +225,8 @@ class RunFiles:
         directory = self.directory(place)
         launch = replace(launch, sockets={str(directory / Path(path).name): fd for path, fd in launch.sockets.items()})
         owner = _account(launch) if os.geteuid() == 0 else None
-        _make_owned(directory, owner)
+        for each in places_of(launch.vm):  # a QEMU that hands its guest over connects to the other place
+            _make_owned(self.directory(each), owner)
         _make_directory(self.ticket_directory(place), 0o711)
         ticket = marshal.dumps({"argv": launch.argv, "sockets": launch.sockets, "memory_fds": launch.memory_fds})
         with contextlib.ExitStack() as opened:
@@ -226,6 +237,8 @@ class RunFiles:
 
             ram = zip(launch.nodes, launch.memory, strict=True)
             descriptors = [keep(_open_log(Path(launch.log))), *(keep(self.programs.open_memory(*one)) for one in ram)]
+            devices = [fd for fd, one in zip(descriptors[1:], launch.memory, strict=True) if one.kind == "devdax"]
+            self.grants.give(place, devices, owner[0] if owner else os.geteuid())
             make_private_directory(self._launched)
             write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
             offer = Offer(ticket, descriptors, {os.geteuid(), *(owner or ())[:1]})
@@ -241,6 +254,10 @@ class RunFiles:
 
     def _record(self, place: str) -> Path:
         return self._launched / f"{place}.json"
+
+
+def places_of(vm: str) -> tuple[str, str]:
+    return vm, vm + SECOND
 
 
 def _account(launch: Launch) -> tuple[int, int]:
@@ -296,6 +313,12 @@ class BaseRunner(ABC):
 
     def adopt(self, name: str) -> None:
         self._files.adopt(name)
+
+    def user(self, name: str) -> str:  # noqa: ARG002 - units have more
+        return SHARED_USER
+
+    async def assign_user(self, name: str) -> str:
+        return self.user(name)
 
     def launched(self, name: str) -> Launch | None:
         return self._files.launch(self._files.own(name))

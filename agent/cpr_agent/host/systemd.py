@@ -22,7 +22,9 @@ from pystemd.dbuslib import DBus, apply_signature, path_encode
 from cpr_agent.core.model import Launch
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, RunFiles
+from cpr_agent.host.isolation import Installer
+from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, RunFiles, places_of
+from cpr_agent.host.users import Users
 
 JOB_TIMEOUT_S = 300.0
 _NAME = b"org.freedesktop.systemd1"
@@ -31,8 +33,6 @@ _MANAGER = b"org.freedesktop.systemd1.Manager"
 _LOGIN = (b"org.freedesktop.login1", b"/org/freedesktop/login1", b"org.freedesktop.login1.Manager")
 _SHUTDOWNS = ("kexec.target", "reboot.target", "poweroff.target", "halt.target", "soft-reboot.target")
 _BY_SIGNAL = (os.CLD_KILLED, os.CLD_DUMPED)
-RUNTIME_UNITS = Path("/run/systemd/system")
-DEFAULT_USER = "cpr-vm"
 
 
 def booted() -> bool:
@@ -171,32 +171,78 @@ class Systemd:
             empty = empty + 1 if self._signals.process().is_empty() else 0
 
 
+class Setup:
+    """What cpr-vm-setup@NAME.service installs for a VM: one at a time, and only what is not there."""
+
+    def __init__(self, systemd: Systemd, installer: Installer) -> None:
+        self._systemd = systemd
+        self._installer = installer
+        self._turn = asyncio.Lock()
+
+    async def user(self, vm: str, user: str) -> None:
+        """Raises QemuFailed, OSError."""
+        async with self._turn:
+            if await asyncio.to_thread(self._installer.stage_user, vm, user):
+                await self._install(vm)
+
+    async def vm(self, launch: Launch, run_dir: Path, places: tuple[str, str]) -> None:
+        """Its user, and what of the host its units may see and open. Raises QemuFailed, OSError."""
+        async with self._turn:
+            if await asyncio.to_thread(self._installer.stage, launch, run_dir, places):
+                await self._install(launch.vm)
+
+    async def _install(self, vm: str) -> None:
+        unit = f"cpr-vm-setup@{vm}.service"
+        try:
+            result = await uninterrupted(self._systemd.start_unit(unit))
+        except DBusBaseError as error:
+            result = str(error)
+        if result != "done":
+            raise QemuFailed(
+                f"its user, drop-in and AppArmor profile could not be installed ({result})",
+                vm=vm,
+                left="nothing was started",
+                remedy=f"see: journalctl -u {unit}",
+            )
+
+
 class SystemdRunner(BaseRunner):
     """Each VM is ``cpr-vm@NAME.service``; what the unit does is in units/cpr-vm@.service."""
 
-    def __init__(self, files: RunFiles, systemd: Systemd) -> None:
+    def __init__(self, files: RunFiles, systemd: Systemd, users: Users) -> None:
         super().__init__(files)
         self._systemd = systemd
+        self._users = users
+        self._setup = Setup(systemd, Installer(files.run_dir / "setup"))
+
+    def user(self, name: str) -> str:
+        return self._users.recorded(name)
+
+    async def assign_user(self, name: str) -> str:
+        user = await asyncio.to_thread(self._users.assign, name)
+        await self._setup.user(name, user)
+        return user
 
     def unit(self, name: str) -> str:
         return _unit(self._files.own(name))
 
     def _at(self, vm: str, place: str) -> UnitPlace:
-        return UnitPlace(vm, place, self._files, self._systemd)
+        return UnitPlace(vm, place, self._files, self._systemd, self._setup)
 
 
 class UnitPlace(QemuPlace):
-    def __init__(self, vm: str, place: str, files: RunFiles, systemd: Systemd) -> None:
+    def __init__(self, vm: str, place: str, files: RunFiles, systemd: Systemd, setup: Setup) -> None:
         super().__init__(vm, place, files)
         self._unit = _unit(place)
         self._systemd = systemd
+        self._setup = setup
 
     async def _main_pid(self) -> int:
         return self._systemd.main_pid(self._unit)
 
     async def start(self, launch: Launch) -> None:
         unit = self._unit
-        self._set_user(unit, launch.user)
+        await self._setup.vm(launch, self._files.run_dir, places_of(self._vm))
         try:
             with self._files.ticket(launch, self._place) as offer:
                 # To its end, so that ``kill`` finds its process: the job would go on without a caller.
@@ -223,20 +269,8 @@ class UnitPlace(QemuPlace):
             await self.wait_exit(JOB_TIMEOUT_S)
             if self._place != self._files.own(self._vm):
                 self._systemd.forget_failure(self._unit)  # it was not its fault
+        self._files.grants.take_back(self._place)
         self._files.point_admin(self._vm)
-
-    def _set_user(self, unit: str, user: str) -> None:
-        """A drop-in for a VM that runs as another user than the unit file says."""
-        drop_in = RUNTIME_UNITS / f"{unit}.d" / "50-cpr-agent-user.conf"
-        wanted = "" if user == DEFAULT_USER else f"[Service]\nUser={user}\n"
-        if (drop_in.read_text() if drop_in.exists() else "") == wanted:
-            return
-        if wanted:
-            drop_in.parent.mkdir(parents=True, exist_ok=True)
-            drop_in.write_text(wanted)
-        else:
-            drop_in.unlink()
-        self._systemd.reload()
 
 
 def _unit_path(name: str) -> bytes:

@@ -16,9 +16,11 @@ from typing import Any
 from msgspec.structs import replace
 
 from cpr_agent.core.model import DiskIdentity, OpenFile
+from cpr_agent.core.ports import Access
 from cpr_agent.files import digest_of
 from cpr_agent.handles import file_at
 from cpr_agent.host import sockets
+from cpr_agent.host.access import STRANGER, closed_place, groups_of
 
 _COUNTED = re.compile(r"^(?:virtio|host|nvme)\d+$|^target\d+(?=:)|^\d+(?=:\d+:\d+:\d+$)")
 """Parts of a device's way that are numbers in the order of discovery: those of virtio devices and SCSI hosts."""
@@ -112,6 +114,15 @@ class ThisHost:
             return str(Path(f"/proc/{pid}/cwd").readlink())
         except OSError:
             return ""
+
+    def access(self, path: str, user: str) -> Access:
+        try:
+            uid, gids = groups_of(user)
+            closed, info = closed_place(path, uid, gids), Path(path).stat()
+            loose = info.st_uid == uid and stat.S_ISREG(info.st_mode) and not closed_place(path, STRANGER, ())
+        except (KeyError, OSError, ValueError):
+            return Access()
+        return Access(closed, on_the_way=bool(closed) and Path(closed).is_dir(), loose=loose)
 
     def look_at(self, path: str) -> OpenFile | None:
         try:

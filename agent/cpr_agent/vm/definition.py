@@ -237,8 +237,8 @@ class DefinitionDirectory:
     def passwords(self, launch: Launch) -> list[str]:
         return password_displays(launch.base_argv)
 
-    def images(self, launch: Launch) -> list[str]:
-        return image_files(launch.argv)
+    def images(self, arguments: Sequence[str]) -> list[str]:
+        return image_files(arguments)
 
     def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:
         argv = carry(launch.base_argv, was, now)

@@ -350,10 +350,14 @@ class _Draft:
         if self.line.user not in ("", "root"):
             self.user = self.line.user
         elif self.line.user:
-            why = "that QEMU ran as root, and here it runs as cpr-vm, which must be allowed to open its disks and devices"
+            why = (
+                "that QEMU ran as root, and here it runs as a user of its own, which must be able to open disks and devices"
+            )
             self.note("changed", "vm.user", why)
         else:
-            self.note("look", "vm.user", "QEMU will run as cpr-vm, which must be allowed to open its disks and devices")
+            self.note(
+                "look", "vm.user", "QEMU will run as a user of its own, which must be allowed to open its disks and devices"
+            )
 
 
 _TAKE = {

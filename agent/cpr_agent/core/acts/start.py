@@ -6,11 +6,14 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from msgspec.structs import replace
+
 from cpr_agent.core import inventory
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Definition, RunState, ram_of
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.proof import naming, refuse_other_users, refuse_overlap
+from cpr_agent.core.separation import CLOSED_IMAGE, image_findings
 from cpr_agent.errors import AlreadyRunning, AlreadySaved, QemuFailed, StorageSilent, WrongState
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ async def start(machine: Machine) -> None:
 async def boot(machine: Machine, definition: Definition) -> None:
     """Start QEMU on memory that is the VM's own. Raises CprError."""
     ports, neighbours = machine.ports, machine.neighbours
+    user = definition.vm.user or await ports.runner.assign_user(machine.name)
+    definition = replace(definition, vm=replace(definition.vm, user=user))
     with naming(machine.name):
         await ports.memory.prepare(definition.memory, definition.vm.user)
         located = await ports.memory.locate(definition.memory, machine.settings.agent.device_timeout)
@@ -46,7 +51,12 @@ async def boot(machine: Machine, definition: Definition) -> None:
     await inventory.keep_firmware(ports, launch)
     await machine.await_companions(launch)
     machine.record(VmEvent.START)
-    qemu = await machine.launch(launch)
+    try:
+        qemu = await machine.launch(launch)
+    except QemuFailed as error:
+        found = await asyncio.to_thread(image_findings, ports, machine.name, user, launch.argv)
+        error.remedy = next((one.remedy for one in found if one.code == CLOSED_IMAGE), error.remedy)
+        raise
     try:
         await inventory.record(ports, machine.name, await inventory.take(ports, qemu, launch))
     except (QemuFailed, StorageSilent) as error:  # the guest runs; its first check looks again

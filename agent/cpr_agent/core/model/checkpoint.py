@@ -36,6 +36,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout_s: float
     definition_digest: str
     checkpoint: str = ""
+    opened: tuple[str, ...] = ()
+    """Block devices that its images stand on, which the command line does not name."""
     created_at: float = 0.0
     boot_id: str = ""
 

@@ -19,7 +19,8 @@ class VmSection(msgspec.Struct, frozen=True, kw_only=True):
     qemu: str = "/usr/bin/qemu-system-x86_64"
     arguments: tuple[str, ...] = ()
     autostart: bool = False
-    user: str = "cpr-vm"
+    user: str = ""
+    """"" for a user of the VM's own, which the agent chooses."""
     shutdown_timeout: Seconds = Seconds(60)
 
 

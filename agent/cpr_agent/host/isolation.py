@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What of the host one VM's unit may see and open: its user, a drop-in, and an AppArmor profile (ADR 24).
+
+The agent is confined itself. It writes these files to a directory of root's, and cpr-vm-setup@NAME.service
+(units/set-up-vm) installs them: for good, so that no load after a kexec has to wait for that.
+"""
+
+from __future__ import annotations
+
+import pwd
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpr_agent.core.model import Launch
+from cpr_agent.files import make_private_directory, write_atomically
+from cpr_agent.host.users import groups_beside, uid_of_user
+
+UNITS = Path("/etc/systemd/system")
+PROFILES = Path("/etc/apparmor.d")
+_DROP_IN = "50-cpr-agent.conf"
+_VALUES = re.compile(r'(?<!,),(?!,)|"')
+"""Between the values of QEMU's keyed options, in which a comma is doubled, and of its JSON."""
+_PATH = re.compile(r"(?:^|[=:])(/[^/].*)")
+_GENERAL = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
+"""In each private /dev (systemd.exec(5), PrivateDevices=)."""
+_SHOWN = ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/vhost-vsock")
+"""To each VM, by cpr-vm@.service."""
+_NOT_A_PLACE = re.compile(r"/(proc|dev/(fd|fdset|dax|pts|hugepages)|run/cpr-agent)(/|\d|$)")
+_SHM = "/dev/shm/"  # noqa: S108 - looked at, and not written to
+_VFIO = ("/dev/vfio", "/dev/iommu")
+_SYSTEM = re.compile(r"/(dev|run|usr|etc|proc|sys|var/log)(/|$)")
+
+
+class Installer:
+    """``staged`` is root's alone; ``units`` and ``profiles`` are where systemd and AppArmor look."""
+
+    def __init__(self, staged: Path, units: Path = UNITS, profiles: Path = PROFILES) -> None:
+        self._staged = staged
+        self._units = units
+        self._profiles = profiles
+
+    def stage(self, launch: Launch, run_dir: Path, places: tuple[str, str]) -> bool:
+        """Whether something is to be installed: it is there for cpr-vm-setup@NAME.service then. Raises OSError."""
+        drop_in, profile = drop_in_of(launch, run_dir, places), profile_of(launch, run_dir, places)
+        wanted = {self._units / f"cpr-vm@{place}.service.d" / _DROP_IN: drop_in for place in places}
+        wanted[self._profiles / f"cpr-vm.{launch.vm}.vm"] = profile
+        if _exists(launch.user) and all(_text(path) == text for path, text in wanted.items()):
+            return False
+        self._stage(launch.vm, launch.user, {"unit.conf": drop_in, "profile": profile})
+        return True
+
+    def stage_user(self, vm: str, user: str) -> bool:
+        """Likewise of its user alone."""
+        if _exists(user):
+            return False
+        self._stage(vm, user, {})
+        return True
+
+    def _stage(self, vm: str, user: str, files: dict[str, str]) -> None:
+        directory = self._staged / vm
+        shutil.rmtree(directory, ignore_errors=True)
+        make_private_directory(directory)
+        uid = uid_of_user(user)
+        account = f'u {user} {uid} "Virtual machine {vm} of cpr-agent" / -\n' if uid else ""
+        for name, text in {"sysusers.conf": account, **files}.items():
+            write_atomically(directory / name, text.encode(), durable=False)
+
+
+def drop_in_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:
+    """For the VM's units; what all have in common is in units/cpr-vm@.service."""
+    own = [f"{run_dir}/vm/{place}" for place in places]
+    devices, files = _devices(launch), [path for path in _paths(launch) if path.startswith(_SHM)]
+    lines = [
+        "# Made by cpr-agent from the VM's definition; the next start makes it anew.",
+        "[Service]",
+        f"User={launch.user}",
+        "Group=",
+        f"SupplementaryGroups={' '.join(groups_beside(launch.user))}",
+        f"AppArmorProfile=-{profile_name(launch.vm)}",
+        *(f"BindPaths={_quoted('-' + path)}" for path in (*own, *files, *devices)),
+        *(f"DeviceAllow={_quoted(path)} rw" for path in devices if not path.startswith(_VFIO)),
+    ]
+    if _VFIO[0] in devices:
+        lines += ["DeviceAllow=/dev/vfio/vfio rw", "DeviceAllow=char-vfio rw", "DeviceAllow=/dev/iommu rw"]
+    return "\n".join(lines) + "\n"
+
+
+def profile_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:
+    """Its AppArmor profile (apparmor.d(5)); what all have in common is in policies/apparmor/abstractions/cpr-vm."""
+    ram = [node for node in launch.nodes if not node.startswith("/dev/dax")]
+    rules = [
+        *(_rule(f"{run_dir}/vm/{place}/", "**", "rwk") for place in places),
+        *(_rule(f"{run_dir}/tickets/{place}/", "*", "rw") for place in places),
+        *(_rule(path, "", "rwk") for path in ram),
+        *(["/dev/dax* rw,"] if len(ram) < len(launch.nodes) else []),
+        *(["/dev/vfio/** rw,"] if _VFIO[0] in _devices(launch) else []),
+    ]
+    for path in _paths(launch):
+        rules.append(_rule(path, "", "rwk"))
+        if not _SYSTEM.match(path):  # an image: snapshots that are named after it, and the images that it stands on
+            rules.append(_rule(path, "{.,-}*", "rwk"))
+            rules += [_rule(f"{parent}/", "**", "r")] if (parent := str(Path(path).parent)) != "/" else []
+    lines = [
+        "# Made by cpr-agent from the VM's definition; the next start makes it anew. Further rules go into local/cpr-vm.",
+        "abi <abi/3.0>,",
+        "include <tunables/global>",
+        "",
+        f'profile "{profile_name(launch.vm)}" flags=(attach_disconnected) {{',
+        "  include <abstractions/cpr-vm>",
+        *(f"  {rule}" for rule in dict.fromkeys(rules)),
+        "  include if exists <local/cpr-vm>",
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def profile_name(vm: str) -> str:
+    return f"cpr-vm.{vm}"
+
+
+def _paths(launch: Launch) -> list[str]:
+    """The places that its command line names, whatever for, and what it has open besides."""
+    named = [path for word in launch.base_argv[1:] for path in _named(word)]
+    return list(dict.fromkeys((*named, *launch.opened)))
+
+
+def _named(word: str) -> Iterator[str]:
+    for value in _VALUES.split(word):
+        match = _PATH.search(value)
+        path = match[1].replace(",,", ",") if match else ""
+        if path and ".." not in path and not _NOT_A_PLACE.match(path):
+            yield path
+
+
+def _devices(launch: Launch) -> list[str]:
+    """Nodes in /dev that it needs beyond those that each VM has."""
+    own = [path for path in _paths(launch) if path.startswith("/dev/") and path not in (*_GENERAL, *_SHOWN)]
+    found = [path for path in own if _is_node(path)]
+    return [*found, *_VFIO] if any("vfio" in word for word in launch.base_argv) else found
+
+
+def _is_node(path: str) -> bool:
+    """Also one that is not there yet. A directory would show the devices of others, too."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return not path.startswith(_SHM)
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
+
+
+def _quoted(text: str) -> str:
+    """A word of systemd.syntax(7)."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
+
+
+def _rule(path: str, pattern: str, access: str) -> str:
+    """No character of ``path`` stands for others."""
+    escaped = re.sub(r'([\\"*?\[\]{}^])', r"\\\1", path)
+    return f'"{escaped}{pattern}" {access},'
+
+
+def _exists(user: str) -> bool:
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

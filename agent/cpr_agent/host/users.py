@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which user a VM runs as whose definition names none (ADR 24)."""
+
+from __future__ import annotations
+
+import pwd
+import re
+import threading
+from pathlib import Path
+
+from cpr_agent.errors import QemuFailed
+from cpr_agent.files import make_private_directory, write_atomically
+
+SHARED_USER = "cpr-vm"
+"""Of VMs that were defined before each had a user of its own, and where no unit runs them."""
+FIRST_UID, LAST_UID = 66_000, 98_999
+"""Above every user of 16 bits, and below the first range that subuid(5) gives away (login.defs(5), SUB_UID_MIN)."""
+_OWN = re.compile(rf"{SHARED_USER}-([1-9]\d{{0,5}})", re.ASCII)
+
+
+def uid_of_user(user: str) -> int:
+    """Of a user ``cpr-vm-N``, which need not be there yet; 0 for any other."""
+    match = _OWN.fullmatch(user)
+    uid = FIRST_UID + int(match[1]) if match else 0
+    return uid if uid <= LAST_UID else 0
+
+
+def groups_beside(user: str) -> tuple[str, ...]:
+    """Those that its unit adds. A user whom an admin has named may have disks by the group that all VMs had once."""
+    return ("kvm",) if uid_of_user(user) else ("kvm", SHARED_USER)
+
+
+class Users:
+    """``root`` has a file for each VM, with its user. No file is ever deleted, so that no VM gets what another one left:
+    RAM, disks, a checkpoint."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+
+    def recorded(self, vm: str) -> str:
+        """ "" if the VM has none yet."""
+        try:
+            user = (self._root / vm).read_text().strip()
+        except (OSError, UnicodeError):
+            return ""
+        return user if user == SHARED_USER or uid_of_user(user) else ""
+
+    def assign(self, vm: str) -> str:
+        """The VM's own for good, durably. Blocking. Raises QemuFailed."""
+        with self._lock:
+            if user := self.recorded(vm):
+                return user
+            try:
+                user = f"{SHARED_USER}-{self._next()}"
+                make_private_directory(self._root)
+                write_atomically(self._root / vm, f"{user}\n".encode())
+            except OSError as error:
+                raise QemuFailed(f"has no user of its own: {error}", vm=vm, left="nothing was started") from error
+            return user
+
+    def _next(self) -> int:
+        """Above all that VMs have, or that the host knows. Raises OSError."""
+        files = self._root.iterdir() if self._root.is_dir() else ()
+        taken = {uid_of_user(self.recorded(file.name)) for file in files}
+        known = {account.pw_uid for account in pwd.getpwall()}
+        uid = max(taken | {FIRST_UID} | {uid for uid in known if FIRST_UID < uid <= LAST_UID}) + 1
+        if uid > LAST_UID:
+            raise OSError(f"all users up to {LAST_UID} are taken; name one in the definition (vm.user)")
+        return uid - FIRST_UID
