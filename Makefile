@@ -87,7 +87,7 @@ test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible r
 
 .PHONY: test-access
 test-access: bootstrap host-root $(DEB) ## Who may what, by a real polkit, and what confines agent and QEMU, in the host VM
-	rm -f build/access
+	rm -f build/access build/isolation
 	$(PYTHON) -m pytest -s tests/access
 	@$(PYTHON) -m tests.access.tally
 
