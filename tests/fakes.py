@@ -572,6 +572,7 @@ class FakeRunner:
     def __init__(self) -> None:
         self.qemus: dict[str, FakeQemu] = {}
         self.users: dict[str, str] = {}
+        self.prepared: list[Launch] = []
         self.beside: dict[str, FakeQemu] = {}
         self.faults: dict[tuple[str, str], Exception] = {}
         self.parts: dict[str, list[Part]] = {}
@@ -656,6 +657,9 @@ class FakeRunner:
 
     async def assign_user(self, name: str) -> str:
         return self.users.setdefault(name, "nobody")
+
+    async def prepare(self, launch: Launch) -> None:
+        self.prepared.append(launch)
 
     def unit(self, name: str) -> str:  # noqa: ARG002
         return ""

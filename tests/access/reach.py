@@ -88,8 +88,9 @@ def opens(name: str) -> bool:
 def connects(name: str) -> bool:
     for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as connection:
-            connection.settimeout(5)
-            connection.connect(name)
+            connection.settimeout(0)
+            with contextlib.suppress(BlockingIOError):  # its queue is full
+                connection.connect(name)
             return True
     return False
 

@@ -151,6 +151,7 @@ def test_a_profile_has_the_vm_s_own_places_and_no_others() -> None:
     assert '"/tank/**" r,' in text
     assert '"/dev/shm/web1" rwk,' in text
     assert "/dev/dax" not in text
+    assert "vmlinuz" not in text
     assert "/dev/dax* rw," in profile(nodes=("/dev/dax0.0",))
 
 

@@ -17,6 +17,7 @@ from cpr_agent.core.model import (
     Companion,
     Definition,
     Held,
+    Inventory,
     Launch,
     Located,
     Manifest,
@@ -253,12 +254,24 @@ class Machine:
             if directory
             else definitions.plan_load(manifest, located)
         )
-        plan = replace(plan, opened=await asyncio.to_thread(self._devices_below, manifest))
+        plan = replace(plan, opened=await asyncio.to_thread(self._devices_below, manifest.inventory))
         return definitions.with_firmware(plan, changed)
 
-    def _devices_below(self, manifest: Manifest) -> tuple[str, ...]:
+    async def prepare_next(self) -> None:
+        """Have what the next QEMU of its guest needs of the host: an agent that knew less may have started this one."""
+        launch = self.launched()
+        if launch is None:
+            return
+        has = await asyncio.to_thread(self.ports.runner.inventory, self.name)
+        launch = replace(launch, opened=await asyncio.to_thread(self._devices_below, has))
+        try:
+            await self.ports.runner.prepare(launch)
+        except (CprError, OSError) as error:
+            log.warning("VM %s: its next start has to wait: %s", self.name, error)
+
+    def _devices_below(self, inventory: Inventory | None) -> tuple[str, ...]:
         """Block devices that its QEMU had open, by QEMU's names where these still lead there. Blocking."""
-        nodes = manifest.inventory.nodes if manifest.inventory else ()
+        nodes = inventory.nodes if inventory else ()
         opened = {node.filename: node.file for node in nodes if node.file and node.file.kind == "device"}
         look = self.ports.files.look_at
         return tuple(

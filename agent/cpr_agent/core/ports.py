@@ -200,6 +200,10 @@ class Runner(Protocol):
     async def assign_user(self, name: str) -> str:
         """Likewise; it has one from now on, which is a user of the host. Raises QemuFailed, OSError."""
 
+    async def prepare(self, launch: Launch) -> None:
+        """Install what a QEMU that is started so needs of the host, so that no guest has to wait for that. Raises
+        QemuFailed, OSError."""
+
     def unit(self, name: str) -> str:
         """The systemd unit, or "" where systemd does not run it."""
 

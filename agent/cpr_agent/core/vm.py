@@ -195,6 +195,7 @@ class Vm:
         self._act = None
         async with self._exclusive(Act.RECOVER):
             await recover.recover(self.machine)
+        self.machine.spawn(self.machine.prepare_next())
 
     def end_refresh(self) -> None:
         recover.end_refresh(self.machine)

@@ -31,7 +31,9 @@ _SHOWN = ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/vhost-vsock")
 _NOT_A_PLACE = re.compile(r"/(proc|dev/(fd|fdset|dax|pts|hugepages)|run/cpr-agent)(/|\d|$)")
 _SHM = "/dev/shm/"  # noqa: S108 - looked at, and not written to
 _VFIO = ("/dev/vfio", "/dev/iommu")
-_SYSTEM = re.compile(r"/(dev|run|usr|etc|proc|sys|var/log)(/|$)")
+_SYSTEM = re.compile(r"/(usr|etc|proc|sys|root|home|boot)(/|$)")
+"""No word of a command line opens what is in there."""
+_NO_IMAGES = re.compile(r"/(dev|run|var/log)(/|$)")
 
 
 class Installer:
@@ -99,8 +101,10 @@ def profile_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:
         *(["/dev/vfio/** rw,"] if _VFIO[0] in _devices(launch) else []),
     ]
     for path in _paths(launch):
+        if _SYSTEM.match(path):
+            continue
         rules.append(_rule(path, "", "rwk"))
-        if not _SYSTEM.match(path):  # an image: snapshots that are named after it, and the images that it stands on
+        if not _NO_IMAGES.match(path):  # an image: snapshots that are named after it, and the images that it stands on
             rules.append(_rule(path, "{.,-}*", "rwk"))
             rules += [_rule(f"{parent}/", "**", "r")] if (parent := str(Path(path).parent)) != "/" else []
     lines = [

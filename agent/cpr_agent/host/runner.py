@@ -320,6 +320,9 @@ class BaseRunner(ABC):
     async def assign_user(self, name: str) -> str:
         return self.user(name)
 
+    async def prepare(self, launch: Launch) -> None:  # noqa: B027 - units alone need something
+        pass
+
     def launched(self, name: str) -> Launch | None:
         return self._files.launch(self._files.own(name))
 

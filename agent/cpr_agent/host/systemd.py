@@ -223,6 +223,9 @@ class SystemdRunner(BaseRunner):
         await self._setup.user(name, user)
         return user
 
+    async def prepare(self, launch: Launch) -> None:
+        await self._setup.vm(launch, self._files.run_dir, places_of(launch.vm))
+
     def unit(self, name: str) -> str:
         return _unit(self._files.own(name))
 

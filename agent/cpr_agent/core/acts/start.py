@@ -62,6 +62,7 @@ async def boot(machine: Machine, definition: Definition) -> None:
     except (QemuFailed, StorageSilent) as error:  # the guest runs; its first check looks again
         log.warning("VM %s: its QEMU does not tell what it has: %s", machine.name, error.what)
     await asyncio.to_thread(ports.programs.forget, machine.name)
+    machine.spawn(machine.prepare_next())
 
 
 async def press_power_button(machine: Machine) -> None:
