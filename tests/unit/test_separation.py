@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Finding, MemoryIdentity, Survives
+from cpr_agent.core.model import BlockNode, Finding, Inventory, MemoryIdentity, OpenFile, Survives
 from cpr_agent.core.separation import sharing_findings
 from cpr_agent.errors import QemuFailed
 from cpr_agent.host.access import GROUP, USER, closed_place
@@ -213,3 +214,42 @@ def test_an_upgrade_keeps_the_user_of_the_vms_that_were_defined(tmp_path: Path) 
     assert (node.stat().st_gid, node.stat().st_mode & 0o777) == (0, 0o600)
     (definitions / "later.toml").touch()
     assert "later" not in keep_users(tmp_path)
+
+
+# -- what the next QEMU needs --------------------------------------------------------------------------------------------
+
+
+def test_what_the_next_qemu_needs_is_installed_once_a_guest_runs_and_when_an_agent_finds_one(bench: Bench) -> None:
+    """So that a load after an upgrade of the package does not wait for it."""
+    define(bench, "web1", "root")
+
+    async def start(manager: Manager) -> None:
+        await manager.vms["web1"].start()
+        await manager.vms["web1"].settled()
+
+    bench.run(start)
+    assert [launch.vm for launch in bench.runner.prepared] == ["web1"]
+
+    async def nothing(manager: Manager) -> None:
+        await manager.vms["web1"].settled()
+
+    bench.run(nothing)
+    assert [launch.vm for launch in bench.runner.prepared] == ["web1", "web1"]
+
+
+def test_a_device_that_an_image_stands_on_is_shown_to_the_next_qemu_if_it_is_the_one(bench: Bench) -> None:
+    """By the kernel's word on what is open, and not by the name alone that QEMU gives."""
+    there = OpenFile(path="/dev/dm-3", kind="device", device_id="disk-3", size_bytes=512)
+    now = {"/dev/vg/base": there, "/dev/vg/other": replace(there, device_id="disk-4")}
+    bench.host.look_at = lambda path: now.get(path)  # type: ignore[method-assign]  # no devices here
+    define(bench, "web1", "root")
+
+    async def story(manager: Manager) -> None:
+        vm = manager.vms["web1"]
+        await vm.start()
+        node = BlockNode(disk="d0", role="backing.file", node="n", driver="host_device", filename="", file=there)
+        bench.runner.inventories["web1"] = Inventory(nodes=tuple(replace(node, filename=name) for name in now))
+        await vm.machine.prepare_next()
+        assert bench.runner.prepared[-1].opened == ("/dev/vg/base",)
+
+    bench.run(story)

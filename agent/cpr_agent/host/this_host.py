@@ -119,7 +119,7 @@ class ThisHost:
         try:
             uid, gids = groups_of(user)
             closed, info = closed_place(path, uid, gids), Path(path).stat()
-            loose = info.st_uid == uid and stat.S_ISREG(info.st_mode) and not closed_place(path, STRANGER, ())
+            loose = uid != 0 and info.st_uid == uid and stat.S_ISREG(info.st_mode) and not closed_place(path, STRANGER, ())
         except (KeyError, OSError, ValueError):
             return Access()
         return Access(closed, on_the_way=bool(closed) and Path(closed).is_dir(), loose=loose)
