@@ -101,7 +101,7 @@ def test_a_unit_sees_the_sockets_of_its_vm_and_the_devices_that_its_command_line
     ]
 
 
-@pytest.mark.parametrize("word", ["file=/dev/../etc/x", "file=/dev/dax0.0", "file=/run/cpr-agent/vm/web2/x", "-/dev/sda"])
+@pytest.mark.parametrize("word", ["file=/dev/../etc/x", "file=/dev//dax0.0", "file=/run/cpr-agent/vm/web2/x", "-/dev/sda"])
 def test_no_word_gives_what_is_no_device_of_its_own(word: str) -> None:
     assert not [line for line in drop_in("-drive", word) if line.startswith("DeviceAllow")]
     assert "web2" not in "".join(drop_in("-drive", word))
@@ -153,6 +153,12 @@ def test_a_profile_has_the_vm_s_own_places_and_no_others() -> None:
     assert "/dev/dax" not in text
     assert "vmlinuz" not in text
     assert "/dev/dax* rw," in profile(nodes=("/dev/dax0.0",))
+
+
+def test_a_directory_that_a_guest_shares_is_its_own_as_a_whole() -> None:
+    text = profile("-virtfs", f"local,path={ROOT}/,mount_tag=share,security_model=mapped", nodes=())
+    assert f'"{ROOT}/**" rwk,' in text
+    assert f'"{ROOT.parent}/**"' not in text
 
 
 @pytest.mark.skipif(shutil.which("apparmor_parser") is None, reason="no AppArmor")

@@ -7,6 +7,7 @@ The agent is confined itself. It writes these files to a directory of root's, an
 
 from __future__ import annotations
 
+import os
 import pwd
 import re
 import shutil
@@ -101,12 +102,7 @@ def profile_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:
         *(["/dev/vfio/** rw,"] if _VFIO[0] in _devices(launch) else []),
     ]
     for path in _paths(launch):
-        if _SYSTEM.match(path):
-            continue
-        rules.append(_rule(path, "", "rwk"))
-        if not _NO_IMAGES.match(path):  # an image: snapshots that are named after it, and the images that it stands on
-            rules.append(_rule(path, "{.,-}*", "rwk"))
-            rules += [_rule(f"{parent}/", "**", "r")] if (parent := str(Path(path).parent)) != "/" else []
+        rules += [] if _SYSTEM.match(path) else _rules_of(path)
     lines = [
         "# Made by cpr-agent from the VM's definition; the next start makes it anew. Further rules go into local/cpr-vm.",
         "abi <abi/3.0>,",
@@ -119,6 +115,18 @@ def profile_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:
         "}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rules_of(path: str) -> list[str]:
+    """For what a command line names: a directory as a whole, such as one that the guest shares; an image with the snapshots
+    that are named after it, and the images that it may stand on."""
+    if _NO_IMAGES.match(path):
+        return [_rule(path, "", "rwk")]
+    if Path(path).is_dir():
+        return [_rule(path, "", "r"), _rule(path, "/**", "rwk")]
+    parent = str(Path(path).parent)
+    beside = [_rule(parent, "/**", "r")] if parent != "/" else []
+    return [_rule(path, "", "rwk"), _rule(path, "{.,-}*", "rwk"), *beside]
 
 
 def profile_name(vm: str) -> str:
@@ -134,8 +142,8 @@ def _paths(launch: Launch) -> list[str]:
 def _named(word: str) -> Iterator[str]:
     for value in _VALUES.split(word):
         match = _PATH.search(value)
-        path = match[1].replace(",,", ",") if match else ""
-        if path and ".." not in path and not _NOT_A_PLACE.match(path):
+        path = os.path.normpath(match[1].replace(",,", ",")) if match else ""
+        if path and not _NOT_A_PLACE.match(path):
             yield path
 
 
