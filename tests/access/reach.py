@@ -147,19 +147,18 @@ ATTEMPTS: dict[str, Callable[[str], bool]] = {
 # -- the table -----------------------------------------------------------------------------------------------------------
 
 
-def table(files: list[str]) -> bool:
-    """Files are named ATTACKER.VICTIM.MODE, and VICTIM.targets. Whether each VM reaches its own, and no other one's."""
+def table(targets_file: str, files: list[str]) -> bool:
+    """Files are named ATTACKER.MODE. Whether each VM reaches its own, and no other one's."""
+    known = json.loads(Path(targets_file).read_text())
     tried: Counter[tuple[str, str]] = Counter()
     own: Counter[str] = Counter()
     harm: list[tuple[str, str, str]] = []
     for path in map(Path, files):
-        attacker, victim, mode = path.name.split(".")
+        attacker, mode = path.name.split(".")
         reached = json.loads(path.read_text())
-        if attacker == victim:
-            own[mode] += len(reached)
-            continue
-        tried.update((one["what"], mode) for one in json.loads((path.parent / f"{victim}.targets").read_text()))
-        harm += [(one["what"], mode, f"{attacker} -> {one['name']}") for one in reached]
+        tried.update((one["what"], mode) for one in known if one["vm"] != attacker)
+        own[mode] += sum(one["vm"] == attacker for one in reached)
+        harm += [(one["what"], mode, f"{attacker} -> {one['name']}") for one in reached if one["vm"] != attacker]
     counts = Counter((what, mode) for what, mode, _ in harm)
     print(f"{'of another VM, reached of tried':36}" + "".join(f"{name:>16}" for name in MODES.values()))
     for what in sorted({what for what, _ in tried}):
@@ -172,9 +171,9 @@ def table(files: list[str]) -> bool:
 
 def main(arguments: list[str]) -> int:
     if arguments[1] == "table":
-        return 0 if table(arguments[2:]) else 1
+        return 0 if table(arguments[2], arguments[3:]) else 1
     if arguments[1] == "targets":
-        json.dump(list(targets(arguments[2])), sys.stdout)
+        json.dump([{"vm": vm, **one} for vm in arguments[2:] for one in targets(vm)], sys.stdout)
     else:
         found = [one for one in json.load(sys.stdin) if ATTEMPTS[one["kind"]](one["name"])]
         json.dump(found, sys.stdout)
