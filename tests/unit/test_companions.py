@@ -141,7 +141,7 @@ def test_one_that_ends_rules_a_refresh_out(tmp_path: Path, monkeypatch: pytest.M
     assert bench.qemu().status == "running"
 
     async def check(vm: Vm) -> list[str]:
-        return [found.what for found in await check_vm(vm, vm.machine.ports, []) if found.code == "companion"]
+        return [found.what for found in await check_vm(vm, vm.machine.ports, [], {}) if found.code == "companion"]
 
     assert bench.vm(check) == [f"it needs swtpm at {tmp_path}/tpm, which ends with its QEMU"]
 

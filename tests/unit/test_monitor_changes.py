@@ -76,7 +76,7 @@ def bench(tmp_path: Path) -> Bench:
 def said(bench: Bench, code: str) -> list[str]:
     async def check(vm: Vm) -> list[str]:
         await vm.refresh()
-        return [found.what for found in await check_vm(vm, vm.machine.ports, []) if found.code == code]
+        return [found.what for found in await check_vm(vm, vm.machine.ports, [], {}) if found.code == code]
 
     return bench.vm(check)
 

@@ -99,7 +99,7 @@ def test_the_signal_that_has_ended_a_unit_is_told_but_for_a_kill(tmp_path: Path)
 
     async def story() -> None:
         ended = Ended()
-        place = UnitPlace("web1", "web1", files(tmp_path), ended)  # type: ignore[arg-type]  # as much of it as is used
+        place = UnitPlace("web1", "web1", files(tmp_path), ended, Installed())  # type: ignore[arg-type]  # all that is used
         assert await place.ended_by(0.0) == 31
         ended.processes.append(process())
         assert await place.ended_by(0.0) == 0

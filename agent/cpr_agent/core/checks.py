@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 
 from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.inventory import carried_now, lost, recorded_of, unnamed_devices
@@ -33,7 +34,7 @@ async def check_vm(
     found += sharing_findings(vm.name, vm.user, users, memory, claims)
     plan = launch or (manifest.launch if manifest else None)
     if arguments := plan.argv if plan else vm.definition.vm.arguments if vm.definition else ():
-        found += await asyncio.to_thread(image_findings, ports, vm.name, vm.user, arguments)
+        found += await ports.threads.run(vm.name, partial(image_findings, ports, vm.name, vm.user, arguments))
     if launch and vm.definition and launch.definition_digest != vm.definition.digest:
         what, why = "its definition changed since it was started", "a load uses what it was started with"
         found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))

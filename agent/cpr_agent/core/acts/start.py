@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -54,8 +56,10 @@ async def boot(machine: Machine, definition: Definition) -> None:
     try:
         qemu = await machine.launch(launch)
     except QemuFailed as error:
-        found = await asyncio.to_thread(image_findings, ports, machine.name, user, launch.argv)
-        error.remedy = next((one.remedy for one in found if one.code == CLOSED_IMAGE), error.remedy)
+        looking = partial(image_findings, ports, machine.name, user, launch.argv)
+        with contextlib.suppress(StorageSilent):
+            found = await ports.threads.run(machine.name, looking)
+            error.remedy = next((one.remedy for one in found if one.code == CLOSED_IMAGE), error.remedy)
         raise
     try:
         await inventory.record(ports, machine.name, await inventory.take(ports, qemu, launch))
