@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cpr_agent.core.model import Definition, Imported
@@ -518,6 +518,9 @@ def test_a_shells_ways_are_taken() -> None:
     assert {note.argument for note in found.notes} >= {"LC_ALL=C", "PATH=/bin"}
 
 
+@example(["\x1f"])
+@example(["\r"])
+@example(["\U00018cd6"])
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20), max_size=8))
 def test_any_words_are_taken_or_refused(words: list[str]) -> None:
     try:

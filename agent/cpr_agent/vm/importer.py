@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cpr_agent.core.model import Bytes, Imported, Note
 from cpr_agent.errors import InvalidArgument
+from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import OWN, WRITES_RAM, writes_ram
 from cpr_agent.vm.connections import DIES, Connections
 from cpr_agent.vm.foreign import CommandLine, Option, read_config, split
@@ -79,6 +80,9 @@ def import_command_line(text: str, wanted: Wanted | None = None, shared: Path = 
     draft.take_options()
     draft.take_memory()
     draft.take_user()
+    for word in (line.program, *(word for words in draft.arguments for word in words)):
+        if printable_lines(word, len(word)) != word:
+            raise InvalidArgument(f"it has a character that does not show: {printable(word, 100)}")
     return Imported(draft.name, draft.toml(), tuple(draft.notes))
 
 
