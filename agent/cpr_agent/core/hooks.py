@@ -11,7 +11,7 @@ import logging
 
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.machine import Machine
-from cpr_agent.core.model import HookPhase
+from cpr_agent.core.model import HookPhase, RunState
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import SaveFailed
 
@@ -36,10 +36,11 @@ async def before_save(machine: Machine, upgrade: str = "") -> None:
         )
 
 
-async def after_load(machine: Machine, timeline: GuestTimeline) -> tuple[str, ...]:
-    """The failures, each fit for an admin."""
+async def after_load(machine: Machine, timeline: GuestTimeline, run_state: RunState) -> tuple[str, ...]:
+    """The failures, each fit for an admin. ``run_state`` is what the load made it: QEMU may not have been asked since."""
     facts = {
         **_facts(machine),
+        "run_state": run_state,
         "pause_s": timeline.pause_s,
         "kernel_before": timeline.kernel_before,
         "kernel_after": timeline.kernel_after,

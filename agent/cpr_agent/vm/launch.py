@@ -26,7 +26,7 @@ MYPY = False
 if MYPY:  # typing, for the type checker alone
     from typing import Any
 
-TICKET = "ticket.sock"
+TICKET = "sock"
 MAX_TICKET_BYTES = 1 << 20
 MAX_DESCRIPTORS = 64
 INT_BYTES = 4

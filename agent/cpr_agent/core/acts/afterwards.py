@@ -37,7 +37,8 @@ async def report(machine: Machine, manifest: Manifest, times: LoadTimes, resumed
     if (manifest.run_state == RunState.RUNNING or manifest.wakes) and (clock := await _set_clock(machine, manifest)):
         timeline = replace(timeline, **clock)
         await _store(machine, timeline)
-    if problems := await after_load(machine, timeline):
+    run_state = RunState.RUNNING if manifest.wakes else RunState(manifest.run_state)
+    if problems := await after_load(machine, timeline, run_state):
         await _store(machine, replace(timeline, hook_problems=problems))
 
 
