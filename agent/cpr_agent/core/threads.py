@@ -36,4 +36,4 @@ class Threads:
 
     def forget(self, vm: str) -> None:
         if pool := self._pools.pop(vm, None):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False)  # a future that it cancelled would end the task that waits for it
