@@ -273,4 +273,5 @@ def main() -> None:
     except Exception:
         log.exception("cpr-agentd failed")
         status = 1
-    sys.exit(status)
+    logging.shutdown()
+    os._exit(status)  # the interpreter's own end waits for threads, of which one may look at storage that does not answer

@@ -98,3 +98,19 @@ def test_a_saved_guest_waits_for_its_disk_and_the_others_go_on(lab: Lab, good: G
     until(is_saved, "the QEMU that was ended is gone")
     bad.load()
     assert_contained(lab, good, bad)
+
+
+def test_the_agent_ends_beside_a_disk_that_hangs_and_the_next_one_goes_on(
+    lab: Lab, good: Guest, server: SilentFiles
+) -> None:
+    """A shutdown waits for its end, with all guests saved."""
+    bad = on_server(lab, server)
+    server.stop()
+    with pytest.raises(CallError, match="has not answered"):
+        bad.save()
+    assert lab.end_agent() == 0
+    lab.start_agent()
+    good.save()
+    good.load()
+    server.go_on()
+    assert_contained(lab, good)
