@@ -20,6 +20,7 @@ from cpr_agent.bus.service import Service
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
+from cpr_agent.core.threads import Threads
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.files import locked, make_private_directory, write_atomically
 from cpr_agent.host.firmware import KeptFirmware
@@ -112,7 +113,8 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
     host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
     files = RunFiles(paths.run, paths.logs, PROGRAMS)
     users = Users(paths.state / "users")
-    runner: Runner = SystemdRunner(files, systemd, users) if systemd else ProcessRunner(files)
+    threads = Threads()
+    runner: Runner = SystemdRunner(files, systemd, users, threads) if systemd else ProcessRunner(files)
     ports = Ports(
         definitions=DefinitionDirectory(paths.definitions, paths.run, paths.logs),
         runner=runner,
@@ -125,6 +127,7 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
         boot=host,
         files=host,
         sockets=host,
+        threads=threads,
         programs=KeptPrograms(paths.programs),
         firmware=KeptFirmware(paths.firmware),
         kernels=InstalledKernels(),

@@ -4,6 +4,7 @@ own readers."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -16,12 +17,15 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.core.model import Launch
-from cpr_agent.errors import QemuFailed
+from cpr_agent.core.threads import Threads
+from cpr_agent.errors import QemuFailed, StorageSilent
 from cpr_agent.host.grants import DeviceGrants
-from cpr_agent.host.isolation import Installer, drop_in_of, profile_of
+from cpr_agent.host.isolation import Installer, drop_in_of, made_for, profile_of
 from cpr_agent.host.runner import places_of
+from cpr_agent.host.systemd import Setup
 from cpr_agent.host.users import FIRST_UID, LAST_UID, Users, uid_of_user
 from tests.samples import launch
+from tests.silent_files import SilentFiles, silent_files
 
 ROOT = Path(__file__).parents[2]
 RUN = Path("/run/cpr-agent")
@@ -177,10 +181,15 @@ def test_apparmor_reads_both_profiles(tmp_path: Path) -> None:
 # -- what is installed ---------------------------------------------------------------------------------------------------
 
 
+def stage(installer: Installer, plan: Launch) -> bool:
+    places = places_of(plan.vm)
+    return installer.stage(plan, made_for(plan, RUN, places), places)
+
+
 def test_what_is_installed_is_staged_once_and_again_when_it_has_changed(tmp_path: Path) -> None:
     installer = Installer(tmp_path / "setup", tmp_path / "units", tmp_path / "profiles")
     plan, places = a_launch(user="root"), places_of("web1")
-    assert installer.stage(plan, RUN, places)
+    assert stage(installer, plan)
     staged = tmp_path / "setup/web1"
     for path, name in (
         *((tmp_path / f"units/cpr-vm@{place}.service.d/50-cpr-agent.conf", "unit.conf") for place in places),
@@ -188,21 +197,80 @@ def test_what_is_installed_is_staged_once_and_again_when_it_has_changed(tmp_path
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text((staged / name).read_text())
-    assert not installer.stage(plan, RUN, places)
-    assert installer.stage(a_launch("-drive", "file=/dev/vg/more", user="root"), RUN, places)
-    assert installer.stage(a_launch(user="cpr-vm-20000"), RUN, places), "its user is not there yet"
+    assert stage(installer, plan), "it may not have been installed to the end"
+    shutil.rmtree(staged)
+    assert not stage(installer, plan)
+    assert stage(installer, a_launch("-drive", "file=/dev/vg/more", user="root"))
+    assert stage(installer, a_launch(user="cpr-vm-20000")), "its user is not there yet"
     assert (staged / "sysusers.conf").read_text() == 'u cpr-vm-20000 86000 "Virtual machine web1 of cpr-agent" / -\n'
 
 
 @AS_ROOT
 def test_systemd_makes_the_user_that_is_staged(tmp_path: Path) -> None:
-    Installer(tmp_path / "setup", tmp_path / "u", tmp_path / "p").stage(a_launch(), RUN, places_of("web1"))
+    stage(Installer(tmp_path / "setup", tmp_path / "u", tmp_path / "p"), a_launch())
     root = tmp_path / "root"
     (root / "etc").mkdir(parents=True)
     subprocess.run(["systemd-sysusers", f"--root={root}", tmp_path / "setup/web1/sysusers.conf"], check=True)
     line = (root / "etc/passwd").read_text()
     assert line.startswith(f"cpr-vm-1:x:{ONE}:{ONE}:")
     assert line.strip().endswith("nologin")
+
+
+@AS_ROOT
+@pytest.mark.parametrize("failing", ["systemd-sysusers", "apparmor_parser", "systemctl"])
+def test_what_could_not_be_installed_is_not_taken_for_installed(failing: str, tmp_path: Path) -> None:
+    """The unit would run without its profile, or as the user of before."""
+    etc, run, module, tools = (tmp_path / name for name in ("etc", "run", "module", "tools"))
+    for made in (etc, run, module / "apparmor/parameters", tools):
+        made.mkdir(parents=True)
+    (module / "apparmor/parameters/enabled").write_text("Y\n")
+    for tool in ("systemd-sysusers", "apparmor_parser", "systemctl"):
+        (tools / tool).write_text(f"#!/bin/sh\n[ {tool} != {failing} ] || [ ! -e {tmp_path}/fails ]\n")
+        (tools / tool).chmod(0o755)
+    mounts = f"mount --bind {etc} /etc; mount --bind {run} /run; mount --bind {module} /sys/module"
+    program = f"set -e; {mounts}; PATH={tools}:$PATH exec {ROOT}/units/set-up-vm web1"
+    installer = Installer(run / "cpr-agent/setup", etc / "systemd/system", etc / "apparmor.d")
+    plan = a_launch(user="root")
+    (tmp_path / "fails").touch()
+    for _ in range(2):
+        assert stage(installer, plan)
+        assert subprocess.run(["unshare", "--mount", "sh", "-c", program], check=False).returncode
+    (tmp_path / "fails").unlink()
+    assert stage(installer, plan)
+    subprocess.run(["unshare", "--mount", "sh", "-c", program], check=True)
+    assert not stage(installer, plan)
+
+
+class Pid1:
+    """systemd as Setup uses it."""
+
+    async def start_unit(self, name: str) -> str:
+        assert name.startswith("cpr-vm-setup@")
+        return "done"
+
+
+@AS_ROOT
+def test_a_vm_is_set_up_beside_one_whose_disk_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "mount").mkdir()
+
+    async def story(server: SilentFiles) -> None:
+        installer = Installer(tmp_path / "setup", tmp_path / "units", tmp_path / "profiles")
+        setup = Setup(Pid1(), installer, Threads())  # type: ignore[arg-type]  # no systemd here
+        bad = a_launch("-drive", f"file={server.disk}", vm="bad", user="root")
+        waiting = asyncio.create_task(setup.vm(bad, RUN, places_of("bad")))
+        await asyncio.sleep(0)  # its turn comes first
+        await setup.vm(a_launch(user="root"), RUN, places_of("web1"))
+        assert (tmp_path / "setup/web1/unit.conf").exists()
+        assert not waiting.done()
+        with pytest.raises(StorageSilent, match="VM bad"):
+            await waiting
+
+    with silent_files(tmp_path / "mount") as server:
+        server.fall_silent()
+        try:
+            asyncio.run(story(server))
+        finally:
+            server.speak()
 
 
 # -- dax devices ---------------------------------------------------------------------------------------------------------

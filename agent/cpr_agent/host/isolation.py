@@ -14,6 +14,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from cpr_agent.core.model import Launch
 from cpr_agent.files import make_private_directory, write_atomically
@@ -37,22 +38,28 @@ _SYSTEM = re.compile(r"/(usr|etc|proc|sys|root|home|boot)(/|$)")
 _NO_IMAGES = re.compile(r"/(dev|run|var/log)(/|$)")
 
 
+class Made(NamedTuple):
+    drop_in: str
+    profile: str
+
+
 class Installer:
-    """``staged`` is root's alone; ``units`` and ``profiles`` are where systemd and AppArmor look."""
+    """``staged`` is root's alone; ``units`` and ``profiles`` are where systemd and AppArmor look. units/set-up-vm deletes what
+    it has installed to the end."""
 
     def __init__(self, staged: Path, units: Path = UNITS, profiles: Path = PROFILES) -> None:
         self._staged = staged
         self._units = units
         self._profiles = profiles
 
-    def stage(self, launch: Launch, run_dir: Path, places: tuple[str, str]) -> bool:
+    def stage(self, launch: Launch, made: Made, places: tuple[str, str]) -> bool:
         """Whether something is to be installed: it is there for cpr-vm-setup@NAME.service then. Raises OSError."""
-        drop_in, profile = drop_in_of(launch, run_dir, places), profile_of(launch, run_dir, places)
-        wanted = {self._units / f"cpr-vm@{place}.service.d" / _DROP_IN: drop_in for place in places}
-        wanted[self._profiles / f"cpr-vm.{launch.vm}.vm"] = profile
-        if _exists(launch.user) and all(_text(path) == text for path, text in wanted.items()):
+        wanted = {self._units / f"cpr-vm@{place}.service.d" / _DROP_IN: made.drop_in for place in places}
+        wanted[self._profiles / f"cpr-vm.{launch.vm}.vm"] = made.profile
+        installed = not (self._staged / launch.vm).exists() and all(_text(path) == text for path, text in wanted.items())
+        if installed and _exists(launch.user):
             return False
-        self._stage(launch.vm, launch.user, {"unit.conf": drop_in, "profile": profile})
+        self._stage(launch.vm, launch.user, {"unit.conf": made.drop_in, "profile": made.profile})
         return True
 
     def stage_user(self, vm: str, user: str) -> bool:
@@ -70,6 +77,11 @@ class Installer:
         account = f'u {user} {uid} "Virtual machine {vm} of cpr-agent" / -\n' if uid else ""
         for name, text in {"sysusers.conf": account, **files}.items():
             write_atomically(directory / name, text.encode(), durable=False)
+
+
+def made_for(launch: Launch, run_dir: Path, places: tuple[str, str]) -> Made:
+    """Looks at what its command line names, on storage that may hang. Blocking."""
+    return Made(drop_in_of(launch, run_dir, places), profile_of(launch, run_dir, places))
 
 
 def drop_in_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from pystemd.dbusexc import DBusBaseError
 from pystemd.dbuslib import DBus, apply_signature, path_encode
 
 from cpr_agent.core.model import Launch
+from cpr_agent.core.threads import Threads
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.isolation import Installer
+from cpr_agent.host.isolation import Installer, made_for
 from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, RunFiles, places_of
 from cpr_agent.host.users import Users
 
@@ -174,9 +176,10 @@ class Systemd:
 class Setup:
     """What cpr-vm-setup@NAME.service installs for a VM: one at a time, and only what is not there."""
 
-    def __init__(self, systemd: Systemd, installer: Installer) -> None:
+    def __init__(self, systemd: Systemd, installer: Installer, threads: Threads) -> None:
         self._systemd = systemd
         self._installer = installer
+        self._threads = threads
         self._turn = asyncio.Lock()
 
     async def user(self, vm: str, user: str) -> None:
@@ -186,9 +189,11 @@ class Setup:
                 await self._install(vm)
 
     async def vm(self, launch: Launch, run_dir: Path, places: tuple[str, str]) -> None:
-        """Its user, and what of the host its units may see and open. Raises QemuFailed, OSError."""
+        """Its user, and what of the host its units may see and open. Raises QemuFailed, StorageSilent,
+        OSError."""
+        made = await self._threads.run(launch.vm, partial(made_for, launch, run_dir, places))  # in nobody else's turn
         async with self._turn:
-            if await asyncio.to_thread(self._installer.stage, launch, run_dir, places):
+            if await asyncio.to_thread(self._installer.stage, launch, made, places):
                 await self._install(launch.vm)
 
     async def _install(self, vm: str) -> None:
@@ -209,11 +214,11 @@ class Setup:
 class SystemdRunner(BaseRunner):
     """Each VM is ``cpr-vm@NAME.service``; what the unit does is in units/cpr-vm@.service."""
 
-    def __init__(self, files: RunFiles, systemd: Systemd, users: Users) -> None:
+    def __init__(self, files: RunFiles, systemd: Systemd, users: Users, threads: Threads) -> None:
         super().__init__(files)
         self._systemd = systemd
         self._users = users
-        self._setup = Setup(systemd, Installer(files.run_dir / "setup"))
+        self._setup = Setup(systemd, Installer(files.run_dir / "setup"), threads)
 
     def user(self, name: str) -> str:
         return self._users.recorded(name)
