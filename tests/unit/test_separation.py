@@ -216,6 +216,22 @@ def test_an_upgrade_keeps_the_user_of_the_vms_that_were_defined(tmp_path: Path) 
     assert "later" not in keep_users(tmp_path)
 
 
+@AS_ROOT
+def test_an_upgrade_that_finds_no_room_for_the_users_keeps_them_the_next_time(tmp_path: Path) -> None:
+    definitions = tmp_path / "etc/cpr-agent/vms"
+    definitions.mkdir(parents=True)
+    for name in ("web1", "web2"):
+        (definitions / f"{name}.toml").touch()
+    state = tmp_path / "var/lib/cpr-agent"
+    state.mkdir(parents=True)
+    run = f"{ROOT}/units/keep-users {tmp_path}"
+    small, larger = f"mount -t tmpfs -o nr_inodes=3 none {state}", f"mount -o remount,nr_inodes=9 {state}"
+    program = f"{small}; {run}; {larger}; {run} && cat {state}/users/*"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", program], capture_output=True, text=True, check=True)
+    assert "No space left" in done.stderr
+    assert done.stdout == "cpr-vm\ncpr-vm\n"
+
+
 # -- what the next QEMU needs --------------------------------------------------------------------------------------------
 
 
