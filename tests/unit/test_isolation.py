@@ -5,6 +5,7 @@ own readers."""
 from __future__ import annotations
 
 import asyncio
+import grp
 import os
 import pwd
 import shutil
@@ -84,6 +85,25 @@ def test_a_user_that_the_host_has_already_is_not_given_again(tmp_path: Path, mon
     known = [pwd.struct_passwd(("cpr-vm-7", "x", FIRST_UID + 7, 0, "", "/", ""))]
     monkeypatch.setattr(pwd, "getpwall", lambda: known)
     assert Users(tmp_path).assign("web1") == "cpr-vm-8"
+
+
+@pytest.mark.parametrize("uid", [LAST_UID, FIRST_UID + 1])
+def test_a_person_within_the_range_takes_one_number_of_it(
+    uid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    person = pwd.struct_passwd(("alice", "x", uid, uid, "", "/", ""))
+    by_uid = pwd.getpwuid
+    monkeypatch.setattr(pwd, "getpwall", lambda: [person])
+    monkeypatch.setattr(pwd, "getpwuid", lambda asked: person if asked == uid else by_uid(asked))
+    users = Users(tmp_path)
+    assert uid not in {uid_of_user(users.assign("web1")), uid_of_user(users.assign("web2"))}
+
+
+def test_a_group_s_number_is_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd would give the user another number."""
+    group, by_gid = grp.struct_group(("staff", "x", FIRST_UID + 1, [])), grp.getgrgid
+    monkeypatch.setattr(grp, "getgrgid", lambda asked: group if asked == group.gr_gid else by_gid(asked))
+    assert Users(tmp_path).assign("web1") == "cpr-vm-2"
 
 
 # -- the drop-in ---------------------------------------------------------------------------------------------------------

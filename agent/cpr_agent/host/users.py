@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import pwd
 import re
 import threading
@@ -60,11 +62,24 @@ class Users:
             return user
 
     def _next(self) -> int:
-        """Above all that VMs have, or that the host knows. Raises OSError."""
+        """Above all that VMs have, or have had as far as the host knows; and nobody else's. Raises OSError."""
         files = self._root.iterdir() if self._root.is_dir() else ()
-        taken = {uid_of_user(self.recorded(file.name)) for file in files}
-        known = {account.pw_uid for account in pwd.getpwall()}
-        uid = max(taken | {FIRST_UID} | {uid for uid in known if FIRST_UID < uid <= LAST_UID}) + 1
-        if uid > LAST_UID:
-            raise OSError(f"all users up to {LAST_UID} are taken; name one in the definition (vm.user)")
-        return uid - FIRST_UID
+        given = {uid_of_user(user) for user in (*map(self.recorded, (file.name for file in files)), *_accounts())}
+        for uid in range(max(given | {FIRST_UID}) + 1, LAST_UID + 1):
+            if not _is_somebody(uid):
+                return uid - FIRST_UID
+        raise OSError(f"all users up to {LAST_UID} are taken; name one in the definition (vm.user)")
+
+
+def _accounts() -> list[str]:
+    return [account.pw_name for account in pwd.getpwall()]
+
+
+def _is_somebody(uid: int) -> bool:
+    """Also one of a directory service, which lists no users. systemd-sysusers takes another number for a user if it is that of
+    a group."""
+    for known in (pwd.getpwuid, grp.getgrgid):
+        with contextlib.suppress(KeyError):
+            known(uid)
+            return True
+    return False
