@@ -44,8 +44,8 @@ class Made(NamedTuple):
 
 
 class Installer:
-    """``staged`` is root's alone; ``units`` and ``profiles`` are where systemd and AppArmor look. units/set-up-vm deletes what
-    it has installed to the end."""
+    """``staged`` is root's alone; ``units`` and ``profiles`` are where systemd and AppArmor look. units/set-up-vm deletes
+    what it has installed to the end."""
 
     def __init__(self, staged: Path, units: Path = UNITS, profiles: Path = PROFILES) -> None:
         self._staged = staged
