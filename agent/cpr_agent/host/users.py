@@ -76,8 +76,7 @@ def _accounts() -> list[str]:
 
 
 def _is_somebody(uid: int) -> bool:
-    """Also one of a directory service, which lists no users. systemd-sysusers takes another number for a user if it is that of
-    a group."""
+    """Also one of a directory service, which lists no users. systemd-sysusers gives no user the number of a group."""
     for known in (pwd.getpwuid, grp.getgrgid):
         with contextlib.suppress(KeyError):
             known(uid)
