@@ -185,6 +185,11 @@ def test_a_directory_that_a_guest_shares_is_its_own_as_a_whole() -> None:
     assert f'"{ROOT.parent}/**"' not in text
 
 
+def test_words_that_only_look_like_a_path_are_no_matter() -> None:
+    words = "console=ttyS0 init=/sbin/init " + "an.option=1 " * 50
+    assert '"/dev/shm/web1" rwk,' in profile("-append", words, nodes=("/dev/shm/web1",))
+
+
 @pytest.mark.skipif(shutil.which("apparmor_parser") is None, reason="no AppArmor")
 def test_apparmor_reads_both_profiles(tmp_path: Path) -> None:
     for name in ("cpr-vm", "abstractions/cpr-vm"):

@@ -134,11 +134,19 @@ def _rules_of(path: str) -> list[str]:
     that are named after it, and the images that it may stand on."""
     if _NO_IMAGES.match(path):
         return [_rule(path, "", "rwk")]
-    if Path(path).is_dir():
+    if _is_directory(path):
         return [_rule(path, "", "r"), _rule(path, "/**", "rwk")]
     parent = str(Path(path).parent)
     beside = [_rule(parent, "/**", "r")] if parent != "/" else []
     return [_rule(path, "", "rwk"), _rule(path, "{.,-}*", "rwk"), *beside]
+
+
+def _is_directory(path: str) -> bool:
+    """False also for what can't be looked at, or is no path at all, such as a kernel's long command line."""
+    try:
+        return stat.S_ISDIR(Path(path).stat().st_mode)
+    except OSError:
+        return False
 
 
 def profile_name(vm: str) -> str:
