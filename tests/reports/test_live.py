@@ -204,6 +204,36 @@ def test_a_backing_image_that_was_replaced_is_told(each_lab: Lab) -> None:
     assert_refused(guest, "disk d0", str(base))
 
 
+def test_a_chain_in_a_directory_that_is_a_link_is_no_obstacle(each_lab: Lab) -> None:
+    """QEMU finds the image below by the name of the one above, and the kernel tells of it without the link."""
+    pool, link = each_lab.root / "pool", each_lab.root / "images"
+    pool.mkdir()
+    link.symlink_to(pool)
+    base = image(pool / "base.raw", "raw")
+    backed = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", pool / "top.qcow2"]
+    subprocess.run(backed, check=True)
+    guest = with_disk(each_lab, link / "top.qcow2")
+    assert_goes_on(guest)
+    assert_goes_on(guest)
+    replace(base)
+    assert_refused(guest, "disk d0", "base.raw")
+
+
+def test_a_disk_whose_locks_stay_with_the_old_qemu_goes_on_at_once(each_lab: Lab) -> None:
+    """QEMU keeps the locks below a quorum when its guest has been saved."""
+    children = [
+        f"children.{number}.driver=raw,children.{number}.file.driver=file,children.{number}.file.filename={path}"
+        for number, path in enumerate(image(each_lab.root / f"{one}.raw", "raw") for one in "abc")
+    ]
+    disk = f"driver=quorum,node-name=q0,vote-threshold=2,{','.join(children)}"
+    guest = each_lab.running("web1", "-blockdev", disk, "-device", "virtio-blk-pci,drive=q0")
+    before = guest.pid
+    guest.call("Refresh", "a{sv}", {})
+    assert guest.state == "running"
+    assert guest.pid != before
+    guest.assert_unbroken()
+
+
 def test_writes_to_a_temporary_file_are_told(each_lab: Lab) -> None:
     guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"), drive=",snapshot=on")
     assert_refused(guest, "disk d0", "/vl.")

@@ -248,3 +248,21 @@ def test_a_device_without_a_name_is_told_and_never_taken_for_the_same_after_a_ke
     assert inventory.unnamed_devices(Inventory(nodes=(changed(NODE, file=named),))) == []
     assert named.same_as(changed(named, st_dev=9), rebooted=True)
     assert not named.same_as(changed(named, device_id="disk8"), rebooted=True)
+
+
+def test_an_image_below_a_linked_directory_is_found_where_that_leads(tmp_path: Path) -> None:
+    """Also by a way up, which the kernel takes from where the link leads."""
+    pool, other, link = tmp_path / "a/pool", tmp_path / "a/other", tmp_path / "link"
+    for directory in (pool, other):
+        directory.mkdir(parents=True)
+    link.symlink_to(pool)
+    top, base = pool / "top", other / "base"
+    for path in (top, base):
+        path.write_bytes(b"x")
+    with top.open("rb"), base.open("rb"):
+        host = Watched()
+        node = match(host, f"{link}/../other/base", str(link / "top"))
+        assert match(Watched(), f"{link}/../other/base").file is None
+    assert node.file
+    assert node.file.path == str(base)
+    assert f"{link}/../other/base" not in host.looked

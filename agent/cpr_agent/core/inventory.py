@@ -57,7 +57,8 @@ def match(files: Files, pid: int, said: Inventory, opened: Sequence[OpenFile], i
     named = {path: file for path, file in looked.items() if file and file.key in keys}
     nodes = said.nodes
     if any(node.is_local for node in nodes):
-        finder = _Finder(opened, named, files.working_directory(pid))
+        real = {one: files.real_directory(one) for one in map(posixpath.dirname, named)}
+        finder = _Finder(opened, named, files.working_directory(pid), real)
         nodes = tuple(replace(node, file=finder.find(node)) if node.is_local else node for node in nodes)
     by_kernel = {node.file.path for node in nodes if node.file and node.file.path} - named.keys()
     for path in by_kernel:
@@ -70,7 +71,10 @@ def match(files: Files, pid: int, said: Inventory, opened: Sequence[OpenFile], i
 class _Finder:
     """Finds the file that a block node is, among those that its process has open."""
 
-    def __init__(self, opened: Sequence[OpenFile], named: Mapping[str, OpenFile], directory: str) -> None:
+    def __init__(
+        self, opened: Sequence[OpenFile], named: Mapping[str, OpenFile], directory: str, real: Mapping[str, str]
+    ) -> None:
+        """``real``: the directories of ``named``, and where they are without links."""
         self._by_path: dict[str, dict[tuple[int, int], OpenFile]] = {}
         for file in opened:
             if file.path:
@@ -78,16 +82,33 @@ class _Finder:
         self._by_key = {file.key: file for file in opened}
         self._named = named
         self._directory = directory
+        self._real = real
 
     def find(self, node: BlockNode) -> OpenFile | None:
         """None also where two files have had the same name."""
         name = plain_name(node.filename)
-        path = posixpath.normpath(posixpath.join(self._directory, name))
-        there = list(self._by_path.get(path, {}).values())
+        there = self._at(name)
         if len(there) == 1:
             return there[0]
         named = self._named.get(name)
-        return self._by_key.get(named.key) if named and not there else None
+        if named and not there:
+            return self._by_key.get(named.key)
+        linked = {} if there else self._by_links(name)
+        return linked.popitem()[1] if len(linked) == 1 else None
+
+    def _at(self, name: str) -> list[OpenFile]:
+        path = posixpath.normpath(posixpath.join(self._directory, name))
+        return list(self._by_path.get(path, {}).values())
+
+    def _by_links(self, name: str) -> dict[tuple[int, int], OpenFile]:
+        """QEMU finds an image below another one by the directory in which the arguments name that, which may be a link."""
+        found = [
+            file
+            for directory, real in self._real.items()
+            if name.startswith(f"{directory}/")
+            for file in self._at(real + name.removeprefix(directory))
+        ]
+        return {file.key: file for file in found}
 
 
 def plain_name(filename: str) -> str:

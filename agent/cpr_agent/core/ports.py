@@ -437,6 +437,9 @@ class Files(Protocol):
     def look_at(self, path: str) -> OpenFile | None:
         """What would be opened by ``path``, which must not be QEMU's word; None if nothing would. Blocking."""
 
+    def real_directory(self, path: str) -> str:
+        """``path`` without links; it must not be QEMU's word. Blocking."""
+
 
 class Sockets(Protocol):
     """Names of Unix sockets that two QEMUs want."""

@@ -130,6 +130,9 @@ class ThisHost:
         except (OSError, ValueError):
             return None
 
+    def real_directory(self, path: str) -> str:
+        return os.path.realpath(path)
+
     def keep_sockets(self, paths: Sequence[str], pid: int) -> None:
         sockets.keep(paths, pid)
 
