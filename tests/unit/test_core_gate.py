@@ -98,7 +98,7 @@ def through_the_gate(root: Path) -> list[tuple[str, str, str, str]]:
             continue  # a method so named, which takes no machine and no proof
         proof = ast.unparse(within.args[1 if name == "wake" else 2]) if plain else "?"  # type: ignore[attr-defined]
         found.append((file, function, name, proof))
-    return sorted(found)
+    return sorted(set(found))
 
 
 def test_only_the_gate_lets_a_qemu_run_its_guest() -> None:

@@ -45,6 +45,7 @@ from cpr_agent.errors import (
     NoCheckpoint,
     ProofFailed,
     QemuFailed,
+    QemuRefused,
     StorageSilent,
 )
 
@@ -416,7 +417,11 @@ async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, 
     # From here on the checkpoint is spent, whatever happens (invariant 2).
     resumed_at = 0.0
     if manifest.run_state != RunState.PAUSED:
-        resumed_at = await let_run(machine, qemu, proof)
+        try:
+            resumed_at = await let_run(machine, qemu, proof)
+        except QemuRefused:  # the QEMU that had the guest before may hold the locks of its disks (measured: quorum)
+            await vessel.settle()
+            resumed_at = await let_run(machine, qemu, proof)
     resumed_at = await _has_gone_on(machine, manifest, proof, resumed_at)
     await vessel.settle()
     return resumed_at
