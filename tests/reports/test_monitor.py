@@ -92,6 +92,16 @@ def test_what_does_not_go_along_is_said(each_lab: Lab, change: Callable[[Guest],
     assert lost(guest) == []
 
 
+@pytest.mark.parametrize("driver", ["copy-on-read", "null-co"])
+def test_a_node_that_no_disk_has_is_no_obstacle(each_lab: Lab, driver: str) -> None:
+    """Backup programs leave the targets of their jobs, and filters on top of disks."""
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
+    node = guest.admin("query-block")[0]["inserted"]["node-name"]
+    on_top = {"file": node} if driver == "copy-on-read" else {}
+    guest.admin("blockdev-add", driver=driver, **{"node-name": "left"}, **on_top)
+    assert_goes_on(guest)
+
+
 @pytest.mark.parametrize("kind", ["user", "socket"])
 def test_a_network_that_was_added_is_told_before_a_save(each_lab: Lab, kind: str) -> None:
     """That of QEMU's own NAT has a part in the state: the load would be refused for ever."""

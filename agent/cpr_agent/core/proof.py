@@ -184,11 +184,13 @@ async def identify_disks(ports: Ports, vm: str, disks: Iterable[DiskIdentity]) -
 def identify_open(
     listed: Iterable[DiskIdentity], opened: Iterable[OpenFile], draft: Manifest, kept: Collection[str]
 ) -> list[DiskIdentity]:
-    """``listed`` by what QEMU has open. Files are those of ``draft``, but for firmware that is ``kept``; the rest is not of
-    this host. Raises SaveFailed."""
+    """``listed`` by what QEMU has open, as far as the guest sees it: a node that a monitor has added and no disk has is lost
+    with its QEMU. Files are those of ``draft``, but for firmware that is ``kept``; the rest is not of this host. Raises
+    SaveFailed."""
     by_key, disks = {file.key: file for file in opened}, {disk.node: disk for disk in listed}
     inventory = draft.inventory or Inventory()
     nodes = {node.node: node for node in inventory.nodes if node.file and path_of(node) not in kept}
+    others = {node.node for node in inventory.nodes} - nodes.keys()
     out = []
     for name, node in nodes.items():
         file = by_key.get(node.file.key) if node.file and name in disks else None
@@ -205,7 +207,7 @@ def identify_open(
             mtime_ns=file.mtime_ns,
         )
         out.append(identity)
-    return out + [disk for disk in disks.values() if disk.node not in nodes and not disk.filename.startswith("/")]
+    return out + [disk for disk in disks.values() if disk.node in others and not disk.filename.startswith("/")]
 
 
 async def refuse_changed_disks(ports: Ports, manifest: Manifest) -> None:
