@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.bus.client import CallError
+from tests.bus.conftest import qemu_of
 from tests.lab import PATIENCE_S, Guest, Lab, refused, script, until
 from tests.reports.test_live import assert_goes_on, blocks, image
 
@@ -59,6 +60,13 @@ def goes_on_in_turn(guest: Guest) -> None:
     assert ran.returncode == 0, ran
     guest.assert_unbroken()
     assert guest.pid != before
+
+
+def test_a_server_that_qemu_can_start_without_is_not_waited_for(each_lab: Lab, each_qemu: str) -> None:
+    retry = "reconnect=1" if each_qemu == qemu_of("7.2") else "reconnect-ms=1000"
+    guest = each_lab.running("web1", "-chardev", f"socket,id=c0,path={each_lab.root}/events.sock,{retry}")
+    assert_goes_on(guest)
+    assert "not there yet" not in each_lab.log.read_text()
 
 
 # -- a TPM ----------------------------------------------------------------------------------------------------------------

@@ -96,6 +96,20 @@ def test_who_connects_to_qemu_is_not_waited_for(tmp_path: Path) -> None:
     assert [why.partition(" shares")[0] for why in unsaveable(argv)] == ["-netdev vhost-user"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "listens"),
+    [
+        (("-chardev", "socket,id=c,path=/run/c,reconnect=1"), False),
+        (("-chardev", "socket,id=c,path=/run/c,reconnect-ms=100"), False),
+        (("-chardev", "socket,id=c,path=/run/c,reconnect=0"), True),
+        (("-netdev", "stream,id=n,server=off,addr.type=unix,addr.path=/run/n,reconnect=1"), False),
+        (("-netdev", '{"type": "stream", "id": "n", "addr": {"path": "/run/n"}, "reconnect-ms": 9}'), False),
+    ],
+)
+def test_who_may_come_later_is_not_waited_for(arguments: tuple[str, ...], *, listens: bool) -> None:
+    assert [one.listens for one in companions(("qemu", *arguments))] == [listens]
+
+
 def test_a_socket_that_is_there_is_not_missing(tmp_path: Path) -> None:
     there, gone = (Companion(name="x", where=str(tmp_path / name)) for name in ("there", "gone"))
     with socket.socket(socket.AF_UNIX) as listener:

@@ -74,13 +74,19 @@ def _of(option: Option, needed: dict[str, str]) -> Iterator[Companion]:
         server = value.on("server")
         if where and (who or not server):
             name = who or f"the server of the character device {id_}"
-            yield Companion(name=name, where=where, ends=who in _END, shared=not who, listens=not server)
+            yield Companion(name=name, where=where, ends=who in _END, shared=not who, listens=not server and not _retries(value))
     elif option.name == "-netdev" and value.first("type") in ("stream", "socket"):
         where = value.keys.get("connect") or ("" if value.on("server") else _place(value.keys, "addr."))
         if where:
-            yield Companion(name=f"the peer of the network {value.keys.get('id', '')} (passt or another)", where=where)
+            name = f"the peer of the network {value.keys.get('id', '')} (passt or another)"
+            yield Companion(name=name, where=where, listens=not _retries(value))
     elif option.name in ("-drive", "-blockdev"):
         yield from (Companion(name="the NBD server", where=where) for where in _nbd_servers(value))
+
+
+def _retries(value: Value) -> bool:
+    """QEMU starts without its server then, and connects once that is there."""
+    return any(value.keys.get(key, "0") != "0" for key in ("reconnect", "reconnect-ms"))
 
 
 def _place(keys: dict[str, str], prefix: str = "") -> str:

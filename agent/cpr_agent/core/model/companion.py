@@ -17,7 +17,7 @@ class Companion(msgspec.Struct, frozen=True, kw_only=True):
     shared: bool = False
     """It serves two QEMUs at once."""
     listens: bool = True
-    """It is there before QEMU starts; False where QEMU makes the socket, and waits for it."""
+    """It is there before QEMU starts; False where QEMU makes the socket, and waits for it, or starts without it."""
 
     @property
     def is_local(self) -> bool:
