@@ -185,6 +185,15 @@ def test_a_directory_that_a_guest_shares_is_its_own_as_a_whole() -> None:
     assert f'"{ROOT.parent}/**"' not in text
 
 
+def test_an_image_behind_a_symbolic_link_is_written_to_where_it_is(tmp_path: Path) -> None:
+    """AppArmor asks for the file's own place."""
+    (tmp_path / "pool").symlink_to("/tank")
+    (tmp_path / "secret").symlink_to("/etc/shadow")
+    text = profile("-drive", f"file={tmp_path}/pool/web1.img", "-drive", f"file={tmp_path}/secret", nodes=())
+    assert '"/tank/web1.img" rwk,' in text
+    assert '"/etc' not in text
+
+
 def test_words_that_only_look_like_a_path_are_no_matter() -> None:
     words = "console=ttyS0 init=/sbin/init " + "an.option=1 " * 50
     assert '"/dev/shm/web1" rwk,' in profile("-append", words, nodes=("/dev/shm/web1",))

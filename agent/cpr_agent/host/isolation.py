@@ -115,6 +115,8 @@ def profile_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:
     ]
     for path in _paths(launch):
         rules += [] if _SYSTEM.match(path) else _rules_of(path)
+        if (real := os.path.realpath(path)) != path and not (_SYSTEM.match(real) or _NO_IMAGES.match(real)):
+            rules += _rules_of(real)  # AppArmor knows no symbolic links
     lines = [
         "# Made by cpr-agent from the VM's definition; the next start makes it anew. Further rules go into local/cpr-vm.",
         "abi <abi/3.0>,",
