@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import grp
+import json
 import os
 import pwd
 import shutil
@@ -192,6 +193,12 @@ def test_an_image_behind_a_symbolic_link_is_written_to_where_it_is(tmp_path: Pat
     text = profile("-drive", f"file={tmp_path}/pool/web1.img", "-drive", f"file={tmp_path}/secret", nodes=())
     assert '"/tank/web1.img" rwk,' in text
     assert '"/etc' not in text
+
+
+@pytest.mark.parametrize("path", ["/tank/a,b", "/tank/a,,b", "/tank/\u00e9"])
+def test_a_path_in_json_is_what_qemu_reads(path: str) -> None:
+    word = json.dumps({"driver": "raw", "file": {"driver": "file", "filename": path}})
+    assert f'"{path}" rwk,' in profile("-blockdev", word, nodes=())
 
 
 def test_words_that_only_look_like_a_path_are_no_matter() -> None:

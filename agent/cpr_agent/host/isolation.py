@@ -7,6 +7,7 @@ The agent is confined itself. It writes these files to a directory of root's, an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from cpr_agent.core.model import Launch
 from cpr_agent.files import make_private_directory, write_atomically
 from cpr_agent.host.users import groups_beside, uid_of_user
@@ -24,7 +27,7 @@ UNITS = Path("/etc/systemd/system")
 PROFILES = Path("/etc/apparmor.d")
 _DROP_IN = "50-cpr-agent.conf"
 _VALUES = re.compile(r'(?<!,),(?!,)|"')
-"""Between the values of QEMU's keyed options, in which a comma is doubled, and of its JSON."""
+"""Between the values of QEMU's keyed options, in which a comma is doubled, and of JSON in one of them."""
 _PATH = re.compile(r"(?:^|[=:])(/[^/].*)")
 _GENERAL = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
 """In each private /dev (systemd.exec(5), PrivateDevices=)."""
@@ -162,11 +165,28 @@ def _paths(launch: Launch) -> list[str]:
 
 
 def _named(word: str) -> Iterator[str]:
-    for value in _VALUES.split(word):
+    for value in _values(word):
         match = _PATH.search(value)
-        path = os.path.normpath(match[1].replace(",,", ",")) if match else ""
+        path = os.path.normpath(match[1]) if match else ""
         if path and not _NOT_A_PLACE.match(path):
             yield path
+
+
+def _values(word: str) -> Iterator[str]:
+    if word.startswith("{"):
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            yield from _texts(msgspec.json.decode(word))
+            return
+    for value in _VALUES.split(word):
+        yield value.replace(",,", ",")
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _devices(launch: Launch) -> list[str]:
