@@ -242,6 +242,9 @@ def test_what_is_installed_is_staged_once_and_again_when_it_has_changed(tmp_path
     shutil.rmtree(staged)
     assert not stage(installer, plan)
     assert stage(installer, a_launch("-drive", "file=/dev/vg/more", user="root"))
+    shutil.rmtree(staged)
+    (tmp_path / "profiles/cpr-vm.web1.vm").write_bytes(b"\xff")
+    assert stage(installer, plan), "it is damaged"
     assert stage(installer, a_launch(user="cpr-vm-20000")), "its user is not there yet"
     assert (staged / "sysusers.conf").read_text() == 'u cpr-vm-20000 86000 "Virtual machine web1 of cpr-agent" / -\n'
 

@@ -228,5 +228,5 @@ def _exists(user: str) -> bool:
 def _text(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:
+    except (OSError, UnicodeError):
         return ""
