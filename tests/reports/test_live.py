@@ -389,3 +389,25 @@ def test_a_guest_of_an_agent_that_recorded_nothing_goes_on_as_it_is(each_lab: La
     record.unlink()
     assert_goes_on(guest)
     assert record.exists()
+
+
+def test_a_chain_of_the_command_line_is_no_obstacle_to_an_agent_that_recorded_nothing(each_lab: Lab) -> None:
+    """As libvirt writes it: each image by an argument of its own."""
+    base, top = image(each_lab.root / "base.raw", "raw"), each_lab.root / "top.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top], check=True)
+    nodes = [
+        f"driver=file,node-name=f0,filename={base},read-only=on",
+        "driver=raw,node-name=base,file=f0,read-only=on",
+        f"driver=file,node-name=f1,filename={top}",
+        "driver=qcow2,node-name=top,file=f1,backing=base",
+    ]
+    blockdevs = (word for node in nodes for word in ("-blockdev", node))
+    guest = each_lab.running("web1", *blockdevs, "-device", "virtio-blk-pci,drive=top")
+    record = each_lab.run / "launched/web1.inventory"
+    record.unlink()
+    assert_goes_on(guest)
+    record.unlink()
+    overlay = str(each_lab.root / "snap.qcow2")
+    arguments = {"node-name": "top", "snapshot-file": overlay, "snapshot-node-name": "snap", "format": "qcow2"}
+    guest.admin("blockdev-snapshot-sync", **arguments)
+    assert_refused(guest, "top.qcow2", "its command line names")

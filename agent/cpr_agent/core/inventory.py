@@ -286,8 +286,12 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     lost, found = _lost_files(disks, looked), Lookup(disks, recorded and without(recorded, kept), looked)
     goes_along = carried(ports, launch, recorded, live).disks
     known = {*lost, *goes_along}
-    compared = [*lost.values(), *(_unlike_arguments(found, images) if recorded is None else _compared(found, known))]
-    compared += _with_state(recorded, live) if recorded else []
+    compared = [*lost.values()]
+    if recorded is None:
+        below = ports.definitions.images_below(launch.argv)
+        compared += _unlike_arguments(found, [path for path in images if path not in below])
+    else:
+        compared += _compared(found, known) + _with_state(recorded, live)
     if recorded is None and not compared:
         await record(ports, launch.vm, live)
         if not kept:

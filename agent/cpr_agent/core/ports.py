@@ -241,6 +241,9 @@ class Definitions(Protocol):
     def images(self, arguments: Sequence[str]) -> list[str]:
         """The paths by which a command line names disks and firmware of the host."""
 
+    def images_below(self, arguments: Sequence[str]) -> list[str]:
+        """Those of them that it puts below the first image of a disk."""
+
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
 
     def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:

@@ -371,6 +371,19 @@ def image_files(argv: Sequence[str]) -> list[str]:
     return [file for file in dict.fromkeys(files) if file.startswith("/")]
 
 
+def files_below(argv: Sequence[str]) -> list[str]:
+    """Those of ``image_files`` that the command line itself puts below the first image of a disk."""
+    nodes = {keys["node-name"]: keys for keys in map(keyed, option(argv, "-blockdev")) if "node-name" in keys}
+    left = [keys["backing"] for keys in nodes.values() if "backing" in keys]
+    below: set[str] = set()
+    while left:
+        name = left.pop()
+        if name in nodes and name not in below:
+            below.add(name)
+            left += [nodes[name].get(role, "") for role in ("file", "backing")]
+    return [nodes[name][key] for name in sorted(below) for key in ("filename", "file.filename") if key in nodes[name]]
+
+
 def cpu_model(argv: Sequence[str]) -> dict[str, Any]:
     """The ``-cpu`` argument as a CpuModelInfo of QAPI; qemu64 is the default on x86."""
     name, *features = (option(argv, "-cpu") or ["qemu64"])[-1].split(",")

@@ -37,6 +37,7 @@ from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.carried import carry
 from cpr_agent.vm.cmdline import (
     collisions,
+    files_below,
     image_files,
     kept_firmware,
     numa_collisions,
@@ -239,6 +240,9 @@ class DefinitionDirectory:
 
     def images(self, arguments: Sequence[str]) -> list[str]:
         return image_files(arguments)
+
+    def images_below(self, arguments: Sequence[str]) -> list[str]:
+        return files_below(arguments)
 
     def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:
         argv = carry(launch.base_argv, was, now)
