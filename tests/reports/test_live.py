@@ -210,7 +210,7 @@ def test_a_chain_in_a_directory_that_is_a_link_is_no_obstacle(each_lab: Lab) -> 
     pool.mkdir()
     link.symlink_to(pool)
     base = image(pool / "base.raw", "raw")
-    backed = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", pool / "top.qcow2"]
+    backed = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", str(pool / "top.qcow2")]
     subprocess.run(backed, check=True)
     guest = with_disk(each_lab, link / "top.qcow2")
     assert_goes_on(guest)
