@@ -69,8 +69,8 @@ async def send(address: str, what: str, calls: int, connections: int) -> Counter
 async def storm(address: str, what: str, calls: int, connections: int) -> Counter[str]:
     """Make so many calls at a time again and again, as fast as they are answered, until stdin is closed."""
     heard: Counter[str] = Counter()
-    over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     buses = [await AgentBus(address).connect() for _ in range(connections)]
+    over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # nothing ends it but stdin's end
     path, interface, member, signature, body = CALLS[what]
 
     async def call(bus: MessageBus) -> None:
