@@ -184,9 +184,8 @@ async def identify_disks(ports: Ports, vm: str, disks: Iterable[DiskIdentity]) -
 def identify_open(
     listed: Iterable[DiskIdentity], opened: Iterable[OpenFile], draft: Manifest, kept: Collection[str]
 ) -> list[DiskIdentity]:
-    """``listed`` by what QEMU has open, as far as the guest sees it: a node that a monitor has added, and no disk has, is
-    lost with its QEMU. Files are those of ``draft``, but for firmware that is ``kept``; the rest is not of this host.
-    Raises SaveFailed."""
+    """``listed`` by what QEMU has open, as far as the guest sees it: a node that no disk has is lost with its QEMU. Files
+    are those of ``draft``, but for firmware that is ``kept``; the rest is not of this host. Raises SaveFailed."""
     by_key, disks = {file.key: file for file in opened}, {disk.node: disk for disk in listed}
     inventory = draft.inventory or Inventory()
     nodes = {node.node: node for node in inventory.nodes if node.file and path_of(node) not in kept}

@@ -73,10 +73,8 @@ def _of(option: Option, needed: dict[str, str]) -> Iterator[Companion]:
         who = needed.get(id_, "")
         server = value.on("server")
         if where and (who or not server):
-            name = who or f"the server of the character device {id_}"
-            yield Companion(
-                name=name, where=where, ends=who in _END, shared=not who, listens=not server and not _retries(value)
-            )
+            name, listens = who or f"the server of the character device {id_}", not (server or _retries(value))
+            yield Companion(name=name, where=where, ends=who in _END, shared=not who, listens=listens)
     elif option.name == "-netdev" and value.first("type") in ("stream", "socket"):
         where = value.keys.get("connect") or ("" if value.on("server") else _place(value.keys, "addr."))
         if where:
