@@ -210,8 +210,9 @@ def test_a_chain_in_a_directory_that_is_a_link_is_no_obstacle(each_lab: Lab) -> 
     pool.mkdir()
     link.symlink_to(pool)
     base = image(pool / "base.raw", "raw")
-    backed = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", str(pool / "top.qcow2")]
-    subprocess.run(backed, check=True)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", pool / "top.qcow2"], check=True
+    )
     guest = with_disk(each_lab, link / "top.qcow2")
     assert_goes_on(guest)
     assert_goes_on(guest)
@@ -349,6 +350,21 @@ def test_an_unplugged_device_is_told(each_lab: Lab) -> None:
     guest.admin("device_del", id="tablet")
     until(lambda: "tablet" not in peripherals(guest), "it is unplugged")
     assert_refused(guest, "device peripheral/tablet", "usb-tablet")
+
+
+def test_a_device_that_came_back_as_another_one_is_told(each_lab: Lab) -> None:
+    """Its guest would have the disk with the serial number of the command line again."""
+    path = image(each_lab.root / "disk.raw", "raw")
+    node = ("-blockdev", f"driver=raw,node-name=q0,file.driver=file,file.filename={path}")
+    disk = {"driver": "scsi-hd", "id": "disk0", "drive": "q0", "bus": "s0.0"}
+    words = ",".join(f"{key}={word}" for key, word in disk.items()).removeprefix("driver=")
+    guest = each_lab.running("web1", *node, "-device", "virtio-scsi-pci,id=s0", "-device", f"{words},serial=one")
+    for serial in ("one", "two"):
+        assert_goes_on(guest)
+        guest.admin("device_del", id="disk0")
+        until(lambda: guest.admin("query-block") == [], "it is unplugged, and has let go of its disk")
+        guest.admin("device_add", **disk, serial=serial)
+    assert_refused(guest, "device peripheral/disk0", "serial one", "serial two")
 
 
 def test_a_hotplugged_cpu_is_told(each_lab: Lab) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from cpr_agent.core import inventory
 from cpr_agent.core.inventory import differences, plain_name
@@ -266,3 +267,10 @@ def test_an_image_below_a_linked_directory_is_found_where_that_leads(tmp_path: P
     assert node.file
     assert node.file.path == str(base)
     assert f"{link}/../other/base" not in host.looked
+
+
+def test_what_an_earlier_agent_did_not_ask_for_makes_no_difference() -> None:
+    nic = PluggedDevice(name="peripheral/nic0", kind="e1000", bus="rp0", address="addr 0")
+    first, other = (Inventory(devices=(replace(nic, own=own),)) for own in ("mac 1", "mac 2"))
+    assert differences(Inventory(devices=(nic,)), first) == ([], [])
+    assert [one.what for one in differences(first, other)[1]] == ["device peripheral/nic0"]

@@ -215,15 +215,23 @@ def _device_differences(was: Iterable[PluggedDevice], now: Iterable[PluggedDevic
     return [
         Difference(f"device {name}", _described(before.get(name)), _described(after.get(name)))
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
+        if not _same_device(before.get(name), after.get(name))
     ]
+
+
+def _same_device(was: PluggedDevice | None, now: PluggedDevice | None) -> bool:
+    if was and now and None in (was.own, now.own):
+        return replace(was, own=None) == replace(now, own=None)
+    return was == now
 
 
 def _described(device: PluggedDevice | None) -> str:
     if device is None:
         return "not there"
     return " ".join(
-        filter(None, (device.kind, device.bus and f"on {device.bus}", device.address and f"at {device.address}"))
+        filter(
+            None, (device.kind, device.bus and f"on {device.bus}", device.address and f"at {device.address}", device.own)
+        )
     )
 
 

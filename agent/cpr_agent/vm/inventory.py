@@ -46,6 +46,8 @@ MAX_DEPTH = 256
 """Of a block graph: QEMU itself takes backing chains of at most 200 images."""
 _ADDRESSES = {"scsi": ("scsi-id", "lun")}
 """The properties that say where a device of this kind is on its bus; ``addr`` of all others, which those of PCI have."""
+_OWN = ("mac", "serial")
+"""Properties by which a guest knows a device. Not every device has them in its state, and none after a reset."""
 
 
 _BLOCKS: list[Question] = [(BLOCK_NODES, {"flat": True}), (BLOCK_GRAPH, {})]
@@ -190,19 +192,21 @@ async def _placed(qmp: Qmp, devices: list[Device], drives: Mapping[str, str]) ->
     """Each with its bus, by the last part of its name: what is before that differs between versions of QEMU."""
     wanted = {device: _ADDRESSES.get(device.kind.partition("-")[0], ("addr",)) for device in devices}
     asked: list[Question] = [
-        (QOM_TEXT if name == "parent_bus" else QOM_NUMBER, {"path": device.path, "property": name})
+        (QOM_NUMBER if name in names else QOM_TEXT, {"path": device.path, "property": name})
         for device, names in wanted.items()
-        for name in ("parent_bus", *names)
+        for name in ("parent_bus", *_OWN, *names)
     ]
     answers = iter(await qmp.ask_all(asked))
     placed = []
     for device, names in wanted.items():
         bus = (next(answers) or "").rpartition("/")[2]
+        own = " ".join(f"{name} {printable(text, 100)}" for name in _OWN if (text := next(answers)))
         numbers = [(name, next(answers)) for name in names]
         address = " ".join(f"{name} {number}" for name, number in numbers if number is not None)
         name = device.path.removeprefix(_ROOT)
         drive = drives.get(name) or drives.get(device.name, "")
-        placed.append(PluggedDevice(name=name, kind=device.kind, bus=bus, address=address, drive=drive))
+        found = PluggedDevice(name=name, kind=device.kind, bus=bus, address=address, drive=drive, own=own)
+        placed.append(found)
     return placed
 
 

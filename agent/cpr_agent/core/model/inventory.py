@@ -79,6 +79,8 @@ class PluggedDevice(msgspec.Struct, frozen=True, kw_only=True):
     address: str = ""
     drive: str = ""
     """That it has, if that has a name."""
+    own: str | None = None
+    """Its MAC address and serial number; None from an agent that did not ask for them."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
