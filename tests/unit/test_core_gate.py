@@ -121,7 +121,7 @@ def test_each_place_that_knows_a_command_that_lets_a_guest_run_is_known() -> Non
     assert known == {
         ("vm/dialects.py", "choose", "cpr-load"),  # only asks whether QEMU has it
         ("vm/dialects.py", "load", "cpr-load"),
-        ("vm/qemu.py", "cont", "cont"),
+        ("vm/qemu.py", "_refused_a_lock", "cont"),
         ("vm/qemu.py", "powerdown", "system_wakeup"),  # to be powered off
         ("vm/qemu.py", "wake", "system_wakeup"),
         ("vm/shutdown.py", "main", "system_wakeup"),  # likewise, as its unit stops

@@ -31,6 +31,8 @@ _GONE_S = 2.0
 """The end of a connection is known a moment after a command has failed by it."""
 _LET_GO_S = 2.0
 """A migration that has failed lets go of its guest within milliseconds, or never: see ``_free``."""
+_LOCKS_S = 0.5
+"""A guest waits."""
 _FREE_S = 3.0
 """For disks that can't be flushed. Other guests may stand until then; whoever acts tries again later."""
 _SETTLE_S = 30.0
@@ -372,11 +374,22 @@ class LiveQemu:
     async def cont(self) -> float:
         await self._free()
         with self._qmp.expecting("RESUME") as resumed:
-            await self._qmp.execute("cont")
+            if refused := await poll_until(self._refused_a_lock, lambda error: error is None, _LOCKS_S):
+                raise refused
             state = await self.run_state()
             if state is RunState.SUSPENDED or (state is RunState.RUNNING and not resumed.done()):
                 return 0.0  # QEMU tells of no RESUME where another client has let the guest run before
             return await self._time_of(resumed, "resume the guest")
+
+    async def _refused_a_lock(self) -> QemuRefused | None:
+        """That of a QEMU which has just been killed lasts until the kernel has closed the files of its io_uring."""
+        try:
+            await self._qmp.execute("cont")
+        except QemuRefused as error:
+            if "lock" not in error.what:
+                raise
+            return error
+        return None
 
     async def wake(self) -> float:
         with self._qmp.expecting("WAKEUP") as awake:
