@@ -394,10 +394,10 @@ class FakeQemu:
         await self._step("after-save")
         return 0.0
 
-    async def load_runs_guest(self) -> bool:
+    async def load_runs_guest(self, saved_as: str = "") -> bool:  # noqa: ARG002
         return self._runner.load_runs_guest
 
-    async def load(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
+    async def load(self, vmstate_fd: int, timeout_s: float, saved_as: str = "") -> float:  # noqa: ARG002
         await self._step("load")
         state = json.loads(os.read(vmstate_fd, 1000).removeprefix(HEADER))
         if self.status != "inmigrate":

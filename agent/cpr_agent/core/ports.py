@@ -89,10 +89,11 @@ class Qemu(Protocol):
     async def save(self, vmstate_fd: int, timeout_s: float) -> float:
         """Write device state to a fresh descriptor; the guest is stopped after. Returns when it stopped (epoch s)."""
 
-    async def load_runs_guest(self) -> bool:
-        """Whether ``load`` lets a guest that did not stand still go on by itself: its checkpoint must be spent before."""
+    async def load_runs_guest(self, saved_as: str = "") -> bool:
+        """Whether ``load`` lets a guest that did not stand still go on by itself: its checkpoint must be spent before.
+        ``saved_as`` is the dialect of the QEMU that saved it, by default this one's."""
 
-    async def load(self, vmstate_fd: int, timeout_s: float) -> float:
+    async def load(self, vmstate_fd: int, timeout_s: float, saved_as: str = "") -> float:
         """Read device state; needs a QEMU started with ``-incoming defer -S``. Returns when the guest ran (epoch s), 0
         where it does not. Raises LoadFailed if it has certainly not run; after QemuFailed the run state tells, if any."""
 

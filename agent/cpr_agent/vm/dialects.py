@@ -129,8 +129,11 @@ async def fdset(qmp: Qmp, fd: int) -> str:
 async def choose(qmp: Qmp) -> Dialect:
     """Raises QemuFailed if it has none."""
     commands = {command.name for command in await qmp.ask(COMMANDS)}
-    if {"cpr-save", "cpr-load"} <= commands:
-        return CprSave()
+    return CprSave() if {"cpr-save", "cpr-load"} <= commands else await choose_migration(qmp)
+
+
+async def choose_migration(qmp: Qmp) -> Dialect:
+    """That of QEMU as it is without our patch. Raises QemuFailed if it has none."""
     if "x-ignore-shared" not in {one.capability for one in await qmp.ask(CAPABILITIES)}:
         what = "this QEMU cannot leave RAM in place (no x-ignore-shared)"
         raise QemuFailed(what, vm=qmp.vm, remedy="use QEMU 5.0 or newer")

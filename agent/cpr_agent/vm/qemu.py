@@ -17,7 +17,7 @@ from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuEnded, QemuFailed
 from cpr_agent.handles import socket_at, uid_of
 from cpr_agent.vm import blockers, devices, facts, guest_agent, inventory
 from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, listening_sockets, transfer_address
-from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose, fdset, with_cause
+from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose, choose_migration, fdset, with_cause
 from cpr_agent.vm.qmp import Event, Qmp
 from cpr_agent.vm.replies import MIGRATION, STATUS
 from cpr_agent.vm.retry import poll_until
@@ -179,12 +179,18 @@ class LiveQemu:
                 raise SaveFailed(f"QEMU wrote its state but is {state}, not postmigrate", vm=vm)
             return stopped.result().at if stopped.done() else 0.0
 
-    async def load_runs_guest(self) -> bool:
-        return (await self.dialect()).load_runs_guest
+    async def load_runs_guest(self, saved_as: str = "") -> bool:
+        return (await self._reader(saved_as)).load_runs_guest
 
-    async def load(self, vmstate_fd: int, timeout_s: float) -> float:
-        """See the port. Raises LoadFailed, QemuFailed; this QEMU is of no use afterwards."""
+    async def _reader(self, saved_as: str) -> Dialect:
+        """A QEMU with cpr-load can read what one without it has saved, but not by cpr-load."""
         dialect = await self.dialect()
+        other = isinstance(dialect, CprSave) and saved_as not in ("", CprSave.name)
+        return await choose_migration(self._qmp) if other else dialect
+
+    async def load(self, vmstate_fd: int, timeout_s: float, saved_as: str = "") -> float:
+        """See the port. Raises LoadFailed, QemuFailed; this QEMU is of no use afterwards."""
+        dialect = self._dialect = await self._reader(saved_as)
         await dialect.prepare(self._qmp)
         if dialect.load_runs_guest:
             return await self._load_and_run(dialect, vmstate_fd)

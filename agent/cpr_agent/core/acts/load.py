@@ -323,7 +323,7 @@ async def _load_located(
                 await refuse_other_devices(ports, manifest, has)
                 await throttle(qemu, manifest)
                 if not await runs_by_load(qemu, manifest):
-                    await qemu.load(fd, machine.settings.agent.load_timeout)
+                    await qemu.load(fd, machine.settings.agent.load_timeout, manifest.qemu.dialect)
             except BaseException as error:
                 said = await last_words(vessel.place, error)
                 raise
@@ -351,7 +351,7 @@ def _failed(manifest: Manifest, error: CprError | TimeoutError, words: LastWords
 
 async def runs_by_load(qemu: Qemu, manifest: Manifest) -> bool:
     """Whether QEMU lets the guest of ``manifest`` go on by the load itself (ADR 18)."""
-    return manifest.run_state != RunState.PAUSED and await qemu.load_runs_guest()
+    return manifest.run_state != RunState.PAUSED and await qemu.load_runs_guest(manifest.qemu.dialect)
 
 
 def announce_resume(machine: Machine, manifest: Manifest) -> None:

@@ -283,7 +283,7 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
             await let_run_by_load(machine, qemu, Unbroken.SAVE_UNDONE, state)
             machine.record(VmEvent.RESUMED, checkpoint=was.id)
         else:
-            await qemu.load(state, machine.settings.agent.load_timeout)
+            await qemu.load(state, machine.settings.agent.load_timeout, was.qemu.dialect)
             announce_resume(machine, was)
             await go_on(machine, qemu, was, Unbroken.SAVE_UNDONE, Fresh(machine, was))
     else:
