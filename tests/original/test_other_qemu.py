@@ -15,10 +15,16 @@ def install(lab: Lab, qemu: str) -> None:
     (lab.root / "qemu.new").rename(lab.root / "qemu")
 
 
+@pytest.fixture(params=[("7.2", "12"), ("10.0", "13")], ids=["7.2", "10.0"])
+def qemus(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Without the commands and with them."""
+    return qemu_of(request.param[0]), original_qemu(request.param[1])
+
+
 @pytest.fixture
-def guest(lab: Lab) -> Guest:
+def guest(lab: Lab, qemus: tuple[str, str]) -> Guest:
     """In a QEMU without the commands."""
-    install(lab, qemu_of("7.2"))
+    install(lab, qemus[0])
     guest = lab.guest("web1", "-machine", "vmport=off", qemu=str(lab.root / "qemu"))  # the minimal QEMU has no vmmouse
     guest.start()
     guest.until_counts()
@@ -26,12 +32,12 @@ def guest(lab: Lab) -> Guest:
 
 
 @pytest.mark.parametrize("act", ["load", "refresh"])
-def test_a_guest_of_a_qemu_without_cpr_save(lab: Lab, guest: Guest, act: str) -> None:
+def test_a_guest_of_a_qemu_without_cpr_save(lab: Lab, qemus: tuple[str, str], guest: Guest, act: str) -> None:
     """Its state is a migration's, which cpr-load refuses."""
     if act == "load":
         guest.save()
         assert lab.cprctl("stop", "web1").returncode == 0
-    install(lab, original_qemu("12"))
+    install(lab, qemus[1])
     done = lab.cprctl(act, "web1")
     assert done.returncode == 0, done.stderr
     assert guest.state == "running"
