@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests.lab import until
 from tests.original.machine import SIZE, Desk, Machine, RefusedError, small_file_system
 
 DISK = ("-blockdev", "file,node-name=disk,filename={0},locking=on", "-device", "virtio-blk-pci,drive=disk,id=vd")
+
+FIRMWARE = Path("/usr/share/seabios/bios-256k.bin")
 
 
 def digest(path: Path) -> str:
@@ -231,6 +234,68 @@ def test_a_disk_that_can_not_be_let_go_of(desk: Desk, disk: Path) -> None:
     desk.assert_unbroken()
 
 
+def test_flash_that_the_old_qemu_has_written_since_the_new_one_started(desk: Desk) -> None:
+    """Its drive has its contents: the new QEMU must neither lose them nor keep from its guest what it has read before."""
+    flash, at = desk.root / "flash", 0x100
+    flash.write_bytes(FIRMWARE.read_bytes())
+    assert not any(flash.read_bytes()[at : at + 16]), "a place that the firmware does without"
+    desk.more = ["-drive", f"if=pflash,format=raw,file={flash}"]
+    old = desk.running()
+    new = desk.incoming()
+    with flash.open("r+b") as file:
+        os.pwrite(file.fileno(), b"since the start", at)
+    old.save(desk.state)
+    new.load(desk.state)
+    desk.assert_unbroken()
+    assert flash.read_bytes()[at : at + 15] == b"since the start"
+    seen = desk.root / "seen"
+    new.execute("pmemsave", val=(1 << 32) - flash.stat().st_size, size=4096, filename=str(seen))
+    assert seen.read_bytes() == flash.read_bytes()[:4096]
+
+
+@pytest.mark.parametrize("more", [["-snapshot"], []], ids=["all", "one"])
+def test_a_temporary_snapshot(desk: Desk, disk: Path, more: list[str]) -> None:
+    """Its contents would end with the old QEMU."""
+    drive = f"file={disk},format=raw,if=none,id=temporary"
+    desk.more = [*more, "-drive", drive if more else f"{drive},snapshot=on", "-device", "virtio-blk-pci,drive=temporary"]
+    machine = desk.running()
+    refused_save(desk, machine, "Drive temporary", "snapshot=on")
+    assert not desk.state.exists()
+    machine.quit()
+    desk.more = ["-drive", drive, "-device", "virtio-blk-pci,drive=temporary"]
+    with desk.other_guest():
+        desk.running().save(desk.state)
+
+
+@pytest.mark.parametrize("command", ["blockdev-mirror", "block-stream"])
+def test_a_block_job(desk: Desk, command: str) -> None:
+    """Its writes would go on, to disks that another QEMU has, or would be lost."""
+    base, top = desk.root / "base", desk.root / "top"
+    base.write_bytes(b"base" * (1 << 20))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top], check=True)
+    desk.more = [
+        *("-blockdev", f"file,node-name=base,filename={base},read-only=on"),
+        *("-blockdev", f"qcow2,node-name=disk,backing=base,file.driver=file,file.filename={top}"),
+        *("-device", "virtio-blk-pci,drive=disk,id=vd"),
+    ]
+    machine = desk.running()
+    more: dict[str, Any] = {}
+    if command == "blockdev-mirror":
+        copy = desk.root / "copy"
+        copy.write_bytes(bytes(base.stat().st_size))
+        machine.execute("blockdev-add", driver="file", node_name="copy", filename=str(copy))
+        more = {"target": "copy", "sync": "full"}
+    machine.execute(command, job_id="copying", device="disk", speed=1, **more)
+    refused_save(desk, machine, "'copying'", "block-job-cancel")
+    assert not desk.state.exists()
+    machine.execute("block-job-cancel", device="copying", force=True)
+    machine.wait_for("BLOCK_JOB_CANCELLED")
+    machine.save(desk.state)
+    machine.quit()
+    desk.incoming().load(desk.state)
+    desk.assert_unbroken()
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -244,15 +309,37 @@ def test_a_file_that_can_not_be_made(desk: Desk) -> None:
     refused_save(desk, machine, "not an ordinary file", save="/dev/null")
 
 
-def test_a_file_that_others_could_read(desk: Desk) -> None:
+@pytest.mark.parametrize("mode", [0o644, 0o4600], ids=oct)
+def test_a_file_that_others_could_read(desk: Desk, mode: int) -> None:
     desk.state.write_bytes(b"old" * 100_000)
-    desk.state.chmod(0o644)
+    desk.state.chmod(mode)
     machine = desk.running()
     machine.save(desk.state)
     assert desk.state.stat().st_mode & 0o7777 == 0o600
     machine.quit()
     desk.incoming().load(desk.state)
     desk.assert_unbroken()
+
+
+def test_a_file_that_is_the_guests_ram_or_disk(desk: Desk, disk: Path) -> None:
+    """A disk by its name, by another, and by its lock alone, as that of another QEMU."""
+    backing, free = desk.root / "backing", desk.root / "free"
+    for path in (backing, free):
+        path.write_bytes(b"data" * (1 << 18))
+    machine = desk.running("-blockdev", f"file,node-name=free,filename={free},locking=off,read-only=on")
+    machine.execute("blockdev-add", driver="file", node_name="backing", filename=str(backing))
+    link = desk.root / "link"
+    link.hardlink_to(disk)
+    for path, node in ((disk, "disk"), (link, "disk"), (backing, "backing"), (free, "free")):
+        before, mode = digest(path), path.stat().st_mode
+        refused_save(desk, machine, f"'{path}' is the file of block node {node}", save=path)
+        assert (digest(path), path.stat().st_mode) == (before, mode)
+    size, mode = desk.ram.stat().st_size, desk.ram.stat().st_mode
+    refused_save(desk, machine, "is the file of memory region ram", save=desk.ram)
+    assert (desk.ram.stat().st_size, desk.ram.stat().st_mode) == (size, mode)
+    disk.unlink()
+    refused_save(desk, machine, "is locked", save=link)
+    assert link.stat().st_size == 1 << 20
 
 
 @pytest.mark.parametrize("size", ["4k", "16k"], ids=["nothing-fits", "half-fits"])
