@@ -2,7 +2,7 @@
 """host-vm: a throw-away virtual KVM host (Debian 13, emulated, with NVDIMM and nested KVM) in which tests kexec.
 
 exit codes: 0 done, or the verdict is pass; 1 the verdict is fail; 2 the harness could not run; 3 timeout; 4 the host
-VM ended without a verdict
+VM ended without a verdict; 5 it stood still
 """
 
 import argparse
@@ -16,7 +16,7 @@ from .image import HostVmError, build_image, find_image, image_key, say
 from .qemu import qemu_wrapper
 from .vm import Outcome, RunRequest, RunResult, run_host_vm
 
-EXIT_CODES = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.TIMEOUT: 3, Outcome.CRASH: 4}
+EXIT_CODES = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.TIMEOUT: 3, Outcome.CRASH: 4, Outcome.STILL: 5}
 TAIL_LINES = 40
 
 

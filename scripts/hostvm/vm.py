@@ -30,6 +30,10 @@ from .qemu import loader_command, qemu_wrapper
 # isa-debug-exit ends QEMU with 2 * value + 1; a QEMU that fails exits 1, a guest that powers off 0.
 PASS_CODE = 123
 FAIL_CODE = 125
+STILL_CODE = -1000
+"""None that a process ends with."""
+STILL_S, STILL_CPU_S = 90.0, 0.1
+"""Linux that idles uses many times more."""
 TERMINATION_GRACE_S = 10
 LABEL_BYTES = 128 << 10
 """Of an NVDIMM's labels: the least that QEMU takes."""
@@ -46,6 +50,8 @@ class Outcome(Enum):
     FAIL = "fail"
     TIMEOUT = "timeout"
     CRASH = "crash"
+    STILL = "stood still"
+    """The emulator: its processor waits for an interrupt that never comes. It has nothing to do with what was tested."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ def run_host_vm(image: Image, request: RunRequest, scratch: Path) -> RunResult:
                 break
     duration_s = time.monotonic() - start
 
-    outcome = {PASS_CODE: Outcome.PASS, FAIL_CODE: Outcome.FAIL, None: Outcome.TIMEOUT}.get(code, Outcome.CRASH)
+    ends = {PASS_CODE: Outcome.PASS, FAIL_CODE: Outcome.FAIL, None: Outcome.TIMEOUT, STILL_CODE: Outcome.STILL}
+    outcome = ends.get(code, Outcome.CRASH)
     boots = (request.out / "scenario.log").read_bytes().count(b"host-vm: boot ")
     if outcome in (Outcome.PASS, Outcome.FAIL):
         collect_artefacts(image.root, artefacts, request.out)
@@ -256,16 +263,22 @@ def pack_payload(target: Path, scenario: Path, payload: Iterable[Path] = (), deb
 def _run_qemu(
     command: list[str], errors: BinaryIO, deadline: float, feed: Callable[[bytes], None], cuts: PowerCuts
 ) -> int | None:
-    """Runs QEMU until it exits or is cut off (its code) or the deadline passes (None); nothing is left running."""
+    """Runs QEMU until it exits or is cut off (its code), the deadline passes (None), or it stands still (STILL_CODE).
+    Nothing is left running."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as qemu:
         try:
             assert qemu.stdout is not None
             with selectors.DefaultSelector() as selector:
                 selector.register(qemu.stdout, selectors.EVENT_READ)
+                look, spent_s = time.monotonic() + STILL_S, 0.0
                 while (now := time.monotonic()) < deadline:
                     if now >= cuts.at:
                         cuts.cut(qemu)
-                    if not selector.select(min(deadline, cuts.at) - now):
+                    if now >= look:
+                        before_s, spent_s, look = spent_s, _cpu_s(qemu.pid), now + STILL_S
+                        if spent_s - before_s < STILL_CPU_S:
+                            return STILL_CODE
+                    if not selector.select(max(0.0, min(deadline, cuts.at, look) - now)):
                         continue
                     chunk = os.read(qemu.stdout.fileno(), 65536)
                     feed(chunk)
@@ -279,6 +292,12 @@ def _run_qemu(
                     qemu.wait(TERMINATION_GRACE_S)
                 except subprocess.TimeoutExpired:
                     qemu.kill()
+
+
+def _cpu_s(pid: int) -> float:
+    """What the process has used (proc(5), utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class _Follower:
