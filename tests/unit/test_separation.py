@@ -18,7 +18,8 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import BlockNode, Finding, Inventory, MemoryIdentity, OpenFile, Survives
 from cpr_agent.core.separation import sharing_findings
 from cpr_agent.errors import QemuFailed
-from cpr_agent.host.access import GROUP, USER, closed_place
+from cpr_agent.host.access import closed_place
+from cpr_agent.host.acl import GROUP, USER
 from cpr_agent.host.this_host import ThisHost
 from tests.bench import Bench
 

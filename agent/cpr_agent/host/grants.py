@@ -10,15 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from collections.abc import Sequence
 
-_ACL = "system.posix_acl_access"
-_HEADER = struct.pack("<I", 2)
-_ENTRY = struct.Struct("<HHI")
-"""include/uapi/linux/posix_acl_xattr.h: version 2, then tag, permissions and ID of each entry, in this order."""
-_OWNER, _USER, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
-_NOBODY = 0xFFFFFFFF
+from cpr_agent.host import acl
+
 _RW = 6
 
 
@@ -47,6 +42,6 @@ class DeviceGrants:
         """Whoever is to have this node now, and nobody else: several VMs may share it."""
         node = os.fstat(fd)
         uids = {uid for fds, uid in self._given.values() for one in fds if os.path.samestat(os.fstat(one), node)}
-        entries = [(_OWNER, _RW, _NOBODY), *((_USER, _RW, uid) for uid in sorted(uids))]
-        entries += [(_GROUP, 0, _NOBODY), (_MASK, _RW if uids else 0, _NOBODY), (_OTHER, 0, _NOBODY)]
-        os.setxattr(fd, _ACL, _HEADER + b"".join(_ENTRY.pack(*entry) for entry in entries))
+        entries = [(acl.USER_OBJ, _RW, acl.NOBODY), *((acl.USER, _RW, uid) for uid in sorted(uids))]
+        entries += [(acl.GROUP_OBJ, 0, acl.NOBODY), (acl.MASK, _RW if uids else 0, acl.NOBODY), (acl.OTHER, 0, acl.NOBODY)]
+        acl.write(fd, entries)
