@@ -109,11 +109,11 @@ class Vm:
     @property
     def user(self) -> str:
         """The one that its QEMU runs as, or will at the next start or load; "" if it has none yet."""
-        launch, manifest = self.launched(), None
+        if launch := self.launched():
+            return launch.user
         with contextlib.suppress(CheckpointUnreadable):
-            manifest = self.live_checkpoint()
-        if plan := launch or (manifest.launch if manifest else None):
-            return plan.user
+            if manifest := self.live_checkpoint():
+                return manifest.launch.user
         named = self.definition.vm.user if self.definition else ""
         return named or self.machine.ports.runner.user(self.name)
 
