@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cpr_agent.files import sync_directory
+from scripts.cpu import cpu_s
 
 PATIENCE_S = 120.0
 _CAPABILITIES = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
@@ -139,12 +140,6 @@ class BareVm:
     def _note(self, event: str) -> None:
         os.write(self._journal, f"{event} {time.time()}\n".encode())
         os.fsync(self._journal)
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time of all threads that a process has or had, by its CPU clock (clock_getcpuclockid(3)), which is finer than the
-    ticks of /proc/PID/stat."""
-    return time.clock_gettime(~pid << 3 | 2)
 
 
 def _completed(event: Event) -> bool:

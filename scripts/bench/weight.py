@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.bench.bare import cpu_s
 from scripts.bench.figures import Figure, Runs
 from scripts.bench.goals import GOALS
 from scripts.bench.machine import Machine, machine
+from scripts.cpu import cpu_s
 from tests.lab import DAEMON, PATIENCE_S, ROOT
 
 DEFINED, RUNNING = 100, 50

@@ -23,6 +23,8 @@ from enum import Enum
 from pathlib import Path
 from typing import BinaryIO
 
+from scripts.cpu import cpu_s
+
 from .evidence import collect_artefacts, recover_from_disk
 from .image import HostVmError, Image, say
 from .qemu import loader_command, qemu_wrapper
@@ -275,7 +277,7 @@ def _run_qemu(
                     if now >= cuts.at:
                         cuts.cut(qemu)
                     if now >= look:
-                        before_s, spent_s, look = spent_s, _cpu_s(qemu.pid), now + STILL_S
+                        before_s, spent_s, look = spent_s, cpu_s(qemu.pid), now + STILL_S
                         if spent_s - before_s < STILL_CPU_S:
                             return STILL_CODE
                     if not selector.select(max(0.0, min(deadline, cuts.at, look) - now)):
@@ -292,12 +294,6 @@ def _run_qemu(
                     qemu.wait(TERMINATION_GRACE_S)
                 except subprocess.TimeoutExpired:
                     qemu.kill()
-
-
-def _cpu_s(pid: int) -> float:
-    """What the process has used (proc(5), utime and stime)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class _Follower:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -95,11 +94,6 @@ def rss_mib(lab: Lab) -> int:
 def figure(what: str, value: float, limit: float, unit: str) -> None:
     print(f"figure: {what}: {value:.2f} {unit}, at most {limit:.2f}", file=sys.stderr)
     assert value <= limit, what
-
-
-def cpu_s(lab: Lab) -> float:
-    fields = Path(f"/proc/{agent_pid(lab)}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def assert_contained(lab: Lab, *others: Guest) -> None:
