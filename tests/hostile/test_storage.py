@@ -32,6 +32,16 @@ def on_server(lab: Lab, server: SilentFiles, name: str = "web1") -> Guest:
     return lab.running(name, "-drive", drive, "-device", "virtio-blk-pci,drive=d1,serial=d1")
 
 
+def until_looked_at(guest: Guest, state: str) -> None:
+    """No event tells that storage answers again."""
+
+    def is_so() -> bool:
+        guest.lab.client(lambda client: client.manager("Reload"))
+        return guest.state == state
+
+    until(is_so, f"{guest.name} {state}")
+
+
 def test_a_program_that_waits_for_a_server_is_no_matter(lab: Lab, good: Guest, server: SilentFiles) -> None:
     """The walk for users of the RAM looks at the files of all processes."""
     with server.disk.open("rb"):
@@ -64,12 +74,7 @@ def test_others_are_saved_and_loaded_beside_one_without_its_disk(lab: Lab, good:
     good.load()
     assert time.monotonic() - began < SOON_S
     server.speak()
-
-    def is_back() -> bool:
-        lab.client(lambda client: client.manager("Reload"))
-        return bad.state == "running"
-
-    until(is_back, "its QEMU answers again")
+    until_looked_at(bad, "running")  # its QEMU answers again
     bad.save()
     bad.load()
     assert_contained(lab, good, bad)
@@ -90,12 +95,7 @@ def test_a_saved_guest_waits_for_its_disk_and_the_others_go_on(lab: Lab, good: G
     assert bad.properties["Held"] == {}
     assert bad.state in ("saved", "unreachable"), "its next QEMU may wait in open(2), where nothing ends it"
     server.speak()
-
-    def is_saved() -> bool:
-        lab.client(lambda client: client.manager("Reload"))
-        return bad.state == "saved"
-
-    until(is_saved, "the QEMU that was ended is gone")
+    until_looked_at(bad, "saved")  # the QEMU that was ended is gone
     bad.load()
     assert_contained(lab, good, bad)
 

@@ -153,13 +153,19 @@ def test_a_load_waits_for_a_tpm_that_is_started_again(each_lab: Lab) -> None:
         assert len(pids) >= 3
 
 
-def test_the_state_of_a_tpm_is_the_guest_s_and_not_that_of_its_directory(each_lab: Lab) -> None:
-    """An swtpm that had another TPM gets this one's from the load."""
-    with swtpm(each_lab) as first:
-        guest = with_tpm(each_lab)
+def saved_with_tpm(lab: Lab) -> Guest:
+    """Its swtpm has ended with its QEMU."""
+    with swtpm(lab) as first:
+        guest = with_tpm(lab)
         guest.save()
         guest.call("Stop", "s", "hard")
         first.wait(PATIENCE_S)
+    return guest
+
+
+def test_the_state_of_a_tpm_is_the_guest_s_and_not_that_of_its_directory(each_lab: Lab) -> None:
+    """An swtpm that had another TPM gets this one's from the load."""
+    guest = saved_with_tpm(each_lab)
     with swtpm(each_lab, state="other"):
         guest.load()
         guest.assert_unbroken()
@@ -168,11 +174,7 @@ def test_the_state_of_a_tpm_is_the_guest_s_and_not_that_of_its_directory(each_la
 
 
 def test_a_load_without_its_tpm_says_what_to_start_and_can_be_repeated(each_lab: Lab) -> None:
-    with swtpm(each_lab) as first:
-        guest = with_tpm(each_lab)
-        guest.save()
-        guest.call("Stop", "s", "hard")
-        first.wait(PATIENCE_S)
+    guest = saved_with_tpm(each_lab)
     said = refused(guest, "LoadFailed", "the load can be repeated", f"Start swtpm at {each_lab.root}/tpm.sock first")
     assert "if another is installed now" not in said
     assert guest.state == "saved"
