@@ -190,7 +190,7 @@ def _tell(disk: str, old: Sequence[BlockNode], new: Sequence[BlockNode]) -> Diff
 def _chain(nodes: Sequence[BlockNode], *, exact: bool = False) -> str:
     """``/srv/snap.qcow2 (qcow2) on /srv/disk.qcow2 (qcow2)``."""
     if not nodes:
-        return "not there"
+        return _NOT_THERE
     layers: dict[int, list[BlockNode]] = {}
     for node in nodes:
         layers.setdefault(node.depth, []).append(node)

@@ -254,7 +254,8 @@ class Machine:
             if directory
             else definitions.plan_load(manifest, located)
         )
-        plan = replace(plan, opened=await asyncio.to_thread(self._devices_below, manifest.inventory))
+        opened = await self.ports.threads.run(self.name, partial(self._devices_below, manifest.inventory))
+        plan = replace(plan, opened=opened)
         return definitions.with_firmware(plan, changed)
 
     async def prepare_next(self) -> None:
@@ -263,9 +264,9 @@ class Machine:
         if launch is None:
             return
         has = await asyncio.to_thread(self.ports.runner.inventory, self.name)
-        launch = replace(launch, opened=await asyncio.to_thread(self._devices_below, has))
         try:
-            await self.ports.runner.prepare(launch)
+            opened = await self.ports.threads.run(self.name, partial(self._devices_below, has))
+            await self.ports.runner.prepare(replace(launch, opened=opened))
         except (CprError, OSError) as error:
             log.warning("VM %s: its next start has to wait: %s", self.name, error)
 
