@@ -7,12 +7,13 @@ CPR_TEST_FUZZ_S is how long each campaign takes (s), CPR_TEST_SEED where it begi
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,6 +197,15 @@ PARSERS: dict[str, Parser] = {
 }
 
 
+@pytest.fixture
+def unlogged() -> Iterator[None]:
+    """pytest keeps each record, and after millions of them one collection of garbage takes seconds."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("unlogged")
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_parser_raises_documented_errors_alone(name: str) -> None:
     parser, campaign = PARSERS[name], Campaign()
