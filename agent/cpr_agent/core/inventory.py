@@ -14,8 +14,8 @@ import logging
 import posixpath
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from cpr_agent.core.model import BlockNode, Difference, Inventory, Launch, Manifest, OpenFile, PluggedDevice, Survives
@@ -273,7 +273,7 @@ def unnamed_devices(inventory: Inventory) -> list[str]:
 # -- what stands in the way of a save ------------------------------------------------------------------------------------
 
 
-class Lookup(NamedTuple):
+class Lookup(msgspec.Struct, frozen=True):
     """A QEMU as it is, as it was recorded, and what the host has at the recorded paths now."""
 
     live: Inventory
@@ -307,7 +307,7 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     return compared + (unnamed_devices(live) if need is Survives.KEXEC else [])
 
 
-class Carried(NamedTuple):
+class Carried(msgspec.Struct, frozen=True):
     """A command line for disks that are other images now, by their names; ``disks`` says what they were and are."""
 
     launch: Launch

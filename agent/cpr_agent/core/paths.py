@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.errors import InvalidArgument
 
@@ -33,7 +34,7 @@ def why_swappable(path: Path) -> str:
     return ""
 
 
-class AllowedFiles(NamedTuple):
+class AllowedFiles(msgspec.Struct, frozen=True):
     """Files that callers may name: below ``directories``, which ``setting`` of agent.toml's section [files] lists."""
 
     noun: str

@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from cpr_agent.core.inventory import differences, kept_paths, path_of, without
@@ -48,7 +48,7 @@ DRAM_PROVIDER = "e820"
 _KEPT = "the guest was not started; memory and checkpoint are kept as they are"
 
 
-class Proven(NamedTuple):
+class Proven(msgspec.Struct, frozen=True):
     """The guest of this checkpoint may go on: its memory and disks were compared with it. Only this module makes one."""
 
     checkpoint: str

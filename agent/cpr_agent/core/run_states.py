@@ -8,12 +8,13 @@ the table with the schema of each QEMU.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.core.states import RunState, VmState
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, frozen=True):
     shown: VmState
     problem: str = ""
     """Why a guest can't be saved then; "" if it can."""

@@ -25,7 +25,7 @@ AT_ONCE = 8
 """So many hooks run at the same time, for all guests together."""
 STDERR_BYTES = 4096
 """The part of a hook's stderr that is read."""
-_SKIPPED = re.compile(r"\..*|.*~|.*\.(dpkg-\w+|rpm(new|save|orig)|bak|swp)")
+_SKIPPED = r"\..*|.*~|.*\.(dpkg-\w+|rpm(new|save|orig)|bak|swp)"
 """Left behind by editors and packages (run-parts(8) and systemd.preset(5) skip such names too)."""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -41,7 +41,7 @@ class HookDirectory:
     async def run(self, phase: HookPhase, vm: str, upgrade: str, facts: Mapping[str, object]) -> list[HookFailure]:
         directory = self._root / f"{phase}.d"
         try:
-            hooks = sorted(path for path in directory.iterdir() if not _SKIPPED.fullmatch(path.name))
+            hooks = sorted(path for path in directory.iterdir() if not re.fullmatch(_SKIPPED, path.name))
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -15,7 +15,6 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -41,7 +40,7 @@ _SYSTEM = re.compile(r"/(usr|etc|proc|sys|root|home|boot)(/|$)")
 _NO_IMAGES = re.compile(r"/(dev|run|var/log)(/|$)")
 
 
-class Made(NamedTuple):
+class Made(msgspec.Struct, frozen=True):
     drop_in: str
     profile: str
 

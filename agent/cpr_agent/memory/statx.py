@@ -6,7 +6,8 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
-from typing import NamedTuple
+
+import msgspec
 
 _AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
@@ -31,7 +32,7 @@ class _Statx(ctypes.Structure):
     )
 
 
-class Key(NamedTuple):
+class Key(msgspec.Struct, frozen=True):
     """Identifies a character device by its number, whatever its node is, or a file."""
 
     kind: str

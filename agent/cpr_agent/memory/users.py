@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.memory.statx import Key, key_of, known_key
 
@@ -19,7 +20,7 @@ Users = list[tuple[str, int]]
 """Name and PID."""
 
 
-class Wanted(NamedTuple):
+class Wanted(msgspec.Struct, frozen=True):
     """A memory object, as processes' descriptors refer to it, and as their maps show it."""
 
     key: Key

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.core.model import BlockNode
 from cpr_agent.errors import InvalidArgument
@@ -25,7 +26,7 @@ _CHAIN = re.compile(r"(?:backing\.)*backing(?:\.(?:driver|file\.driver|file\.fil
 """Keys that name the images below, as an earlier save has written them."""
 
 
-class Image(NamedTuple):
+class Image(msgspec.Struct, frozen=True):
     path: str
     format: str
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.vm.foreign import Option
 
@@ -22,7 +23,7 @@ DIES = re.compile(
 SWTPM, VIRTIOFSD = "swtpm", "virtiofsd"
 
 
-class Peer(NamedTuple):
+class Peer(msgspec.Struct, frozen=True):
     """A character device. ``who`` listens at ``where`` if it is a client; "" where it waits to be connected to."""
 
     client: bool

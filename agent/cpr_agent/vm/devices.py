@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import CURRENT_MACHINE, PCI, QOM_LIST, QOM_NUMBER, QOM_TEXT, CurrentMachine, PciDevice
@@ -14,7 +15,7 @@ PLUGGED = ("/machine/peripheral", "/machine/peripheral-anon")
 ONBOARD = ("/machine/unattached",)
 
 
-class Device(NamedTuple):
+class Device(msgspec.Struct, frozen=True):
     path: str
     """In QOM."""
     kind: str

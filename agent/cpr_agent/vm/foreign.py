@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
+
+import msgspec
 
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.vm.cmdline import keyed, single_dash
@@ -27,10 +28,10 @@ KEYED = frozenset(
 )
 """Options whose argument has keys that an import looks at."""
 
-_ENVIRONMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_ENVIRONMENT = r"[A-Za-z_][A-Za-z0-9_]*="
 _BEFORE = ("exec", "env", "nohup", "setsid")
 _AFTER = ("&",)
-_UNQUOTED_JSON = re.compile(r"""(?<!\S)\{"[^'\\]""")
+_UNQUOTED_JSON = r"""(?<!\S)\{"[^'\\]"""
 """A shell would take its quotes away; ps(1) shows words as they are."""
 CONFIG_BYTES = 64 << 10
 
@@ -91,7 +92,7 @@ class Value:
         return ",".join(self._words).replace("\0", ",,")
 
 
-class Option(NamedTuple):
+class Option(msgspec.Struct, frozen=True):
     """``value`` is ``text`` by its keys, empty for an option that is not in KEYED."""
 
     name: str
@@ -102,7 +103,7 @@ class Option(NamedTuple):
         return f"{self.name} {self.text}".strip()
 
 
-class CommandLine(NamedTuple):
+class CommandLine(msgspec.Struct, frozen=True):
     """``directory`` is where the program was started, "" if that is not said; ``user`` who it ran as, by ``sudo``."""
 
     program: str
@@ -117,7 +118,9 @@ class CommandLine(NamedTuple):
 def split(command_line: str) -> CommandLine:
     """A word that belongs to no option is a disk image (qemu(1)). Raises InvalidArgument if that is not a command line of
     QEMU."""
-    unquoted = bool(_UNQUOTED_JSON.search(command_line))
+    import shlex  # for this alone
+
+    unquoted = bool(re.search(_UNQUOTED_JSON, command_line))
     text = re.sub(r"\\\r?\n", " ", command_line)
     try:
         words = _words_as_shown(text) if unquoted else shlex.split(text)
@@ -151,7 +154,7 @@ def _take_prefix(words: list[str]) -> tuple[list[str], str, str]:
     while words:
         if words[0] in _BEFORE:
             words.pop(0)
-        elif _ENVIRONMENT.match(words[0]):
+        elif re.match(_ENVIRONMENT, words[0]):
             environment.append(words.pop(0))
         elif words[0] == "cd" and len(words) > 2 and words[2] in ("&&", ";"):
             directory = words[1]

@@ -14,7 +14,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
@@ -53,7 +53,7 @@ _PEER = struct.Struct("iII")
 """struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)."""
 
 
-class Event(NamedTuple):
+class Event(msgspec.Struct, frozen=True):
     """``problem``: why QEMU's words about the event can't be true, "" if they can."""
 
     name: str
@@ -64,7 +64,7 @@ class Event(NamedTuple):
     problem: str = ""
 
 
-class _Wait(NamedTuple):
+class _Wait(msgspec.Struct, frozen=True):
     """Somebody waits for the first event that ``fits``, since ``began`` (s of the monotonic clock)."""
 
     fits: Callable[[Event], bool]

@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from cpr_agent.core.events import Event, about
@@ -20,7 +21,7 @@ from cpr_agent.errors import CprError, QemuFailed
 log = logging.getLogger(__name__)
 
 
-class LoadTimes(NamedTuple):
+class LoadTimes(msgspec.Struct, frozen=True):
     """Epoch seconds: when a load began, had its memory, and had its state."""
 
     load_at: float

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.core.model import Survives
 from cpr_agent.core.turns import Turn
 
 
-class SaveRequest(NamedTuple):
+class SaveRequest(msgspec.Struct, frozen=True):
     """``filename`` "" is the store's own place. The RAM must outlive ``need``. ``upgrade`` is the id of the upgrade that
     saves. The guest stops in its ``turn``; ``limit_s`` is for QEMU's part of it, if its definition allows no less."""
 
@@ -23,7 +24,7 @@ class SaveRequest(NamedTuple):
     limit_s: float = math.inf
 
 
-class LoadRequest(NamedTuple):
+class LoadRequest(msgspec.Struct, frozen=True):
     """``filename`` "" is where the manifest says. A device is awaited before the ``turn``."""
 
     filename: str = ""

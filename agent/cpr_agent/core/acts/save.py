@@ -11,8 +11,8 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from typing import NamedTuple
 
+import msgspec
 from msgspec.structs import replace
 
 from cpr_agent.core.acts.afterwards import entry
@@ -52,7 +52,7 @@ DISKS_S = 5.0
 """For the question after the disks of a guest that stands still."""
 
 
-class _Written(NamedTuple):
+class _Written(msgspec.Struct, frozen=True):
     """Epoch seconds: when the guest stopped, and when QEMU had written its state."""
 
     stopped_at: float

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NamedTuple
+
+import msgspec
 
 from cpr_agent.core.gate import Unbroken, wake
 from cpr_agent.core.machine import Machine
@@ -21,7 +22,7 @@ LATE_SLEEP_S = 300.0
 """After a suspend timed out, a late suspend within this time is undone by waking the guest."""
 
 
-class Sleep(NamedTuple):
+class Sleep(msgspec.Struct, frozen=True):
     """A guest that sleeps for its save, ``since`` (epoch s); ``woke`` is set if it wakes before the save is done."""
 
     since: float

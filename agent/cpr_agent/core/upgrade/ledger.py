@@ -11,7 +11,6 @@ import enum
 import logging
 import uuid
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import asdict
@@ -115,7 +114,7 @@ class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
         return self.kind is Kind.SAVE_ALL and self.phase is Phase.SAVED
 
 
-class Replay(NamedTuple):
+class Replay(msgspec.Struct, frozen=True):
     """What the journal says of upgrades."""
 
     current: Upgrade | None = None

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from itertools import groupby
 from typing import NamedTuple
 
+import msgspec
+
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.upgrade.ledger import Ledger
 from cpr_agent.core.vm import Vm
@@ -17,7 +19,7 @@ UNTOUCHED = "no guest was stopped"
 _DEFAULT_ORDER = 100
 
 
-class Scope(NamedTuple):
+class Scope(msgspec.Struct, frozen=True):
     """``vms`` yields all VMs as they are now. ``standstill_s``: how long one QEMU may take to write its state, while other
     guests stand still."""
 
