@@ -8,6 +8,7 @@ those of QAPI (qapi/*.json in QEMU's sources); fields that the agent has no use 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -35,7 +36,13 @@ class Query(Generic[T]):
 
     def __init__(self, command: str, answer: Any) -> None:
         self.command = command
-        self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(answer, dec_hook=read_text)
+        self._answer = answer
+
+    @cached_property
+    def _decoder(self) -> msgspec.json.Decoder[T]:
+        """Made at the first answer, in the loop's thread, which alone reads answers (store/schema.py has the reason). No
+        start of the agent waits for most of them (ADR 27)."""
+        return msgspec.json.Decoder(self._answer, dec_hook=read_text)
 
     def read(self, raw: bytes | msgspec.Raw) -> T:
         """Raises UnreadableReplyError."""
@@ -75,10 +82,10 @@ class SchemaEntity(Reply, frozen=True):
     values: list[Text] = []
 
 
-VERSION = Query[Version]("query-version", Version)
-COMMANDS = Query[list[Named]]("query-commands", list[Named])
-MACHINES = Query[list[Named]]("query-machines", list[Named])
-SCHEMA = Query[list[SchemaEntity]]("query-qmp-schema", list[SchemaEntity])
+VERSION: Query[Version] = Query("query-version", Version)
+COMMANDS: Query[list[Named]] = Query("query-commands", list[Named])
+MACHINES: Query[list[Named]] = Query("query-machines", list[Named])
+SCHEMA: Query[list[SchemaEntity]] = Query("query-qmp-schema", list[SchemaEntity])
 
 
 # -- the machine ----------------------------------------------------------------------------------------------------------
@@ -168,20 +175,22 @@ class PciBus(Reply, frozen=True):
     devices: list[PciDevice]
 
 
-STATUS = Query[Status]("query-status", Status)
-CPUS = Query[list[Cpu]]("query-cpus-fast", Annotated[list[Cpu], Meta(min_length=1, max_length=8192)])
-MODEL_EXPANSION = Query[ModelExpansion]("query-cpu-model-expansion", ModelExpansion)
-TPMS = Query[list[Tpm]]("query-tpm", list[Tpm])
-CURRENT_MACHINE = Query[CurrentMachine]("query-current-machine", CurrentMachine)
-PCI = Query[list[PciBus]]("query-pci", list[PciBus])
-CPU_SLOTS = Query[list[CpuSlot]]("query-hotpluggable-cpus", Annotated[list[CpuSlot], Meta(max_length=8192)])
-MEMORY_DEVICES = Query[list[MemoryDevice]]("query-memory-devices", Annotated[list[MemoryDevice], Meta(max_length=8192)])
-QOM_LIST = Query[list[QomProperty]]("qom-list", list[QomProperty])
-QOM_TEXT = Query[str]("qom-get", Text)
-QOM_TEXTS = Query[list[str]]("qom-get", list[Text])
-QOM_FLAG = Query[bool]("qom-get", bool)
-QOM_NUMBER = Query[int]("qom-get", Number)
-QOM_FEATURE_WORDS = Query[list[FeatureWord]]("qom-get", list[FeatureWord])
+STATUS: Query[Status] = Query("query-status", Status)
+CPUS: Query[list[Cpu]] = Query("query-cpus-fast", Annotated[list[Cpu], Meta(min_length=1, max_length=8192)])
+MODEL_EXPANSION: Query[ModelExpansion] = Query("query-cpu-model-expansion", ModelExpansion)
+TPMS: Query[list[Tpm]] = Query("query-tpm", list[Tpm])
+CURRENT_MACHINE: Query[CurrentMachine] = Query("query-current-machine", CurrentMachine)
+PCI: Query[list[PciBus]] = Query("query-pci", list[PciBus])
+CPU_SLOTS: Query[list[CpuSlot]] = Query("query-hotpluggable-cpus", Annotated[list[CpuSlot], Meta(max_length=8192)])
+MEMORY_DEVICES: Query[list[MemoryDevice]] = Query(
+    "query-memory-devices", Annotated[list[MemoryDevice], Meta(max_length=8192)]
+)
+QOM_LIST: Query[list[QomProperty]] = Query("qom-list", list[QomProperty])
+QOM_TEXT: Query[str] = Query("qom-get", Text)
+QOM_TEXTS: Query[list[str]] = Query("qom-get", list[Text])
+QOM_FLAG: Query[bool] = Query("qom-get", bool)
+QOM_NUMBER: Query[int] = Query("qom-get", Number)
+QOM_FEATURE_WORDS: Query[list[FeatureWord]] = Query("qom-get", list[FeatureWord])
 
 
 # -- memory and disks -----------------------------------------------------------------------------------------------------
@@ -292,15 +301,17 @@ class BlockJob(Reply, frozen=True):
     id: Text
 
 
-MEMORY_BACKENDS = Query[list[MemoryBackend]]("query-memdev", list[MemoryBackend])
-BLOCK_NODES = Query[list[BlockNode]]("query-named-block-nodes", list[BlockNode])
-BLOCK_BACKENDS = Query[list[BlockBackend]]("query-block", list[BlockBackend])
-BLOCK_GRAPH = Query[BlockGraph]("x-debug-query-block-graph", BlockGraph)
-BLOCK_EXPORTS = Query[list[BlockExport]]("query-block-exports", Annotated[list[BlockExport], Meta(max_length=MAX_NODES)])
-CHARDEVS = Query[list[Chardev]]("query-chardev", Annotated[list[Chardev], Meta(max_length=MAX_NODES)])
-QOM_LIMITS = Query[dict[str, int]]("qom-get", dict[str, Number])
-HUMAN_MONITOR = Query[str]("human-monitor-command", Text)
-JOBS = Query[list[BlockJob]]("query-jobs", list[BlockJob])
+MEMORY_BACKENDS: Query[list[MemoryBackend]] = Query("query-memdev", list[MemoryBackend])
+BLOCK_NODES: Query[list[BlockNode]] = Query("query-named-block-nodes", list[BlockNode])
+BLOCK_BACKENDS: Query[list[BlockBackend]] = Query("query-block", list[BlockBackend])
+BLOCK_GRAPH: Query[BlockGraph] = Query("x-debug-query-block-graph", BlockGraph)
+BLOCK_EXPORTS: Query[list[BlockExport]] = Query(
+    "query-block-exports", Annotated[list[BlockExport], Meta(max_length=MAX_NODES)]
+)
+CHARDEVS: Query[list[Chardev]] = Query("query-chardev", Annotated[list[Chardev], Meta(max_length=MAX_NODES)])
+QOM_LIMITS: Query[dict[str, int]] = Query("qom-get", dict[str, Number])
+HUMAN_MONITOR: Query[str] = Query("human-monitor-command", Text)
+JOBS: Query[list[BlockJob]] = Query("query-jobs", list[BlockJob])
 
 
 # -- migration ------------------------------------------------------------------------------------------------------------
@@ -336,12 +347,12 @@ class FdSet(Reply, frozen=True):
     fdset_id: Number
 
 
-REPLAY = Query[Mode]("query-replay", Mode)
-COLO = Query[Mode]("query-colo-status", Mode)
-CAPABILITIES = Query[list[Capability]]("query-migrate-capabilities", list[Capability])
-PARAMETERS = Query[Parameters]("query-migrate-parameters", Parameters)
-MIGRATION = Query[Migration]("query-migrate", Migration)
-ADD_FD = Query[FdSet]("add-fd", FdSet)
+REPLAY: Query[Mode] = Query("query-replay", Mode)
+COLO: Query[Mode] = Query("query-colo-status", Mode)
+CAPABILITIES: Query[list[Capability]] = Query("query-migrate-capabilities", list[Capability])
+PARAMETERS: Query[Parameters] = Query("query-migrate-parameters", Parameters)
+MIGRATION: Query[Migration] = Query("query-migrate", Migration)
+ADD_FD: Query[FdSet] = Query("add-fd", FdSet)
 
 
 # -- messages ------------------------------------------------------------------------------------------------------------
@@ -381,6 +392,6 @@ class Envelope(Reply, frozen=True, rename=None):
     answer: msgspec.Raw = msgspec.field(name="return", default=msgspec.Raw())
 
 
-MESSAGE = Query[Envelope]("", Envelope)
-TIMESTAMP = Query[Timestamp]("", Timestamp)
-EVENT_DATA = Query[EventData]("", EventData)
+MESSAGE: Query[Envelope] = Query("", Envelope)
+TIMESTAMP: Query[Timestamp] = Query("", Timestamp)
+EVENT_DATA: Query[EventData] = Query("", EventData)
