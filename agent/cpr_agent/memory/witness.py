@@ -16,7 +16,6 @@ import hashlib
 import mmap
 import os
 import random
-import secrets
 import stat
 import struct
 import time
@@ -51,7 +50,9 @@ _Reader = Callable[[int, int], bytes | memoryview]
 def new_witness(kind: str = "sampled") -> Witness:
     """A witness still to be taken, with a seed of its own."""
     if kind == "sampled":
-        return Witness(kind="sampled", seed=secrets.randbits(64), pages=DEFAULT_PAGES, chosen_by="shake-128")
+        return Witness(
+            kind="sampled", seed=random.SystemRandom().getrandbits(64), pages=DEFAULT_PAGES, chosen_by="shake-128"
+        )
     return Witness(kind="full") if kind == "full" else Witness(kind="off")
 
 
