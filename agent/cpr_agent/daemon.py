@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from cpr_agent import __version__
+from cpr_agent import __version__, core, vm
 from cpr_agent.bus.service import Service
+from cpr_agent.core import acts, upgrade
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
@@ -55,6 +56,8 @@ log = logging.getLogger("cpr_agent")
 
 LOGS_S = 10.0
 """Between two looks at the size of logs."""
+BOOT_S = 10.0
+"""From READY until what no boot needs is imported: guests are loaded by then, or wait for devices."""
 PROGRAMS = Programs(LiveQemu.connect, read_launch, open_memory, launch.TICKET, launch.__file__)
 
 
@@ -198,6 +201,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     watchdog = loop.create_task(_feed_watchdog())
     trimming = loop.create_task(_trim_logs(manager.ports.runner))
     recovering = loop.create_task(_recover(manager))
+    importing = loop.create_task(_import_late())
     publishing = loop.create_task(published.run())
     published.wake()
     stopping = loop.create_task(stop.wait())
@@ -211,6 +215,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
     notify(stopping=1)
     await manager.close()
     recovering.cancel()
+    importing.cancel()
     publishing.cancel()
     watchdog.cancel()
     trimming.cancel()
@@ -226,6 +231,16 @@ async def _recover(manager: Manager) -> None:
     except Exception:
         log.exception("the recovery failed")
     log.info("recovered %s in %.1f s", counted(len(manager.vms), "VM"), time.monotonic() - began)
+
+
+async def _import_late() -> None:
+    """What no boot needs (ADR 27), before an upgrade of the package puts another version in its place. A caller that comes
+    waits for one module at most. No event tells that a boot is over."""
+    await asyncio.sleep(BOOT_S)
+    for package in (core, acts, upgrade, vm):
+        for name in package.__all__:
+            getattr(package, name)
+            await asyncio.sleep(0)
 
 
 async def _feed_watchdog() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,15 +66,6 @@ def test_the_tree_of_errors_lists_every_class() -> None:
 def test_an_error_says_which_vm_what_is_left_and_what_to_do() -> None:
     error = errors.SaveFailed("could not be saved: disk full", vm="web1", left="the guest runs on", remedy="free some room")
     assert str(error) == "VM web1: could not be saved: disk full. The guest runs on. Free some room."
-
-
-def test_the_agents_start_takes_nothing_along_that_no_guest_waits_for() -> None:
-    """Each of these was imported once, by a library or for what comes later: at boot guests wait for an import."""
-    needless = {"argparse", "click", "gi", "jinja2", "lxml", "rich", "tenacity", "cpr_agent.report.story", "pystemd.base"}
-    program = "import cpr_agent.daemon, sys; print(*(name for name, module in sys.modules.items() if module))"
-    found = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
-    assert "cpr_agent.core.manager" in found
-    assert needless.isdisjoint(found)
 
 
 DEFINITION = Definition(

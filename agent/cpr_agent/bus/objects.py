@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dbus_next.signature import Variant
 
-from cpr_agent import __version__
+from cpr_agent import __version__, core
 from cpr_agent.bus.contract import ROOT, escape
 from cpr_agent.bus.options import take_options, vardict
+from cpr_agent.core import upgrade
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
-from cpr_agent.core.allocation import Range, free, used
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import DaxDevice, Finding, Policy, Survives, survives
 from cpr_agent.core.timeline import GuestTimeline
-from cpr_agent.core.upgrade.preflight import UpgradeRequest
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import AccessDenied, CheckpointUnreadable, CprError, InvalidArgument
+
+if TYPE_CHECKING:
+    from cpr_agent.core.allocation import Range
+    from cpr_agent.core.upgrade.preflight import UpgradeRequest
 
 Result = Awaitable[list[Any]]
 MANAGE_VMS = "org.cpragent1.manage-vms"
@@ -109,7 +112,7 @@ class ManagerObject(BusObject):
 
     async def call_ListDevices(self) -> list[Any]:
         claims = await self._manager.claims()
-        return [[_device(device, used(device, claims)) for device in self._manager.ports.memory.devices()]]
+        return [[_device(device, core.allocation.used(device, claims)) for device in self._manager.ports.memory.devices()]]
 
     async def call_AllocateMemory(self, vm: str, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"size": "s", "device": "s"})
@@ -385,7 +388,8 @@ _UPGRADE_OPTIONS = {
 def _request(options: dict[str, Variant]) -> UpgradeRequest:
     taken = take_options(options, _UPGRADE_OPTIONS)
     policy = _policy(taken)
-    return UpgradeRequest(**{**{name.replace("-", "_"): value for name, value in taken.items()}, "policy": policy})
+    wanted = {name.replace("-", "_"): value for name, value in taken.items()}
+    return upgrade.preflight.UpgradeRequest(**{**wanted, "policy": policy})
 
 
 def _policy(options: dict[str, Any]) -> Policy | None:
@@ -428,7 +432,7 @@ def _device(device: DaxDevice, ranges: list[Range]) -> dict[str, Variant]:
         provider=device.provider,
         mode="system-ram" if device.system_ram else "devdax",
         used=Variant("a(tts)", [list(one) for one in ranges]),
-        free=Variant("a(tt)", [[one.offset, one.size] for one in free(device, ranges)]),
+        free=Variant("a(tt)", [[one.offset, one.size] for one in core.allocation.free(device, ranges)]),
     )
 
 

@@ -8,27 +8,29 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from cpr_agent import core
+from cpr_agent.core import upgrade
 from cpr_agent.core.acts.requests import Replacement
-from cpr_agent.core.allocation import Range, allocate
-from cpr_agent.core.checks import MEMORY_SURVIVES, check_hooks, check_vm
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.listener import Listener, Listeners
 from cpr_agent.core.model import Bytes, DaxDevice, Finding, Imported, MemoryIdentity, Policy, Survives, VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.saveable import waits_when_blocked
-from cpr_agent.core.separation import NOT_OF_AN_UPGRADE
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.turns import Places
 from cpr_agent.core.upgrade.ledger import Ledger, Phase
-from cpr_agent.core.upgrade.preflight import Plan, UpgradeRequest, check_host, plan
 from cpr_agent.core.upgrade.scope import names
-from cpr_agent.core.upgrade.sort import triage
 from cpr_agent.core.upgrade.transaction import Transaction
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM, QemuFailed
+
+if TYPE_CHECKING:
+    from cpr_agent.core.allocation import Range
+    from cpr_agent.core.upgrade.preflight import Plan, UpgradeRequest
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +162,9 @@ class Manager:
             wanted = Bytes.parse(size) if size else sum(one.size for one in defined)
         except ValueError as error:
             raise InvalidArgument(str(error), vm=vm, left="nothing was allocated") from error
-        return allocate(vm, wanted, self.ports.memory.devices(), await self.claims(), device.removeprefix("uuid:"))
+        return core.allocation.allocate(
+            vm, wanted, self.ports.memory.devices(), await self.claims(), device.removeprefix("uuid:")
+        )
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
@@ -182,7 +186,7 @@ class Manager:
 
     async def vm_findings(self, name: str) -> list[Finding]:
         vm = self.vm(name)
-        return [*await self.own_findings(vm), *await check_hooks(vm)]
+        return [*await self.own_findings(vm), *await core.checks.check_hooks(vm)]
 
     async def own_findings(self, vm: Vm) -> list[Finding]:
         """Those of the agent itself, without the admin's hooks. A VM that can't be looked at is a finding: the others are
@@ -190,7 +194,7 @@ class Manager:
         try:
             async with asyncio.timeout(CHECK_S):
                 users = {other.name: other.user for other in self._others(vm.name)}
-                return await check_vm(vm, self.ports, await self.claimed(vm.name), users)
+                return await core.checks.check_vm(vm, self.ports, await self.claimed(vm.name), users)
         except TimeoutError:
             what = f"its QEMU does not answer: the check took more than {CHECK_S:g} s"
             return [_not_known(vm, QemuFailed(what, remedy=f"see its log; `cprctl stop {vm.name} --hard` ends it"))]
@@ -199,13 +203,13 @@ class Manager:
 
     def plan(self, request: UpgradeRequest) -> Plan:
         """Raises InvalidArgument, KernelRefused."""
-        return plan(request, self.ports, self._settings, self.ledger.booted)
+        return upgrade.preflight.plan(request, self.ports, self._settings, self.ledger.booted)
 
     async def plan_findings(self, the_plan: Plan, *, whole: bool = True) -> list[Finding]:
         """Everything about the host and its VMs that matters to the plan. An error would stop it. Not ``whole``, for a
         caller who may only look: no program of the admin's runs, and no kernel is unpacked."""
-        out = await check_host(the_plan, self.ports, self.vms.values(), kernel=whole)
-        found = await triage(list(self.vms.values()), Survives.KEXEC, the_plan.policy, hooks=whole)
+        out = await upgrade.preflight.check_host(the_plan, self.ports, self.vms.values(), kernel=whole)
+        found = await upgrade.sort.triage(list(self.vms.values()), Survives.KEXEC, the_plan.policy, hooks=whole)
         decided = {vm.name for vm, _ in (*found.refused, *found.unsaveable)}
         for vm, error in found.refused:
             waits = waits_when_blocked(vm.machine)
@@ -228,7 +232,7 @@ class Manager:
         for finding in await self.own_findings_of_all():
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
-            elif finding.code not in (MEMORY_SURVIVES, *NOT_OF_AN_UPGRADE) and (
+            elif finding.code not in (core.checks.MEMORY_SURVIVES, *core.separation.NOT_OF_AN_UPGRADE) and (
                 finding.code not in ("volatile-memory", "unnamed-disk") or finding.vm not in decided
             ):
                 out.append(finding)

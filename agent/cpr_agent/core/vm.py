@@ -8,12 +8,10 @@ import contextlib
 import enum
 from collections.abc import AsyncIterator
 
-from cpr_agent.core import saveable
-from cpr_agent.core.acts import recover, resume, start
+from cpr_agent.core import acts, saveable
+from cpr_agent.core.acts import recover, resume
 from cpr_agent.core.acts.load import load
-from cpr_agent.core.acts.replace import replace
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
-from cpr_agent.core.acts.save import save
 from cpr_agent.core.acts.sleep import wake_late_sleeper
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.machine import Machine, Neighbours
@@ -203,11 +201,11 @@ class Vm:
     async def start(self) -> None:
         """Start the guest afresh. Refused while a live checkpoint holds it. Raises CprError."""
         async with self._admitted(Act.START):
-            await start.start(self.machine)
+            await acts.start.start(self.machine)
 
     async def stop(self, how: str) -> None:
         """``acpi``: press the power button, and after the definition's shutdown-timeout go on as ``hard``: quit QEMU."""
-        ways = {"acpi": start.press_power_button, "hard": start.end_hard}
+        ways = {"acpi": acts.start.press_power_button, "hard": acts.start.end_hard}
         if how not in ways:
             raise InvalidArgument(f"unknown way to stop {how!r}", vm=self.name, remedy="use acpi or hard")
         async with self._exclusive(Act.STOP):
@@ -236,7 +234,7 @@ class Vm:
             launch = await saveable.require_live(self.machine, request.need)
             if not request.upgrade:  # an upgrade has run the hooks of all its guests, before the first of them stopped
                 await before_save(self.machine)
-            return await save(self.machine, launch, request)
+            return await acts.save.save(self.machine, launch, request)
 
     async def load(self, request: LoadRequest) -> str:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at which
@@ -250,7 +248,7 @@ class Vm:
     async def replace_qemu(self, wanted: Replacement | None = None) -> Replacement:
         """Give the guest a new QEMU on the same RAM; ``wanted``: in turn. Returns how. Raises CprError."""
         async with self._admitted(Act.REFRESH):
-            return await replace(self.machine, wanted)
+            return await acts.replace.replace(self.machine, wanted)
 
     async def shut_down(self) -> None:
         """For a guest that can't be saved: its power button. Raises CprError."""

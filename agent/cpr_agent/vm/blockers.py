@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import tenacity  # noqa: F401 - a save waits by it (vm/retry.py), and imports nothing while its guest stands still
+
 from cpr_agent.core.model import Launch
 from cpr_agent.vm.companions import unsaveable
 from cpr_agent.vm.dialects import CONFLICTING

@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from pathlib import Path
 from typing import Any
 
+from cpr_agent import vm
 from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, QemuFacts, RunState, Throttle
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable, SaveFailed
 from cpr_agent.handles import socket_at, uid_of
-from cpr_agent.vm import blockers, devices, facts, guest_agent, inventory
+from cpr_agent.vm import devices, facts, inventory
 from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, listening_sockets, transfer_address
 from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose, choose_migration, fdset, with_cause
 from cpr_agent.vm.qmp import Event, Qmp
@@ -149,7 +150,7 @@ class LiveQemu:
         would_wake = await self.run_state() is RunState.SUSPENDED and not await self._keeps_suspended()
         reasons = [f"the guest is suspended, and {_WOULD_WAKE}"] if would_wake else []
         await self.dialect()
-        return reasons + await blockers.save_blockers(self._qmp, launch)
+        return reasons + await vm.blockers.save_blockers(self._qmp, launch)
 
     async def until_saveable(self, launch: Launch, timeout_s: float) -> list[str]:
         return await poll_until(lambda: self.blocked_reasons(launch), lambda reasons: not reasons, timeout_s, slowest_s=1.0)
@@ -416,7 +417,7 @@ class LiveQemu:
         if path is None:
             return None
         with self._at(path) as address:
-            return await guest_agent.set_clock(self._qmp.vm, address, now)
+            return await vm.guest_agent.set_clock(self._qmp.vm, address, now)
 
     async def vfio_devices(self) -> list[str]:
         return await devices.vfio_devices(self._qmp)
@@ -428,10 +429,10 @@ class LiveQemu:
             return problem
         path = await self._guest_agent()
         if path is None:
-            return f"it has no guest agent (no virtio-serial port {guest_agent.PORT} at a Unix socket)"
+            return f"it has no guest agent (no virtio-serial port {vm.guest_agent.PORT} at a Unix socket)"
         try:
             with self._at(path) as address:
-                if not await guest_agent.offers(self._qmp.vm, address, "guest-suspend-ram", _CHECK_S):
+                if not await vm.guest_agent.offers(self._qmp.vm, address, "guest-suspend-ram", _CHECK_S):
                     return "its guest agent does not let guest-suspend-ram be used"
         except GuestAgentFailed as error:
             return f"{error.what}; start, or restart, qemu-guest-agent in the guest"
@@ -448,7 +449,7 @@ class LiveQemu:
         with self._qmp.expecting("SUSPEND") as asleep:
             try:
                 with self._at(path) as address:
-                    await guest_agent.suspend(self._qmp.vm, address, asleep, timeout_s)
+                    await vm.guest_agent.suspend(self._qmp.vm, address, asleep, timeout_s)
             except GuestAgentFailed:
                 # A Linux that sleeps without S3 (s2idle) is running for QEMU, and is woken by its keyboard.
                 with contextlib.suppress(QemuRefused):
@@ -459,7 +460,7 @@ class LiveQemu:
     async def _guest_agent(self) -> Path | None:
         """Where the VM's guest agent port is by the command line. Which character device has it QEMU may say."""
         sockets = self._sockets()
-        name = await devices.chardev_of_port(self._qmp, guest_agent.PORT) if sockets else ""
+        name = await devices.chardev_of_port(self._qmp, vm.guest_agent.PORT) if sockets else ""
         return Path(sockets[name]) if name in sockets else None
 
     @contextlib.contextmanager

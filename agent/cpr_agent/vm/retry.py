@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The policies of every retry. The only importer of tenacity."""
+"""The policies of every retry, by tenacity."""
 
 from __future__ import annotations
 

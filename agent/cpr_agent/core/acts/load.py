@@ -11,9 +11,9 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from cpr_agent.core import acts
 from cpr_agent.core.acts.afterwards import LoadTimes, entry, report
 from cpr_agent.core.acts.requests import LoadRequest
-from cpr_agent.core.acts.start import boot
 from cpr_agent.core.endings import LastWords, last_words
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Proof, let_run, let_run_by_load, wake
@@ -454,5 +454,5 @@ async def _start_afresh(machine: Machine, definition: Definition, manifest: Mani
     log.warning("%s", text, extra=about(Event.MEMORY_LOST, **entry(manifest, "load")))
     await machine.end()  # while the checkpoint stands: the next agent loads it, should this one be killed here
     await asyncio.to_thread(machine.ports.store.discard, machine.name, "lost")
-    await boot(machine, definition)
+    await acts.start.boot(machine, definition)
     machine.record(VmEvent.COLD_STARTED)

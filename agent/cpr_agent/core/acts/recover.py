@@ -7,9 +7,8 @@ import enum
 import logging
 from typing import NamedTuple
 
-from cpr_agent.core.acts import save
+from cpr_agent.core import acts
 from cpr_agent.core.acts.load import put_back
-from cpr_agent.core.acts.replace import settle_sockets, undo_transfer
 from cpr_agent.core.acts.resume import take_back, take_back_again
 from cpr_agent.core.acts.sleep import end_sleep
 from cpr_agent.core.gate import Unbroken, let_run
@@ -120,7 +119,7 @@ async def recover(machine: Machine) -> None:
         await machine.qemu.withdraw()
         await machine.derive()
     if past.in_refresh:
-        await settle_sockets(machine)
+        await acts.replace.settle_sockets(machine)
     if past.awaits_cold_start:
         machine.record(VmEvent.COLD_STARTED)
     launch, manifest = machine.launched(), machine.readable_checkpoint()
@@ -194,14 +193,14 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
             await take_back_again(machine, begun.checkpoint)
         case Recovery.UNDO_TRANSFER:
             log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", machine.name)
-            await undo_transfer(machine)
+            await acts.replace.undo_transfer(machine)
         case Recovery.RUN_ON if begun:
             await _refuse_strangers(machine, launch)
-            await save.run_after_interrupted_save(machine, begun.checkpoint)
+            await acts.save.run_after_interrupted_save(machine, begun.checkpoint)
         case Recovery.FINISH_SAVE if begun and launch:
             state = begun.run_state
             log.warning("VM %s: a save was interrupted; storing the state of the %s guest", machine.name, state)
-            await save.finish(machine, launch, begun)
+            await acts.save.finish(machine, launch, begun)
         case Recovery.PUT_BACK | Recovery.NOTE_RESUMED | Recovery.FINISH_RESUME if launch:
             await _settle_resume(machine, recovery, launch)
         case Recovery.NOTHING if begun and begun.last is VmEvent.SAVE_BEGIN and not machine.stands_saved:

@@ -8,22 +8,21 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
+from cpr_agent.core import upgrade
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.model import Finding, Policy, Survives
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.undo import Undo
-from cpr_agent.core.upgrade import kernel
 from cpr_agent.core.upgrade.ledger import OVER, TAKEN_BACK, Kind, Ledger, Phase, Upgrade
 from cpr_agent.core.upgrade.load_all import load_all, load_each
-from cpr_agent.core.upgrade.preflight import Plan, refuse
-from cpr_agent.core.upgrade.refresh_all import refresh_all
-from cpr_agent.core.upgrade.roll_back import roll_back
-from cpr_agent.core.upgrade.save_all import commit, promise, save
 from cpr_agent.core.upgrade.scope import UNTOUCHED, Scope, reason
-from cpr_agent.core.upgrade.sort import prepare
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Busy, NothingToDo, SaveFailed
+
+if TYPE_CHECKING:
+    from cpr_agent.core.upgrade.preflight import Plan
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +51,8 @@ class Transaction:
         async with self._lock:
             self._begin(Kind.SAVE_ALL, policy)
             async with self._or_refused():
-                found = await prepare(self._scope, need, policy)
-            if not await save(self._scope, job, found, need):
+                found = await upgrade.sort.prepare(self._scope, need, policy)
+            if not await upgrade.save_all.save(self._scope, job, found, need):
                 raise NothingToDo("no VM has a live guest that is not saved yet")
 
     async def before_kexec(self, job: Job, policy: Policy) -> None:
@@ -61,13 +60,13 @@ class Transaction:
         that all guests are saved."""
         async with self._lock:
             if self._ledger.committed:  # an upgrade saved before it started the kexec
-                await promise(self._scope)
+                await upgrade.save_all.promise(self._scope)
                 return
             self._begin(Kind.KEXEC, policy)
             async with self._or_refused():
-                found = await prepare(self._scope, Survives.KEXEC, policy)
-            await save(self._scope, job, found, Survives.KEXEC)
-            await commit(self._scope, job)
+                found = await upgrade.sort.prepare(self._scope, Survives.KEXEC, policy)
+            await upgrade.save_all.save(self._scope, job, found, Survives.KEXEC)
+            await upgrade.save_all.commit(self._scope, job)
 
     async def upgrade(self, job: Job, plan: Plan, findings: Findings) -> None:
         """Check, load the kernel, save, commit, kexec. Returns only if a dry run is over, or as the host goes down."""
@@ -86,8 +85,8 @@ class Transaction:
     async def _rehearse(self, job: Job, plan: Plan, findings: Findings) -> None:
         async with self._or_refused():
             job.advance(0, 1, "checking")
-            refuse(await findings())
-            await kernel.try_out(self._ports.kernels, job, plan)
+            upgrade.preflight.refuse(await findings())
+            await upgrade.kernel.try_out(self._ports.kernels, job, plan)
         self._ledger.enter(Phase.CHECKED)
 
     async def _save_for(self, job: Job, plan: Plan, findings: Findings) -> None:
@@ -95,14 +94,14 @@ class Transaction:
         async with AsyncExitStack() as until_committed:
             async with self._or_refused(), Undo() as undo:
                 job.advance(0, 1, "checking")
-                refuse(await findings())
-                await kernel.load(kernels, job, plan)
-                undo.push(lambda: kernel.unload(kernels))
+                upgrade.preflight.refuse(await findings())
+                await upgrade.kernel.load(kernels, job, plan)
+                undo.push(lambda: upgrade.kernel.unload(kernels))
                 await until_committed.enter_async_context(kexec.inhibit("guests are saved for a new kernel"))
-                found = await prepare(self._scope, Survives.KEXEC, plan.policy)
+                found = await upgrade.sort.prepare(self._scope, Survives.KEXEC, plan.policy)
                 undo.done()
-            await save(self._scope, job, found, Survives.KEXEC)
-            await commit(self._scope, job)
+            await upgrade.save_all.save(self._scope, job, found, Survives.KEXEC)
+            await upgrade.save_all.commit(self._scope, job)
 
     def _refuse_second(self) -> None:
         if self._lock.locked():
@@ -140,7 +139,7 @@ class Transaction:
         async with self._lock:
             if not self._ledger.committed:  # an admin has rolled back
                 return
-            left = await roll_back(self._scope, job, why)
+            left = await upgrade.roll_back.roll_back(self._scope, job, why)
             self._ports.kexec.bring_back()
         raise SaveFailed(why, left=left, remedy="see: systemctl list-jobs, journalctl -b")
 
@@ -151,7 +150,7 @@ class Transaction:
                 raise NothingToDo("there is no save that could be taken back", left="nothing was done")
             if await self._ports.kexec.pending():
                 raise Busy("the kexec is under way", left="nothing was done", remedy="stop it with: systemctl cancel")
-            left = await roll_back(self._scope, job, why)
+            left = await upgrade.roll_back.roll_back(self._scope, job, why)
             if self._ledger.require_current().failures:
                 raise SaveFailed("not every guest could be resumed", left=left, remedy="see cprctl status")
 
@@ -189,7 +188,7 @@ class Transaction:
         """A new QEMU for every guest, by ``replace``. Raises LoadFailed, NothingToDo."""
         async with self._lock:
             self.refuse_when_committed()
-            await refresh_all(job, vms, replace)
+            await upgrade.refresh_all.refresh_all(job, vms, replace)
 
     # -- after a crash ------------------------------------------------------------------------------------------------
 
@@ -200,7 +199,7 @@ class Transaction:
             return None
         if current.phase is Phase.CHECKING:
             if current.kind.loads_kernel and not self._ledger.rebooted:
-                await kernel.unload(self._ports.kernels)
+                await upgrade.kernel.unload(self._ports.kernels)
             self._ledger.enter(Phase.REFUSED, reason="the agent was interrupted")
         elif self._ledger.rebooted:
             self._note_boot(current)  # cpr-load.service asks for the load, once memory and disks are there
