@@ -46,3 +46,62 @@ def test_a_guest_of_a_qemu_without_cpr_save(lab: Lab, qemus: tuple[str, str], gu
     assert lab.cprctl("stop", "web1").returncode == 0
     guest.load()
     guest.assert_unbroken()
+
+
+def test_another_agent_saves_what_came_from_a_qemu_without_cpr_save(lab: Lab, qemus: tuple[str, str], guest: Guest) -> None:
+    """QEMU has the capability still that the load of a migration's state took; cpr-save must not ask for it."""
+    guest.save()
+    assert lab.cprctl("stop", "web1").returncode == 0
+    install(lab, qemus[1])
+    guest.load()
+    lab.end_agent()
+    lab.start_agent()
+    guest.save()
+    assert guest.properties["Checkpoint"]["dialect"] == "cpr-save"
+    guest.load()
+    guest.assert_unbroken()
+
+
+@pytest.mark.parametrize("member", ["Resume", "CprLoad"])
+def test_another_agent_goes_on_with_what_a_migration_saved(
+    lab: Lab, qemus: tuple[str, str], guest: Guest, member: str
+) -> None:
+    """The agent that loads a migration's state saves by one, too; the next finds a QEMU with cpr-save, in postmigrate."""
+    guest.save()
+    assert lab.cprctl("stop", "web1").returncode == 0
+    install(lab, qemus[1])
+    guest.load()
+    guest.save()
+    lab.end_agent()
+    lab.start_agent()
+    assert guest.state == "saved"
+    if member == "Resume":
+        guest.call(member)
+    else:
+        guest.load()
+    guest.assert_unbroken()
+    guest.save()
+    guest.load()
+    guest.assert_unbroken()
+
+
+@pytest.mark.parametrize("act", ["load", "refresh"])
+def test_a_guest_of_a_qemu_with_cpr_save(lab: Lab, qemus: tuple[str, str], act: str) -> None:
+    """A QEMU without the commands would load it without its ROMs, and it would be dead at its next reset."""
+    stock, patched = qemus
+    install(lab, patched)
+    guest = lab.guest("web1", "-machine", "vmport=off", qemu=str(lab.root / "qemu"))
+    guest.start()
+    guest.until_counts()
+    if act == "load":
+        guest.save()
+        assert lab.cprctl("stop", "web1").returncode == 0
+    install(lab, stock)
+    done = lab.cprctl(act, "web1")
+    assert done.returncode != 0, done.stdout
+    print(act, done.stderr)
+    if act == "load":
+        assert guest.state == "saved"
+        install(lab, patched)
+        guest.load()
+    guest.assert_unbroken()

@@ -18,6 +18,7 @@ from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import ADD_FD, CAPABILITIES, COMMANDS, PARAMETERS, SCHEMA
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
+_NO_CAPABILITIES = [{"capability": "x-ignore-shared", "state": False}]
 CONFLICTING = ("postcopy-ram", "background-snapshot", "x-colo", "multifd", "mapped-ram")
 
 
@@ -100,7 +101,12 @@ class CprSave(Dialect):
     """The run state after a save, where all others say postmigrate. That of a guest that was paused stays ``paused``."""
 
     async def prepare(self, qmp: Qmp) -> None:
-        """RAM is never part of what it saves. The mode is that whose blockers QEMU names, where it has one."""
+        """RAM is never part of what it saves. The mode is that whose blockers QEMU names, where it has one.
+
+        A QEMU may have the capability, by the load of a state that a migration saved, say. It is written to the file, and
+        cpr-load refuses the file in a QEMU that has it not (configuration_validate_capabilities of migration/savevm.c).
+        """
+        await qmp.execute("migrate-set-capabilities", {"capabilities": _NO_CAPABILITIES})
         if (await qmp.ask(PARAMETERS)).mode is not None:
             await qmp.execute("migrate-set-parameters", {"mode": "cpr-reboot"})
 
