@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import until
+from tests.lab import PATIENCE_S, until
 from tests.original.machine import SIZE, Desk, Machine, RefusedError, small_file_system
 
 DISK = ("-blockdev", "file,node-name=disk,filename={0},locking=on", "-device", "virtio-blk-pci,drive=disk,id=vd")
@@ -485,6 +486,44 @@ def test_the_state_of_fewer_devices(desk: Desk) -> None:
     desk.assert_unbroken()
 
 
+def test_the_state_of_a_guest_with_more_ram(desk: Desk) -> None:
+    """It would go on, and miss a half of its memory once it looks there."""
+    old = desk.running(size="32M")
+    old.save(desk.state)
+    old.quit()
+    last = desk.last
+    small = desk.start("-incoming", "defer", size="16M")
+    refused(small, "memory region ram of 33554432 bytes", "another size", load=desk.state)
+    assert small.status == "inmigrate"
+    assert desk.last == last
+    small.quit()
+    desk.start("-incoming", "defer", size="32M").load(desk.state)
+    desk.assert_unbroken()
+
+
+def test_the_state_of_a_guest_with_another_memory(desk: Desk) -> None:
+    more = ["-object", f"memory-backend-file,id=more,share=on,mem-path={desk.ram}-more,size=16M"]
+    more += ["-m", "16M,slots=1,maxmem=1G", "-device", "pc-dimm,memdev=more"]
+    desk.saved(*more)
+    lacking = desk.incoming("-m", "16M,slots=1,maxmem=1G")
+    refused(lacking, "memory region more of 16777216 bytes", "none of that name", load=desk.state)
+    lacking.quit()
+    desk.incoming(*more).load(desk.state)
+    desk.assert_unbroken()
+
+
+def test_a_migration_that_is_given_the_file(desk: Desk) -> None:
+    """It would run the guest without its ROMs, and that would be dead at its next reset."""
+    desk.saved()
+    other = desk.incoming()
+    with contextlib.suppress(ConnectionResetError):  # that is how QEMU ends if it can't be loaded
+        other.execute("migrate-incoming", uri=f"exec:cat {desk.state}")
+    assert other.process.wait(PATIENCE_S) == 1
+    assert "Unknown savevm section or instance 'cpr-save'" in other.log.read_text()
+    desk.incoming().load(desk.state)
+    desk.assert_unbroken()
+
+
 def test_a_migration_stream_with_ram(desk: Desk) -> None:
     """Its RAM is another guest's: none of it may be written."""
     with desk.other_guest():
@@ -496,7 +535,7 @@ def test_a_migration_stream_with_ram(desk: Desk) -> None:
     other.quit()
     until(lambda: stream.stat().st_size > 1 << 20, "the stream is whole")
     desk.saved()
-    not_loaded(desk, desk.incoming(), stream, "section of type 1", "RAM")
+    not_loaded(desk, desk.incoming(), stream, "of a migration")
 
 
 # -- twice, and at the wrong time -------------------------------------------------------------------------------------
