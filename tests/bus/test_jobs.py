@@ -10,11 +10,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from dbus_next.message import Message
-from dbus_next.signature import Variant
 
 from cpr_agent.bus.client import CallError, Client, plain
 from cpr_agent.bus.contract import read_contract
+from cpr_agent.bus.library import Message, Variant
 from tests.lab import PATIENCE_S, Guest, Lab, script
 
 ROOT = "/org/cpragent1"

@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from dbus_next.constants import MessageFlag
-from dbus_next.message import Message
 
 from cpr_agent.bus.authority import Authority, TimedOutError
 from cpr_agent.bus.contract import BUS_NAME
 from cpr_agent.bus.contract import ROOT as OBJECT
+from cpr_agent.bus.library import Message, MessageFlag
 from cpr_agent.bus.service import Service
 from tests.lab import PATIENCE_S, ROOT, Lab, let_others_in
 
@@ -153,7 +152,7 @@ def test_a_password_that_nobody_types_is_not_waited_for_any_more(
         with pytest.raises(TimedOutError, match="did not answer within"):
             await asking.require(call, f"{BUS_NAME}.manage-vms")
         await asking._uid(caller)  # an answer to this means that all before it was sent
-        bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+        bus.disconnect()
 
     asyncio.run(ask())
     assert authority.stdout

@@ -15,6 +15,7 @@ import pytest
 
 from cpr_agent.bus.client import CallError, Client
 from cpr_agent.bus.contract import read_contract
+from cpr_agent.bus.library import Message, Variant
 from tests.lab import DAEMON, PATIENCE_S, Lab, let_others_in, private_bus
 
 ROOT = "/org/cpragent1"
@@ -107,8 +108,6 @@ def test_a_call_of_what_is_not_there(lab: Lab, path: str, interface: str, member
 
 
 def test_unknown_options_are_refused(lab: Lab) -> None:
-    from dbus_next.signature import Variant
-
     guest = lab.running()
     for options, said in (
         ({"force": Variant("b", True)}, "unknown option 'force'"),
@@ -122,8 +121,6 @@ def test_unknown_options_are_refused(lab: Lab) -> None:
 
 
 def test_properties_are_read_only(lab: Lab) -> None:
-    from dbus_next.signature import Variant
-
     lab.guest()
     with pytest.raises(CallError, match="read-only"):
         call(
@@ -143,8 +140,6 @@ def test_changes_are_signalled(lab: Lab) -> None:
     guest = lab.guest()
 
     async def watch() -> list[tuple[str, object]]:
-        from dbus_next.message import Message
-
         seen: list[tuple[str, object]] = []
         running = asyncio.Event()
         async with Client.connected(lab.address) as client:

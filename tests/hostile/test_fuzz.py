@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from dbus_next.constants import MessageFlag
-from dbus_next.message import Message
-from dbus_next.signature import SignatureTree, SignatureType, Variant
 
 from cpr_agent.bus.client import CallError
+from cpr_agent.bus.connection import ClientBus
 from cpr_agent.bus.contract import read_contract, standard_interfaces
-from cpr_agent.bus.wire import AgentBus, parse
+from cpr_agent.bus.library import Message, MessageFlag, SignatureTree, SignatureType, Variant, marshal
+from cpr_agent.bus.wire import parse
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.upgrade.ledger import Ledger
@@ -175,11 +174,10 @@ def read_file_of(name: str) -> Callable[[bytes, random.Random], object]:
     return read
 
 
-FRAME = bytes(
-    Message(
-        "org.cpragent1", "/org/cpragent1", "org.cpragent1.Manager", "Import", signature="sa{sv}", serial=7, body=["x", {}]
-    )._marshall()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+CALL = Message(
+    "org.cpragent1", "/org/cpragent1", "org.cpragent1.Manager", "Import", signature="sa{sv}", serial=7, body=["x", {}]
 )
+FRAME = bytes(marshal(CALL))
 HELD = b'{"reason":"x","error":"y","at":1.0,"evidence":[["a","b","c"]]}'
 SETTINGS = (Path(__file__).parent.parent.parent / "packaging/agent.toml").read_bytes().replace(b"\n# ", b"\n")
 PARSERS: dict[str, Parser] = {
@@ -323,7 +321,7 @@ def test_calls_of_any_shape(lab: Lab, good: Guest) -> None:
     campaign = Campaign()
 
     async def call_on() -> None:
-        bus = await AgentBus(lab.address).connect()
+        bus = await ClientBus.connect(lab.address)
         while campaign.goes_on():
             message = random_call(campaign.chance)
             campaign.inputs += 1
@@ -331,7 +329,7 @@ def test_calls_of_any_shape(lab: Lab, good: Guest) -> None:
                 reply = await bus.call(message)
             if reply and reply.error_name and reply.error_name.endswith(".Internal"):
                 campaign.surprise(f"{message.path} {message.member} {str(message.body)[:200]}")
-        bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+        bus.disconnect()
 
     asyncio.run(call_on())
     if good.state == "saved":

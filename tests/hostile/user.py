@@ -15,12 +15,9 @@ import os
 import sys
 from collections import Counter
 
-from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import MessageFlag, MessageType
-from dbus_next.message import Message
-
 from cpr_agent.bus.client import plain
-from cpr_agent.bus.wire import AgentBus
+from cpr_agent.bus.connection import ClientBus
+from cpr_agent.bus.library import Message, MessageFlag, MessageType
 
 NAME, ROOT = "org.cpragent1", "/org/cpragent1"
 MANAGER, PROPERTIES = f"{NAME}.Manager", "org.freedesktop.DBus.Properties"
@@ -49,9 +46,9 @@ async def send(address: str, what: str, calls: int, connections: int) -> Counter
     path, interface, member, signature, body = CALLS[what.removesuffix(", interactively")]
     flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if what.endswith("interactively") else MessageFlag.NONE
     heard: Counter[str] = Counter()
-    buses = [await AgentBus(address).connect() for _ in range(connections)]
+    buses = [await ClientBus.connect(address) for _ in range(connections)]
 
-    async def call(bus: MessageBus) -> None:
+    async def call(bus: ClientBus) -> None:
         message = Message(NAME, path, interface, member, signature=signature, body=body, flags=flags)
         try:
             reply = await bus.call(message)
@@ -69,11 +66,11 @@ async def send(address: str, what: str, calls: int, connections: int) -> Counter
 async def storm(address: str, what: str, calls: int, connections: int) -> Counter[str]:
     """Make so many calls at a time again and again, as fast as they are answered, until stdin is closed."""
     heard: Counter[str] = Counter()
-    buses = [await AgentBus(address).connect() for _ in range(connections)]
+    buses = [await ClientBus.connect(address) for _ in range(connections)]
     over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # nothing ends it but stdin's end
     path, interface, member, signature, body = CALLS[what]
 
-    async def call(bus: MessageBus) -> None:
+    async def call(bus: ClientBus) -> None:
         while not over.done():
             reply = await bus.call(Message(NAME, path, interface, member, signature=signature, body=body))
             heard[reply.error_name.rpartition(".")[2] if reply and reply.error_name else "ok"] += 1
@@ -86,7 +83,7 @@ async def storm(address: str, what: str, calls: int, connections: int) -> Counte
 
 
 async def listen(address: str) -> list[str]:
-    bus = await AgentBus(address).connect()
+    bus = await ClientBus.connect(address)
     heard: list[str] = []
 
     def on_message(message: Message) -> bool:

@@ -14,11 +14,8 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator
 
-from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import MessageFlag, MessageType
-from dbus_next.message import Message
-from dbus_next.signature import Variant
-
+from cpr_agent.bus.connection import DAEMON, Bus
+from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant
 from cpr_agent.errors import AccessDenied, LimitsExceeded
 
 log = logging.getLogger(__name__)
@@ -43,7 +40,7 @@ class TimedOutError(AccessDenied):
 class Authority:
     """Asks over ``bus``, the connection that the calls come from."""
 
-    def __init__(self, bus: MessageBus, interactive_timeout_s: float = INTERACTIVE_TIMEOUT_S) -> None:
+    def __init__(self, bus: Bus, interactive_timeout_s: float = INTERACTIVE_TIMEOUT_S) -> None:
         self._bus = bus
         self._interactive_timeout_s = interactive_timeout_s
         self._uids: dict[str, asyncio.Task[int]] = {}
@@ -154,17 +151,7 @@ class Authority:
                 self._questions.pop(sender, None)
 
     async def _uid(self, sender: str) -> int:
-        reply = await self._ask(
-            Message(
-                destination="org.freedesktop.DBus",
-                path="/org/freedesktop/DBus",
-                interface="org.freedesktop.DBus",
-                member="GetConnectionUnixUser",
-                signature="s",
-                body=[sender],
-            ),
-            UID_TIMEOUT_S,
-        )
+        reply = await self._ask(Message(*DAEMON, "GetConnectionUnixUser", signature="s", body=[sender]), UID_TIMEOUT_S)
         return int(reply.body[0])
 
     async def _ask(self, message: Message, timeout_s: float) -> Message:
@@ -173,8 +160,8 @@ class Authority:
                 reply = await self._bus.call(message)
         except TimeoutError:
             raise TimedOutError(f"{message.destination} did not answer within {timeout_s:.0f} s") from None
-        if reply is None or reply.message_type is not MessageType.METHOD_RETURN or not reply.body:
-            detail = reply.body[0] if reply and reply.body else "no answer"
+        if reply.message_type is not MessageType.METHOD_RETURN or not reply.body:
+            detail = reply.body[0] if reply.body else "no answer"
             log.warning("authorization failed: %s %s: %s", message.destination, message.member, detail)
             raise AccessDenied(f"it could not be checked whether you may do this ({detail})", left="nothing was done")
         return reply

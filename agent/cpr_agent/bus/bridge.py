@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The system bus of another host, by ssh: as ``busctl -H`` does it, through that host's systemd-stdio-bridge(1).
 
-ssh's end of a socket is its stdin and stdout; on ours dbus_next talks as on any bus. Over
-there the caller is the user of the ssh login: the bridge connects to its bus by itself, and ignores the name that this side
-gives (``sd_bus_set_anonymous``).
+ssh's end of a socket is its stdin and stdout; on ours we talk as on any bus. Over there the caller is the user of the ssh
+login: the bridge connects to its bus by itself, and ignores the name that this side gives (``sd_bus_set_anonymous``).
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ import os
 import re
 import signal
 import socket
-import tempfile
 from collections.abc import AsyncIterator
-from urllib.parse import quote
 
-from dbus_next.aio.message_bus import MessageBus
-from dbus_next.errors import AuthError
+from cpr_agent.bus.connection import ClientBus
 
 HOST = re.compile(r"(?P<who>(?:[^@\s]+@)?(?:\[[^\]\s]+\]|[^:\[\]\s@]+))(?::(?P<port>\d+))?")
 END_TIMEOUT_S = 5.0
@@ -31,53 +27,29 @@ class BridgeError(Exception):
     """There is no way to that host's bus."""
 
 
-class Connection(MessageBus):
-    """A connection that notices when its peer hangs up during authentication: dbus_next 0.2.3 reads on for ever."""
-
-    async def _auth_readline(self) -> str:
-        line = b""
-        while not line.endswith(b"\r\n"):
-            more = await self._loop.sock_recv(self._sock, 2)
-            if not more:
-                raise EOFError("it hung up")
-            line += more
-        return line[:-2].decode()
-
-
 @contextlib.asynccontextmanager
-async def bridge(host: str, timeout_s: float) -> AsyncIterator[MessageBus]:
+async def bridge(host: str, timeout_s: float) -> AsyncIterator[ClientBus]:
     """A connection to the system bus of ``host`` ("user@host:port"). Raises BridgeError.
 
     ssh is the one that $CPRCTL_SSH names, or the one on PATH; it asks for passwords by itself, on the terminal.
     """
-    bus, far = _socket()
-    with far:
-        ssh = await _ssh(host, far)
-    said = asyncio.ensure_future(_stderr_tail(ssh))
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        near, far = socket.socketpair()
+        bus = ClientBus(near)
+        stack.callback(bus.disconnect)
+        with far:
+            ssh = await _ssh(host, far)
+        said = asyncio.ensure_future(_stderr_tail(ssh))
+        stack.callback(said.cancel)
+        stack.push_async_callback(_end, ssh)
+        stack.callback(bus.disconnect)  # first, so that ssh ends by itself
         try:
             async with asyncio.timeout(timeout_s):
-                await bus.connect()
-        except (OSError, EOFError, TimeoutError, AuthError) as error:
-            bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+                await bus.say_hello()
+        except (OSError, EOFError, TimeoutError) as error:
+            bus.disconnect()
             raise BridgeError(await _reason(host, ssh, said, error)) from error
         yield bus
-    finally:
-        bus.disconnect()  # type: ignore[no-untyped-call]
-        bus._sock.close()
-        await _end(ssh)
-        said.cancel()
-
-
-def _socket() -> tuple[Connection, socket.socket]:
-    """dbus_next connects by itself, and to an address only: so there is one for a moment, in a directory of our own."""
-    with tempfile.TemporaryDirectory(prefix="cprctl-") as directory, socket.socket(socket.AF_UNIX) as listener:
-        path = f"{directory}/bus"
-        listener.bind(path)
-        listener.listen(1)
-        bus = Connection(f"unix:path={quote(path)}")
-        far, _ = listener.accept()
-        return bus, far
 
 
 async def _ssh(host: str, far: socket.socket) -> asyncio.subprocess.Process:

@@ -9,20 +9,16 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import BusType, MessageFlag, MessageType
-from dbus_next.errors import AuthError, InvalidAddressError
-from dbus_next.message import Message
-from dbus_next.signature import Variant
-
-from cpr_agent.bus.bridge import BridgeError, Connection, bridge
+from cpr_agent.bus.bridge import BridgeError, bridge
+from cpr_agent.bus.connection import DAEMON, AddressError, ClientBus, error_text
 from cpr_agent.bus.contract import BUS_NAME, ROOT, escape
+from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant
+from cpr_agent.bus.wire import UnsendableError, lacks_arguments
 
 CALL_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 10.0
 BRIDGE_TIMEOUT_S = 120.0
 """How long a person may take to type a password to ssh."""
-_DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 
 
 class CallError(Exception):
@@ -64,9 +60,9 @@ class JobEnd:
 class Client:
     """A connection to the agent."""
 
-    def __init__(self, bus: MessageBus) -> None:
+    def __init__(self, bus: ClientBus) -> None:
         self._bus = bus
-        self._lost = asyncio.ensure_future(bus.wait_for_disconnect())  # type: ignore[no-untyped-call]
+        self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
         self._lost.add_done_callback(lambda lost: lost.cancelled() or lost.exception())  # known, then: no traceback of it
 
     @classmethod
@@ -82,18 +78,17 @@ class Client:
                     bus = await stack.enter_async_context(bridge(host, BRIDGE_TIMEOUT_S))
                 else:
                     async with asyncio.timeout(timeout_s):
-                        bus = Connection(address) if address else Connection(bus_type=BusType.SYSTEM)
-                        await bus.connect()
+                        bus = await ClientBus.connect(address)
             except BridgeError as error:
                 raise CallError("NoBus", str(error)) from error
-            except (OSError, TimeoutError, EOFError, AuthError, InvalidAddressError) as error:
+            except (OSError, TimeoutError, EOFError, AddressError) as error:
                 raise CallError("NoBus", f"cannot connect to D-Bus: {str(error) or 'timed out'}") from error
             client = cls(bus)
             try:
                 yield client
             finally:
                 client._lost.cancel()
-                bus.disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+                bus.disconnect()
 
     async def manager(self, member: str, signature: str = "", *body: Any) -> Any:
         return await self.call(ROOT, f"{BUS_NAME}.Manager", member, signature, *body)
@@ -155,7 +150,7 @@ class Client:
             f"type='signal',interface='org.freedesktop.DBus.Properties',path_namespace='{ROOT}'",
             f"type='signal',interface='org.freedesktop.DBus',member='NameOwnerChanged',arg0='{BUS_NAME}'",
         ):
-            await self._send(Message(*_DAEMON, "AddMatch", signature="s", body=[rule]))
+            await self._send(Message(*DAEMON, "AddMatch", signature="s", body=[rule]))
         vms = {path: (name, state) for name, state, path in await self.manager("ListVMs")}
         path = await (self.manager(member) if options is None else self.manager(member, "a{sv}", options))
         return RunningJob(self, path, vms, news)
@@ -174,12 +169,16 @@ class Client:
             raise CallError("Timeout", f"no answer to {message.member} within {CALL_TIMEOUT_S:.0f} s") from None
         except (OSError, EOFError):
             reply = None
+        except UnsendableError as error:
+            raise CallError("InvalidArgument", f"{message.member} can't be called: {error}") from error
         finally:
             answer.cancel()
         if reply is None:
             raise CallError("NoReply", f"the connection was lost before {message.member} was answered")
         if reply.message_type is MessageType.ERROR:
-            raise CallError(str(reply.error_name), str(reply.body[0]) if reply.body else str(reply.error_name))
+            raise CallError(str(reply.error_name), error_text(reply))
+        if lacks_arguments(reply):
+            raise CallError("NoReply", f"the answer to {message.member} can't be read")
         return reply
 
 
@@ -251,7 +250,7 @@ def plain(value: Any) -> Any:
         return plain(value.value)
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
 

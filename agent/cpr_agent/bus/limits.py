@@ -12,9 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dbus_next.message import Message
-from dbus_next.signature import Variant
-
+from cpr_agent.bus.library import Message, Variant
 from cpr_agent.bus.wire import MAX_BODY_BYTES, lacks_arguments
 from cpr_agent.errors import InvalidArgument, LimitsExceeded
 
@@ -153,9 +151,9 @@ def _refuse_excess(value: Any) -> None:
                 _refuse_excess(option)
         case Variant():
             _refuse_excess(value.value)
-        case list() if len(value) > MAX_OPTIONS:
+        case list() | tuple() if len(value) > MAX_OPTIONS:
             raise _excess(f"a list of {len(value)}", MAX_OPTIONS)
-        case list():
+        case list() | tuple():
             for item in value:
                 _refuse_excess(item)
 

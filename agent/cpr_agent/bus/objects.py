@@ -7,10 +7,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from dbus_next.signature import Variant
-
 from cpr_agent import __version__, core
 from cpr_agent.bus.contract import ROOT, escape
+from cpr_agent.bus.library import Variant
 from cpr_agent.bus.options import take_options, vardict
 from cpr_agent.core import upgrade
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dbus_next.signature import Variant
-
+from cpr_agent.bus.library import Variant
 from cpr_agent.errors import InvalidArgument
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon on the bus: one way in for every call, driven by the XML contract.
 
-Below dbus_next's service classes on purpose (ADR 3): their handlers know no sender, answer unexpected errors with a
+Below the library's service classes on purpose (ADR 3): their handlers know no sender, answer unexpected errors with a
 traceback and cancelled ones never, and can't authorize properties. Here each call is a task that authorizes, checks, calls,
 and always answers.
 """
@@ -19,12 +19,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import ErrorType, MessageFlag, MessageType, NameFlag, RequestNameReply
-from dbus_next.message import Message
-from dbus_next.signature import Variant
-
 from cpr_agent.bus.authority import Authority, trusted
+from cpr_agent.bus.connection import DAEMON, Bus, error_text
 from cpr_agent.bus.contract import (
     BUS_NAME,
     INSPECT,
@@ -34,16 +30,17 @@ from cpr_agent.bus.contract import (
     read_contract,
     standard_interfaces,
 )
+from cpr_agent.bus.library import ErrorType, Message, MessageFlag, MessageType, NameFlag, RequestNameReply, Variant
 from cpr_agent.bus.limits import COSTS, Limits, refuse_excess, refuse_long_text
 from cpr_agent.bus.listeners import Listeners
 from cpr_agent.bus.logs import LogObject, LogSettings
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, vm_path
-from cpr_agent.bus.wire import AgentBus, UnsendableError
+from cpr_agent.bus.wire import UnsendableError
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import Busy, CprError, InvalidArgument, LimitsExceeded
+from cpr_agent.errors import AccessDenied, Busy, CprError, InvalidArgument, LimitsExceeded
 from cpr_agent.text import printable
 
 log = logging.getLogger(__name__)
@@ -57,19 +54,15 @@ REFUSAL_S = 1.0
 """Until the answer to a call that was one too many."""
 WORKERS = 2
 """Threads for work that callers ask for. No guest waits for these: core's work has threads of its own."""
-_DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 _ANYWHERE = ("Introspect", "Ping", "GetMachineId")
 """Methods of every path (D-Bus specification, "Standard Interfaces")."""
 _DEPARTURES = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged',arg2=''"
-
-Bus = MessageBus
-"""For other packages, which do not import the library."""
 
 
 class Service(Listener):
     """Publishes ``manager`` on a connected ``bus``."""
 
-    def __init__(self, bus: MessageBus, manager: Manager, run_dir: Path, logs: LogSettings | None = None) -> None:
+    def __init__(self, bus: Bus, manager: Manager, run_dir: Path, logs: LogSettings | None = None) -> None:
         self._bus = bus
         self._manager = manager
         self._run_dir = run_dir
@@ -95,17 +88,24 @@ class Service(Listener):
         bus.add_message_handler(self._on_message)
 
     @classmethod
-    async def connect(cls, address: str | None) -> MessageBus:
-        """A connection to ``address``, or to the system bus. Raises TimeoutError, OSError, dbus_next errors."""
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):  # dbus-next spins at EOF during authentication
-            return await AgentBus(address).connect()
+    async def connect(cls, address: str | None) -> Bus:
+        """A connection to ``address``, or to the system bus. Raises TimeoutError, OSError, EOFError, AddressError."""
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await Bus.connect(address)
 
     @staticmethod
-    async def own_name(bus: MessageBus) -> None:
-        """Raises Busy if another agent has the name: a second one would act on the same guests."""
-        bus.send(Message(*_DAEMON, "AddMatch", signature="s", body=[_DEPARTURES], flags=MessageFlag.NO_REPLY_EXPECTED))
-        reply = await bus.request_name(BUS_NAME, NameFlag.DO_NOT_QUEUE)
-        if reply is not RequestNameReply.PRIMARY_OWNER:
+    async def own_name(bus: Bus) -> None:
+        """Raises Busy if another agent has the name: a second one would act on the same guests; AccessDenied."""
+        bus.send(Message(*DAEMON, "AddMatch", signature="s", body=[_DEPARTURES], flags=MessageFlag.NO_REPLY_EXPECTED))
+        wanted = [BUS_NAME, NameFlag.DO_NOT_QUEUE.value]
+        reply = await bus.call(Message(*DAEMON, "RequestName", signature="su", body=wanted))
+        if reply.message_type is MessageType.ERROR:
+            raise AccessDenied(
+                f"the bus does not let this user own {BUS_NAME}: {error_text(reply)}",
+                left="nothing was started",
+                remedy="run the agent as root, with its bus policy installed (org.cpragent1.conf)",
+            )
+        if reply.body != [RequestNameReply.PRIMARY_OWNER.value]:
             raise Busy(f"another process owns {BUS_NAME}", left="nothing was started", remedy="stop the other agent")
 
     def open(self) -> None:
@@ -114,7 +114,7 @@ class Service(Listener):
 
     async def disconnected(self) -> None:
         """Returns, or raises, when the bus is gone."""
-        await self._bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+        await self._bus.wait_for_disconnect()
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -135,7 +135,7 @@ class Service(Listener):
         return True
 
     def _departed(self, message: Message) -> None:
-        if message.sender == _DAEMON[0] and message.signature == "sss" and not message.body[2]:
+        if message.sender == DAEMON[0] and message.signature == "sss" and not message.body[2]:
             self._authority.gone(message.body[0])
             self._listeners.discard(message.body[0])
             self._errors.pop(message.body[0], None)
@@ -203,12 +203,12 @@ class Service(Listener):
         elif interface.name in self._contract:
             await self._authority.require(call, method.action)
             self._listeners.add(str(call.sender), uid)
+        refuse_excess(call)
         if (call.signature or "") != method.in_signature:
             raise InvalidArgument(
                 f"{interface.name}.{method.name} takes arguments of signature {method.in_signature!r}, "
                 f"not {call.signature!r}"
             )
-        refuse_excess(call)
         if target and interface.name in self._contract:
             return method.out_signature, await target.method(method.name)(*call.body)
         return method.out_signature, await self._standard_call(method.name, str(call.path), call.body)
