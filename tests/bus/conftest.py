@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.bus.library import name
 from tests.lab import ROOT, Guest, Lab, private_bus
 
 DIALECTS = {"ignore-shared": "7.2", "cpr-reboot": "10.0"}
@@ -34,6 +35,13 @@ def _qemus() -> dict[str, str]:
 
 
 QEMUS = _qemus()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library() -> None:
+    """The one that `make` says these tests are for, if it says: agent and cprctl take the same."""
+    wanted = os.environ.get("CPR_TEST_LIBRARY")
+    assert wanted in (None, name()), f"{name()} is what is used here"
 
 
 @pytest.fixture(scope="session", autouse=True)
