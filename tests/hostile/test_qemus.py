@@ -19,7 +19,7 @@ from tests.lab import Guest, Lab, until
 DOCUMENTED = {
     *("Blocked", "QemuFailed", "SaveFailed", "LoadFailed", "WrongState", "AlreadyRunning", "AlreadySaved", "NoCheckpoint"),
     *("NotVmstate", "MemoryChanged", "MachineChanged", "DiskChanged", "CheckpointUnreadable", "GuestAgentFailed", "Busy"),
-    *("ProofFailed", "InvalidDefinition"),
+    *("ProofFailed", "InvalidDefinition", "QemuRefused", "QemuUnreachable", "QemuEnded"),
 }
 """What may come of an act on the VM whose QEMU lies."""
 
