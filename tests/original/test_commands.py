@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -519,7 +520,7 @@ def test_a_migration_that_is_given_the_file(desk: Desk) -> None:
     with contextlib.suppress(ConnectionResetError):  # that is how QEMU ends if it can't be loaded
         other.execute("migrate-incoming", uri=f"exec:cat {desk.state}")
     assert other.process.wait(PATIENCE_S) == 1
-    assert "Unknown savevm section or instance 'cpr-save'" in other.log.read_text()
+    assert re.search(r"Unknown (savevm )?section or instance 'cpr-save'", other.log.read_text())  # 10.2 says less
     desk.incoming().load(desk.state)
     desk.assert_unbroken()
 
