@@ -17,7 +17,7 @@ import pytest
 from cpr_agent.errors import QemuFailed
 from cpr_agent.vm import qmp as module
 from cpr_agent.vm import replies
-from cpr_agent.vm.qmp import Event, Qmp
+from cpr_agent.vm.qmp import Event, SocketQmp
 from cpr_agent.vm.replies import Query, UnreadableReplyError
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 11, "minor": 1, "micro": 3}, "package": ""}, "capabilities": []}}
@@ -36,7 +36,7 @@ def event(name: str, at: object = None, **data: object) -> Said:
 
 
 @contextlib.asynccontextmanager
-async def talking(path: Path, *more: Said, answer: object = None) -> AsyncIterator[Qmp]:
+async def talking(path: Path, *more: Said, answer: object = None) -> AsyncIterator[SocketQmp]:
     """Connected to a peer that gives ``answer`` to every command, and before it says ``more``."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -54,14 +54,14 @@ async def talking(path: Path, *more: Said, answer: object = None) -> AsyncIterat
 
     server = await asyncio.start_unix_server(serve, path)
     async with server:
-        qmp = await Qmp.connect("web1", path, 20.0)
+        qmp = await SocketQmp.connect("web1", path, 20.0)
         try:
             yield qmp
         finally:
             await qmp.close()
 
 
-def talk(path: Path, act: Callable[[Qmp], Awaitable[Any]], *more: Said, answer: object = None) -> Any:
+def talk(path: Path, act: Callable[[SocketQmp], Awaitable[Any]], *more: Said, answer: object = None) -> Any:
     async def both() -> Any:
         async with talking(path, *more, answer=answer) as qmp:
             return await act(qmp)
@@ -90,7 +90,7 @@ async def connect(path: Path, *connections: tuple[object, ...]) -> int:
 
     server = await asyncio.start_unix_server(serve, path)
     try:
-        qmp = await Qmp.connect("web1", path, 20.0)
+        qmp = await SocketQmp.connect("web1", path, 20.0)
         await qmp.execute("stop")
         await qmp.close()
     finally:
@@ -142,7 +142,7 @@ def test_a_peer_that_says_nothing_is_given_up_in_time(tmp_path: Path) -> None:
 
         async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
             with pytest.raises(QemuFailed, match="did not greet on .* within 0 s"):
-                await Qmp.connect("web1", tmp_path / "qmp", 0.2)
+                await SocketQmp.connect("web1", tmp_path / "qmp", 0.2)
             await done.wait()  # and hung up on
 
     asyncio.run(silent())
@@ -159,7 +159,7 @@ def test_a_socket_of_another_process_is_not_its_own(tmp_path: Path) -> None:
             writer.close()
 
         async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
-            qmp = await Qmp.connect("web1", path, 20.0, pid)
+            qmp = await SocketQmp.connect("web1", path, 20.0, pid)
             await qmp.close()
 
     asyncio.run(connected(tmp_path / "qmp", os.getpid()))
@@ -311,7 +311,7 @@ def test_an_answer_that_nobody_waits_for_any_more_ends_no_connection(tmp_path: P
 
     async def story() -> None:
         async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
-            qmp = await Qmp.connect("web1", tmp_path / "qmp", 20.0)
+            qmp = await SocketQmp.connect("web1", tmp_path / "qmp", 20.0)
             cancelled = asyncio.ensure_future(qmp.execute("query-block"))
             await asked.wait()
             cancelled.cancel()
@@ -337,7 +337,7 @@ def test_the_wait_for_ones_turn_counts(tmp_path: Path) -> None:
             writer.close()
 
         async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
-            qmp = await Qmp.connect("web1", tmp_path / "qmp", 20.0)
+            qmp = await SocketQmp.connect("web1", tmp_path / "qmp", 20.0)
             first = asyncio.create_task(qmp.execute("stop", timeout_s=20.0))
             await asyncio.sleep(0)
             with pytest.raises(QemuFailed, match="did not answer query-status within 0 s"):
@@ -368,7 +368,7 @@ def test_a_peer_that_reads_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: py
             hung_up.set()
 
         async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
-            qmp = await Qmp.connect("web1", tmp_path / "qmp", 20.0)
+            qmp = await SocketQmp.connect("web1", tmp_path / "qmp", 20.0)
             with pytest.raises(QemuFailed, match="did not answer stop"):
                 await qmp.execute("stop", {"much": "x" * (4 << 20)}, timeout_s=0.1)
             await qmp.close()
@@ -384,7 +384,7 @@ def test_a_peer_that_reads_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: py
 def heard(path: Path, *said: Said) -> Event:
     """The STOP that comes with these before the answer to a command."""
 
-    async def act(qmp: Qmp) -> Event:
+    async def act(qmp: SocketQmp) -> Event:
         with qmp.expecting("STOP") as stopped:
             await qmp.execute("stop")
             return await stopped
@@ -417,7 +417,7 @@ def test_an_event_of_a_time_that_cannot_be_is_qemus_failure(tmp_path: Path, stam
 
 
 def test_the_end_of_a_migration_is_told_with_its_status(tmp_path: Path) -> None:
-    async def act(qmp: Qmp) -> str:
+    async def act(qmp: SocketQmp) -> str:
         with qmp.expecting("MIGRATION", lambda event: event.status == "completed") as ended:
             await qmp.execute("migrate")
             return (await ended).status
@@ -433,7 +433,7 @@ def test_events_in_a_loop_are_told_now_and_then_and_kept_by_none(tmp_path: Path,
     monkeypatch.setattr(module, "REPEAT_S", 0.01)
     told: list[str] = []
 
-    async def act(qmp: Qmp) -> int:
+    async def act(qmp: SocketQmp) -> int:
         again = asyncio.Event()
 
         def sink(name: str) -> None:
@@ -455,7 +455,7 @@ def test_events_in_a_loop_are_told_now_and_then_and_kept_by_none(tmp_path: Path,
 def test_others_get_their_turn_while_one_floods(tmp_path: Path) -> None:
     """By turns of the loop, not by time: between the flood's first message and its end others had many."""
 
-    async def act(qmp: Qmp) -> int:
+    async def act(qmp: SocketQmp) -> int:
         turns = 0
         done = asyncio.create_task(qmp.execute("stop"))
         while not done.done():

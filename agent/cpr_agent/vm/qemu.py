@@ -19,7 +19,7 @@ from cpr_agent.handles import socket_at, uid_of
 from cpr_agent.vm import devices, facts, inventory
 from cpr_agent.vm.cmdline import CPR_SOCKET, MAIN_SOCKET, listening_sockets, transfer_address
 from cpr_agent.vm.dialects import CprReboot, CprSave, Dialect, choose, choose_migration, fdset, with_cause
-from cpr_agent.vm.qmp import Event, Qmp
+from cpr_agent.vm.qmp import Event, Qmp, SocketQmp
 from cpr_agent.vm.replies import MIGRATION, STATUS
 from cpr_agent.vm.retry import poll_until
 
@@ -66,7 +66,7 @@ class LiveQemu:
         """Also set the capabilities and the mode of a save, by which QEMU names all of its blockers: later questions change
         nothing."""
         began = asyncio.get_running_loop().time()
-        qemu = cls(await Qmp.connect(vm, path, timeout_s, pid), launch, pid)
+        qemu = cls(await SocketQmp.connect(vm, path, timeout_s, pid), launch, pid)
         try:
             async with asyncio.timeout_at(began + timeout_s):
                 await qemu._prepare_once()

@@ -12,6 +12,7 @@ import contextlib
 import socket
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,38 +162,16 @@ def _event(name: str, timestamp: msgspec.Raw, data: msgspec.Raw) -> Event:
         return Event(name, 0.0, "", f"QEMU told of {name} in a way that makes no sense: {error}")
 
 
-class Qmp:
-    """One connection to one QEMU. Create it by ``connect``."""
+class Qmp(ABC):
+    """A conversation with one QEMU, by whichever way its messages go."""
 
     def __init__(self, vm: str) -> None:
         self.vm = vm
-        self._client = _Client(vm, self._hear)
-        self._lock = asyncio.Lock()
-        self._patience = Patience()
         self._waits: list[_Wait] = []
         self._sinks: list[Callable[[str], None]] = []
         self._told: set[str] = set()
         self._again: set[str] = set()
         self._gone = False
-        self._watching: asyncio.Task[None] | None = None
-
-    @classmethod
-    async def connect(cls, vm: str, path: Path, timeout_s: float, pid: int = 0) -> Qmp:
-        """Connect and negotiate, with no other process than ``pid`` if there is one. Raises QemuUnreachable: no listener,
-        no greeting in time, or not QMP at all; QemuFailed for somebody else's socket."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                qmp = await _connected(vm, path, pid)
-        except TimeoutError:
-            raise QemuUnreachable(
-                f"QEMU did not greet on {path} within {timeout_s:.0f} s", vm=vm, remedy="another client may hold it"
-            ) from None
-        except (ConnectError, QMPError, OSError) as error:
-            raise QemuUnreachable(f"no QMP on {path}: {_reason(error)}", vm=vm) from error
-        if pid and (peer := qmp._client.peer) != pid:
-            await qmp.close()
-            raise QemuFailed(f"the socket {path} is not its QEMU's: process {peer} listens there, not {pid}", vm=vm)
-        return qmp
 
     def on_event(self, sink: Callable[[str], None]) -> None:
         """``sink`` gets the name of each event of EVENTS, at most every REPEAT_S, and GONE once at the end."""
@@ -201,11 +180,6 @@ class Qmp:
     @property
     def gone(self) -> bool:
         return self._gone
-
-    @property
-    def dropped(self) -> int:
-        """How many events were dropped since the connection began."""
-        return self._client.dropped
 
     async def execute(
         self,
@@ -240,25 +214,15 @@ class Qmp:
     async def ask_all(
         self, asked: Sequence[tuple[Query[Any], dict[str, object]]], timeout_s: float = COMMAND_TIMEOUT_S
     ) -> list[Any]:
-        """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
-        refuses. Raises QemuFailed."""
+        """The answers, in order. None for one that this QEMU refuses. Raises QemuFailed."""
+        answers = []
         try:
-            async with asyncio.timeout(timeout_s), self._lock:
-                sent = (self._client.execute(query.command, arguments) for query, arguments in asked)
-                answers = await asyncio.gather(*sent, return_exceptions=True)
+            async with asyncio.timeout(timeout_s):
+                for query, arguments in asked:
+                    answers.append(await self.ask_optional(query, None, arguments))
         except TimeoutError:
             raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=self.vm) from None
-        return [self._read(query, answer) for (query, _), answer in zip(asked, answers, strict=True)]
-
-    def _read(self, query: Query[T], answer: object) -> T | None:
-        """Raises QemuFailed."""
-        if isinstance(answer, ExecuteError):
-            return None
-        if isinstance(answer, (QMPError, OSError)):
-            raise QemuFailed(f"QEMU went away during {query.command}: {_reason(answer)}", vm=self.vm) from answer
-        if isinstance(answer, BaseException):
-            raise answer
-        return self._decode(query, answer if isinstance(answer, msgspec.Raw) else b"")
+        return answers
 
     async def ask_optional(self, query: Query[T], absent: T, arguments: dict[str, object] | None = None) -> T:
         """The answer of a command or a property that this QEMU may lack."""
@@ -272,31 +236,14 @@ class Qmp:
         arguments: dict[str, object] = {"path": path, "property": name}
         return await (self.ask(query, arguments) if absent is None else self.ask_optional(query, absent, arguments))
 
+    @abstractmethod
     async def _raw(
         self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
     ) -> msgspec.Raw:
-        timeout_s = min(timeout_s, max(self._patience.left_s(), SHORTEST_S))
-        try:
-            # One at a time, so that a descriptor can't reach another command; and the wait for that counts.
-            async with asyncio.timeout(timeout_s), self._lock:
-                began = time.monotonic()
-                if fd is not None:
-                    self._client.send_fd_scm(fd)
-                try:
-                    answer = await self._client.execute(command, arguments)
-                finally:
-                    self._patience.waited(time.monotonic() - began)
-        except ExecuteError as error:
-            raise QemuRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
-        except TimeoutError:
-            raise QemuUnreachable(f"QEMU did not answer {command} within {timeout_s:.0f} s", vm=self.vm) from None
-        except (QMPError, OSError) as error:
-            raise QemuUnreachable(
-                f"the connection to QEMU was lost during {command}: {_reason(error)}", vm=self.vm
-            ) from error
-        if not isinstance(answer, msgspec.Raw):
-            raise QemuFailed(f"QEMU gave no answer to {command}", vm=self.vm)
-        return answer
+        """The answer. Raises QemuRefused, QemuUnreachable, QemuFailed."""
+
+    async def close(self) -> None:
+        """Let go of QEMU, which runs on."""
 
     @contextlib.contextmanager
     def expecting(self, name: str, fits: Callable[[Event], bool] = lambda _: True) -> Iterator[asyncio.Future[Event]]:
@@ -319,33 +266,6 @@ class Qmp:
         """Ask QEMU to exit. It may go away before it answers."""
         with contextlib.suppress(QemuFailed):
             await self.execute("quit")
-
-    async def close(self) -> None:
-        if self._watching:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
-        with contextlib.suppress(Exception):  # after the peer's end disconnect() raises its cause
-            try:
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._client.disconnect()
-            except TimeoutError:
-                self._client.abort()
-
-    async def open(self, path: Path, pid: int) -> None:
-        """Connect and negotiate. Raises the errors of qemu.qmp."""
-        try:
-            if pid:
-                with socket_at(path, uid_of(pid)) as address:
-                    await self._client.connect(address)
-            else:
-                await self._client.connect(str(path))
-        except AssertionError as error:  # qemu.qmp asserts that the peer has not hung up by now
-            raise ConnectError("the connection was lost as it was made", error) from error
-        except asyncio.CancelledError:
-            with contextlib.suppress(Exception):
-                await self._client.disconnect()
-            raise
-        self._watching = asyncio.create_task(self._watch())
 
     def _hear(self, event: Event) -> None:
         for wait in self._waits:
@@ -374,15 +294,148 @@ class Qmp:
             self._again.discard(name)
             self._tell(name)
 
-    async def _watch(self) -> None:
-        while self._client.runstate == Runstate.RUNNING:
-            await self._client.runstate_changed()
+    def _end(self, why: str) -> None:
+        """Tell everybody that waits, once, that the conversation is over."""
+        if self._gone:
+            return
         self._gone = True
         for wait in self._waits:
             if not wait.future.done():
-                wait.future.set_exception(QemuUnreachable("the connection to QEMU was lost", vm=self.vm))
+                wait.future.set_exception(QemuUnreachable(why, vm=self.vm))
         for sink in self._sinks:
             sink(GONE)
+
+
+class SocketQmp(Qmp):
+    """One connection to one QEMU's own monitor. Create it by ``connect``, or by ``over`` if QEMU has connected."""
+
+    def __init__(self, vm: str) -> None:
+        super().__init__(vm)
+        self._client = _Client(vm, self._hear)
+        self._lock = asyncio.Lock()
+        self._patience = Patience()
+        self._watching: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def connect(cls, vm: str, path: Path, timeout_s: float, pid: int = 0) -> SocketQmp:
+        """Connect and negotiate, with no other process than ``pid`` if there is one. Raises QemuUnreachable: no listener,
+        no greeting in time, or not QMP at all; QemuFailed for somebody else's socket."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                qmp = await _connected(vm, path, pid)
+        except TimeoutError:
+            raise QemuUnreachable(
+                f"QEMU did not greet on {path} within {timeout_s:.0f} s", vm=vm, remedy="another client may hold it"
+            ) from None
+        except (ConnectError, QMPError, OSError) as error:
+            raise QemuUnreachable(f"no QMP on {path}: {_reason(error)}", vm=vm) from error
+        if pid and (peer := qmp._client.peer) != pid:
+            await qmp.close()
+            raise QemuFailed(f"the socket {path} is not its QEMU's: process {peer} listens there, not {pid}", vm=vm)
+        return qmp
+
+    @classmethod
+    async def over(cls, vm: str, connection: socket.socket, timeout_s: float) -> SocketQmp:
+        """Negotiate on a connection that QEMU has made; it is closed if that fails. Raises QemuUnreachable."""
+        qmp = cls(vm)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await qmp.negotiate(connection)
+        except TimeoutError:
+            raise QemuUnreachable(f"QEMU did not greet within {timeout_s:.0f} s", vm=vm) from None
+        except (ConnectError, QMPError, OSError) as error:
+            raise QemuUnreachable(f"no QMP where QEMU has connected: {_reason(error)}", vm=vm) from error
+        return qmp
+
+    @property
+    def dropped(self) -> int:
+        """How many events were dropped since the connection began."""
+        return self._client.dropped
+
+    async def ask_all(
+        self, asked: Sequence[tuple[Query[Any], dict[str, object]]], timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> list[Any]:
+        """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
+        refuses. Raises QemuFailed."""
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                sent = (self._client.execute(query.command, arguments) for query, arguments in asked)
+                answers = await asyncio.gather(*sent, return_exceptions=True)
+        except TimeoutError:
+            raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=self.vm) from None
+        return [self._read(query, answer) for (query, _), answer in zip(asked, answers, strict=True)]
+
+    def _read(self, query: Query[T], answer: object) -> T | None:
+        """Raises QemuFailed."""
+        if isinstance(answer, ExecuteError):
+            return None
+        if isinstance(answer, (QMPError, OSError)):
+            raise QemuFailed(f"QEMU went away during {query.command}: {_reason(answer)}", vm=self.vm) from answer
+        if isinstance(answer, BaseException):
+            raise answer
+        return self._decode(query, answer if isinstance(answer, msgspec.Raw) else b"")
+
+    async def _raw(
+        self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
+    ) -> msgspec.Raw:
+        timeout_s = min(timeout_s, max(self._patience.left_s(), SHORTEST_S))
+        try:
+            # One at a time, so that a descriptor can't reach another command; and the wait for that counts.
+            async with asyncio.timeout(timeout_s), self._lock:
+                began = time.monotonic()
+                if fd is not None:
+                    self._client.send_fd_scm(fd)
+                try:
+                    answer = await self._client.execute(command, arguments)
+                finally:
+                    self._patience.waited(time.monotonic() - began)
+        except ExecuteError as error:
+            raise QemuRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
+        except TimeoutError:
+            raise QemuUnreachable(f"QEMU did not answer {command} within {timeout_s:.0f} s", vm=self.vm) from None
+        except (QMPError, OSError) as error:
+            raise QemuUnreachable(
+                f"the connection to QEMU was lost during {command}: {_reason(error)}", vm=self.vm
+            ) from error
+        if not isinstance(answer, msgspec.Raw):
+            raise QemuFailed(f"QEMU gave no answer to {command}", vm=self.vm)
+        return answer
+
+    async def close(self) -> None:
+        if self._watching:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        with contextlib.suppress(Exception):  # after the peer's end disconnect() raises its cause
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._client.disconnect()
+            except TimeoutError:
+                self._client.abort()
+
+    async def open(self, path: Path, pid: int) -> None:
+        """Connect and negotiate. Raises the errors of qemu.qmp."""
+        if pid:
+            with socket_at(path, uid_of(pid)) as address:
+                await self.negotiate(address)
+        else:
+            await self.negotiate(str(path))
+
+    async def negotiate(self, where: str | socket.socket) -> None:
+        """Likewise, at an address or on a connection."""
+        try:
+            await self._client.connect(where)
+        except AssertionError as error:  # qemu.qmp asserts that the peer has not hung up by now
+            raise ConnectError("the connection was lost as it was made", error) from error
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):
+                await self._client.disconnect()
+            raise
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while self._client.runstate == Runstate.RUNNING:
+            await self._client.runstate_changed()
+        self._end("the connection to QEMU was lost")
 
 
 def _time_problem(event: Event, began: float) -> str:
@@ -394,11 +447,11 @@ def _time_problem(event: Event, began: float) -> str:
     return f"QEMU says that {event.name} was {event.at - now:+.0f} s from now, which can't be"
 
 
-async def _connected(vm: str, path: Path, pid: int) -> Qmp:
+async def _connected(vm: str, path: Path, pid: int) -> SocketQmp:
     """A QEMU that comes up can tell of an event, such as RESUME, where qemu.qmp expects its greeting, or the answer to
     qmp_capabilities: asked anew it has both."""
     for attempt in range(ATTEMPTS):
-        qmp = Qmp(vm)
+        qmp = SocketQmp(vm)
         try:
             await qmp.open(path, pid)
         except ConnectError as error:
