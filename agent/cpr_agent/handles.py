@@ -9,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+_PEER = struct.Struct("iII")
+"""struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)."""
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_LINKS = 8
 
@@ -111,3 +115,16 @@ def uid_of(pid: int) -> int:
         if line.startswith("Uid:"):
             return int(line.split()[-1])
     raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), str(pid))
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a Unix socket: who has connected or, for a client, who has listened."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(endpoint: socket.socket) -> Peer:
+    """Raises OSError."""
+    return Peer(*_PEER.unpack(endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)))

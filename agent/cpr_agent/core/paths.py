@@ -20,18 +20,35 @@ def why_swappable(path: Path) -> str:
     with a sticky bit on the way is none, because only their owners can rename its entries. One look at the whole way is
     enough: whoever can't write to a directory can't rename its entries.
     """
-    for place in (*reversed(path.parents), path):
+    if why := why_way_swappable(path):
+        return why
+    info = path.lstat()
+    return _why_foreign(path, info) or _why_writable(path, info)
+
+
+def why_way_swappable(path: Path) -> str:
+    """The same of the directories that ``path`` is in alone. Raises OSError."""
+    for place in reversed(path.parents):
         info = place.lstat()
-        if stat.S_ISLNK(info.st_mode):
-            return f"{place} is a symbolic link"
-        if place != path and not stat.S_ISDIR(info.st_mode):
-            return f"{place} is not a directory"
-        if info.st_uid not in (0, os.geteuid()):
-            return f"{place} belongs to user {info.st_uid}"
-        sticky = place != path and info.st_mode & stat.S_ISVTX
-        if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-            return f"others may write to {place} (mode {stat.S_IMODE(info.st_mode):04o})"
+        why = _why_foreign(place, info)
+        if not why and not stat.S_ISDIR(info.st_mode):
+            why = f"{place} is not a directory"
+        if not why and not info.st_mode & stat.S_ISVTX:
+            why = _why_writable(place, info)
+        if why:
+            return why
     return ""
+
+
+def _why_foreign(place: Path, info: os.stat_result) -> str:
+    if stat.S_ISLNK(info.st_mode):
+        return f"{place} is a symbolic link"
+    return "" if info.st_uid in (0, os.geteuid()) else f"{place} belongs to user {info.st_uid}"
+
+
+def _why_writable(place: Path, info: os.stat_result) -> str:
+    mode = stat.S_IMODE(info.st_mode)
+    return f"others may write to {place} (mode {mode:04o})" if mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
 
 
 class AllowedFiles(msgspec.Struct, frozen=True):

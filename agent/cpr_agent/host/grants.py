@@ -38,6 +38,10 @@ class DeviceGrants:
                 self._write(fd)
             os.close(fd)
 
+    def restore(self, device: int) -> None:
+        """Take back what an agent before this one has left in the node's list. Raises OSError."""
+        self._write(device)
+
     def _write(self, fd: int) -> None:
         """Whoever is to have this node now, and nobody else: several VMs may share it."""
         node = os.fstat(fd)

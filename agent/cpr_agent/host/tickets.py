@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import os
 import socket
-import struct
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from cpr_agent.handles import peer_of
 from cpr_agent.host.waiting import readable
 
 SEND_BYTES = 1 << 20
@@ -55,7 +55,7 @@ class Offer:
         except OSError:
             return False
         try:
-            if _uid(asking) not in self._uids:
+            if peer_of(asking).uid not in self._uids:
                 raise PermissionError
             asking.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
             ticket, descriptors = self._message
@@ -108,10 +108,3 @@ def offered(path: Path, offer: Offer, owner: int | None) -> Iterator[Offer]:
             loop.remove_reader(listener)
             path.unlink(missing_ok=True)
             offer.close()
-
-
-def _uid(asking: socket.socket) -> int:
-    """unix(7), SO_PEERCRED. Raises OSError."""
-    credentials = struct.Struct("3i")
-    raw = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size)
-    return int(credentials.unpack(raw)[1])

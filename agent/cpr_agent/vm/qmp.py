@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-import struct
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,7 @@ from qemu.qmp.error import ProtocolError
 from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from cpr_agent.errors import QemuFailed, QemuRefused, QemuUnreachable
-from cpr_agent.handles import socket_at, uid_of
+from cpr_agent.handles import peer_of, socket_at, uid_of
 from cpr_agent.text import printable
 from cpr_agent.vm.patience import Patience
 from cpr_agent.vm.replies import EVENT_DATA, MESSAGE, TIMESTAMP, Query, UnreadableReplyError
@@ -50,8 +48,6 @@ REPEAT_S = 0.2
 """An event that comes again within this time is told once more, at the end of it."""
 CLOCK_SLACK_S = 5.0
 """An event cannot be older than the wait for it, nor from the future, by more than this."""
-_PEER = struct.Struct("iII")
-"""struct ucred: pid, uid, gid (unix(7), SO_PEERCRED)."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -95,10 +91,7 @@ class _Client(QMPClient):
     def peer(self) -> int:
         """PID of the process that listens at the other end: the one that called listen()."""
         endpoint = self._writer.get_extra_info("socket") if self._writer else None
-        if endpoint is None:
-            return 0
-        pid, _, _ = _PEER.unpack(endpoint.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        return int(pid)
+        return peer_of(endpoint).pid if endpoint is not None else 0
 
     def abort(self) -> None:
         """Hang up, whether or not the peer has read what was sent."""

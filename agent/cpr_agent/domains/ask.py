@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The program that libvirt's hook becomes for an adopted domain: ask the agent, and pass its answer on.
+
+    python3 -I -S ask.py DOMAIN OPERATION SUB-OPERATION EXTRA <XML
+
+libvirt waits for it, and has no time limit of its own (https://libvirt.org/hooks.html): each wait here has one. Whatever is
+not a plain yes is a no, for which libvirt shows what stands on stderr. It must not call libvirt, which waits for it.
+
+A domain's start waits for it, so that it imports what is built into Python alone, as vm/launch.py does.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import sys
+import time
+
+SOCKET = "/run/cpr-agent/hook.sock"
+CONNECT_S = 10.0
+SILENCE_S = 20.0
+"""An agent that lives says so several times in it."""
+ANSWER_S = {"prepare": 600.0, "started": 120.0}
+"""So long is an answer to this operation waited for; it decides over a start. A load proves its guest's memory in
+``prepare``."""
+NOTICE_S = 10.0
+"""The same for any other operation, which only tells the agent something."""
+HELD_S = 300.0
+"""The same once the agent acts on its yes: an agent that hangs then is killed (WatchdogSec=), and comes back."""
+RETURN_S = 90.0
+"""So long an agent that was killed may take to come back (TimeoutStartSec= of its unit, and a restart)."""
+LOOK_S = 0.1
+"""Between two attempts to reach it then; nothing tells a program without libraries that a socket is there."""
+ALIVE, HELD, YES, NO = b".", b"!", b"+", b"-"
+"""What the agent says, a byte each: it is at work; it acts on its yes from here on; yes; no, and why."""
+LENGTH_BYTES = 4
+CREDENTIALS_BYTES = 12
+MAX_REASON_BYTES = 8192
+
+
+class RefusedError(Exception):
+    """Why the domain may not go on."""
+
+
+class LostError(Exception):
+    """The agent has hung up without an answer."""
+
+
+def main(arguments: list[str], path: str = SOCKET) -> int:
+    domain, operation, sub_operation = arguments[1:4]
+    try:
+        request = message(operation, sub_operation, os.fsencode(domain), sys.stdin.buffer.read())
+        deadline = time.monotonic() + ANSWER_S.get(operation, NOTICE_S)
+        ask(path, request, deadline)
+    except (RefusedError, OSError) as error:
+        if operation not in ANSWER_S:
+            return 0
+        print(f"cpr-agent: {error}", file=sys.stderr)  # noqa: T201 - libvirt shows it
+        return 1
+    return 0
+
+
+def message(operation: str, sub_operation: str, domain: bytes, xml: bytes) -> bytes:
+    body = b"\0".join((operation.encode(), sub_operation.encode(), domain, xml))
+    return len(body).to_bytes(LENGTH_BYTES, "big") + body
+
+
+def ask(path: str, request: bytes, deadline: float) -> None:
+    """Return if the agent says yes. Raises RefusedError.
+
+    An agent that is killed meanwhile is asked again once it is back. It may have acted on its yes already: a no would end
+    the domain's QEMU, and with it a guest that is in no checkpoint any more.
+    """
+    try:
+        agent = connected(path)
+    except OSError as error:
+        raise RefusedError(
+            f"the agent does not answer ({error.strerror or 'it is too slow'}), so the domain is not started, and its "
+            "memory stays as it is. See: systemctl status cpr-agent"
+        ) from None
+    while True:
+        try:
+            return until_answered(agent, request, deadline)
+        except LostError as error:
+            agent.close()
+            agent = reconnected(path, min(deadline, time.monotonic() + RETURN_S), str(error))
+
+
+def connected(path: str) -> _socket.socket:
+    """Raises OSError, RefusedError."""
+    agent = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    agent.settimeout(CONNECT_S)
+    agent.connect(path)
+    credentials = agent.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, CREDENTIALS_BYTES)
+    uid = int.from_bytes(credentials[4:8], sys.byteorder)  # pid, uid, gid (unix(7), SO_PEERCRED)
+    if uid not in (0, os.geteuid()):
+        raise RefusedError(f"{path} belongs to user {uid}, and is not the agent's")
+    return agent
+
+
+def reconnected(path: str, deadline: float, why: str) -> _socket.socket:
+    """Raises RefusedError."""
+    while time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+        try:
+            return connected(path)
+        except OSError:
+            pass
+    raise RefusedError(f"the agent {why}, and did not come back. See: systemctl status cpr-agent")
+
+
+def until_answered(agent: _socket.socket, request: bytes, deadline: float) -> None:
+    """Return on a yes. Raises RefusedError, LostError."""
+    said, held = b"", False
+    try:
+        agent.sendall(request)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise RefusedError("the agent has not decided in time")
+            agent.settimeout(left if held else min(left, SILENCE_S))
+            piece = agent.recv(MAX_REASON_BYTES)
+            said = (said + piece).lstrip(ALIVE)
+            if said.startswith(HELD):
+                held, said = True, said[len(HELD) :].lstrip(ALIVE)
+                deadline = time.monotonic() + HELD_S
+            if said == YES:
+                return
+            if said and not said.startswith(NO):
+                raise RefusedError(f"the agent gave no answer that makes sense: {said[:40]!r}")
+            if not piece or len(said) > MAX_REASON_BYTES:
+                break
+    except TimeoutError:
+        raise RefusedError("the agent has stopped answering. See: systemctl status cpr-agent") from None
+    except OSError as error:
+        raise LostError(f"hung up ({error.strerror})") from None
+    if not said:
+        raise LostError("hung up")
+    raise RefusedError(said[len(NO) :].decode(errors="replace"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
