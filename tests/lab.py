@@ -164,13 +164,19 @@ class Lab:
     def settings(self, **sections: dict[str, Any]) -> None:
         (self.root / "etc/cpr-agent/agent.toml").write_text(toml(sections))
 
-    def start_agent(self, program: tuple[str, ...] = DAEMON, *, mortal: bool = False) -> None:
-        """Returns when it has recovered; or, if it is ``mortal``, when it is dead."""
+    program = DAEMON
+    """The agent."""
+
+    def _spawn(self, program: tuple[str, ...]) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            self._agent = agent = subprocess.Popen(
+            return subprocess.Popen(
                 [*program, f"--root={self.root}", f"--bus-address={self.address}"], cwd=ROOT, stderr=log
             )
-        before = self.log.stat().st_size
+
+    def start_agent(self, program: tuple[str, ...] = (), *, mortal: bool = False) -> None:
+        """Returns when it has recovered; or, if it is ``mortal``, when it is dead."""
+        before = self.log.stat().st_size if self.log.exists() else 0
+        self._agent = agent = self._spawn(program or self.program)
 
         def recovered() -> bool:
             """It says so once recovery is over; its name is on the bus before."""

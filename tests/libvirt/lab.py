@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab of tests/lab.py on a bed: a private bus, a real agent, a real libvirtd, and domains as virt-install writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests.lab import ROOT, Guest, Lab, private_bus, until
+from tests.libvirt.bed import Bed, Inside
+
+IMAGES = "/var/lib/libvirt/images"
+SAVED = "/var/lib/libvirt/qemu/save"
+AGENT = ("/usr/bin/python3", "-m", "cpr_agent", "--runner", "process")
+DOMAIN = """<domain type='qemu'>
+  <name>{name}</name>
+  <metadata>
+    <libosinfo:libosinfo xmlns:libosinfo="http://libosinfo.org/xmlns/libvirt/domain/1.0">
+      <libosinfo:os id="http://debian.org/debian/12"/>
+    </libosinfo:libosinfo>
+  </metadata>
+  <memory unit='KiB'>{size_kib}</memory>
+  <currentMemory unit='KiB'>{size_kib}</currentMemory>
+  <vcpu placement='static'>1</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    {boot}
+  </os>
+  <features><acpi/><apic/></features>
+  <clock offset='utc'>
+    <timer name='rtc' tickpolicy='catchup'/>
+    <timer name='pit' tickpolicy='delay'/>
+    <timer name='hpet' present='no'/>
+  </clock>
+  <on_poweroff>destroy</on_poweroff>
+  <on_reboot>restart</on_reboot>
+  <on_crash>destroy</on_crash>
+  <pm><suspend-to-mem enabled='no'/><suspend-to-disk enabled='no'/></pm>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    {disks}
+    <controller type='usb' model='qemu-xhci' ports='15'/>
+    <interface type='user'>
+      <mac address='52:54:00:{mac}'/>
+      <model type='virtio'/>
+    </interface>
+    <serial type='file'>
+      <source path='{console}' append='on'/>
+      <target type='isa-serial' port='0'/>
+    </serial>
+    <channel type='unix'>
+      <target type='virtio' name='org.qemu.guest_agent.0'/>
+    </channel>
+    <input type='tablet' bus='usb'/>
+    <graphics type='vnc' port='-1' autoport='yes' listen='127.0.0.1'/>
+    <video><model type='virtio' heads='1' primary='yes'/></video>
+    <memballoon model='virtio'/>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+    {more}
+  </devices>
+</domain>
+"""
+QCOW2 = """<disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap'/>
+      <source file='{path}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>"""
+
+
+class Domain(Guest):
+    """A domain with the tiny guest, as its admin sees it in virsh and in cprctl."""
+
+    lab: LibvirtLab
+
+    @property
+    def bed(self) -> Bed:
+        return self.lab.bed
+
+    def virsh(self, act: str, *options: str, check: bool = True) -> str:
+        return self.bed.virsh(act, self.name, *options, check=check)
+
+    @property
+    def libvirt_state(self) -> str:
+        return self.virsh("domstate")
+
+    @property
+    def xml(self) -> ElementTree.Element:
+        return ElementTree.fromstring(self.virsh("dumpxml", "--inactive"))  # noqa: S314 - libvirt's own
+
+    def define_xml(self, xml: str) -> None:
+        path = self.lab.root / f"{self.name}.xml"
+        path.write_text(xml)
+        self.bed.virsh("define", str(path))
+
+    @property
+    def qemu_pid(self) -> int:
+        """One of the bed's; 0 if it does not run."""
+        try:
+            return int(self.bed.path(f"/run/libvirt/qemu/{self.name}.pid").read_text())
+        except FileNotFoundError:
+            return 0
+
+    def adopt(self, *options: str) -> None:
+        """Its RAM gets a file, as an own VM's does."""
+        done = self.lab.cprctl("adopt", self.name, "--yes", f"--device={self.ram}", *options)
+        assert done.returncode == 0, done.stderr
+
+    def refused(self, act: str, *options: str) -> str:
+        """virsh must fail, and say why; returns that."""
+        result = self.bed.run("virsh", "--quiet", act, self.name, *options, check=False)
+        assert result.returncode, f"virsh {act} {self.name} was to fail, and did not: {result.stdout}"
+        return result.stderr
+
+    def until_libvirt(self, state: str) -> None:
+        until(lambda: self.libvirt_state == state, f"{self.name} is {state} to libvirt, it is {self.libvirt_state}")
+
+    def digest(self) -> str:
+        """Of its RAM."""
+        with self.ram.open("rb") as ram:
+            return hashlib.file_digest(ram, "sha256").hexdigest()
+
+    def assert_whole_to_libvirt(self) -> None:
+        """A save by hand contains its RAM: the capability, which would leave that out, is off."""
+        image = self.lab.root / f"{self.name}.by-hand"
+        self.virsh("save", str(image))
+        self.until_state("stopped")
+        self.ram.write_bytes(b"\xaa" * self.ram.stat().st_size)
+        self.bed.virsh("restore", str(image))
+        image.unlink()
+        self.assert_unbroken()
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever is tried, its RAM stays as it was."""
+        before = self.digest()
+        yield
+        assert self.digest() == before, f"the RAM of {self.name} was written to"
+
+    def image(self) -> Path:
+        """What `virsh managedsave` would have left, and what `virsh start` takes up."""
+        return self.bed.path(f"{SAVED}/{self.name}.save")
+
+
+class LibvirtLab(Lab):
+    """The agent runs in the bed, with the bed's own Python and the paths of an installed one."""
+
+    program = AGENT
+
+    def __init__(self, bed: Bed, bus: tuple[str, subprocess.Popen[str]], tiny: Path) -> None:
+        self.bed = bed
+        super().__init__(bed.scratch / "root", bed.shm, bus, tiny, "/usr/bin/qemu-system-x86_64")
+        self.definitions = bed.path("/etc/cpr-agent/vms")
+        self.state = bed.path("/var/lib/cpr-agent")
+        self.run = bed.path("/run/cpr-agent")
+        for directory in (self.definitions, self.state):
+            directory.mkdir(parents=True, exist_ok=True)
+        kernel = bed.path(f"{IMAGES}/tiny.elf")
+        shutil.copy(tiny, kernel)
+        kernel.chmod(0o644)
+        self.root.chmod(0o755)
+        self.tiny = Path(IMAGES) / "tiny.elf"
+
+    def settings(self, **sections: dict[str, object]) -> None:
+        super().settings(**sections)
+        place = self.bed.path("/etc/cpr-agent/agent.toml")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.root / "etc/cpr-agent/agent.toml", place)
+
+    def _spawn(self, program: tuple[str, ...]) -> Inside:
+        with self.log.open("ab") as log:
+            return self.bed.popen(*program, f"--bus-address={self.address}", stderr=log, env=self.environment())
+
+    def environment(self) -> dict[str, str]:
+        """Of what runs in the bed."""
+        return {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "LC_ALL": "C.UTF-8",
+            "PYTHONPATH": str(ROOT / "agent"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "CPR_AGENT_BUS_ADDRESS": self.address,
+        }
+
+    def domain(
+        self, name: str = "web1", *, size_mib: int = 64, disks: str | None = None, more: str = "", boot: str = ""
+    ) -> Domain:
+        """Define one, shut off, with the tiny guest, a qcow2 disk and what else virt-install gives a guest."""
+        console = self.root / f"{name}.console"
+        if disks is None:
+            path = f"{IMAGES}/{name}.qcow2"
+            self.bed.run("qemu-img", "create", "-q", "-f", "qcow2", path, "64M")
+            disks = QCOW2.format(path=path)
+        number = len(list(self.root.glob("*.xml"))) + 1
+        domain = Domain(self, name, self.shm / name, console)
+        domain.define_xml(
+            DOMAIN.format(
+                name=name,
+                size_kib=size_mib << 10,
+                boot=boot or f"<kernel>{self.tiny}</kernel>",
+                disks=disks,
+                mac=f"{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}",
+                console=console,
+                more=more,
+            )
+        )
+        return domain
+
+    def adopted(self, name: str = "web1", **options: object) -> Domain:
+        domain = self.domain(name, **options)  # type: ignore[arg-type]
+        domain.adopt()
+        return domain
+    def running_domain(self, name: str = "web1", **options: object) -> Domain:
+        """Adopted, started, and counting."""
+        domain = self.adopted(name, **options)
+        domain.start()
+        domain.until_counts()
+        return domain
+
+
+@contextlib.contextmanager
+def libvirt_lab(release: str, directory: Path, tiny: Path) -> Iterator[LibvirtLab]:
+    """A bed with libvirtd running; the agent is not started."""
+    shm = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
+    bed = Bed(release, directory / "bed", shm)
+    try:
+        with private_bus(bed.scratch) as bus:
+            bed.start_libvirtd()
+            lab = LibvirtLab(bed, bus, tiny)
+            try:
+                yield lab
+            finally:
+                lab.close()
+                for log in (lab.log, bed.scratch / "libvirtd.log"):
+                    if log.exists():
+                        print(f"--- {log}\n{log.read_text()}")
+    finally:
+        bed.close()
+        shutil.rmtree(shm)
