@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from tests.lab import PATIENCE_S, ROOT, until
 
 RELEASES = {"12": "9.0/7.2", "13": "11.3/10.0", "14": "12.9/11.1"}
 """Of Debian, to the versions of libvirt and QEMU there."""
+HOOK = "/etc/libvirt/hooks/qemu.d/cpr-agent"
 _CONFIGURATION = {
     # Nothing here has a security label, or a cgroup; what libvirt's log daemon would do, files do.
     "qemu.conf": 'security_driver = "none"\ncgroup_controllers = []\nstdio_handler = "file"\n',
@@ -84,6 +86,14 @@ class Bed:
             with self.path(f"/etc/libvirt/{name}").open("a") as file:
                 file.write(text)
         self._libvirtd: Inside | None = None
+        self.install_hook()
+
+    def install_hook(self) -> None:
+        """As the package has it; libvirtd sees it when it starts."""
+        hook = self.path(HOOK)
+        hook.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "units/libvirt-hook", hook)
+        hook.chmod(0o755)
 
     def path(self, inside: str | Path) -> Path:
         """Where a path of the bed is for this machine's processes."""
@@ -130,9 +140,12 @@ class Bed:
         self.libvirtd.send_signal(number)
         self.libvirtd.wait(PATIENCE_S)
 
-    def reload_libvirtd(self) -> None:
-        """It sees hooks that were not there when it started."""
-        self.libvirtd.send_signal(signal.SIGHUP)
+    def restart_libvirtd(self, number: int = signal.SIGTERM, *, boot: bool = False) -> None:
+        """``boot``: it thinks that the host has just started."""
+        self.end_libvirtd(number)
+        if boot:
+            self.path("/run/libvirt/qemu/autostarted").unlink(missing_ok=True)
+        self.start_libvirtd()
 
     def kill(self, pid: int, number: int = signal.SIGKILL) -> None:
         """``pid`` is one of the bed's own."""

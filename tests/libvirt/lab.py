@@ -17,7 +17,7 @@ from tests.libvirt.bed import Bed, Inside
 
 IMAGES = "/var/lib/libvirt/images"
 SAVED = "/var/lib/libvirt/qemu/save"
-AGENT = ("/usr/bin/python3", "-m", "cpr_agent", "--runner", "process")
+AGENT = ("/usr/sbin/cpr-agentd", "--runner", "process")
 DOMAIN = """<domain type='qemu'>
   <name>{name}</name>
   <metadata>
