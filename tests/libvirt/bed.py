@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.lab import PATIENCE_S, ROOT, until
 
-RELEASES = {"12": "9.0/7.2", "13": "11.3/10.0", "14": "12.9/11.1"}
+RELEASES = {"12": "9.0/7.2", "13": "11.3/10.0", "backports": "12.9/11.1"}
 """Of Debian, to the versions of libvirt and QEMU there."""
 HOOK = "/etc/libvirt/hooks/qemu.d/cpr-agent"
 _CONFIGURATION = {
