@@ -8,6 +8,8 @@ not a plain yes is a no, for which libvirt shows what stands on stderr. It must 
 
 A domain's start waits for it, so that it imports what is built into Python alone, as vm/launch.py does.
 """
+# Nor contextlib:
+# ruff: noqa: SIM105
 
 from __future__ import annotations
 
@@ -27,12 +29,15 @@ NOTICE_S = 10.0
 """The same for any other operation, which only tells the agent something."""
 HELD_S = 300.0
 """The same once the agent acts on its yes: an agent that hangs then is killed (WatchdogSec=), and comes back."""
+SHORTEST_S = 0.01
 RETURN_S = 90.0
 """So long an agent that was killed may take to come back (TimeoutStartSec= of its unit, and a restart)."""
 LOOK_S = 0.1
 """Between two attempts to reach it then; nothing tells a program without libraries that a socket is there."""
 ALIVE, HELD, YES, NO = b".", b"!", b"+", b"-"
 """What the agent says, a byte each: it is at work; it acts on its yes from here on; yes; no, and why."""
+MAX_BYTES = 5 << 20
+"""Of a request. libvirt takes no XML above 4 MiB (VIR_NET_MESSAGE_STRING_MAX in its src/rpc/virnetprotocol.x)."""
 LENGTH_BYTES = 4
 CREDENTIALS_BYTES = 12
 MAX_REASON_BYTES = 8192
@@ -61,7 +66,10 @@ def main(arguments: list[str], path: str = SOCKET) -> int:
 
 
 def message(operation: str, sub_operation: str, domain: bytes, xml: bytes) -> bytes:
+    """Raises RefusedError if it is too long."""
     body = b"\0".join((operation.encode(), sub_operation.encode(), domain, xml))
+    if len(body) > MAX_BYTES:
+        raise RefusedError(f"the domain's XML has {len(xml)} bytes, and the agent reads {MAX_BYTES} at most")
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
@@ -111,32 +119,37 @@ def reconnected(path: str, deadline: float, why: str) -> _socket.socket:
 
 def until_answered(agent: _socket.socket, request: bytes, deadline: float) -> None:
     """Return on a yes. Raises RefusedError, LostError."""
-    said, held = b"", False
+    said, held, piece = b"", False, ALIVE
     try:
-        agent.sendall(request)
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RefusedError("the agent has not decided in time")
+        deliver(agent, request)
+        while piece and len(said) < MAX_REASON_BYTES:
+            left = max(deadline - time.monotonic(), SHORTEST_S)
             agent.settimeout(left if held else min(left, SILENCE_S))
             piece = agent.recv(MAX_REASON_BYTES)
             said = (said + piece).lstrip(ALIVE)
             if said.startswith(HELD):
-                held, said = True, said[len(HELD) :].lstrip(ALIVE)
-                deadline = time.monotonic() + HELD_S
+                held, deadline, said = True, time.monotonic() + HELD_S, said[len(HELD) :].lstrip(ALIVE)
             if said == YES:
                 return
-            if said and not said.startswith(NO):
-                raise RefusedError(f"the agent gave no answer that makes sense: {said[:40]!r}")
-            if not piece or len(said) > MAX_REASON_BYTES:
-                break
+            if not held and time.monotonic() > deadline:
+                raise TimeoutError
     except TimeoutError:
-        raise RefusedError("the agent has stopped answering. See: systemctl status cpr-agent") from None
+        raise RefusedError("the agent has not answered in time. See: systemctl status cpr-agent") from None
     except OSError as error:
         raise LostError(f"hung up ({error.strerror})") from None
     if not said:
         raise LostError("hung up")
+    if not said.startswith(NO):
+        raise RefusedError(f"the agent gave no answer that makes sense: {said[:40]!r}")
     raise RefusedError(said[len(NO) :].decode(errors="replace"))
+
+
+def deliver(agent: _socket.socket, request: bytes) -> None:
+    """Raises OSError."""
+    try:
+        agent.sendall(request)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # an agent that hangs up at once has said why
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class Gate:
         """Let a QEMU of user ``uid`` open ``node`` by ``path`` until ``close``; ``descriptor`` is that node, open, and
         proved to be the guest's memory. Raises MemoryUnusable, and the gate is closed then."""
         self.path(name)
-        self.close(name)
         try:
+            self.close(name)
             _refuse_foreign(Path(node), descriptor)
             with self._opened() as directory:
                 self._grants.give(_place(name), [descriptor], uid)
@@ -61,7 +61,8 @@ class Gate:
                 if not os.path.samestat(os.stat(name, dir_fd=directory), os.fstat(descriptor)):
                     raise NotOursError(node, "it is not the memory that was proved")
         except OSError as error:
-            self.close(name)
+            with contextlib.suppress(OSError):
+                self.close(name)
             what = f"the gate to its memory {node} can't be opened: {error.strerror}"
             raise MemoryUnusable(what, vm=name, left=CLOSED) from error
 

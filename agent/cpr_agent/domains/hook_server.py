@@ -25,8 +25,6 @@ from cpr_agent.text import printable
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 5 << 20
-"""Of a request. libvirt takes no text above 4 MiB (VIR_NET_MESSAGE_STRING_MAX, src/remote/remote_protocol.x)."""
 MAX_AT_ONCE = 64
 READ_S = 10.0
 """For a request to come in as a whole."""
@@ -241,8 +239,8 @@ def _hung_up(connection: socket.socket, request: HookRequest) -> None:
 async def _read(connection: socket.socket, line: HookLine, pid: int) -> HookRequest:
     """Raises ValueError, OSError."""
     length = int.from_bytes(await _exactly(connection, ask.LENGTH_BYTES), "big")
-    if length > MAX_BYTES:
-        raise ValueError(f"it has {length} bytes, and {MAX_BYTES} at most are read")
+    if length > ask.MAX_BYTES:
+        raise ValueError(f"it has {length} bytes, and {ask.MAX_BYTES} at most are read")
     parts = (await _exactly(connection, length)).split(b"\0")
     if len(parts) != 4:
         raise ValueError(f"it has {len(parts)} parts")

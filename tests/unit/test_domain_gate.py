@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The gate to a domain's memory, with real files, links, users and access control lists."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cpr_agent.domains.gate import Gate
+from cpr_agent.errors import MemoryUnusable
+from cpr_agent.host.grants import DeviceGrants
+from tests.unit.test_isolation import AS_ROOT, ONE, OTHER, may_open
+
+pytestmark = AS_ROOT
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every user can pass: pytest's own are root's alone."""
+    path = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def ram(place: Path) -> Iterator[tuple[Path, int]]:
+    path = place / "ram"
+    path.write_bytes(b"RAM")
+    path.chmod(0o600)
+    fd = os.open(path, os.O_RDWR)
+    yield path, fd
+    os.close(fd)
+
+
+@pytest.fixture
+def gate(place: Path) -> Gate:
+    gate = Gate(place / "gate", DeviceGrants())
+    gate.close_all()
+    return gate
+
+
+def test_the_memory_can_be_opened_by_its_path_while_the_gate_is_open(gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    assert not may_open(path, ONE)
+    gate.open("web1", str(path), fd, ONE)
+    assert gate.is_open("web1")
+    assert may_open(gate.path("web1"), ONE)
+    assert not may_open(gate.path("web1"), OTHER)
+    gate.close("web1")
+    assert not gate.is_open("web1")
+    assert not may_open(path, ONE)
+    assert path.read_bytes() == b"RAM"
+    with pytest.raises(FileNotFoundError):
+        os.open(gate.path("web1"), os.O_RDWR)
+    gate.close("web1")
+
+
+def test_a_domain_that_is_started_anew_has_its_gate_opened_anew(gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    gate.open("web1", str(path), fd, ONE)
+    gate.open("web1", str(path), fd, OTHER)
+    assert may_open(gate.path("web1"), OTHER)
+    assert not may_open(gate.path("web1"), ONE)
+
+
+def test_one_gate_closes_and_the_other_on_the_same_memory_stays_open(gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    gate.open("web1", str(path), fd, ONE)
+    gate.open("web2", str(path), fd, ONE)
+    gate.close("web1")
+    assert may_open(gate.path("web2"), ONE)
+    gate.close("web2")
+    assert not may_open(path, ONE)
+
+
+def test_an_own_vm_on_the_same_device_keeps_its_grant(place: Path, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    grants = DeviceGrants()
+    gate = Gate(place / "gate", grants)
+    gate.close_all()
+    grants.give("web1", [fd], OTHER)
+    gate.open("web1", str(path), fd, ONE)
+    gate.close("web1")
+    assert may_open(path, OTHER)
+
+
+def test_an_agent_that_was_killed_leaves_no_gate_open(place: Path, gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    gate.open("web1", str(path), fd, ONE)
+    gate.path("gone").symlink_to(place / "a device that is gone")
+    Gate(place / "gate", DeviceGrants()).close_all()
+    assert list((place / "gate").iterdir()) == []
+    assert not may_open(path, ONE)
+    assert path.read_bytes() == b"RAM"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../ram", "a/b", "/etc/shadow", "a\nb", "a\0b", "ü", "a" * 64, "-x", "a:b"]
+)
+def test_a_name_that_no_vm_can_have_opens_and_closes_nothing(gate: Gate, ram: tuple[Path, int], name: str) -> None:
+    path, fd = ram
+    for attempt in (lambda: gate.open(name, str(path), fd, ONE), lambda: gate.close(name), lambda: gate.is_open(name)):
+        with pytest.raises(MemoryUnusable, match="is not a name that a VM can have"):
+            attempt()
+    assert path.read_bytes() == b"RAM"
+    assert not may_open(path, ONE)
+
+
+def refused(gate: Gate, path: Path, fd: int, why: str) -> None:
+    with pytest.raises(MemoryUnusable, match=why) as error:
+        gate.open("web1", str(path), fd, ONE)
+    assert error.value.left == "the gate to its memory is closed, and nothing was started"
+    assert not gate.is_open("web1")
+    assert not may_open(path, ONE) or path.stat().st_uid == ONE
+
+
+def test_memory_that_a_guest_s_qemu_could_replace_is_refused(place: Path, gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    os.chown(path, ONE, -1)
+    refused(gate, path, fd, f"it belongs to user {ONE}")
+    os.chown(path, 0, -1)
+    os.chown(place, ONE, -1)
+    refused(gate, path, fd, f"{place} belongs to user {ONE}")
+    os.chown(place, 0, -1)
+    place.chmod(0o777)
+    refused(gate, path, fd, "others may write to")
+    place.chmod(0o755)
+    (place / "way").symlink_to(place)
+    refused(gate, place / "way/ram", fd, "is a symbolic link")
+    gate.open("web1", str(path), fd, ONE)
+
+
+def test_memory_that_was_swapped_after_its_proof_is_refused(place: Path, gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    path.rename(place / "proved")
+    path.write_bytes(b"another")
+    refused(gate, path, fd, "it is not the memory that was proved")
+    assert not may_open(place / "proved", ONE)
+
+
+def test_a_gate_that_others_could_write_to_stays_closed(place: Path, gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    directory = place / "gate"
+    for mode, owner in ((0o777, 0), (0o711, ONE)):
+        directory.chmod(mode)
+        os.chown(directory, owner, -1)
+        refused(gate, path, fd, "others than root may write to it")
+        with pytest.raises(OSError, match="others than root"):
+            gate.close_all()
+        directory.chmod(0o711)
+        os.chown(directory, 0, -1)
+    shutil.rmtree(directory)
+    refused(gate, path, fd, "No such file")
+
+
+def test_a_directory_in_the_gate_s_place_is_never_followed(place: Path, ram: tuple[Path, int]) -> None:
+    """A link that a guest's QEMU may put there leads nowhere."""
+    path, fd = ram
+    theirs = place / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, ONE, -1)
+    (place / "real").mkdir()
+    (theirs / "gate").symlink_to(place / "real")
+    refused(Gate(theirs / "gate", DeviceGrants()), path, fd, "is a symbolic link that others may change")
+    assert list((place / "real").iterdir()) == []
