@@ -25,6 +25,7 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 NOBODY = 65534
 PLAIN = b"<domain type='kvm'><name>plain</name></domain>"
 ADOPTED = b'<domain><metadata><cpr:vm xmlns:cpr="urn:org.cpragent1:domain:1"/></metadata></domain>'
+NO_WAIT = {"prepare": 0.2, "started": 0.2}
 PATIENCE_S = 60
 """For a process on a busy machine."""
 
@@ -134,10 +135,26 @@ def test_other_operations_never_fail_and_ask_nobody(hook: Hook, operation: str) 
 
 
 @pytest.mark.parametrize("operation", ["prepare", "started"])
-def test_an_adopted_domain_does_not_start_without_the_agent(hook: Hook, operation: str) -> None:
+def test_an_adopted_domain_does_not_start_without_the_agent(tmp_path: Path, operation: str) -> None:
+    hook = Hook(tmp_path, ABSENT_S=NO_WAIT)
     done = hook.run(operation)
     assert done.returncode == 1
-    assert b"the agent does not answer (No such file or directory), so the domain is not started" in done.stderr
+    assert b"the agent does not answer (No such file or directory), and has to say whether this guest waits" in done.stderr
+    listening(hook.socket).close()  # of an agent that was killed
+    assert b"(Connection refused)" in hook.run(operation).stderr
+
+
+@pytest.mark.parametrize("operation", ["prepare", "started"])
+def test_an_agent_that_is_restarted_at_that_moment_is_waited_for(hook: Hook, operation: str) -> None:
+    async def story() -> None:
+        process = await hook.start(operation)
+        server = HookServer(hook.socket, yes)
+        server.open()
+        assert await outcome(process) == (0, "")
+        await server.close()
+
+    listening(hook.socket).close()
+    asyncio.run(story())
 
 
 def test_an_adopted_domain_does_not_start_once_the_package_is_removed(hook: Hook) -> None:
@@ -148,7 +165,8 @@ def test_an_adopted_domain_does_not_start_once_the_package_is_removed(hook: Hook
     assert hook.run("stopped", sub_operation="end").returncode == 0
 
 
-def test_a_domain_whose_metadata_were_edited_away_is_still_asked_for(hook: Hook) -> None:
+def test_a_domain_whose_metadata_were_edited_away_is_still_asked_for(tmp_path: Path) -> None:
+    hook = Hook(tmp_path, ABSENT_S=NO_WAIT)
     rest = b"<qemu:arg value='memory-backend-file,id=cpr-ram,mem-path=/run/cpr-agent/gate/web1'/>"
     assert hook.run("prepare", rest).returncode == 1
 
@@ -209,7 +227,7 @@ def test_an_agent_that_accepts_and_says_nothing_is_given_up(tmp_path: Path) -> N
 
 
 def test_an_agent_that_does_not_even_accept_is_given_up(tmp_path: Path) -> None:
-    hook = Hook(tmp_path, CONNECT_S=0.3)
+    hook = Hook(tmp_path, CONNECT_S=0.3, ABSENT_S=NO_WAIT)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(hook.socket))
     listener.listen(0)
@@ -313,7 +331,7 @@ def test_an_agent_that_is_killed_and_stays_away_is_a_no(tmp_path: Path) -> None:
         connection.close()
         code, said = await outcome(process)
         assert code == 1
-        assert "did not come back" in said
+        assert "the agent does not answer" in said
 
     asyncio.run(story())
 

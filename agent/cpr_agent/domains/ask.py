@@ -31,7 +31,9 @@ HELD_S = 300.0
 """The same once the agent acts on its yes: an agent that hangs then is killed (WatchdogSec=), and comes back."""
 SHORTEST_S = 0.01
 RETURN_S = 90.0
-"""So long an agent that was killed may take to come back (TimeoutStartSec= of its unit, and a restart)."""
+"""So long an agent that was asked and then killed may take to come back (TimeoutStartSec= of its unit, and a restart)."""
+ABSENT_S = {"prepare": 5.0, "started": RETURN_S}
+"""So long it may take to be there at all: seconds for a restart. In ``started`` it was there a moment ago."""
 LOOK_S = 0.1
 """Between two attempts to reach it then; nothing tells a program without libraries that a socket is there."""
 ALIVE, HELD, YES, NO = b".", b"!", b"+", b"-"
@@ -55,8 +57,7 @@ def main(arguments: list[str], path: str = SOCKET) -> int:
     domain, operation, sub_operation = arguments[1:4]
     try:
         request = message(operation, sub_operation, os.fsencode(domain), sys.stdin.buffer.read())
-        deadline = time.monotonic() + ANSWER_S.get(operation, NOTICE_S)
-        ask(path, request, deadline)
+        ask(path, request, time.monotonic() + ANSWER_S.get(operation, NOTICE_S), ABSENT_S.get(operation, 0.0))
     except (RefusedError, OSError) as error:
         if operation not in ANSWER_S:
             return 0
@@ -73,25 +74,33 @@ def message(operation: str, sub_operation: str, domain: bytes, xml: bytes) -> by
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
-def ask(path: str, request: bytes, deadline: float) -> None:
-    """Return if the agent says yes. Raises RefusedError.
+def ask(path: str, request: bytes, deadline: float, absent_s: float) -> None:
+    """Return if the agent says yes. Raises RefusedError, OSError.
 
     An agent that is killed meanwhile is asked again once it is back. It may have acted on its yes already: a no would end
     the domain's QEMU, and with it a guest that is in no checkpoint any more.
     """
-    try:
-        agent = connected(path)
-    except OSError as error:
-        raise RefusedError(
-            f"the agent does not answer ({error.strerror or 'it is too slow'}), so the domain is not started, and its "
-            "memory stays as it is. See: systemctl status cpr-agent"
-        ) from None
+    agent = reached(path, time.monotonic() + absent_s)
     while True:
         try:
             return until_answered(agent, request, deadline)
-        except LostError as error:
+        except LostError:
             agent.close()
-            agent = reconnected(path, min(deadline, time.monotonic() + RETURN_S), str(error))
+            agent = reached(path, time.monotonic() + RETURN_S)
+
+
+def reached(path: str, deadline: float) -> _socket.socket:
+    """A connection to the agent, once there is one. Raises RefusedError."""
+    while True:
+        try:
+            return connected(path)
+        except OSError as error:
+            if time.monotonic() > deadline or isinstance(error, TimeoutError):
+                raise RefusedError(
+                    f"the agent does not answer ({error.strerror or 'it hangs'}), and has to say whether this guest waits "
+                    "in its memory. See: systemctl status cpr-agent"
+                ) from None
+        time.sleep(LOOK_S)
 
 
 def connected(path: str) -> _socket.socket:
@@ -104,17 +113,6 @@ def connected(path: str) -> _socket.socket:
     if uid not in (0, os.geteuid()):
         raise RefusedError(f"{path} belongs to user {uid}, and is not the agent's")
     return agent
-
-
-def reconnected(path: str, deadline: float, why: str) -> _socket.socket:
-    """Raises RefusedError."""
-    while time.monotonic() < deadline:
-        time.sleep(LOOK_S)
-        try:
-            return connected(path)
-        except OSError:
-            pass
-    raise RefusedError(f"the agent {why}, and did not come back. See: systemctl status cpr-agent")
 
 
 def until_answered(agent: _socket.socket, request: bytes, deadline: float) -> None:
@@ -135,10 +133,10 @@ def until_answered(agent: _socket.socket, request: bytes, deadline: float) -> No
                 raise TimeoutError
     except TimeoutError:
         raise RefusedError("the agent has not answered in time. See: systemctl status cpr-agent") from None
-    except OSError as error:
-        raise LostError(f"hung up ({error.strerror})") from None
+    except OSError:
+        raise LostError from None
     if not said:
-        raise LostError("hung up")
+        raise LostError
     if not said.startswith(NO):
         raise RefusedError(f"the agent gave no answer that makes sense: {said[:40]!r}")
     raise RefusedError(said[len(NO) :].decode(errors="replace"))
