@@ -155,7 +155,8 @@ def _refuse_unshown(definition: Definition, path: Path) -> None:
 def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[str, Any]:
     """``table`` with field names for keys; a key that ``into`` does not have is an error."""
     hints = get_type_hints(into)
-    keys = {f.name.replace("_", "-"): f.name for f in msgspec.structs.fields(into) if f.name not in ("name", "digest")}
+    fields = [f.name for f in msgspec.structs.fields(into) if f.name not in ("name", "digest", "owner")]
+    keys = {name.replace("_", "-"): name for name in fields}
     out = {}
     for key, value in table.items():
         if key not in keys:

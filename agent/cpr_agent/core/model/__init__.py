@@ -29,6 +29,7 @@ from cpr_agent.core.model.definition import (
     MemoryNode,
     MemorySection,
     Note,
+    Owner,
     SaveSection,
     VmSection,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "MemorySection",
     "Note",
     "OpenFile",
+    "Owner",
     "Part",
     "PluggedDevice",
     "Policy",

@@ -67,8 +67,12 @@ class LoadSection(msgspec.Struct, frozen=True, kw_only=True):
     resync_clock: Literal["auto", "never"] = "auto"
 
 
+Owner = Literal["agent", "libvirt"]
+"""Who defines a VM, and runs its QEMU."""
+
+
 class Definition(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM as its admin wrote it. ``digest`` is the SHA-256 of the file."""
+    """A VM as its admin wrote it. ``digest`` is the SHA-256 of the file, or of libvirt's XML where ``owner`` is that."""
 
     name: str
     vm: VmSection
@@ -76,6 +80,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     save: SaveSection = msgspec.field(default_factory=SaveSection)
     load: LoadSection = msgspec.field(default_factory=LoadSection)
     digest: str = ""
+    owner: Owner = "agent"
 
 
 class Note(NamedTuple):
