@@ -381,7 +381,7 @@ class FakeQemu:
         disk = self._runner.disks.get(self.launch.vm)
         return [DiskIdentity(node="disk", driver="file", filename=str(disk))] if disk else []
 
-    async def save(self, vmstate_fd: int, timeout_s: float) -> float:  # noqa: ARG002
+    async def save(self, vmstate_fd: int, timeout_s: float, checkpoint: str) -> float:  # noqa: ARG002
         await self._step("save")
         if self.status == "postmigrate":
             raise SaveFailed("Can't migrate the vm that was paused due to previous migration", vm=self.launch.vm)
@@ -517,6 +517,14 @@ class FakePlace:
         self._launches = launches
 
     @property
+    def delegated(self) -> bool:
+        return self._runner.delegated
+
+    async def settle(self) -> None:
+        self._runner.point()
+        self._runner.settled.append(self._name)
+
+    @property
     def directory(self) -> str:
         return f"/run/cpr-agent/vm/{self._name}{'' if self._qemus is self._runner.qemus else ':b'}"
 
@@ -587,6 +595,8 @@ class FakeRunner:
         self.lacking: list[Difference] = []
         self.transfers = False
         self.load_runs_guest = False
+        self.delegated = False
+        self.settled: list[str] = []
         self.disks: dict[str, Path] = {}
         """Of each VM one at the most, which the test has open."""
         self.plugged: dict[str, list[PluggedDevice]] = {}

@@ -32,3 +32,6 @@ class ScriptedQmp(Qmp):
             return msgspec.Raw(msgspec.json.encode(self._answers(command, arguments or {})))
         except LookupError as error:
             raise QemuRefused(f"The command {command} has not been found", vm=self.vm) from error
+
+    async def close(self) -> None:
+        """There is no QEMU."""

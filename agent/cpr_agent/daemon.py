@@ -22,6 +22,10 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.threads import Threads
+from cpr_agent.domains.beside import BothDefinitions, BothRunners, BothStores
+from cpr_agent.domains.host import LibvirtPaths
+from cpr_agent.domains.hub import Callbacks, Domains, Parts
+from cpr_agent.domains.names import Places
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.files import locked, make_private_directory, write_atomically
 from cpr_agent.host.firmware import KeptFirmware
@@ -111,18 +115,29 @@ class Paths(msgspec.Struct, frozen=True):
         return self.root / "var/log/cpr-agent"
 
 
-def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
-    """The agent without its bus."""
+def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Manager, Domains]:
+    """The agent without its bus. The domains are to be opened once their VMs are known."""
     host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
     files = RunFiles(paths.run, paths.logs, PROGRAMS)
     users = Users(paths.state / "users")
     threads = Threads()
     runner: Runner = SystemdRunner(files, systemd, users, threads) if systemd else ProcessRunner(files)
+    checkpoints = CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories))
+    domains = Domains(
+        Parts(
+            host=LibvirtPaths(paths.root),
+            places=Places(paths.run),
+            records=RunFiles(paths.run / "domains", paths.logs, PROGRAMS),
+            grants=files.grants,
+            store=checkpoints,
+            open_memory=open_memory,
+        )
+    )
     ports = Ports(
-        definitions=DefinitionDirectory(paths.definitions, paths.run, paths.logs),
-        runner=runner,
+        definitions=BothDefinitions(DefinitionDirectory(paths.definitions, paths.run, paths.logs), domains),
+        runner=BothRunners(runner, domains),
         memory=HostMemory(UdevDevices()),
-        store=CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories)),
+        store=BothStores(checkpoints, domains),
         journal=FileJournal(paths.state / "journal", host, host),
         history=History(paths.state / "history"),
         hooks=HookDirectory(paths.hooks, settings.hooks.timeout),
@@ -136,7 +151,9 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> Manager:
         kernels=InstalledKernels(),
         kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
     )
-    return Manager(ports, settings)
+    manager = Manager(ports, settings)
+    domains.attach(Callbacks(manager.arrive, manager.look_again, manager.reload))
+    return manager, domains
 
 
 def publisher(paths: Paths, settings: Settings, manager: Manager) -> Publisher:
@@ -173,18 +190,19 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
     bus = await Service.connect(address)
     make_private_directory(paths.state)
     with locked(paths.state / "lock"):  # an agent on another bus could have the same guests
-        manager = build(paths, settings, systemd)
+        manager, domains = build(paths, settings, systemd)
         published = publisher(paths, settings, manager)
         # Before the name is requested: its reply comes together with the call that started the agent.
         service = Service(bus, manager, paths.run, logs)
         manager.listeners.add(published)
         await Service.own_name(bus)  # before anything is touched: there must be no second agent
-        return await _serve(service, manager, published, units=systemd is not None)
+        return await _serve(service, manager, domains, published, units=systemd is not None)
 
 
-async def _serve(service: Service, manager: Manager, published: Publisher, *, units: bool) -> int:
+async def _serve(service: Service, manager: Manager, domains: Domains, published: Publisher, *, units: bool) -> int:
     await manager.read_definitions()
     await manager.expect_recovery()
+    domains.open()
     service.open()
 
     stop = asyncio.Event()
@@ -213,6 +231,7 @@ async def _serve(service: Service, manager: Manager, published: Publisher, *, un
         sys.stderr.flush()
         os._exit(1)
     notify(stopping=1)
+    await domains.close()
     await manager.close()
     recovering.cancel()
     importing.cancel()

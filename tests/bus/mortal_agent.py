@@ -193,7 +193,7 @@ async def serve(paths: Paths, address: str, point: str) -> None:
             cancellations.pass_by(name, passage)
 
     bus = await Service.connect(address)
-    manager = build(paths, Settings(), None)
+    manager, _ = build(paths, Settings(), None)
     world = FakeRunner()
     host = LabHost(paths.root)
     ports = replace(

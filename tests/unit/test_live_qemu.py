@@ -84,7 +84,7 @@ async def cancelled_thrice(peer: Peer, act: asyncio.Task[None], asked: str) -> N
 
 
 async def save(qemu: LiveQemu) -> None:
-    await qemu.save(0, 60.0)
+    await qemu.save(0, 60.0, "id")
 
 
 async def hand_over(qemu: LiveQemu) -> None:

@@ -144,6 +144,17 @@ class Manager:
             elif result is not None:
                 raise result
 
+    async def arrive(self, name: str, checkpoint: str) -> None:
+        """Another program of the host's is about to start a QEMU for this VM: see Vm.arrive. Raises CprError."""
+        if name not in self.vms:
+            await self.read_definitions()
+        await self.vm(name).arrive(checkpoint)
+
+    async def look_again(self, name: str) -> None:
+        """At a VM that could not be asked before. Raises CprError."""
+        if (vm := self.vms.get(name)) and self._recovered.is_set():
+            await vm.recover_again()
+
     # -- memory -------------------------------------------------------------------------------------------------------
 
     async def claims(self) -> list[tuple[str, MemoryIdentity]]:

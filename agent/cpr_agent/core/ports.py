@@ -86,8 +86,9 @@ class Qemu(Protocol):
     async def disks(self) -> list[DiskIdentity]:
         """Its block backends by name; what those of this host are is the host's to say."""
 
-    async def save(self, vmstate_fd: int, timeout_s: float) -> float:
-        """Write device state to a fresh descriptor; the guest is stopped after. Returns when it stopped (epoch s)."""
+    async def save(self, vmstate_fd: int, timeout_s: float, checkpoint: str) -> float:
+        """Write device state to a fresh descriptor, for the checkpoint of this id; the guest is stopped after. Returns when
+        it stopped (epoch s)."""
 
     async def load_runs_guest(self, saved_as: str = "") -> bool:
         """Whether ``load`` lets a guest that did not stand still go on by itself: its checkpoint must be spent before.
@@ -144,6 +145,12 @@ class Place(Protocol):
     """Where one QEMU process of a VM lives, or may live: a unit of systemd, or a process of its own."""
 
     @property
+    def delegated(self) -> bool:
+        """Whether another service of the host runs its QEMU, which has one at a time: that service stops a guest before it
+        saves it, gives a new QEMU the state of the live checkpoint as it starts it, with no time for a proof in between,
+        and may end QEMU in a way of its own as the host goes down."""
+
+    @property
     def directory(self) -> str:
         """Where its QEMU may make sockets."""
 
@@ -152,6 +159,10 @@ class Place(Protocol):
 
     async def connect(self, timeout_s: float) -> Qemu:
         """Raises QemuFailed."""
+
+    async def settle(self) -> None:
+        """Its QEMU has its guest, and stays: who waits for the end of the act that has started it need not wait any
+        more."""
 
     async def pid(self) -> int:
         """PID of its QEMU; 0 if there is none."""

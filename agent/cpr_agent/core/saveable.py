@@ -129,6 +129,8 @@ class Successor:
 
     async def _ask(self, launch: Launch, facts: QemuFacts) -> list[str]:
         machine = self._machine
+        if machine.own.delegated:
+            return []
         try:
             async with machine.spare_qemu(machine.ports.definitions.plan_probe(launch)) as qemu:
                 lacking = await qemu.lacks(facts)

@@ -25,6 +25,7 @@ from cpr_agent.errors import (
     CheckpointUnreadable,
     CprError,
     InvalidArgument,
+    NoCheckpoint,
     QemuFailed,
     SaveFailed,
     WrongState,
@@ -52,6 +53,8 @@ class Act(enum.StrEnum):
     SAVE = "save"
     LOAD = "load"
     REFRESH = "refresh"
+    ARRIVE = "start by another program"
+    END = "end of the QEMU whose guest is saved"
 
 
 class Vm:
@@ -195,6 +198,12 @@ class Vm:
             await recover.recover(self.machine)
         self.machine.spawn(self.machine.prepare_next())
 
+    async def recover_again(self) -> None:
+        """Its QEMU, or whoever runs it, could not be asked before, and can be now. Raises CprError."""
+        await self.idle()
+        async with self._exclusive(Act.RECOVER):
+            await recover.recover(self.machine)
+
     def end_refresh(self) -> None:
         recover.end_refresh(self.machine)
 
@@ -244,6 +253,33 @@ class Vm:
         """
         async with self._admitted(Act.LOAD):
             return await load(self.machine, request)
+
+    async def arrive(self, checkpoint: str) -> None:
+        """Another program of the host's is about to start a QEMU for it, with the state of this checkpoint, or with none
+        (""): the act that goes with it begins, or refuses it. Raises CprError."""
+        async with self._admitted(Act.ARRIVE):
+            manifest = self.machine.live_checkpoint()
+            if not checkpoint:
+                await start.start(self.machine)
+            elif manifest and manifest.id == checkpoint:
+                await load(self.machine, LoadRequest())
+            else:
+                raise NoCheckpoint(
+                    f"was to go on from checkpoint {checkpoint}, and "
+                    + (f"is saved in {manifest.id}" if manifest else "that is spent, or is none of its own"),
+                    vm=self.name,
+                    left="nothing was started",
+                    remedy=f"see `cprctl status {self.name}`",
+                )
+
+    async def end_saved(self) -> None:
+        """End the QEMU of a guest that is saved, before anybody else does so as the host goes down. Raises CprError."""
+        async with self._exclusive(Act.END):
+            await self.machine.derive()
+            manifest = self.machine.live_checkpoint()
+            if manifest and self.machine.stands_saved:
+                await self.machine.refuse_resumed_by_hand(manifest)
+                await self.machine.end()
 
     async def replace_qemu(self, wanted: Replacement | None = None) -> Replacement:
         """Give the guest a new QEMU on the same RAM; ``wanted``: in turn. Returns how. Raises CprError."""

@@ -120,6 +120,10 @@ class HookServer:
         self._last: dict[str, asyncio.Task[str]] = {}
         """By domain, whom the next one comes after."""
 
+    @property
+    def is_open(self) -> bool:
+        return self._listener is not None
+
     def open(self) -> None:
         """Listen. Everything that a request could start must be closed before. Raises OSError."""
         self._path.unlink(missing_ok=True)

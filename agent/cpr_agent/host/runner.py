@@ -59,6 +59,8 @@ class Programs(NamedTuple):
 class QemuPlace(ABC):
     """One of a VM's two places. Implements core.ports.Place. ``place`` is its name: NAME or NAME:b."""
 
+    delegated = False
+
     def __init__(self, vm: str, place: str, files: RunFiles) -> None:
         self._vm = vm
         self._place = place
@@ -89,6 +91,9 @@ class QemuPlace(ABC):
             return await files.programs.connect(self._vm, path, timeout_s, files.launch(place), pid)
         finally:
             files.grants.take_back(place)  # a QEMU that answers has its RAM open
+
+    async def settle(self) -> None:  # noqa: B027 - other places need it
+        """Nobody waits."""
 
     async def wait_exit(self, timeout_s: float) -> bool:
         """By pidfd, which works for processes that are not our children, and leaves no room for PID reuse."""
@@ -172,6 +177,11 @@ class RunFiles:
     def _inventory(self, place: str) -> Path:
         return self._launched / f"{place}.inventory"
 
+    def record(self, place: str, launch: Launch) -> None:
+        """Until the host starts anew. Raises OSError."""
+        make_private_directory(self._launched)
+        write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
+
     def launch(self, place: str) -> Launch | None:
         """Each VM that is started or loaded asks for the memory of all the others: a record is read once, as it is replaced
         as a whole or not at all."""
@@ -239,8 +249,7 @@ class RunFiles:
             descriptors = [keep(_open_log(Path(launch.log))), *(keep(self.programs.open_memory(*one)) for one in ram)]
             devices = [fd for fd, one in zip(descriptors[1:], launch.memory, strict=True) if one.kind == "devdax"]
             self.grants.give(place, devices, owner[0] if owner else os.geteuid())
-            make_private_directory(self._launched)
-            write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
+            self.record(place, launch)
             offer = Offer(ticket, descriptors, {os.geteuid(), *(owner or ())[:1]})
             path = self.ticket_directory(place) / self.programs.ticket
             with offered(path, offer, owner[0] if owner else None):

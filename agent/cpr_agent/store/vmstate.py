@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """QEMU's state file: whether it is one, its machine and its CPUs.
 
-The format is that of migration/savevm.c: a header, the machine's name, a section for each device, and at the end a
-description of all sections in JSON. A file of cpr-save has no description; one of the original proposal names no machine
-either.
+The format is that of migration/savevm.c, behind libvirt's own header where that has saved it: a header, the machine's name,
+a section for each device, and at the end a description of all sections in JSON. A file of cpr-save has no description; one
+of the original proposal names no machine either.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import contextlib
 import os
 import re
 import stat
+from typing import BinaryIO
 
 import msgspec
 
 from cpr_agent.core.model import Vmstate
 from cpr_agent.errors import NotVmstate
 from cpr_agent.files import digest_of
+from cpr_agent.store import image
 
 MAGIC = b"QEVM"
 VERSION = 3
@@ -64,7 +66,7 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
         with open(os.dup(fd), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
             file.seek(0)
             digest, size = digest_of(file, info.st_size)
-            file.seek(0)
+            file.seek(_begin(file, path, vm))
             head = file.read(_HEAD_BYTES)
             file.seek(max(0, size - _TAIL_BYTES))
             tail = file.read(_TAIL_BYTES)
@@ -82,6 +84,15 @@ def inspect(fd: int, path: str, vm: str) -> Vmstate:
         machine=_machine(head),
         cpus=cpus,
     )
+
+
+def _begin(file: BinaryIO, path: str, vm: str) -> int:
+    """Where QEMU's state begins. Raises NotVmstate."""
+    file.seek(0)
+    if file.read(len(image.STEM)) != image.STEM:
+        return 0
+    file.seek(0)
+    return image.header_of(file.read(image.MAX_HEAD_BYTES), path, vm).state_at
 
 
 def _header_problem(data: bytes) -> str:

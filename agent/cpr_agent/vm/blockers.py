@@ -6,6 +6,7 @@ from __future__ import annotations
 import tenacity  # noqa: F401 - a save waits by it (vm/retry.py), and imports nothing while its guest stands still
 
 from cpr_agent.core.model import Launch
+from cpr_agent.vm.cmdline import replaced_backends
 from cpr_agent.vm.companions import unsaveable
 from cpr_agent.vm.dialects import CONFLICTING
 from cpr_agent.vm.qmp import Qmp
@@ -50,8 +51,10 @@ async def memory_blockers(qmp: Qmp, launch: Launch) -> list[str]:
     sizes = {one.object_id: one.size_bytes for one in launch.memory}
     there = {backend.id for backend in backends}
     reasons = [f"its RAM is not in the memory backend {name}" for name in sizes if name not in there]
+    unused = replaced_backends(launch.argv)
     for backend in backends:
-        reasons += await _backend_blockers(qmp, backend, sizes)
+        if backend.id not in unused:
+            reasons += await _backend_blockers(qmp, backend, sizes)
     return reasons
 
 

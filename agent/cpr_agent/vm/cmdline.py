@@ -253,6 +253,13 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
+def replaced_backends(argv: Sequence[str]) -> set[str]:
+    """Memory that was to be the machine's, and is not: a later ``-machine`` wins. It is no part of QEMU's state."""
+    named = [machine.get("memory-backend", "") for machine in map(keyed, option(argv, "-machine", "-M"))]
+    given = list(filter(None, named))
+    return {*given[:-1]} - {*given[-1:]}
+
+
 def tap_devices(argv: Sequence[str]) -> list[str]:
     """Those that have a name. One with several queues a second QEMU can open, and by that sets back the size of the header
     before each packet, for both: the guest in the first one has no network from then on (measured; net_tap_fd_init in QEMU,

@@ -162,7 +162,7 @@ class LiveQemu:
 
     # -- save and load --------------------------------------------------------------------------------------------------
 
-    async def save(self, vmstate_fd: int, timeout_s: float) -> float:
+    async def save(self, vmstate_fd: int, timeout_s: float, checkpoint: str) -> float:  # noqa: ARG002 - QEMU knows of none
         """See the port. Raises SaveFailed; the guest then runs on by itself, or needs ``cont``: ask ``run_state``."""
         vm = self._qmp.vm
         await self._prepare()  # another client may have changed the mode since

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -235,6 +236,7 @@ class Qmp(ABC):
     ) -> msgspec.Raw:
         """The answer. Raises QemuRefused, QemuUnreachable, QemuFailed."""
 
+    @abstractmethod
     async def close(self) -> None:
         """Let go of QEMU, which runs on."""
 

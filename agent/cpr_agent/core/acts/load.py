@@ -115,7 +115,7 @@ class Fresh:
         return replace(plan, argv=(self._program, *plan.argv[1:])) if self._program else plan
 
     async def prove_first(self, proving: Proving) -> Proven | None:
-        return await proving.prove() if self._machine.pid else None
+        return await proving.prove() if self._machine.pid or self.place.delegated else None
 
     async def make_room(self) -> None:
         if self._machine.pid:
@@ -147,6 +147,7 @@ class Fresh:
 
     async def settle(self) -> None:
         """The old one has ended."""
+        await self.place.settle()
 
 
 class Beside:

@@ -63,6 +63,8 @@ class Facts(NamedTuple):
     in_transfer: bool = False
     interrupted_save: RunState | None = None
     """The run state before a save that neither ended nor was taken back to its end."""
+    stopped_first: bool = False
+    """Its guest is stopped before it is saved, by whoever runs its QEMU."""
     save_was_taken_back: bool = False
     proved_before: bool = False
     """The save had ended, and was being taken back with its guest's memory proved."""
@@ -78,6 +80,7 @@ def decide(facts: Facts) -> Recovery:
     stands = facts.run_state is RunState.POSTMIGRATE
     failed = facts.run_state is RunState.FINISH_MIGRATE
     """Of no migration that is under way: that is taken back before."""
+    stopped = facts.run_state is RunState.PAUSED and facts.stopped_first
     rules = (
         (facts.loads_checkpoint and facts.run_state in BEFORE_IT_RUNS, Recovery.REPEAT_LOAD),
         (stands and facts.in_refresh and facts.saved_run_state is RunState.RUNNING, Recovery.TAKE_BACK),
@@ -88,7 +91,7 @@ def decide(facts: Facts) -> Recovery:
             Recovery.PUT_BACK,
         ),
         (stands and facts.interrupted_save is RunState.RUNNING and facts.proved_before, Recovery.TAKE_BACK_AGAIN),
-        ((stands or failed) and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
+        ((stands or failed or stopped) and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
         (
             stands and facts.interrupted_save is not None and not facts.save_was_taken_back and facts.has_launch,
             Recovery.FINISH_SAVE,
@@ -125,10 +128,11 @@ async def recover(machine: Machine) -> None:
     launch, manifest = machine.launched(), machine.readable_checkpoint()
     recovery = decide(_facts(machine, launch, manifest))
     await _carry_out(machine, recovery, launch, manifest)
-    if recovery is Recovery.NOTHING and machine.checkpointed:
-        return
-    await end_sleep(machine)
-    end_refresh(machine)
+    if not (recovery is Recovery.NOTHING and machine.checkpointed):
+        await end_sleep(machine)
+        end_refresh(machine)
+    if machine.qemu and not machine.has_only_loaded:
+        await machine.own.settle()
 
 
 async def resume_unfinished(machine: Machine) -> bool:
@@ -170,6 +174,7 @@ def _facts(machine: Machine, launch: Launch | None, manifest: Manifest | None) -
         in_refresh=past.in_refresh,
         in_transfer=past.in_transfer,
         interrupted_save=begun.run_state if begun else None,
+        stopped_first=machine.own.delegated,
         save_was_taken_back=begun is not None and begun.last is not VmEvent.SAVE_BEGIN,
         proved_before=begun is not None and begun.last is VmEvent.ROLLBACK,
         resume_announced=launch is not None and past.resume_announced(launch.checkpoint),

@@ -70,7 +70,7 @@ def _refuse_ending_companions(machine: Machine, launch: Launch) -> None:
 
 async def _choose(machine: Machine, qemu: Qemu, launch: Launch) -> Replacement:
     """Raises LoadFailed where two QEMUs can't have the same resources."""
-    in_turn = machine.run_state is not RunState.RUNNING or await must_sleep(machine, qemu)
+    in_turn = machine.run_state is not RunState.RUNNING or machine.own.delegated or await must_sleep(machine, qemu)
     if in_turn or await qemu.load_runs_guest():  # ADR 18: its checkpoint is spent before the new QEMU has shown that it can
         return Replacement.IN_TURN
     if both := machine.ports.definitions.unshareable(launch):
@@ -87,7 +87,8 @@ async def _in_turn(machine: Machine, launch: Launch) -> None:
     """The old one's program is kept before its guest stops, and brought back if the new one fails."""
     unkept = ""
     try:
-        await asyncio.to_thread(machine.ports.programs.keep, machine.name, machine.pid, launch.argv[1:])
+        if not machine.own.delegated:  # nobody would start the copy
+            await asyncio.to_thread(machine.ports.programs.keep, machine.name, machine.pid, launch.argv[1:])
     except OSError as error:
         unkept = f": its old QEMU could not be kept ({error})"
         log.warning("VM %s: should its new QEMU fail, it will stay saved%s", machine.name, unkept)

@@ -172,7 +172,8 @@ async def _write_state(
     timeout_s = min(machine.definition.save.timeout if machine.definition else _DEFAULT_TIMEOUT_S, limit_s)
     try:
         async with asyncio.timeout(None if limit_s == math.inf else limit_s):
-            stopped_at = await _bounded(machine.require_qemu().save(pending.fd, timeout_s), pending) or clock.now()
+            saving = machine.require_qemu().save(pending.fd, timeout_s, draft.id)
+            stopped_at = await _bounded(saving, pending) or clock.now()
     except TimeoutError:
         raise SaveFailed(
             f"its QEMU has not written its state within {limit_s:g} s, in which other guests stand still",
@@ -275,7 +276,7 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
         if now is not RunState.RUNNING:
             await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
         _record_if_possible(machine, VmEvent.RESUMED, was)
-    elif now is RunState.POSTMIGRATE:
+    elif now is RunState.POSTMIGRATE and not machine.own.delegated:  # a new QEMU could have no other state
         await machine.end()
         await machine.await_companions(was.launch)
         qemu = await machine.launch(machine.stamped(await machine.plan_load(was, located)))

@@ -58,6 +58,7 @@ async def promise(scope: Scope) -> None:
     if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.machine.powered_off and vm.state not in _SAVED]:
         raise SaveFailed(f"not saved: {', '.join(f'{vm.name} ({vm.state})' for vm in unsaved)}")
     scope.ports.kexec.promise()
+    await on_all([vm for vm in scope.vms() if vm.machine.stands_saved and vm.machine.own.delegated], Vm.end_saved)
 
 
 async def _save_each(scope: Scope, job: Job, found: Triage, need: Survives) -> None:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where libvirt has what is its own on this host (Debian's and Fedora's packages), and whose a QEMU is by the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from cpr_agent.core.model import VM_NAME
+
+
+class LibvirtPaths(msgspec.Struct, frozen=True):
+    """``root`` is / but for tests. The names below are those that libvirt's system mode has had for good."""
+
+    root: Path
+
+    @property
+    def definitions(self) -> Path:
+        """A domain's persistent XML, as NAME.xml."""
+        return self.root / "etc/libvirt/qemu"
+
+    @property
+    def images(self) -> Path:
+        return self.root / "var/lib/libvirt/qemu/save"
+
+    def image(self, domain: str) -> Path:
+        """From which ``virsh start`` restores the domain, if it is there (``virsh managedsave``)."""
+        return self.images / f"{domain}.save"
+
+    def pid_file(self, domain: str) -> Path:
+        return self.root / f"run/libvirt/qemu/{domain}.pid"
+
+    def log(self, domain: str) -> Path:
+        return self.root / f"var/log/libvirt/qemu/{domain}.log"
+
+
+def adopted(directory: Path, namespace: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and XML of each domain whose XML has our namespace; a host without libvirt has no such directory."""
+    for path in sorted(directory.glob("*.xml")):
+        if VM_NAME.fullmatch(path.stem):
+            with contextlib.suppress(OSError):
+                raw = path.read_bytes()
+                if namespace in raw:
+                    yield path.stem, raw
+
+
+def qemu_pid(pid_file: Path, domain: str) -> int:
+    """0 if the domain has no QEMU. A file that outlived its QEMU names a process that is another one by now."""
+    try:
+        pid = int(pid_file.read_text())
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return 0
+    name = f"guest={domain}".encode()
+    return pid if any(word.split(b",", 1)[0] == name for word in words) else 0
+
+
+def command_line(pid: int) -> tuple[str, ...]:
+    """Of a process; empty if it has ended."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(os.fsdecode(word) for word in raw.split(b"\0")[:-1])
+
+
+def maps_whole(pid: int, file: int, offset: int, size: int) -> bool:
+    """Whether the process has these bytes of an open file or device mapped, shared, and in one piece (proc_pid_maps(5)).
+
+    /proc/PID/map_files leads to the very object: QEMU sees a node of its own in the /dev that libvirt makes for it.
+    """
+    wanted = os.fstat(file)
+    device = wanted.st_rdev
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, flags, at = line.split(maxsplit=3)[:3]
+            begin, end = (int(number, 16) for number in span.split("-"))
+            if int(at, 16) != offset or end - begin < size or flags[3] != "s":
+                continue
+            with contextlib.suppress(OSError):
+                found = os.stat(f"/proc/{pid}/map_files/{span}")  # noqa: PTH116 - /proc, and a link with no text
+                if found.st_rdev == device != 0 or (not device and os.path.samestat(found, wanted)):
+                    return True
+    return False
+
+
+def has_open(pid: int, path: Path) -> bool:
+    """Whether the process, or one that it has started, has the file open that is at ``path`` now: libvirt 12.9 reads an
+    image by a helper (measured)."""
+    try:
+        wanted = path.stat()
+    except OSError:
+        return False
+    return any(os.path.samestat(found, wanted) for one in (pid, *_children(pid)) for found in _open_files(one))
+
+
+def _children(pid: int) -> Iterator[int]:
+    """Of all of its threads (proc_pid_task(5))."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError, ValueError):
+            yield from map(int, path.read_text().split())
+
+
+def _open_files(pid: int) -> Iterator[os.stat_result]:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - names alone
+            with contextlib.suppress(OSError):
+                yield os.stat(f"/proc/{pid}/fd/{name}")  # noqa: PTH116 - the object itself

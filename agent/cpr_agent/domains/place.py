@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where a domain's QEMU lives: libvirt starts and ends it, and the agent lets it have its memory. Implements
+core.ports.Place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from cpr_agent.core.model import Inventory, Launch, MemoryIdentity
+from cpr_agent.core.ports import Qemu
+from cpr_agent.domains.channel import PassThrough
+from cpr_agent.domains.connection import Libvirt
+from cpr_agent.domains.desk import REASON_S, Desk, Start
+from cpr_agent.domains.gate import Gate
+from cpr_agent.domains.hook_server import HookRequest
+from cpr_agent.domains.host import LibvirtPaths, command_line, has_open, maps_whole, qemu_pid
+from cpr_agent.domains.images import Images
+from cpr_agent.domains.monitor import Listening, listening
+from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
+from cpr_agent.domains.qemu import DomainQemu, leave_ram_in_place
+from cpr_agent.errors import CprError, QemuEnded, QemuFailed, QemuUnreachable
+from cpr_agent.host.waiting import readable
+from cpr_agent.vm.qmp import Qmp, SocketQmp
+from cpr_agent.vm.replies import STATUS
+
+log = logging.getLogger(__name__)
+
+_ELEMENT, _LIVE = 2, 1
+"""VIR_DOMAIN_METADATA_ELEMENT, VIR_DOMAIN_AFFECT_LIVE."""
+_CHECKPOINT = re.compile(r"""\s+checkpoint\s*=\s*("[^"]*"|'[^']*')""")
+CONNECT_S = 120.0
+"""From libvirt's question to the QEMU's connection: libvirt looks at the domain's disks and networks meanwhile."""
+SETTLE_S = 40.0
+"""For the end of a start that is given up; libvirt may be in the middle of it."""
+
+
+class Records(Protocol):
+    """What the agent notes of each QEMU, until the host starts anew."""
+
+    def launch(self, place: str) -> Launch | None: ...
+
+    def record(self, place: str, launch: Launch) -> None: ...
+
+    def launched_all(self) -> list[str]: ...
+
+    def inventory(self, place: str) -> Inventory | None: ...
+
+    def record_inventory(self, place: str, inventory: Inventory) -> None: ...
+
+
+class World(msgspec.Struct, frozen=True):
+    """What all domains share. ``open_memory`` opens the RAM at a node, and proves on the descriptor that it is the one."""
+
+    libvirt: Libvirt
+    desk: Desk
+    gate: Gate
+    places: Places
+    host: LibvirtPaths
+    records: Records
+    open_memory: Callable[[str, MemoryIdentity], int]
+    checkpoint_of: Callable[[str], str]
+    images: Images
+    own_monitors: dict[str, Qmp]
+    """Of domains whose QEMU has connected to this agent."""
+    spawn: Callable[[Coroutine[None, None, None]], None]
+    """For work that no act waits for."""
+
+    async def forget_checkpoint(self, domain: str) -> None:
+        """The domain runs with the XML of the image that it was restored from: a save by hand must not pass for that
+        checkpoint. Raises QemuFailed."""
+
+        def clear(found: Any) -> None:
+            was = found.metadata(_ELEMENT, NAMESPACE, _LIVE)
+            now = without_checkpoint(was)
+            if now != was:
+                found.setMetadata(_ELEMENT, now, PREFIX, NAMESPACE, _LIVE)
+
+        await self.libvirt.aside(domain, "forgotten its checkpoint", clear)
+
+
+def allow(world: World, start: Start, request: HookRequest) -> str:
+    """An answer to ``prepare``, and the gate is open if it is a yes."""
+    launch = start.launch
+    assert launch
+    carried, wanted = world.checkpoint_of(request.xml), launch.checkpoint if launch.kind == "load" else ""
+    if carried != wanted:
+        return f"what is started has the state of {_said(carried)}, and the agent allows {_said(wanted)}"
+    if wanted and not has_open(_parent(request.pid), world.host.image(launch.vm)):
+        return f"another image is restored than {world.host.image(launch.vm)}, which the agent has proved"
+    try:
+        fd = world.open_memory(launch.nodes[0], launch.memory[0])
+        try:
+            world.gate.open(launch.vm, launch.nodes[0], fd, start.uid)
+        finally:
+            os.close(fd)
+    except (CprError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def without_checkpoint(element: str) -> str:
+    """The agent's element in a domain's metadata, without the checkpoint's id in its first tag."""
+    head, end, rest = element.partition(">")
+    return _CHECKPOINT.sub("", head) + end + rest
+
+
+def _said(checkpoint: str) -> str:
+    return f"checkpoint {checkpoint}" if checkpoint else "none"
+
+
+def _parent(pid: int) -> int:
+    """The libvirt daemon of a hook."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class DomainPlace:
+    delegated = True
+
+    def __init__(self, name: str, world: World) -> None:
+        self._name = name
+        self._world = world
+
+    @property
+    def directory(self) -> str:
+        """None: libvirt has one for each QEMU."""
+        return ""
+
+    async def pid(self) -> int:
+        return qemu_pid(self._world.host.pid_file(self._name), self._name)
+
+    async def start(self, launch: Launch) -> None:
+        world, name = self._world, self._name
+        await self._after_the_one_before()
+        uid = await world.libvirt.qemu_uid(name)
+        world.records.record(name, launch)
+        with listening(world.places.monitor(name), uid) as own:
+            start, arrived = world.desk.begin(name, launch, uid)
+            creating = None if arrived else asyncio.ensure_future(world.libvirt.create(name))
+            if creating:
+                creating.add_done_callback(lambda done: _created(start, done))
+            try:
+                qmp = await self._connected(start, own)
+                self._let_in(start, launch)
+                start.qmp = world.own_monitors[name] = qmp
+                if launch.kind == "load":
+                    await leave_ram_in_place(qmp, on=True)
+                    return
+                await _first(start.started, start.ended, CONNECT_S, "is not started by libvirt", name)
+                start.say("")
+                world.desk.forget(name, start)
+                if creating:
+                    await creating
+            except BaseException:
+                await self._give_up(start)
+                raise
+
+    async def _connected(self, start: Start, own: Listening) -> Qmp:
+        """The agent's own monitor. Raises QemuFailed."""
+
+        def pid() -> int:
+            return qemu_pid(self._world.host.pid_file(self._name), self._name)
+
+        waiting = asyncio.ensure_future(own.connection(pid))
+        try:
+            await _first(waiting, start.ended, CONNECT_S, "has no QEMU that connects to the agent", self._name)
+        except BaseException:
+            waiting.cancel()
+            raise
+        return await SocketQmp.over(self._name, waiting.result(), CONNECT_S)
+
+    def _let_in(self, start: Start, launch: Launch) -> None:
+        """Its QEMU has its memory: nobody needs the way to it any more. Raises QemuFailed, MemoryUnusable."""
+        world, pid = self._world, qemu_pid(self._world.host.pid_file(self._name), self._name)
+        fd = world.open_memory(launch.nodes[0], launch.memory[0])
+        try:
+            world.gate.close(self._name)
+            memory = launch.memory[0]
+            if not maps_whole(pid, fd, memory.offset_bytes, memory.size_bytes):
+                what = f"its QEMU (PID {pid}) does not have the memory {launch.nodes[0]} that belongs to it"
+                raise QemuFailed(what, vm=self._name, remedy="see <qemu:commandline> in its XML")
+        finally:
+            os.close(fd)
+        argv = command_line(pid)
+        start.launch = replace(launch, argv=argv, base_argv=argv)
+        world.records.record(self._name, start.launch)
+
+    async def _after_the_one_before(self) -> None:
+        """libvirt may still be in the middle of a start that was given up."""
+        if before := self._world.desk.start_of(self._name):
+            before.say("it was given up")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SETTLE_S):
+                    await asyncio.shield(before.ended)
+            self._world.desk.forget(self._name, before)
+
+    async def connect(self, timeout_s: float) -> Qemu:
+        world, name = self._world, self._name
+        launch, pid = world.records.launch(name), await self.pid()
+        start = world.desk.start_of(name)
+        own = world.own_monitors.get(name)
+        if own and not own.gone:
+            return DomainQemu(own, launch, pid, world, start)
+        qmp = await PassThrough.open(name, world.libvirt)
+        asking = asyncio.ensure_future(qmp.ask(STATUS, timeout_s=timeout_s))
+        again = asyncio.ensure_future(world.desk.asked_again(name))
+        try:
+            await asyncio.wait({asking, again}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if again.done():
+                return DomainQemu(qmp, launch, pid, world, again.result())
+            if not asking.done():
+                raise QemuUnreachable(f"libvirt has not asked QEMU within {timeout_s:g} s", vm=name)
+            asking.result()
+            if launch and launch.kind == "load":
+                world.spawn(world.forget_checkpoint(name))
+        except BaseException:
+            await qmp.close()
+            raise
+        finally:
+            for task in (asking, again):
+                task.cancel()
+            await asyncio.gather(asking, again, return_exceptions=True)
+        return DomainQemu(qmp, launch, pid, world, None)
+
+    async def settle(self) -> None:
+        start = self._world.desk.start_of(self._name)
+        if start and start.launch is not None and start.qmp and not start.answer.done():
+            await leave_ram_in_place(start.qmp, on=False)
+        if start:
+            start.say("")
+            self._world.desk.forget(self._name, start)
+            self._world.spawn(self._world.forget_checkpoint(self._name))
+
+    async def wait_exit(self, timeout_s: float) -> bool:
+        """By pidfd."""
+        pid = await self.pid()
+        if not pid:
+            return True
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return await readable(fd, timeout_s)
+        finally:
+            os.close(fd)
+
+    async def kill(self) -> None:
+        """By libvirt, or by the kernel where libvirt does not answer, or waits for the agent's own answer."""
+        start = self._world.desk.start_of(self._name)
+        if start:
+            await self._give_up(start)
+        elif pid := await self.pid():
+            with contextlib.suppress(QemuFailed):
+                await self._world.libvirt.aside(self._name, "ended it", lambda domain: domain.destroy())
+            _kill(pid)
+        self._world.gate.close(self._name)
+        await self.wait_exit(SETTLE_S)
+
+    async def _give_up(self, start: Start) -> None:
+        """No guest has run in its QEMU. libvirt keeps the image."""
+        start.given_up = True
+        self._world.gate.close(self._name)
+        if pid := await self.pid():
+            _kill(pid)
+            await self.wait_exit(SETTLE_S)
+        asyncio.get_running_loop().call_later(REASON_S, start.say, "the agent has given it up: see `cprctl status`")
+        if not start.allowed.is_set() or start.ended.done():
+            self._world.desk.forget(self._name, start)
+
+    async def ended_by(self, timeout_s: float) -> int:  # noqa: ARG002 - libvirt's child
+        return 0
+
+    def log_tail(self) -> str:
+        """What libvirt says of a failed start has the end of the log in it."""
+        return ""
+
+
+class NoPlace:
+    """A domain has one QEMU. Implements core.ports.Place."""
+
+    delegated = True
+    directory = ""
+
+    async def start(self, launch: Launch) -> None:
+        raise QemuFailed("libvirt runs one QEMU of a domain at a time", vm=launch.vm)
+
+    async def connect(self, timeout_s: float) -> Qemu:  # noqa: ARG002
+        raise QemuEnded("there is no second QEMU of a domain")
+
+    async def settle(self) -> None:
+        """Nothing waits."""
+
+    async def pid(self) -> int:
+        return 0
+
+    async def wait_exit(self, timeout_s: float) -> bool:  # noqa: ARG002
+        return True
+
+    async def kill(self) -> None:
+        """There is none."""
+
+    async def ended_by(self, timeout_s: float) -> int:  # noqa: ARG002
+        return 0
+
+    def log_tail(self) -> str:
+        return ""
+
+
+def _created(start: Start, creating: asyncio.Future[None]) -> None:
+    if creating.cancelled():
+        return
+    error = creating.exception()
+    if error is not None:
+        start.end(error.what if isinstance(error, CprError) else str(error))
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+async def _first(
+    wanted: asyncio.Future[Any], ended: asyncio.Future[str], timeout_s: float, otherwise: str, vm: str
+) -> None:
+    """Raises QemuFailed unless ``wanted`` comes first."""
+    either: set[asyncio.Future[Any]] = {wanted, ended}
+    await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if wanted.done():
+        return
+    if ended.done():
+        raise QemuFailed(ended.result(), vm=vm)
+    raise QemuFailed(f"{otherwise} within {timeout_s:g} s", vm=vm)

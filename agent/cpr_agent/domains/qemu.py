@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A domain's live QEMU: asked as any other, and stopped, saved and let run by libvirt, which has to know. Implements
+core.ports.Qemu."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
+
+from cpr_agent.core.model import Launch, RunState
+from cpr_agent.core.run_states import SAVEABLE
+from cpr_agent.core.undo import uninterrupted
+from cpr_agent.domains.desk import Start
+from cpr_agent.errors import LoadFailed, QemuFailed, QemuRefused, SaveFailed
+from cpr_agent.vm.dialects import Dialect, choose_migration
+from cpr_agent.vm.qemu import LiveQemu
+from cpr_agent.vm.qmp import Qmp
+from cpr_agent.vm.retry import poll_until
+
+if TYPE_CHECKING:
+    from cpr_agent.domains.place import World
+
+_RESUME_S = 30.0
+_ABORT_S = 30.0
+_PAUSED = 3
+"""virDomainState: VIR_DOMAIN_PAUSED."""
+_WITHOUT_METADATA = 4
+"""virDomainSnapshotCreateFlags: VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA."""
+
+
+async def leave_ram_in_place(qmp: Qmp, *, on: bool) -> None:
+    """Turn the capability on for a save or a load of the agent's own, and off again: any other snapshot or save of the
+    domain would lack its RAM. Raises QemuFailed."""
+    capability = {"capability": "x-ignore-shared", "state": on}
+    await qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+
+class DomainQemu(LiveQemu):
+    """``start`` is that of its QEMU, as long as libvirt waits for the agent before the guest goes on."""
+
+    def __init__(self, qmp: Qmp, launch: Launch | None, pid: int, world: World, start: Start | None) -> None:
+        super().__init__(qmp, launch, pid)
+        self._world = world
+        self._start = start
+
+    @property
+    def _waits(self) -> Start | None:
+        """The start that waits for the agent's answer."""
+        return self._start if self._start and not self._start.answer.done() else None
+
+    async def run_state(self) -> RunState:
+        start = self._waits
+        if start and start.launch is None:  # an earlier agent let it begin, and libvirt asks when all is loaded
+            return RunState.PAUSED
+        return await super().run_state()
+
+    async def dialect(self) -> Dialect:
+        """As libvirt saves, with any QEMU."""
+        if self._dialect is None:
+            self._dialect = await choose_migration(self._qmp)
+        return self._dialect
+
+    async def _prepare(self) -> None:
+        """Nothing stays set."""
+
+    # -- save -----------------------------------------------------------------------------------------------------------
+
+    async def blocked_reasons(self, launch: Launch) -> list[str]:
+        asleep = await self.run_state() is RunState.SUSPENDED
+        return (
+            ["the guest is suspended, and libvirt saves none that is"] if asleep else []
+        ) + await super().blocked_reasons(launch)
+
+    async def save(self, vmstate_fd: int, timeout_s: float, checkpoint: str) -> float:
+        """libvirt's external snapshot of the memory alone leaves the guest in its QEMU, and what it writes can be restored
+        as any image of libvirt's. Raises SaveFailed; the guest may stand: ask ``run_state``."""
+        name = self._qmp.vm
+        disks = await self._call("listed its disks", _disks)
+        self._resumed = False
+        with self._qmp.expecting("STOP") as stopped:
+            running = await self.run_state() is RunState.RUNNING
+            image = self._world.images.begin(name, checkpoint, running=running)
+            await leave_ram_in_place(self._qmp, on=True)
+            try:
+                if running:
+                    await self._call("paused it", lambda domain: domain.suspend())
+                await self._snapshot(image, disks, timeout_s)
+            finally:
+                await uninterrupted(self._leave_no_capability())
+            state = await uninterrupted(poll_until(self.run_state, lambda now: now is RunState.POSTMIGRATE, _RESUME_S))
+            if state is not RunState.POSTMIGRATE:
+                raise SaveFailed(f"libvirt has saved it, but QEMU is {state}, not postmigrate", vm=name)
+            await asyncio.to_thread(self._world.images.finish, name, vmstate_fd)
+            return stopped.result().at if stopped.done() else 0.0
+
+    async def _snapshot(self, image: Path, disks: list[str], timeout_s: float) -> None:
+        """Raises SaveFailed, QemuFailed."""
+        without = "".join(f"<disk name={quoteattr(disk)} snapshot='no'/>" for disk in disks)
+        memory = f"<memory snapshot='external' file={quoteattr(str(image))}/>"
+        xml = f"<domainsnapshot>{memory}<disks>{without}</disks></domainsnapshot>"
+        saving = asyncio.ensure_future(
+            self._world.libvirt.aside(
+                self._qmp.vm, "saved it", lambda domain: domain.snapshotCreateXML(xml, _WITHOUT_METADATA), None
+            )
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(saving)
+        except QemuRefused as error:
+            raise SaveFailed(f"could not be written: {error.what}", vm=self._qmp.vm) from error
+        except TimeoutError:
+            await uninterrupted(self._abort(saving))
+            raise SaveFailed(f"libvirt was not done within {timeout_s:.0f} s", vm=self._qmp.vm) from None
+        except asyncio.CancelledError:
+            await uninterrupted(self._abort(saving))
+            raise
+
+    async def _abort(self, saving: asyncio.Future[Any]) -> None:
+        """Returns when libvirt is no longer at it. For ``uninterrupted``."""
+        with contextlib.suppress(QemuFailed):
+            await self._world.libvirt.aside(self._qmp.vm, "given the save up", lambda domain: domain.abortJob())
+        await asyncio.wait({saving}, timeout=_ABORT_S)
+        if saving.done() and not saving.cancelled():
+            saving.exception()
+
+    async def _leave_no_capability(self) -> None:
+        with contextlib.suppress(QemuFailed):  # `cont` tries again, before the guest runs
+            await leave_ram_in_place(self._qmp, on=False)
+
+    async def withdraw(self) -> None:
+        """A save of an earlier agent's may be under way: libvirt goes on with it alone."""
+        if await self._migration_status() not in ("none", "completed", "failed", "cancelled"):
+            await self._world.libvirt.aside(self._qmp.vm, "given the save up", lambda domain: domain.abortJob())
+            await poll_until(self._migration_status, lambda now: now in ("completed", "failed", "cancelled"), _ABORT_S)
+
+    # -- load -----------------------------------------------------------------------------------------------------------
+
+    async def load_runs_guest(self, saved_as: str = "") -> bool:  # noqa: ARG002
+        return False
+
+    async def load(self, vmstate_fd: int, timeout_s: float, saved_as: str = "") -> float:  # noqa: ARG002
+        """libvirt loads by itself, and then asks. Raises LoadFailed."""
+        name, start = self._qmp.vm, self._waits
+        if start is None:
+            raise LoadFailed("libvirt does not wait for it any more", vm=name)
+        either: set[asyncio.Future[Any]] = {start.started, start.ended}
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not start.started.done():
+            why = start.ended.result() if start.ended.done() else f"libvirt was not done within {timeout_s:g} s"
+            raise LoadFailed(f"libvirt could not restore it: {why}", vm=name)
+        state = await self.run_state()
+        if state not in SAVEABLE:
+            raise LoadFailed(f"libvirt has restored it, but QEMU is {state}, not paused", vm=name)
+        if not start.started.result().hold():
+            raise LoadFailed("libvirt does not wait for the agent's answer any more", vm=name)
+        return 0.0
+
+    async def cont(self) -> float:
+        start = self._waits
+        if start:
+            return await self._go_on(start)
+        await leave_ram_in_place(self._qmp, on=False)
+        if not await self._call("told its state", lambda domain: domain.state()[0] == _PAUSED):
+            return await super().cont()
+        with self._qmp.expecting("RESUME") as resumed:
+            await self._call("let it run", lambda domain: domain.resume())
+            return await self._time_of(resumed, "resume the guest")
+
+    async def _go_on(self, start: Start) -> float:
+        """libvirt lets the guest run once it has the agent's answer."""
+        if start.launch is not None:
+            await leave_ram_in_place(self._qmp, on=False)
+        with self._qmp.expecting("RESUME") as resumed:
+            start.say("")
+            at = await self._time_of(resumed, "resume the guest")
+        self._world.desk.forget(self._qmp.vm, start)
+        self._world.spawn(self._world.forget_checkpoint(self._qmp.vm))
+        if start.launch is None:
+            await leave_ram_in_place(self._qmp, on=False)
+        return at
+
+    # -- the rest -------------------------------------------------------------------------------------------------------
+
+    async def transfer_problem(self) -> str:
+        return "libvirt runs one QEMU of a domain at a time"
+
+    async def sleep_problem(self) -> str:
+        return "libvirt saves no guest that sleeps"
+
+    async def quit(self) -> None:
+        """libvirt ends it; an image that it has stays. The place kills what does not end."""
+        if self._waits is None:
+            with contextlib.suppress(QemuFailed):
+                await self._world.libvirt.aside(self._qmp.vm, "ended it", lambda domain: domain.destroy())
+
+    async def _call(self, deed: str, work: Callable[[Any], Any]) -> Any:
+        return await self._world.libvirt.of(self._qmp.vm).call(self._qmp.vm, deed, work)
+
+
+def _disks(domain: Any) -> list[str]:
+    """Names of all disks as a snapshot takes them."""
+    root = ElementTree.fromstring(domain.XMLDesc(0))  # noqa: S314 - libvirt's own
+    return [target.get("dev", "") for target in root.iterfind("devices/disk/target")]
