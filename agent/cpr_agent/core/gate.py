@@ -35,7 +35,8 @@ Proof = Proven | Unbroken
 
 
 async def let_run(machine: Machine, qemu: Qemu, proof: Proof) -> float:
-    """Returns when the guest ran (epoch s). Raises ProofFailed for a held VM; QemuFailed, which says where the guest is."""
+    """Returns when the guest ran (epoch s). Raises ProofFailed for a held VM; QemuFailed, which says where the guest is;
+    LoadFailed if it was just loaded, and has certainly not run."""
     _refuse(machine, proof)
     try:
         return await qemu.cont()

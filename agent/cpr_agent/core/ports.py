@@ -116,7 +116,8 @@ class Qemu(Protocol):
 
     async def cont(self) -> float:
         """Let the guest run; returns when it did (epoch s). Raises QemuRefused also for a guest whose disks could not be
-        flushed when it stopped, and still can't be."""
+        flushed when it stopped, and still can't be; LoadFailed if QEMU has ended after a load, and the guest has certainly
+        not run."""
 
     async def set_guest_clock(self, now: Callable[[], float]) -> float | None:
         """Set it to ``now()`` (epoch s) by the guest agent; returns by how much it was behind (s), None where the VM has no
@@ -161,8 +162,8 @@ class Place(Protocol):
         """Raises QemuFailed."""
 
     async def settle(self) -> None:
-        """Its QEMU has its guest, and stays: who waits for the end of the act that has started it need not wait any
-        more."""
+        """Its QEMU has its guest, and stays: whoever waits for the end of the act that has started it need not wait any
+        more. Raises LoadFailed if QEMU has ended all the same, and the guest has certainly not run."""
 
     async def pid(self) -> int:
         """PID of its QEMU; 0 if there is none."""

@@ -4,14 +4,15 @@ is there with every QEMU. While libvirt starts a domain it lets nobody through."
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
 from cpr_agent.domains.connection import Libvirt, MonitorEvent, listen
 from cpr_agent.errors import QemuFailed, QemuRefused
-from cpr_agent.vm.qmp import EVENTS, MAX_MESSAGE_BYTES, Event, Qmp
-from cpr_agent.vm.replies import EVENT_DATA, MESSAGE, UnreadableReplyError
+from cpr_agent.vm.qmp import COMMAND_TIMEOUT_S, EVENTS, MAX_MESSAGE_BYTES, Event, Qmp
+from cpr_agent.vm.replies import EVENT_DATA, MESSAGE, Query, UnreadableReplyError
 
 
 class PassThrough(Qmp):
@@ -39,13 +40,30 @@ class PassThrough(Qmp):
         self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
     ) -> msgspec.Raw:
         assert fd is None, "libvirt opens all files itself"
-        message = {"execute": command, **({"arguments": arguments} if arguments else {})}
-        text = msgspec.json.encode(message).decode()
-        said = (await self._libvirt.monitor_command(self.vm, command, text, timeout_s)).encode()
+        (said,) = await self._libvirt.monitor_commands(self.vm, command, [_message(command, arguments)], timeout_s)
+        return self._answer(command, said)
+
+    async def ask_all(
+        self, asked: Sequence[tuple[Query[Any], dict[str, object]]], timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> list[Any]:
+        """In one go of the domain's thread: a guest may wait."""
+        messages = [_message(query.command, arguments) for query, arguments in asked]
+        said = await self._libvirt.monitor_commands(self.vm, "what it was asked", messages, timeout_s)
+        return [self._read(query, text) for (query, _), text in zip(asked, said, strict=True)]
+
+    def _read(self, query: Query[Any], said: str) -> Any:
         try:
-            if len(said) > MAX_MESSAGE_BYTES:
-                raise UnreadableReplyError(f"it has {len(said)} bytes")
-            envelope = MESSAGE.read(said)
+            return self._decode(query, self._answer(query.command, said))
+        except QemuRefused:
+            return None
+
+    def _answer(self, command: str, said: str) -> msgspec.Raw:
+        """Raises QemuRefused, QemuFailed."""
+        raw = said.encode()
+        try:
+            if len(raw) > MAX_MESSAGE_BYTES:
+                raise UnreadableReplyError(f"it has {len(raw)} bytes")
+            envelope = MESSAGE.read(raw)
         except UnreadableReplyError as error:
             raise QemuFailed(f"QEMU gave an answer to {command} that makes no sense: {error}", vm=self.vm) from error
         if envelope.error:
@@ -72,3 +90,7 @@ class PassThrough(Qmp):
 
     def _on_loss(self) -> None:
         self._end("libvirt's daemon has ended")
+
+
+def _message(command: str, arguments: dict[str, object] | None) -> str:
+    return msgspec.json.encode({"execute": command, **({"arguments": arguments} if arguments else {})}).decode()

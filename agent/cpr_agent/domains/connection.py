@@ -14,7 +14,7 @@ import itertools
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -202,16 +202,15 @@ class Libvirt:
         QemuUnreachable."""
         await self.aside(domain, "started it", lambda found: found.create(), None)
 
-    async def monitor_command(self, domain: str, command: str, message: str, timeout_s: float) -> str:
-        """What its QEMU answers to a message of QMP. Raises QemuRefused, QemuUnreachable."""
+    async def monitor_commands(self, domain: str, what: str, messages: Sequence[str], timeout_s: float) -> list[str]:
+        """What its QEMU answers to messages of QMP, one after the other. Raises QemuRefused, QemuUnreachable."""
 
-        def ask(found: Any) -> str:
+        def ask(found: Any) -> list[str]:
             import libvirt_qemu
 
-            said: str = libvirt_qemu.qemuMonitorCommand(found, message, 0)
-            return said
+            return [libvirt_qemu.qemuMonitorCommand(found, message, 0) for message in messages]
 
-        return await self.of(domain).call(domain, f"had its QEMU do {command}", ask, timeout_s)
+        return await self.of(domain).call(domain, f"had its QEMU do {what}", ask, timeout_s)
 
     async def qemu_uid(self, domain: str) -> int:
         """The user that libvirt runs QEMU as (qemu.conf, ``user``), by its own word. Raises QemuRefused,

@@ -38,6 +38,8 @@ class Start:
         """Of its QEMU."""
         self.qmp: Qmp | None = None
         """The agent's own monitor, once its QEMU has connected to it."""
+        self.creating: asyncio.Future[None] | None = None
+        """The agent's own call of libvirt, if it has begun this start."""
         self.given_up = False
         self.allowed = asyncio.Event()
         """libvirt may start QEMU."""
@@ -159,7 +161,7 @@ class Desk:
         self._arrivals[request.domain] = arrival
         act = asyncio.create_task(self._act(request.domain, checkpoint))
         self._acts.add(act)
-        act.add_done_callback(self._acts.discard)
+        act.add_done_callback(self._ended)
         try:
             either: set[asyncio.Future[Any]] = {act, arrival.answer}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -181,6 +183,11 @@ class Desk:
                 raise
             log.error("VM %s: %s", domain, error.text)
             start.say(error.text)
+
+    def _ended(self, act: asyncio.Task[None]) -> None:
+        self._acts.discard(act)
+        if not act.cancelled():
+            act.exception()  # who was to hear of it may have gone
 
     async def _started(self, request: HookRequest) -> str:
         domain = request.domain

@@ -190,6 +190,7 @@ class Domains:
             images,
             {},
             self._spawn,
+            parts.store.checkpointed,
         )
         store = DomainCheckpoints(parts.store, parts.host, xml.checkpoint_of, images.finish)
         return Loaded(world, DomainRunner(world), store, HookServer(parts.places.hook, desk.on_request))

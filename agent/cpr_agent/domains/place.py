@@ -29,7 +29,7 @@ from cpr_agent.domains.images import Images
 from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
 from cpr_agent.domains.qemu import DomainQemu, leave_ram_in_place
-from cpr_agent.errors import CprError, QemuEnded, QemuFailed, QemuUnreachable
+from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable
 from cpr_agent.host.waiting import readable
 from cpr_agent.vm.qmp import Qmp, SocketQmp
 from cpr_agent.vm.replies import STATUS
@@ -75,6 +75,8 @@ class World(msgspec.Struct, frozen=True):
     """Of domains whose QEMU has connected to this agent."""
     spawn: Callable[[Coroutine[None, None, None]], None]
     """For work that no act waits for."""
+    is_saved: Callable[[str], bool]
+    """Whether the domain has a live checkpoint."""
 
     async def forget_checkpoint(self, domain: str) -> None:
         """The domain runs with the XML of the image that it was restored from: a save by hand must not pass for that
@@ -85,6 +87,8 @@ class World(msgspec.Struct, frozen=True):
             now = without_checkpoint(was)
             if now != was:
                 found.setMetadata(_ELEMENT, now, PREFIX, NAMESPACE, _LIVE)
+            if found.hasManagedSaveImage() and not self.is_saved(domain):
+                found.managedSaveRemove()
 
         await self.libvirt.aside(domain, "forgotten its checkpoint", clear)
 
@@ -151,6 +155,7 @@ class DomainPlace:
             start, arrived = world.desk.begin(name, launch, uid)
             creating = None if arrived else asyncio.ensure_future(world.libvirt.create(name))
             if creating:
+                start.creating = creating
                 creating.add_done_callback(lambda done: _created(start, done))
             try:
                 qmp = await self._connected(start, own)
@@ -236,13 +241,21 @@ class DomainPlace:
         return DomainQemu(qmp, launch, pid, world, None)
 
     async def settle(self) -> None:
+        """Of a guest that is not to run after its load; the answer for one that is has been given by ``cont``."""
         start = self._world.desk.start_of(self._name)
-        if start and start.launch is not None and start.qmp and not start.answer.done():
+        if start is None or start.given_up or start.answer.done():
+            return
+        if start.qmp:
             await leave_ram_in_place(start.qmp, on=False)
-        if start:
-            start.say("")
-            self._world.desk.forget(self._name, start)
-            self._world.spawn(self._world.forget_checkpoint(self._name))
+        start.say("")
+        self._world.desk.forget(self._name, start)
+        if start.creating:
+            with contextlib.suppress(QemuUnreachable):
+                try:
+                    await start.creating
+                except QemuRefused as error:
+                    raise LoadFailed(error.what, vm=self._name) from error
+        self._world.spawn(self._world.forget_checkpoint(self._name))
 
     async def wait_exit(self, timeout_s: float) -> bool:
         """By pidfd."""

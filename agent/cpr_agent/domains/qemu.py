@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +17,19 @@ from xml.sax.saxutils import quoteattr
 from cpr_agent.core.model import Launch, RunState
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.undo import uninterrupted
+from cpr_agent.domains.connection import listen
 from cpr_agent.domains.desk import Start
 from cpr_agent.errors import LoadFailed, QemuFailed, QemuRefused, SaveFailed
 from cpr_agent.vm.dialects import Dialect, choose_migration
 from cpr_agent.vm.qemu import LiveQemu
-from cpr_agent.vm.qmp import Qmp
+from cpr_agent.vm.qmp import Event, Qmp
 from cpr_agent.vm.retry import poll_until
 
 if TYPE_CHECKING:
     from cpr_agent.domains.place import World
 
 _RESUME_S = 30.0
+_GONE_S = 10.0
 _ABORT_S = 30.0
 _PAUSED = 3
 """virDomainState: VIR_DOMAIN_PAUSED."""
@@ -177,12 +181,51 @@ class DomainQemu(LiveQemu):
             await leave_ram_in_place(self._qmp, on=False)
         with self._qmp.expecting("RESUME") as resumed:
             start.say("")
-            at = await self._time_of(resumed, "resume the guest")
-        self._world.desk.forget(self._qmp.vm, start)
+            try:
+                at = await self._until_resumed(start, resumed)
+            finally:
+                self._world.desk.forget(self._qmp.vm, start)
         self._world.spawn(self._world.forget_checkpoint(self._qmp.vm))
         if start.launch is None:
             await leave_ram_in_place(self._qmp, on=False)
         return at
+
+    async def _until_resumed(self, start: Start, resumed: asyncio.Future[Event]) -> float:
+        """libvirt does so in milliseconds; unless another hook says no, or its daemon ends just then. Raises LoadFailed if
+        the guest has certainly not run, QemuFailed."""
+        lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def on_loss() -> None:
+            if not lost.done():
+                lost.set_result("libvirt's daemon has ended")
+
+        forget = listen(self._world.libvirt.heard.lost, on_loss)
+        either: set[asyncio.Future[Any]] = {resumed, start.ended, lost}
+        try:
+            await asyncio.wait(either, timeout=_RESUME_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            forget()
+        if not self._resumed and start.launch is not None:
+            why = next((one.result() for one in (start.ended, lost) if one.done()), "libvirt has not done so")
+            await self._refuse_unrun(why)
+        return await self._time_of(resumed, "resume the guest")
+
+    async def _refuse_unrun(self, why: str) -> None:
+        """A QEMU that nobody will let run any more ends here. It tells of RESUME on this connection before its guest runs.
+        Raises LoadFailed if it has not."""
+        try:
+            if await self.run_state() is not RunState.PAUSED:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        except QemuFailed:  # it has ended, or must not be touched
+            if not await poll_until(self._has_ended, bool, _GONE_S):
+                return
+        if await poll_until(self._is_gone, bool, _GONE_S) and not self._resumed:
+            raise LoadFailed(f"its guest was not let run: {why}", vm=self._qmp.vm)
+
+    async def _has_ended(self) -> bool:
+        return not Path(f"/proc/{self.pid}/exe").exists()
 
     # -- the rest -------------------------------------------------------------------------------------------------------
 

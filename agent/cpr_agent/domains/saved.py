@@ -76,8 +76,8 @@ class DomainCheckpoints:
         return fd
 
     def consume(self, manifest: Manifest) -> None:
+        """libvirt has the image open, and deletes it itself once the guest is to run."""
         self._store.consume(manifest)
-        self.withdraw(manifest.vm)
 
     def restore(self, vm: str, checkpoint: str) -> None:
         self._store.restore(vm, checkpoint)

@@ -147,7 +147,6 @@ class Fresh:
 
     async def settle(self) -> None:
         """The old one has ended."""
-        await self.place.settle()
 
 
 class Beside:
@@ -417,12 +416,18 @@ async def go_on(machine: Machine, qemu: Qemu, manifest: Manifest, proof: Proof, 
         await asyncio.to_thread(ports.store.consume, manifest)
     # From here on the checkpoint is spent, whatever happens (invariant 2).
     resumed_at = 0.0
-    if manifest.run_state != RunState.PAUSED:
-        try:
-            resumed_at = await let_run(machine, qemu, proof)
-        except QemuRefused:  # the QEMU that had the guest before may hold the locks of its disks (measured: quorum)
-            await vessel.settle()
-            resumed_at = await let_run(machine, qemu, proof)
+    try:
+        if manifest.run_state != RunState.PAUSED:
+            try:
+                resumed_at = await let_run(machine, qemu, proof)
+            except QemuRefused:  # the QEMU that had the guest before may hold the locks of its disks (measured: quorum)
+                await vessel.settle()
+                resumed_at = await let_run(machine, qemu, proof)
+        await machine.own.settle()
+    except LoadFailed as error:
+        said = await last_words(machine.own, error)
+        await put_back(machine, manifest.id, VmEvent.LOAD_FAILED)
+        raise _failed(manifest, error, said, vessel.remedy) from error
     resumed_at = await _has_gone_on(machine, manifest, proof, resumed_at)
     await vessel.settle()
     return resumed_at
