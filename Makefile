@@ -202,6 +202,8 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	install -D -m 644 policies/50-cpr-operators.rules -t $(DESTDIR)/usr/share/doc/cpr-agent/examples
 	install -D -m 644 policies/apparmor/cpr-* -t $(DESTDIR)/etc/apparmor.d
 	install -D -m 644 policies/apparmor/abstractions/cpr-vm -t $(DESTDIR)/etc/apparmor.d/abstractions
+	install -D -m 644 policies/apparmor/abstractions/libvirt-qemu.d/cpr-agent -t $(DESTDIR)/etc/apparmor.d/abstractions/libvirt-qemu.d
+	install -D -m 755 units/libvirt-hook $(DESTDIR)/etc/libvirt/hooks/qemu.d/cpr-agent
 	install -D -m 644 agent/cpr_agent/bus/org.cpragent1.xml -t $(DESTDIR)/usr/share/dbus-1/interfaces
 	install -d $(DESTDIR)/usr/share/cpr-agent/ansible
 	cp -r $(addprefix packaging/ansible/,inventory.example roles upgrade-hosts.yml) $(DESTDIR)/usr/share/cpr-agent/ansible/

@@ -38,6 +38,7 @@ async def check_vm(
     if launch and vm.definition and launch.definition_digest != vm.definition.digest:
         what, why = "its definition changed since it was started", "a load uses what it was started with"
         found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))
+    found += ports.surroundings.findings_of(vm.name)
     found += _state_findings(vm)
     if launch and _has_live_guest(vm):
         found += await _guest_findings(vm, launch)

@@ -552,6 +552,26 @@ class Kexec(Protocol):
         """Start the host's services again that a shutdown which was called off has stopped; does not wait."""
 
 
+class Surroundings(Protocol):
+    """What else on this host starts, saves and ends QEMUs that the agent has a part in."""
+
+    def findings(self) -> list[Finding]:
+        """What of its settings speaks against that. Reads a few small files."""
+
+    def findings_of(self, vm: str) -> list[Finding]:
+        """The same for one VM alone."""
+
+
+class NoSurroundings:
+    """There is nothing of that kind; implements Surroundings."""
+
+    def findings(self) -> list[Finding]:
+        return []
+
+    def findings_of(self, vm: str) -> list[Finding]:  # noqa: ARG002 - the port's
+        return []
+
+
 class Hooks(Protocol):
     """Programs of the admin's own."""
 
@@ -585,3 +605,4 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     kernels: Kernels
     kexec: Kexec
     threads: Threads = msgspec.field(default_factory=Threads)
+    surroundings: Surroundings = msgspec.field(default_factory=NoSurroundings)

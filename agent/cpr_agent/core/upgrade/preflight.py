@@ -162,6 +162,7 @@ async def check_host(the_plan: Plan, ports: Ports, vms: Collection[Vm], *, kerne
     drivers = ports.memory.drivers(tuple(memory for vm in vms for memory in vm.occupied_memory()))
     return [
         *ports.kexec.findings(),
+        *ports.surroundings.findings(),
         *(await asyncio.to_thread(ports.kernels.findings, the_plan.kernel, drivers) if kernel else [_NOT_LOOKED_AT]),
         *_command_line_findings(the_plan, ports, drivers),
         *_room_findings(ports, [vm for vm in vms if vm.pid]),
