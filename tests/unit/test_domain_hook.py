@@ -33,7 +33,7 @@ PATIENCE_S = 60
 class Hook:
     """The hook as it is installed, but below ``root``."""
 
-    def __init__(self, root: Path, **limits: object) -> None:
+    def __init__(self, root: Path, *, read: str = "cat", **limits: object) -> None:
         self.socket = root / "hook.sock"
         self.program = root / "ask.py"
         self._script = root / "cpr-agent"
@@ -44,7 +44,10 @@ class Hook:
         self.program.write_text(text)
         script = (ROOT / "units/libvirt-hook").read_text()
         assert "/usr/lib/cpr-agent/cpr_agent/domains/ask.py" in script
-        self._script.write_text(script.replace("/usr/lib/cpr-agent/cpr_agent/domains/ask.py", str(self.program)))
+        script = script.replace("/usr/lib/cpr-agent/cpr_agent/domains/ask.py", str(self.program)).replace(
+            "$(cat)", f"$({read})"
+        )
+        self._script.write_text(script.replace("/run/cpr-agent/monitor", str(root / "monitor")))
         self._script.chmod(0o755)
 
     def command(self, domain: str, operation: str, sub_operation: str) -> list[str]:
@@ -169,6 +172,15 @@ def test_a_domain_whose_metadata_were_edited_away_is_still_asked_for(tmp_path: P
     hook = Hook(tmp_path, ABSENT_S=NO_WAIT)
     rest = b"<qemu:arg value='memory-backend-file,id=cpr-ram,mem-path=/run/cpr-agent/gate/web1'/>"
     assert hook.run("prepare", rest).returncode == 1
+
+
+def test_a_domain_that_could_not_be_read_is_adopted_if_it_has_a_monitor(tmp_path: Path) -> None:
+    hook = Hook(tmp_path, read="head -c 9; false", ABSENT_S=NO_WAIT)
+    assert hook.run("started").returncode == 0
+    (tmp_path / "monitor").mkdir()
+    (tmp_path / "monitor/web1").touch()
+    assert hook.run("started").returncode == 1
+    assert hook.run("started", domain="plain").returncode == 0
 
 
 def test_an_end_is_told_and_never_refused(hook: Hook) -> None:
