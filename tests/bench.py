@@ -37,6 +37,7 @@ from tests.fakes import (
     FakePrograms,
     FakeQemu,
     FakeRunner,
+    FakeSurroundings,
 )
 
 T = TypeVar("T")
@@ -143,6 +144,7 @@ class Bench:
         self.kernels = FakeKernels(self.runner)
         self.kexec = FakeKexec(self.runner)
         self.hooks = FakeHooks(self.runner)
+        self.surroundings = FakeSurroundings()
         self.definitions = root / "vms"
         self.definitions.mkdir()
 
@@ -196,6 +198,7 @@ class Bench:
                 kernels=self.kernels,
                 kexec=self.kexec,
                 hooks=self.hooks,
+                surroundings=self.surroundings,
             )
             manager = Manager(ports, self.settings)
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal

@@ -121,6 +121,19 @@ class FakeKernels:
         self.is_loaded = None
 
 
+class FakeSurroundings:
+    """Implements core.ports.Surroundings: a finding without a VM is the host's."""
+
+    def __init__(self) -> None:
+        self.wrong: list[Finding] = []
+
+    def findings(self) -> list[Finding]:
+        return [finding for finding in self.wrong if not finding.vm]
+
+    def findings_of(self, vm: str) -> list[Finding]:
+        return [finding for finding in self.wrong if finding.vm == vm]
+
+
 class FakeKexec:
     """Implements core.ports.Kexec: a test machine can't be sent into another kernel. ``started`` tells that it was asked
     to; what then becomes of the host is the test's to say, by ``fail`` or by Bench.reboot."""

@@ -677,6 +677,19 @@ def test_a_plan_says_first_what_it_would_shut_down(bench: Bench) -> None:
     assert "it plays the piano" in found.what
 
 
+def test_what_surrounds_the_agent_refuses_an_upgrade_as_a_whole_or_for_one_vm(bench: Bench) -> None:
+    def wrong(vm: str) -> Finding:
+        return Finding(severity="error", code="libvirt-hook", what="the hook is missing", remedy="mend it", vm=vm)
+
+    bench.surroundings.wrong = [wrong("")]
+    said = bench.run(refused_upgrade(UpgradeRequest(policy=Policy.SKIP_UNSAVEABLE))).result
+    assert "the hook is missing" in said
+    assert_all_run(bench)
+    bench.surroundings.wrong = [wrong("web2")]
+    assert "web2" in bench.run(refused_upgrade()).result
+    assert_all_run(bench)
+
+
 def test_only_force_ends_a_qemu_that_does_not_answer(bench: Bench) -> None:
     bench.runner.faults["web2", "run_state"] = QemuFailed("no answer", vm="web2")
     assert "does not answer" in bench.run(refused_upgrade(UpgradeRequest(policy=Policy.SKIP_UNSAVEABLE))).result

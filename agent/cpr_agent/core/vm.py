@@ -158,8 +158,11 @@ class Vm:
     async def require_saveable(self, need: Survives, *, hooks: bool = True) -> None:
         """Raises the error of a save as it would be now, and stops nothing."""
         await saveable.require_saveable(self.machine, need, hooks=hooks)
-        if need is Survives.KEXEC and (reasons := await self.successor_reasons()):
-            raise Blocked(reasons, vm=self.name)
+        if need is Survives.KEXEC:
+            found = self.machine.ports.surroundings.findings_of(self.name)
+            around = [finding for finding in found if finding.severity == "error"]
+            if reasons := await self.successor_reasons() + [finding.what for finding in around]:
+                raise Blocked(reasons, vm=self.name, remedy="; ".join(finding.remedy for finding in around))
 
     async def require_saveable_in_time(self, need: Survives) -> None:
         """Likewise, after a wait for obstacles that pass, where the definition says to wait."""
