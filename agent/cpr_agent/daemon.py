@@ -25,6 +25,7 @@ from cpr_agent.core.threads import Threads
 from cpr_agent.domains.beside import BothDefinitions, BothRunners, BothStores
 from cpr_agent.domains.host import LibvirtPaths
 from cpr_agent.domains.hub import Callbacks, Domains, Parts
+from cpr_agent.domains.lazy import DomainsOnDemand
 from cpr_agent.domains.names import Places
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.files import locked, make_private_directory, write_atomically
@@ -123,10 +124,11 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Ma
     threads = Threads()
     runner: Runner = SystemdRunner(files, systemd, users, threads) if systemd else ProcessRunner(files)
     checkpoints = CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories))
+    places, libvirt = Places(paths.run), LibvirtPaths(paths.root)
     domains = Domains(
         Parts(
-            host=LibvirtPaths(paths.root),
-            places=Places(paths.run),
+            host=libvirt,
+            places=places,
             records=RunFiles(paths.run / "domains", paths.logs, PROGRAMS),
             grants=files.grants,
             store=checkpoints,
@@ -145,6 +147,7 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Ma
         boot=host,
         files=host,
         sockets=host,
+        domains=DomainsOnDemand(domains, places, libvirt.settings),
         threads=threads,
         programs=KeptPrograms(paths.programs),
         firmware=KeptFirmware(paths.firmware),

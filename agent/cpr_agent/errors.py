@@ -14,6 +14,7 @@
     │   ├── AlreadySaved      a live checkpoint stands in the way
     │   ├── NoCheckpoint
     │   └── NothingToDo       the request applies to no VM; no error
+    ├── NotAdoptable          this domain of libvirt can't be a VM now; carries every reason
     ├── Blocked               this VM can't be saved now; carries every reason
     ├── MemoryUnusable        the definition's memory can't be used
     │   ├── DeviceMissing
@@ -147,6 +148,16 @@ class Blocked(CprError):
             left="the guest was not touched",
             remedy=remedy,
         )
+
+
+class NotAdoptable(CprError):
+    """``causes`` has every reason, and not only the first."""
+
+    kind = "NotAdoptable"
+
+    def __init__(self, causes: Sequence[str], *, vm: str, remedy: str = "") -> None:
+        self.causes = tuple(causes)
+        super().__init__(f"can't be adopted: it {'; it '.join(causes)}", vm=vm, left="nothing was changed", remedy=remedy)
 
 
 class MemoryUnusable(CprError):

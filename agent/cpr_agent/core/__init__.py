@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from cpr_agent.late import late
 
 if TYPE_CHECKING:
-    from cpr_agent.core import allocation, checks, separation
+    from cpr_agent.core import adoption, allocation, checks, separation
 
-__all__ = ["allocation", "checks", "separation"]
+__all__ = ["adoption", "allocation", "checks", "separation"]
 
 if not TYPE_CHECKING:
     __getattr__ = late(__name__, __all__)

@@ -29,6 +29,7 @@ from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM, QemuFailed
 
 if TYPE_CHECKING:
+    from cpr_agent.core.adoption import Adoption
     from cpr_agent.core.allocation import Range
     from cpr_agent.core.upgrade.preflight import Plan, UpgradeRequest
 
@@ -49,11 +50,18 @@ class Manager:
         self.listeners.add(_Housekeeper(self))
         self.jobs = Jobs(self.listeners)
         self.ports = ports
+        self._adoption: Adoption | None = None
         self.ledger = Ledger(ports.journal, ports.boot, self.listeners)
         self._transaction = Transaction(ports, self.ledger, lambda: list(self.vms.values()), settings.upgrade.standstill)
         self._settings = settings
         self._recovered = asyncio.Event()
         self._recovered.set()
+
+    @property
+    def adoption(self) -> Adoption:
+        if self._adoption is None:
+            self._adoption = core.adoption.Adoption(self.ports, self)
+        return self._adoption
 
     def vm(self, name: str) -> Vm:
         try:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from cpr_agent.core.domains import Domains, NoDomains
 from cpr_agent.core.model import (
     BlockNode,
     Companion,
@@ -30,6 +31,7 @@ from cpr_agent.core.model import (
     Manifest,
     MemorySection,
     OpenFile,
+    Owner,
     QemuFacts,
     Ram,
     Throttle,
@@ -231,6 +233,9 @@ class Definitions(Protocol):
 
     def import_command_line(self, text: str, *, name: str, device: str, offset: str, user: str) -> Imported:
         """A definition from another QEMU's command line. Raises InvalidArgument."""
+
+    def owner(self, name: str) -> Owner:
+        """Who has the definition of this name, also one that can't be used."""
 
     def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
         """All definitions by name, and what is wrong with those that can't be used."""
@@ -604,5 +609,6 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     firmware: FirmwareCopies
     kernels: Kernels
     kexec: Kexec
+    domains: Domains = msgspec.field(default_factory=NoDomains)
     threads: Threads = msgspec.field(default_factory=Threads)
     surroundings: Surroundings = msgspec.field(default_factory=NoSurroundings)

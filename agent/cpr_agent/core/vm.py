@@ -15,11 +15,13 @@ from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.acts.sleep import wake_late_sleeper
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.machine import Machine, Neighbours
-from cpr_agent.core.model import Definition, Held, Launch, Manifest, Ram, RunState, Survives, VmState
+from cpr_agent.core.model import Definition, Held, Launch, Manifest, Owner, Ram, RunState, Survives, VmState
 from cpr_agent.core.ports import Ports, Qemu
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import (
+    AlreadyRunning,
+    AlreadySaved,
     Blocked,
     Busy,
     CheckpointUnreadable,
@@ -55,6 +57,7 @@ class Act(enum.StrEnum):
     REFRESH = "refresh"
     ARRIVE = "start by another program"
     END = "end of the QEMU whose guest is saved"
+    DEFINE = "a change of its definition"
 
 
 class Vm:
@@ -117,6 +120,11 @@ class Vm:
                 return manifest.launch.user
         named = self.definition.vm.user if self.definition else ""
         return named or self.machine.ports.runner.user(self.name)
+
+    @property
+    def owner(self) -> Owner:
+        """Who defines it, and runs its QEMU."""
+        return self.definition.owner if self.definition else self.machine.ports.definitions.owner(self.name)
 
     @property
     def busy(self) -> bool:
@@ -288,6 +296,19 @@ class Vm:
         """Give the guest a new QEMU on the same RAM; ``wanted``: in turn. Returns how. Raises CprError."""
         async with self._admitted(Act.REFRESH):
             return await acts.replace.replace(self.machine, wanted)
+
+    @contextlib.asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """For a change of its definition: it has no QEMU and no checkpoint, and gets none meanwhile. Raises WrongState."""
+        async with self._admitted(Act.DEFINE):
+            left = "nothing was changed"
+            if self.checkpointed:
+                remedy = f"load it and shut its guest down, or give the checkpoint up: cprctl discard {self.name}"
+                raise AlreadySaved("has a checkpoint, whose guest would be lost", vm=self.name, left=left, remedy=remedy)
+            if self.pid:
+                remedy = f"shut its guest down first: cprctl stop {self.name}"
+                raise AlreadyRunning(f"is {self.state}", vm=self.name, left=left, remedy=remedy)
+            yield
 
     async def shut_down(self) -> None:
         """For a guest that can't be saved: its power button. Raises CprError."""

@@ -17,6 +17,7 @@ from cpr_agent.core.model import (
     Launch,
     Located,
     Manifest,
+    Owner,
 )
 from cpr_agent.core.ports import Definitions, PendingState, Place, Runner, Store
 from cpr_agent.domains.hub import Domains
@@ -80,6 +81,9 @@ class BothDefinitions:
     @property
     def directory(self) -> str:
         return self._own.directory
+
+    def owner(self, name: str) -> Owner:
+        return "libvirt" if name in self._domains else self._own.owner(name)
 
     def parse(self, name: str, text: str) -> Definition:
         return self._own.parse(name, text)

@@ -24,6 +24,11 @@ class LibvirtPaths(msgspec.Struct, frozen=True):
         return self.root / "etc/libvirt/qemu"
 
     @property
+    def settings(self) -> Path:
+        """Of its QEMU driver."""
+        return self.root / "etc/libvirt/qemu.conf"
+
+    @property
     def images(self) -> Path:
         return self.root / "var/lib/libvirt/qemu/save"
 

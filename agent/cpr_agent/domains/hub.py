@@ -22,6 +22,7 @@ from cpr_agent.errors import CprError, QemuFailed
 from cpr_agent.vm.retry import poll_until
 
 if TYPE_CHECKING:
+    from cpr_agent.domains.connection import Session
     from cpr_agent.domains.definitions import DomainDefinitions
     from cpr_agent.domains.gate import Grants
     from cpr_agent.domains.hook_server import HookServer
@@ -96,6 +97,11 @@ class Domains:
     @property
     def store(self) -> DomainCheckpoints:
         return self._all.store
+
+    @property
+    def session(self) -> Session:
+        """With libvirt, for questions about domains that are not adopted."""
+        return self._all.world.libvirt.of("")
 
     def plain(self, launch: Launch) -> Launch:
         """What of a command line has to be looked after on this host."""

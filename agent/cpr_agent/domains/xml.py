@@ -14,12 +14,13 @@ from itertools import pairwise
 from xml.sax.saxutils import escape
 
 import msgspec
+from msgspec.structs import replace
 
-from cpr_agent.core.model import RAM_ID, Definition, MemorySection, VmSection
+from cpr_agent.core.model import RAM_ID, Bytes, Definition, MemoryNode, MemorySection, VmSection
 from cpr_agent.domains import part
 from cpr_agent.domains.names import MONITOR_ID, PREFIX, QEMU_NAMESPACE, QEMU_PREFIX, Places
 from cpr_agent.domains.part import Adopted
-from cpr_agent.domains.refusals import why_not, why_not_by_hand
+from cpr_agent.domains.refusals import Refusal, why_not, why_not_by_hand
 from cpr_agent.domains.tree import Edit, Element, Tree, parse
 from cpr_agent.errors import InvalidDefinition
 from cpr_agent.text import printable, printable_lines
@@ -186,6 +187,20 @@ def with_checkpoint(text: str, checkpoint: str) -> str:
         tag = f"{tag[:at]} checkpoint={part.quoted(checkpoint)}{tag[at:]}"
     span = tree.spans[vm]
     return tree.edited([Edit(span.begin, span.inside, tag)])
+
+
+def with_memory(was: Adopted | None, memory: MemoryNode, align_bytes: int) -> Adopted:
+    """The agent's part with this memory, and the settings that it had."""
+    if was is None:
+        return Adopted(device=memory.device, size=memory.size, offset=memory.offset, align=Bytes(align_bytes))
+    return replace(was, device=memory.device, size=memory.size, offset=memory.offset, align=Bytes(align_bytes))
+
+
+def reasons(text: str) -> list[Refusal]:
+    """Why the domain can't be adopted, as its XML without the agent's part says. Raises InvalidDefinition."""
+    root = _parse(text).root
+    by_hand = [one.get("value", "") for one in root.iterfind(f"{_COMMANDLINE}/{_ARGUMENT}")]
+    return [*why_not(root), *why_not_by_hand(by_hand)]
 
 
 def diff(before: str, after: str, name: str) -> str:

@@ -29,6 +29,7 @@ from cpr_agent.core.model import (
     Located,
     Manifest,
     MemorySection,
+    Owner,
     Seconds,
 )
 from cpr_agent.core.paths import why_swappable
@@ -205,6 +206,9 @@ class DefinitionDirectory:
     @property
     def directory(self) -> str:
         return str(self._root)
+
+    def owner(self, name: str) -> Owner:  # noqa: ARG002 - whichever it is
+        return "agent"
 
     def parse(self, name: str, text: str) -> Definition:
         if not VM_NAME.fullmatch(name):
