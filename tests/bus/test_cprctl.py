@@ -92,7 +92,7 @@ def test_all_that_is_printed_as_json_is_in_the_schema(lab: Lab) -> None:
         else:
             assert found["error"]["message"] in ended.stderr.replace("cprctl: ", ""), command
     guest.call("Start")
-    elsewhere = {"upgrade", "drill", "rollback", "cancel", "memory allocate", "edit", "import"}
+    elsewhere = {"upgrade", "drill", "rollback", "cancel", "memory allocate", "edit", "import", "adopt", "release"}
     assert seen >= set(SCHEMA["properties"]) - elsewhere
 
 

@@ -78,7 +78,7 @@ def test_words_of_a_guest_or_a_file_are_no_markup(capsys: pytest.CaptureFixture[
     """rich would style, link or leave out what is in brackets, and fail where it does not match."""
     memory: dict[str, Any] = {"size": M, "device": MARKUP, "offset": 0}
     vm: dict[str, Any] = dict.fromkeys(
-        ("RunState", "Description", "Qemu", "Unit", "User", "AdminSocket", "Problem"), MARKUP
+        ("RunState", "Description", "Owner", "Qemu", "Unit", "User", "AdminSocket", "Problem"), MARKUP
     )
     vm |= {"Name": "web1", "State": "held", "MainPID": 1, "Memory": memory, "BlockedReasons": [MARKUP], "Checkpoint": {}}
     vm |= {"Held": {"at": 1.0, "error": MARKUP, "evidence": [[MARKUP, MARKUP, MARKUP]]}}
@@ -90,7 +90,7 @@ def test_words_of_a_guest_or_a_file_are_no_markup(capsys: pytest.CaptureFixture[
     tables.findings([{"vm": "web1", "severity": "error", "what": MARKUP, "why": MARKUP, "remedy": MARKUP}])
     tables.memory(memory)
     out = capsys.readouterr().out
-    assert out.count(MARKUP) == 28
+    assert out.count(MARKUP) == 30
     assert "\x1b]8" not in out
 
 

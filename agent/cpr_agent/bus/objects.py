@@ -21,6 +21,7 @@ from cpr_agent.core.vm import Vm
 from cpr_agent.errors import AccessDenied, CheckpointUnreadable, CprError, InvalidArgument
 
 if TYPE_CHECKING:
+    from cpr_agent.core.adoption import Outcome, Wanted
     from cpr_agent.core.allocation import Range
     from cpr_agent.core.upgrade.preflight import UpgradeRequest
 
@@ -37,6 +38,9 @@ class Caller(Protocol):
 
     async def may(self, action: str) -> bool:
         """Whether polkit allows this caller that too, without a password typed for it."""
+
+    async def is_trusted(self) -> bool:
+        """Whether it is root, or the user that the agent itself is."""
 
     async def apart(self, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         """Do blocking work in a thread that no guest's work waits for."""
@@ -143,6 +147,22 @@ class ManagerObject(BusObject):
         imported, problem = await self._caller.apart(self._manager.import_command_line, command_line, **wanted)
         notes = Variant("a(sss)", [list(note) for note in imported.notes])
         return [vardict(name=imported.name, definition=imported.text, notes=notes, problem=problem)]
+
+    async def call_Adopt(self, domain: str, options: dict[str, Variant]) -> list[Any]:
+        taken = take_options(options, {**_CHANGE_OPTIONS, "device": "s", "offset": "s"})
+        device = taken.get("device", "")
+        if device.startswith("/") and not device.startswith("/dev/dax") and not await self._caller.is_trusted():
+            raise AccessDenied(
+                "to name a file as a guest's RAM is for root alone",
+                vm=domain,
+                left="nothing was changed",
+                remedy="name a dax device, or use sudo",
+            )
+        return [_change(await self._manager.adoption.adopt(domain, _wanted(taken)))]
+
+    async def call_Release(self, domain: str, options: dict[str, Variant]) -> list[Any]:
+        taken = take_options(options, _CHANGE_OPTIONS)
+        return [_change(await self._manager.adoption.release(domain, _wanted(taken)))]
 
     async def call_LastError(self) -> list[Any]:
         return [_error(self._caller.last_error())]
@@ -257,6 +277,9 @@ class VmObject(BusObject):
         size = sum(one["size"].value for one in ranges)
         known = vardict(survives=str(survives(ram))) if ram else {}
         return {**vardict(size=size), **known, "nodes": Variant("aa{sv}", ranges)} if ranges else {}
+
+    def get_Owner(self) -> str:
+        return self._vm.owner
 
     def get_Unit(self) -> str:
         return self._vm.unit
@@ -375,6 +398,20 @@ def _survives(options: dict[str, Any], default: Survives) -> Survives:
         return Survives(options.get("survives", default))
     except ValueError as error:
         raise InvalidArgument(str(error), remedy="survives is kexec or qemu-restart") from None
+
+
+_CHANGE_OPTIONS = {"dry-run": "b", "token": "s"}
+
+
+def _wanted(taken: dict[str, Any]) -> Wanted:
+    act = not taken.get("dry-run", False)
+    return core.adoption.Wanted(taken.get("device", ""), taken.get("offset", ""), act, taken.get("token", ""))
+
+
+def _change(outcome: Outcome) -> dict[str, Variant]:
+    change, memory = outcome
+    place = {"device": memory.device, "size": int(memory.size), "offset": int(memory.offset)} if memory else {}
+    return vardict(diff=change.diff, token=change.token, **place)
 
 
 _UPGRADE_OPTIONS = {

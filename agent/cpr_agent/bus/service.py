@@ -282,6 +282,9 @@ class Service(Listener):
     async def may(self, action: str) -> bool:
         return await self._authority.allows(self._call.get(), action)
 
+    async def is_trusted(self) -> bool:
+        return trusted(await self._authority.uid(self._call.get()))
+
     async def apart(self, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._workers, functools.partial(work, *arguments, **more))
 

@@ -8,7 +8,7 @@ import sys
 import click
 
 from cpr_agent import __version__
-from cpr_agent.cli import definitions, memory, report, upgrades, vms
+from cpr_agent.cli import definitions, domains, memory, report, upgrades, vms
 from cpr_agent.cli.session import Output, Target
 
 EPILOG = """Exit codes: 0 done, 1 failed, 2 nothing to do, 3 no such VM, checkpoint or report, 4 refused by a check or a
@@ -25,7 +25,14 @@ def cli(context: click.Context, bus_address: str | None, host: str) -> None:
     context.obj = Target(None if host else bus_address, host)
 
 
-for _command in (*vms.COMMANDS, *upgrades.COMMANDS, *report.COMMANDS, *memory.COMMANDS, *definitions.COMMANDS):
+for _command in (
+    *vms.COMMANDS,
+    *upgrades.COMMANDS,
+    *report.COMMANDS,
+    *memory.COMMANDS,
+    *definitions.COMMANDS,
+    *domains.COMMANDS,
+):
     cli.add_command(_command)
 
 

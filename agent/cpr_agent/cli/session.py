@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from cpr_agent.bus.client import CallError, Client
-from cpr_agent.errors import Blocked, KernelRefused, NothingToDo, ProofFailed, SaveRefused, UpgradeRefused
+from cpr_agent.errors import Blocked, KernelRefused, NotAdoptable, NothingToDo, ProofFailed, SaveRefused, UpgradeRefused
 
 EXIT_FAILED = 1
 EXIT_NOTHING = 2
@@ -34,7 +34,10 @@ _EXITS = {
     "NoSuchVM": EXIT_NOT_FOUND,
     "NoSuchReport": EXIT_NOT_FOUND,
     "NoCheckpoint": EXIT_NOT_FOUND,
-    **{error.kind: EXIT_REFUSED for error in (Blocked, KernelRefused, SaveRefused, UpgradeRefused, ProofFailed)},
+    **{
+        error.kind: EXIT_REFUSED
+        for error in (Blocked, KernelRefused, NotAdoptable, SaveRefused, UpgradeRefused, ProofFailed)
+    },
     **{error.kind: EXIT_REFUSED for error in ProofFailed.__subclasses__()},
     "AccessDenied": EXIT_DENIED,
     "org.freedesktop.DBus.Error.AccessDenied": EXIT_DENIED,

@@ -60,12 +60,13 @@ def vms(data: list[dict[str, Any]]) -> None:
     if not data:
         _print("No VMs are defined. Definitions go to /etc/cpr-agent/vms/NAME.toml.")
         return
-    table = _table("VM", "STATE", "MEMORY", "DEVICE", "SURVIVES", "DESCRIPTION")
+    table = _table("VM", "STATE", "OWNER", "MEMORY", "DEVICE", "SURVIVES", "DESCRIPTION")
     for entry in data:
         memory = entry["Memory"]
         table.add_row(
             entry["Name"],
             _styled(entry["State"]),
+            entry.get("Owner", "agent"),  # an earlier agent has none but its own
             exact_size(memory.get("size", 0)),
             _short(", ".join(one.get("device", "") for one in _ranges(memory))),
             memory.get("survives", "?"),
@@ -111,8 +112,9 @@ def vm(data: dict[str, Any]) -> None:
         "Memory": ", ".join(map(_range, _ranges(memory)))
         + (f", survives a {memory['survives']}" if "survives" in memory else ""),
         "QEMU": data["Qemu"] + (f", PID {data['MainPID']}" if data["MainPID"] else ""),
+        "Owner": data.get("Owner", ""),  # an earlier agent has none
         "Unit": data["Unit"],
-        "User": data.get("User", ""),  # an earlier agent has none
+        "User": data.get("User", ""),  # likewise
         "Admin's QMP": data["AdminSocket"],
         "Blocked by": "; ".join(data["BlockedReasons"]),
         "Problem": data["Problem"],
