@@ -19,10 +19,11 @@ from cpr_agent import __version__, core, vm
 from cpr_agent.bus.service import Service
 from cpr_agent.core import acts, upgrade
 from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import Definition
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.threads import Threads
-from cpr_agent.domains.beside import BothDefinitions, BothRunners, BothStores
+from cpr_agent.domains.beside import BothDefinitions, BothRunners, BothStores, DomainSurroundings
 from cpr_agent.domains.host import LibvirtPaths
 from cpr_agent.domains.hub import Callbacks, Domains, Parts
 from cpr_agent.domains.lazy import DomainsOnDemand
@@ -123,6 +124,7 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Ma
     users = Users(paths.state / "users")
     threads = Threads()
     runner: Runner = SystemdRunner(files, systemd, users, threads) if systemd else ProcessRunner(files)
+    memory = HostMemory(UdevDevices())
     checkpoints = CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories))
     places, libvirt = Places(paths.run), LibvirtPaths(paths.root)
     domains = Domains(
@@ -133,12 +135,15 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Ma
             grants=files.grants,
             store=checkpoints,
             open_memory=open_memory,
+            nodes_of=lambda definition: _nodes(memory, definition),
         )
     )
     ports = Ports(
-        definitions=BothDefinitions(DefinitionDirectory(paths.definitions, paths.run, paths.logs), domains),
+        definitions=BothDefinitions(
+            DefinitionDirectory(paths.definitions, paths.run, paths.logs), domains, runner.launched_all
+        ),
         runner=BothRunners(runner, domains),
-        memory=HostMemory(UdevDevices()),
+        memory=memory,
         store=BothStores(checkpoints, domains),
         journal=FileJournal(paths.state / "journal", host, host),
         history=History(paths.state / "history"),
@@ -148,6 +153,7 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Ma
         files=host,
         sockets=host,
         domains=DomainsOnDemand(domains, places, libvirt.settings),
+        surroundings=DomainSurroundings(paths.root, domains),
         threads=threads,
         programs=KeptPrograms(paths.programs),
         firmware=KeptFirmware(paths.firmware),
@@ -157,6 +163,13 @@ def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Ma
     manager = Manager(ports, settings)
     domains.attach(Callbacks(manager.arrive, manager.look_again, manager.reload))
     return manager, domains
+
+
+def _nodes(memory: HostMemory, definition: Definition) -> list[str]:
+    """The paths of a definition's memory, as far as they are known without a wait."""
+    named = {one.device for one in definition.memory.ranges}
+    found = [device.node for device in memory.devices() if f"uuid:{device.uuid}" in named] if named else []
+    return [*found, *(name for name in named if name.startswith("/"))]
 
 
 def publisher(paths: Paths, settings: Settings, manager: Manager) -> Publisher:
@@ -234,8 +247,8 @@ async def _serve(service: Service, manager: Manager, domains: Domains, published
         sys.stderr.flush()
         os._exit(1)
     notify(stopping=1)
+    await manager.close()  # an act under way waits for libvirt's hook
     await domains.close()
-    await manager.close()
     recovering.cancel()
     importing.cancel()
     publishing.cancel()

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from cpr_agent.core.model import (
     BlockNode,
     Companion,
     Definition,
+    Finding,
     Firmware,
     Held,
     Imported,
@@ -19,7 +21,7 @@ from cpr_agent.core.model import (
     Manifest,
     Owner,
 )
-from cpr_agent.core.ports import Definitions, PendingState, Place, Runner, Store
+from cpr_agent.core.ports import Definitions, NoSurroundings, PendingState, Place, Runner, Store, Surroundings
 from cpr_agent.domains.hub import Domains
 from cpr_agent.errors import InvalidDefinition
 
@@ -74,9 +76,11 @@ class BothRunners:
 class BothDefinitions:
     """Implements core.ports.Definitions."""
 
-    def __init__(self, own: Definitions, domains: Domains) -> None:
+    def __init__(self, own: Definitions, domains: Domains, started_own: Callable[[], list[str]]) -> None:
+        """``started_own`` names the own VMs that were started since the host booted."""
         self._own = own
         self._domains = domains
+        self._started_own = started_own
 
     @property
     def directory(self) -> str:
@@ -94,9 +98,14 @@ class BothDefinitions:
     def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
         """A name that both have is nobody's: neither may start on the other one's memory."""
         good, bad = self._own.load_all()
-        domains, unusable = self._domains.load_all()
-        for name in ({*good, *bad}) & {*domains, *unusable}:
-            what = f"{self.directory}/{name}.toml and an adopted domain of libvirt's have the same name"
+        defined, started = {*good, *bad}, {*self._started_own()}
+
+        def is_own(name: str) -> bool:
+            return name in defined or (name in started and self._domains.is_not_libvirts(name))
+
+        domains, unusable = self._domains.load_all(is_own)
+        for name in filter(is_own, {*domains, *unusable}):
+            what = "an own VM and an adopted domain of libvirt's have the same name"
             bad[name] = InvalidDefinition(what, vm=name, remedy="rename one of them")
             for some in (good, domains, unusable):
                 some.pop(name, None)
@@ -142,6 +151,27 @@ class BothDefinitions:
 
     def plan_probe(self, launch: Launch) -> Launch:
         return self._own.plan_probe(launch)
+
+
+class DomainSurroundings:
+    """Implements core.ports.Surroundings; ``root`` is / but for tests."""
+
+    def __init__(self, root: Path, domains: Domains) -> None:
+        self._root = root
+        self._domains = domains
+
+    def _all(self) -> Surroundings:
+        if not self._domains.nodes:
+            return NoSurroundings()
+        from cpr_agent.domains.host_findings import LibvirtSurroundings  # a host without domains has none
+
+        return LibvirtSurroundings(self._root, lambda: self._domains.nodes, lambda: self._domains.heard_at)
+
+    def findings(self) -> list[Finding]:
+        return self._all().findings()
+
+    def findings_of(self, vm: str) -> list[Finding]:
+        return self._all().findings_of(vm)
 
 
 class BothStores:

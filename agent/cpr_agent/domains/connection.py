@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from cpr_agent.errors import CprError, QemuFailed, QemuRefused, QemuUnreachable
 from cpr_agent.text import printable
 from cpr_agent.vm.qmp import EVENTS
+from cpr_agent.vm.retry import poll_until
 
 log = logging.getLogger(__name__)
 
@@ -221,6 +222,19 @@ class Libvirt:
             return int(labels[1]) if labels else 0
 
         return await self.of(domain).ask(domain, "told whom QEMU runs as", find)
+
+    async def until_there(self, timeout_s: float) -> None:
+        """Raises QemuUnreachable."""
+
+        async def problem() -> QemuUnreachable | None:
+            try:
+                await self.watch()
+            except QemuUnreachable as error:
+                return error
+            return None
+
+        if error := await poll_until(problem, lambda found: found is None, timeout_s, slowest_s=1.0):
+            raise error
 
     async def watch(self) -> None:
         """Hear what happens from now on; does nothing if it is heard already. Raises QemuUnreachable, QemuFailed."""

@@ -46,22 +46,38 @@ class LibvirtPaths(msgspec.Struct, frozen=True):
 def adopted(directory: Path, namespace: bytes) -> Iterator[tuple[str, bytes]]:
     """Name and XML of each domain whose XML has our namespace; a host without libvirt has no such directory."""
     for path in sorted(directory.glob("*.xml")):
-        if VM_NAME.fullmatch(path.stem):
-            with contextlib.suppress(OSError):
-                raw = path.read_bytes()
-                if namespace in raw:
-                    yield path.stem, raw
+        if VM_NAME.fullmatch(path.stem) and (raw := _adopted(path, namespace)):
+            yield path.stem, raw
+
+
+def is_adopted(path: Path, namespace: bytes) -> bool:
+    return bool(_adopted(path, namespace))
+
+
+def _adopted(path: Path, namespace: bytes) -> bytes:
+    with contextlib.suppress(OSError):
+        raw = path.read_bytes()
+        return raw if namespace in raw else b""
+    return b""
 
 
 def qemu_pid(pid_file: Path, domain: str) -> int:
     """0 if the domain has no QEMU. A file that outlived its QEMU names a process that is another one by now."""
     try:
         pid = int(pid_file.read_text())
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError):
         return 0
-    name = f"guest={domain}".encode()
-    return pid if any(word.split(b",", 1)[0] == name for word in words) else 0
+    return pid if _is_named(pid, domain) else 0
+
+
+def qemus_named(name: str) -> list[int]:
+    """All processes that were started as the QEMU of a VM of this name."""
+    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_named(int(pid), name)]  # noqa: PTH208
+
+
+def _is_named(pid: int, name: str) -> bool:
+    wanted = f"guest={name}"
+    return any(word.split(",", 1)[0] == wanted for word in command_line(pid))
 
 
 def command_line(pid: int) -> tuple[str, ...]:

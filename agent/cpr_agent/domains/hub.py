@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ import msgspec
 
 from cpr_agent.core.model import Definition, Launch, MemoryIdentity
 from cpr_agent.core.ports import Store
-from cpr_agent.domains.host import LibvirtPaths
-from cpr_agent.domains.names import Places
+from cpr_agent.domains.host import LibvirtPaths, is_adopted, qemu_pid, qemus_named
+from cpr_agent.domains.names import NAMESPACE, Places
 from cpr_agent.errors import CprError, QemuFailed
 from cpr_agent.vm.retry import poll_until
 
@@ -54,6 +55,8 @@ class Parts(msgspec.Struct, frozen=True):
     grants: Grants
     store: Store
     open_memory: Callable[[str, MemoryIdentity], int]
+    nodes_of: Callable[[Definition], list[str]]
+    """The paths of its memory on this host, as far as they are known."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -72,6 +75,10 @@ class Domains:
         self._loaded: Loaded | None = None
         self._definitions: DomainDefinitions | None = None
         self._names: set[str] = set()
+        self.nodes: dict[str, list[str]] = {}
+        """Of each adopted domain, the paths of its memory."""
+        self.heard_at = 0.0
+        """When libvirt's hook was last heard of (epoch s)."""
         self._serving = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -111,19 +118,33 @@ class Domains:
     def launched_all(self) -> list[str]:
         return self._parts.records.launched_all()
 
-    def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
-        """See core.ports.Definitions. A domain whose definition is gone stays one while it runs or is saved."""
+    def is_not_libvirts(self, name: str) -> bool:
+        """Whether a QEMU of this name runs that libvirt knows nothing of."""
+        pid = qemu_pid(self._parts.host.pid_file(name), name)
+        return any(one != pid for one in qemus_named(name))
+
+    def load_all(self, is_own: Callable[[str], bool]) -> tuple[dict[str, Definition], dict[str, Exception]]:
+        """See core.ports.Definitions. A domain whose definition is gone stays one while it runs or is saved; a name of
+        which ``is_own`` says so is none of a domain's."""
         directory = self._parts.host.definitions
         good, bad = self.definitions.load_all() if directory.is_dir() else ({}, {})
-        self._names = {*good, *bad, *self.launched_all, *self._saved()}
+        names = {*good, *bad, *self.launched_all, *self._saved(is_own)}
+        self._names = {name for name in names if not is_own(name)}
+        self.nodes = {name: self._nodes(one) for name, one in good.items() if name in self._names}
         if self._names and self._serving:
             self._open()
         return good, bad
 
-    def _saved(self) -> set[str]:
+    def _nodes(self, definition: Definition) -> list[str]:
+        launch = self._parts.records.launch(definition.name)
+        return list(launch.nodes) if launch else self._parts.nodes_of(definition)
+
+    def _saved(self, is_own: Callable[[str], bool]) -> set[str]:
         """libvirt's images in the store: no own VM's launch is without descriptors of its memory."""
         found = set()
         for name in self._parts.store.live_all():
+            if is_own(name):
+                continue
             with contextlib.suppress(CprError):
                 manifest = self._parts.store.live(name)
                 if manifest and not manifest.launch.memory_fds:
@@ -150,7 +171,7 @@ class Domains:
             return
         server.open()
         for name in self._names:
-            self._all.store.offer(name)
+            self._all.store.settle(name)
         self._spawn(self._stay_connected())
 
     @property
@@ -164,7 +185,7 @@ class Domains:
         from cpr_agent.domains.connection import Libvirt
         from cpr_agent.domains.desk import Desk
         from cpr_agent.domains.gate import Gate
-        from cpr_agent.domains.hook_server import HookServer
+        from cpr_agent.domains.hook_server import HookRequest, HookServer
         from cpr_agent.domains.images import Images
         from cpr_agent.domains.place import World, allow
         from cpr_agent.domains.runner import DomainRunner
@@ -198,8 +219,13 @@ class Domains:
             self._spawn,
             parts.store.checkpointed,
         )
+
+        async def on_request(request: HookRequest) -> str:
+            self.heard_at = time.time()
+            return await desk.on_request(request)
+
         store = DomainCheckpoints(parts.store, parts.host, xml.checkpoint_of, images.finish)
-        return Loaded(world, DomainRunner(world), store, HookServer(parts.places.hook, desk.on_request))
+        return Loaded(world, DomainRunner(world), store, HookServer(parts.places.hook, on_request))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         async def run() -> None:
@@ -218,7 +244,7 @@ class Domains:
         assert callbacks
         lost = asyncio.Event()
         libvirt.heard.lost.append(lost.set)
-        libvirt.heard.defined.append(lambda _: self._spawn(callbacks.reload()))
+        libvirt.heard.defined.append(self._on_definition)
         while True:
             lost.clear()
             await poll_until(self._connected, bool, math.inf, slowest_s=RECONNECT_S)
@@ -226,6 +252,13 @@ class Domains:
                 self._spawn(callbacks.look_again(name))
             await lost.wait()
             log.warning("libvirt's daemon has gone; its domains run on")
+
+    def _on_definition(self, domain: str) -> None:
+        """Of any domain, adopted or not."""
+        callbacks, directory = self._callbacks, self._parts.host.definitions
+        assert callbacks
+        if domain in self._names or is_adopted(directory / f"{domain}.xml", NAMESPACE.encode()):
+            self._spawn(callbacks.reload())
 
     async def _connected(self) -> bool:
         try:

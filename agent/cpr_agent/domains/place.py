@@ -41,6 +41,8 @@ _ELEMENT, _LIVE = 2, 1
 _CHECKPOINT = re.compile(r"""\s+checkpoint\s*=\s*("[^"]*"|'[^']*')""")
 CONNECT_S = 120.0
 """From libvirt's question to the QEMU's connection: libvirt looks at the domain's disks and networks meanwhile."""
+THERE_S = 90.0
+"""For libvirt's daemon: the agent is there before it at boot."""
 SETTLE_S = 40.0
 """For the end of a start that is given up; libvirt may be in the middle of it."""
 
@@ -149,6 +151,7 @@ class DomainPlace:
     async def start(self, launch: Launch) -> None:
         world, name = self._world, self._name
         await self._after_the_one_before()
+        await world.libvirt.until_there(THERE_S)
         uid = await world.libvirt.qemu_uid(name)
         world.records.record(name, launch)
         with listening(world.places.monitor(name), uid) as own:
@@ -213,6 +216,13 @@ class DomainPlace:
             self._world.desk.forget(self._name, before)
 
     async def connect(self, timeout_s: float) -> Qemu:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._connect(timeout_s)
+        except TimeoutError:
+            raise QemuUnreachable(f"libvirt has not answered within {timeout_s:g} s", vm=self._name) from None
+
+    async def _connect(self, timeout_s: float) -> Qemu:
         world, name = self._world, self._name
         launch, pid = world.records.launch(name), await self.pid()
         start = world.desk.start_of(name)
@@ -223,11 +233,9 @@ class DomainPlace:
         asking = asyncio.ensure_future(qmp.ask(STATUS, timeout_s=timeout_s))
         again = asyncio.ensure_future(world.desk.asked_again(name))
         try:
-            await asyncio.wait({asking, again}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({asking, again}, return_when=asyncio.FIRST_COMPLETED)
             if again.done():
                 return DomainQemu(qmp, launch, pid, world, again.result())
-            if not asking.done():
-                raise QemuUnreachable(f"libvirt has not asked QEMU within {timeout_s:g} s", vm=name)
             asking.result()
             if launch and launch.kind == "load":
                 world.spawn(world.forget_checkpoint(name))

@@ -95,6 +95,13 @@ class DomainCheckpoints:
 
     # -- the image ----------------------------------------------------------------------------------------------------
 
+    def settle(self, vm: str) -> None:
+        """An agent before this one may have ended in between."""
+        if self._store.checkpointed(vm):
+            self.offer(vm)
+        else:
+            self.withdraw(vm)
+
     def offer(self, vm: str) -> None:
         """Let libvirt have the image of the live checkpoint, unless it has just that. A load by hand needs it, and the
         agent's own puts it there before."""
