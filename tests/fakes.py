@@ -396,12 +396,17 @@ class FakeQemu:
 
     async def save(self, vmstate_fd: int, timeout_s: float, checkpoint: str) -> float:  # noqa: ARG002
         await self._step("save")
-        if self.status == "postmigrate":
+        was = self.status
+        if self._runner.delegated and was == "running":
+            self.status = "paused"
+            self._runner.point("stopped first")
+            await self._step("stopped-first")
+        if was == "postmigrate":
             raise SaveFailed("Can't migrate the vm that was paused due to previous migration", vm=self.launch.vm)
         if self._runner.vfio.get(self.launch.vm) and self.status != "suspended":
             raise SaveFailed("VFIO device only supports cpr-reboot for runstate suspended", vm=self.launch.vm)
         self._slept = self.status == "suspended"
-        state = {"vm": self.launch.vm, "count": self.count, "was": self.status}
+        state = {"vm": self.launch.vm, "count": self.count, "was": was}
         os.write(vmstate_fd, HEADER + json.dumps(state).encode())
         self.status = "postmigrate"
         await self._step("after-save")
@@ -535,6 +540,8 @@ class FakePlace:
 
     async def settle(self) -> None:
         self._runner.point()
+        if fault := self._runner.faults.get((self._name, "settle")):
+            raise fault
         self._runner.settled.append(self._name)
 
     @property
@@ -554,6 +561,7 @@ class FakePlace:
         if runner.broken.get(launch.argv[0]) == "start":
             raise QemuFailed("the program is broken", vm=launch.vm)
         assert launch.vm not in self._qemus, "two QEMUs in one place"
+        assert not (runner.delegated and self._qemus is runner.beside), "there is no second place"
         self._qemus[launch.vm] = FakeQemu(runner, launch)
 
     async def connect(self, timeout_s: float) -> Qemu:  # noqa: ARG002
@@ -609,6 +617,7 @@ class FakeRunner:
         self.transfers = False
         self.load_runs_guest = False
         self.delegated = False
+        """Whether all QEMUs are run by another service: see core.ports.Place."""
         self.settled: list[str] = []
         self.disks: dict[str, Path] = {}
         """Of each VM one at the most, which the test has open."""

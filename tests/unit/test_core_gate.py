@@ -103,7 +103,7 @@ def through_the_gate(root: Path) -> list[tuple[str, str, str, str]]:
 
 def test_only_the_gate_lets_a_qemu_run_its_guest() -> None:
     found = [(file, function) for file, function, _, _ in uses(AGENT, "cont")]
-    assert found == [("core/gate.py", "let_run")]
+    assert found == [("core/gate.py", "let_run"), ("domains/qemu.py", "cont")]  # the latter is that of all other QEMUs
     wakes = {(file, function) for file, function, _, within in uses(AGENT, "wake") if not getattr(within, "args", None)}
     assert {one for one in wakes if one[0].startswith("core/")} == {("core/gate.py", "wake")}
 
@@ -125,6 +125,24 @@ def test_each_place_that_knows_a_command_that_lets_a_guest_run_is_known() -> Non
         ("vm/qemu.py", "powerdown", "system_wakeup"),  # to be powered off
         ("vm/qemu.py", "wake", "system_wakeup"),
         ("vm/shutdown.py", "main", "system_wakeup"),  # likewise, as its unit stops
+    }
+
+
+def test_each_place_that_has_libvirt_let_a_guest_run_is_known() -> None:
+    """By a call of libvirt's, or by a yes to its hook; ``create`` starts a domain, about which the hook is asked."""
+    known = {
+        (file, function, name)
+        for file, function, name, within in uses(AGENT / "domains", "resume", "create", "reset", "reboot", "say")
+        if isinstance(within, ast.Call) and _used(within.func) == name and file not in ("ask.py", "hook_server.py")
+        if name != "say" or (isinstance(word := within.args[0], ast.Constant) and word.value == "")
+    }
+    assert known == {
+        ("connection.py", "create", "create"),
+        ("place.py", "settle", "say"),  # of a guest that stays paused, or that an act has let start afresh
+        ("place.py", "start", "create"),
+        ("place.py", "start", "say"),  # afresh: the guest runs already
+        ("qemu.py", "_go_on", "say"),
+        ("qemu.py", "cont", "resume"),
     }
 
 

@@ -68,6 +68,7 @@ ACTS: dict[str, Callable[[Manager], Awaitable[object]]] = {
     "continue by hand": by_hand("running", "paused", "postmigrate"),
 }
 FAULTS = ("start", "connect", "run_state", "save", "after-save", "load", "after-load", "cont", "after-cont")
+FAULTS += ("stopped-first", "settle")
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,19 @@ async def bring_it_back(manager: Manager, *, paused: bool) -> None:
 
 
 @contextlib.contextmanager
-def a_guest(witness: Literal["sampled", "off"]) -> Iterator[Bench]:
+def a_guest(witness: Literal["sampled", "off"], *, delegated: bool = False) -> Iterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="cpr-agent-test-", dir="/dev/shm") as directory:
         bench = Bench(Path(directory), witness)
+        bench.runner.delegated = delegated
         bench.define("web1")
         bench.vm(lambda vm: vm.start())
         yield bench
 
 
 @settings(max_examples=100)
-@given(st.lists(lives, min_size=1, max_size=4))
-def test_a_guest_survives_any_lives_of_agents(history: list[Life]) -> None:
-    with a_guest(witness="sampled") as bench:
+@given(st.lists(lives, min_size=1, max_size=4), st.booleans())
+def test_a_guest_survives_any_lives_of_agents(history: list[Life], delegated: bool) -> None:  # noqa: FBT001 - drawn
+    with a_guest(witness="sampled", delegated=delegated) as bench:
         for life in history:
             live(bench, life)
         # A guest that could not be continued is a paused one, and saved again as that.
@@ -144,12 +146,13 @@ def test_a_guest_survives_any_lives_of_agents(history: list[Life]) -> None:
 
 @pytest.mark.parametrize("act", ["save", "load", "resume", "save all", "load all", "end the saved QEMU"])
 @pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
-def test_a_guest_survives_an_agent_that_is_killed_anywhere_in(act: str, *, paused: bool) -> None:
+@pytest.mark.parametrize("delegated", [False, True], ids=["own", "delegated"])
+def test_a_guest_survives_an_agent_that_is_killed_anywhere_in(act: str, *, paused: bool, delegated: bool) -> None:
     """Wherever it is killed: the next agent brings the guest back, and if QEMU died as well, what is left is not loaded
     onto RAM that has moved on. No witness would notice it here: the order of things alone must do."""
     for points in range(1, 200):
         for qemu_dies in (False, True):
-            with a_guest(witness="off") as bench:
+            with a_guest(witness="off", delegated=delegated) as bench:
                 if paused:
                     live(bench, Life(["pause by hand"], [], None))
                 if not act.startswith("save"):
