@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from tests.libvirt.lab import Domain, LibvirtLab, libvirt_lab
 GATE = "/run/cpr-agent/gate"
 ADDED = """<qemu:commandline>
   <qemu:arg value='-object'/>
-  <qemu:arg value='memory-backend-file,id=cpr-ram,mem-path={gate}/web1,share=on,size={size}'/>
+  <qemu:arg value='memory-backend-file,id=cpr-ram,mem-path={gate}/web1/ram,share=on,size={size}'/>
   <qemu:arg value='-machine'/>
   <qemu:arg value='memory-backend=cpr-ram'/>
 </qemu:commandline>"""
@@ -47,9 +48,10 @@ class StandIn:
         if request.operation == self.refused:
             return "its guest waits for another one"
         if request.operation == "prepare":
-            (self._gate / "web1").symlink_to(self._ram)
-        else:
-            (self._gate / "web1").unlink(missing_ok=True)
+            (self._gate / "web1").mkdir()
+            (self._gate / "web1/ram").symlink_to(self._ram)
+        elif (self._gate / "web1").exists():
+            shutil.rmtree(self._gate / "web1")
         return ""
 
     async def _open(self) -> None:
@@ -133,12 +135,17 @@ def test_a_refusal_shows_in_virsh_and_changes_nothing(domain: Domain, agent: Sta
 
 
 def test_without_an_agent_no_way_of_libvirt_s_reaches_the_memory(domain: Domain) -> None:
+    domain.bed.path(GATE).mkdir(parents=True)
     with domain.untouched():
         said = domain.refused("start")
         assert "cpr-agent: the agent does not answer" in said
         domain.refused("start", "--force-boot")
         domain.bed.path("/etc/libvirt/hooks/qemu.d/cpr-agent").unlink()
         assert "No such file or directory" in domain.refused("start"), "the gate is closed, whoever starts it"
+        with domain.bed.path("/etc/libvirt/qemu.conf").open("a") as settings:
+            settings.write('user = "root"\ngroup = "root"\n')
+        domain.bed.restart_libvirtd()
+        assert "No such file or directory" in domain.refused("start"), "for a QEMU of root's, too"
 
 
 def test_a_domain_that_is_not_adopted_starts_without_an_agent(domain: Domain) -> None:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cpr_agent.domains.gate import Gate
+from cpr_agent.domains.gate import LIMIT_S, MODE, Gate
 from cpr_agent.errors import MemoryUnusable
 from cpr_agent.host.grants import DeviceGrants
 from tests.unit.test_isolation import AS_ROOT, ONE, OTHER, may_open
@@ -38,11 +41,30 @@ def ram(place: Path) -> Iterator[tuple[Path, int]]:
     os.close(fd)
 
 
-@pytest.fixture
-def gate(place: Path) -> Gate:
-    gate = Gate(place / "gate", DeviceGrants())
+class Timer:
+    """In the place of the loop's own."""
+
+    def __init__(self) -> None:
+        self.due: list[Callable[[], None]] = []
+
+    def later(self, seconds: float, work: Callable[[], None]) -> asyncio.TimerHandle:
+        assert seconds == LIMIT_S
+        self.due.append(work)
+        return self  # type: ignore[return-value] # of a handle's methods only cancel() is called
+
+    def cancel(self) -> None:
+        self.due.pop()
+
+
+def made(place: Path, grants: DeviceGrants | None = None) -> Gate:
+    gate = Gate(place / "gate", grants or DeviceGrants(), Timer().later)
     gate.close_all()
     return gate
+
+
+@pytest.fixture
+def gate(place: Path) -> Gate:
+    return made(place)
 
 
 def test_the_memory_can_be_opened_by_its_path_while_the_gate_is_open(gate: Gate, ram: tuple[Path, int]) -> None:
@@ -79,11 +101,78 @@ def test_one_gate_closes_and_the_other_on_the_same_memory_stays_open(gate: Gate,
     assert not may_open(path, ONE)
 
 
+def test_no_gate_is_open_for_longer_than_its_limit(place: Path, ram: tuple[Path, int]) -> None:
+    """A QEMU that does not see the device behind the link would try for ever."""
+    path, fd = ram
+    timer = Timer()
+    gate = Gate(place / "gate", DeviceGrants(), timer.later)
+    gate.close_all()
+    gate.open("web1", str(path), fd, ONE)
+    timer.due[0]()
+    assert not gate.is_open("web1")
+    assert not may_open(path, ONE)
+    gate.open("web1", str(path), fd, ONE)
+    gate.close("web1")
+    assert timer.due == [], "a gate that is opened later has a limit of its own"
+
+
+def test_the_loop_closes_a_gate(place: Path, ram: tuple[Path, int]) -> None:
+    async def story() -> float:
+        gate = Gate(place / "gate", DeviceGrants())
+        gate.close_all()
+        gate.open("web1", str(ram[0]), ram[1], ONE)
+        (limit,) = gate._limits.values()
+        return limit.when() - asyncio.get_running_loop().time()
+
+    assert 0 < asyncio.run(story()) <= LIMIT_S
+
+
+def test_nobody_makes_a_file_in_the_place_of_a_gate_that_is_closed(gate: Gate, ram: tuple[Path, int]) -> None:
+    """QEMU creates a missing ``mem-path``, and root may do so in any directory that is there."""
+    path, fd = ram
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            gate.path("web1").touch()
+        gate.open("web1", str(path), fd, ONE)
+        with pytest.raises(FileExistsError):
+            os.open(gate.path("web1"), os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        gate.close("web1")
+
+
+def test_a_file_that_is_in_the_place_of_a_gate_is_removed(place: Path, gate: Gate, ram: tuple[Path, int]) -> None:
+    path, fd = ram
+    (place / "gate/web1").mkdir()
+    gate.path("web1").write_text("a QEMU's")
+    gate.close("web1")
+    assert not gate.is_open("web1")
+    (place / "gate/web1").write_text("a QEMU's")
+    gate.open("web1", str(path), fd, ONE)
+    assert may_open(gate.path("web1"), ONE)
+
+
+def test_who_tries_without_end_never_makes_a_file_there(place: Path, gate: Gate, ram: tuple[Path, int]) -> None:
+    """As a QEMU does that does not see the device behind the link."""
+    path, fd = ram
+    attempt = (
+        "import os, sys\n"
+        "while True:\n"
+        "    try: os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_EXCL); print('made', flush=True)\n"
+        "    except (FileNotFoundError, FileExistsError): pass\n"
+    )
+    command = [sys.executable, "-c", attempt, str(gate.path("web1"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trying:
+        for _ in range(2000):
+            gate.open("web1", str(path), fd, ONE)
+            gate.close("web1")
+        trying.kill()
+        assert trying.communicate()[0] == ""
+    assert {one.name for one in (place / "gate").iterdir()} == {".web1.gone"}
+
+
 def test_an_own_vm_on_the_same_device_keeps_its_grant(place: Path, ram: tuple[Path, int]) -> None:
     path, fd = ram
     grants = DeviceGrants()
-    gate = Gate(place / "gate", grants)
-    gate.close_all()
+    gate = made(place, grants)
     grants.give("web1", [fd], OTHER)
     gate.open("web1", str(path), fd, ONE)
     gate.close("web1")
@@ -93,9 +182,13 @@ def test_an_own_vm_on_the_same_device_keeps_its_grant(place: Path, ram: tuple[Pa
 def test_an_agent_that_was_killed_leaves_no_gate_open(place: Path, gate: Gate, ram: tuple[Path, int]) -> None:
     path, fd = ram
     gate.open("web1", str(path), fd, ONE)
-    gate.path("gone").symlink_to(place / "a device that is gone")
-    Gate(place / "gate", DeviceGrants()).close_all()
-    assert list((place / "gate").iterdir()) == []
+    for name, node in (("web2", place / "a device that is gone"), (".web3.new", path), (".web4.gone", path)):
+        (place / "gate" / name).mkdir()
+        (place / "gate" / name / "ram").symlink_to(node)
+    (place / "gate/web5").symlink_to(path)
+    (place / "gate/.web1.gone").mkdir()
+    made(place)
+    assert [one.name for one in (place / "gate").iterdir() if not one.name.startswith(".")] == []
     assert not may_open(path, ONE)
     assert path.read_bytes() == b"RAM"
 
@@ -153,7 +246,7 @@ def test_a_gate_that_others_could_write_to_stays_closed(place: Path, gate: Gate,
         refused(gate, path, fd, "others than root may write to it")
         with pytest.raises(OSError, match="others than root"):
             gate.close_all()
-        directory.chmod(0o711)
+        directory.chmod(MODE)
         os.chown(directory, 0, -1)
     shutil.rmtree(directory)
     refused(gate, path, fd, "No such file")
