@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +32,6 @@ CALL_S = 40.0
 KEEPALIVE_S, KEEPALIVE_COUNT = 5, 3
 """A daemon that hangs is known as such after their product."""
 _REASON = 1000
-_DAC = re.compile(r"<model>dac</model>.*?<baselabel[^>]*>\+(\d+):", re.DOTALL)
-"""Of a host's capabilities: user and group of QEMU, which no domain's XML may set for an adopted one."""
 
 
 class MonitorEvent(NamedTuple):
@@ -212,16 +209,6 @@ class Libvirt:
             return [libvirt_qemu.qemuMonitorCommand(found, message, 0) for message in messages]
 
         return await self.of(domain).call(domain, f"had its QEMU do {what}", ask, timeout_s)
-
-    async def qemu_uid(self, domain: str) -> int:
-        """The user that libvirt runs QEMU as (qemu.conf, ``user``), by its own word. Raises QemuRefused,
-        QemuUnreachable."""
-
-        def find(connection: Any) -> int:
-            labels = _DAC.search(connection.getCapabilities())
-            return int(labels[1]) if labels else 0
-
-        return await self.of(domain).ask(domain, "told whom QEMU runs as", find)
 
     async def until_there(self, timeout_s: float) -> None:
         """Raises QemuUnreachable."""

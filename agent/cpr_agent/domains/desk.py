@@ -95,6 +95,11 @@ class Desk:
         """The one that is under way."""
         return self._starts.get(domain)
 
+    def arriving(self, domain: str) -> bool:
+        """Whether somebody else starts the domain, and waits for the agent."""
+        arrival = self._arrivals.get(domain)
+        return arrival is not None and arrival.request.waiting
+
     def begin(self, domain: str, launch: Launch, uid: int) -> tuple[Start, bool]:
         """An act lets its QEMU start. Returns whether somebody else does so already, and waits for that. Raises QemuFailed
         if that is to start it with another state."""

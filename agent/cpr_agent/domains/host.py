@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from cpr_agent.core.model import VM_NAME
+from cpr_agent.errors import QemuFailed
+
+BUILT_IN = ("libvirt-qemu", "qemu")
+"""Of Debian's and Fedora's packages, if qemu.conf names none."""
 
 
 class LibvirtPaths(msgspec.Struct, frozen=True):
@@ -78,6 +83,24 @@ def qemus_named(name: str) -> list[int]:
 def _is_named(pid: int, name: str) -> bool:
     wanted = f"guest={name}"
     return any(word.split(",", 1)[0] == wanted for word in command_line(pid))
+
+
+def qemu_uid(conf: Path) -> int:
+    """The user that libvirt runs QEMU as (qemu.conf, ``user``): by name, or as a number with or without a plus sign. No
+    domain that was adopted has one of its own. Raises QemuFailed."""
+    from cpr_agent.domains import qemu_conf  # a host without domains has none
+
+    try:
+        named = qemu_conf.text(qemu_conf.read(conf), "user", "")
+    except (ValueError, OSError) as error:
+        raise QemuFailed(f"{conf} does not say whom QEMU runs as: {error}", left="nothing was started") from error
+    for name in (named,) if named else BUILT_IN:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name).pw_uid
+    if named.removeprefix("+").isdecimal():
+        return int(named)
+    what = f"the user {named or ' or '.join(BUILT_IN)} that libvirt runs QEMU as does not exist"
+    raise QemuFailed(what, left="nothing was started", remedy=f"see `user` in {conf}")
 
 
 def command_line(pid: int) -> tuple[str, ...]:

@@ -248,6 +248,7 @@ class Domains:
         while True:
             lost.clear()
             await poll_until(self._connected, bool, math.inf, slowest_s=RECONNECT_S)
+            self._spawn(callbacks.reload())  # what was defined meanwhile nobody tells
             for name in sorted(self._names):
                 self._spawn(callbacks.look_again(name))
             await lost.wait()

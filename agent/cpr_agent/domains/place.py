@@ -24,7 +24,7 @@ from cpr_agent.domains.connection import Libvirt
 from cpr_agent.domains.desk import REASON_S, Desk, Start
 from cpr_agent.domains.gate import Gate
 from cpr_agent.domains.hook_server import HookRequest
-from cpr_agent.domains.host import LibvirtPaths, command_line, has_open, maps_whole, qemu_pid
+from cpr_agent.domains.host import LibvirtPaths, command_line, has_open, maps_whole, qemu_pid, qemu_uid
 from cpr_agent.domains.images import Images
 from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
@@ -151,8 +151,9 @@ class DomainPlace:
     async def start(self, launch: Launch) -> None:
         world, name = self._world, self._name
         await self._after_the_one_before()
-        await world.libvirt.until_there(THERE_S)
-        uid = await world.libvirt.qemu_uid(name)
+        if not world.desk.arriving(name):  # libvirt's daemon may just start its domains, and answer nobody before
+            await world.libvirt.until_there(THERE_S)
+        uid = qemu_uid(world.host.settings)
         world.records.record(name, launch)
         with listening(world.places.monitor(name), uid) as own:
             start, arrived = world.desk.begin(name, launch, uid)
