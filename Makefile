@@ -127,6 +127,21 @@ bench: ## What the agent costs, against a bare script, libvirt, and this machine
 bench-host: bootstrap host-root $(DEB) ## From the start of userspace to the first guest's cont, against a bare unit, by real kexecs
 	$(PYTHON) -m scripts.bench.host
 
+.PHONY: libvirt-roots
+libvirt-roots: bootstrap ## Build (once) three roots of Debian, each with a pair of libvirt and QEMU
+	@for release in 12 13 backports; do scripts/libvirt-root build $$release; done
+
+.PHONY: test-libvirt
+test-libvirt: bootstrap host-root libvirt-roots $(DEB) ## Domains under real libvirtds, in other hands too, and through a real kexec
+	rm -f build/libvirt
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/libvirt
+	@$(PYTHON) -m tests.libvirt.tally
+
+.PHONY: bench-domains
+bench-domains: bootstrap ## Domains under the agent, against libvirt alone and a bare script
+	@scripts/libvirt-root build 13
+	env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m scripts.bench.domains
+
 .PHONY: host-root
 host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build

@@ -159,15 +159,15 @@ class Lab:
         self.run = root / "run/cpr-agent"
         self.log = root / "agent.log"
         self.settings(files={"directories": [str(self.exports)]})
-        self._agent: subprocess.Popen[bytes] | None = None
+        self._agent: subprocess.Popen[Any] | None = None
 
     def settings(self, **sections: dict[str, Any]) -> None:
         (self.root / "etc/cpr-agent/agent.toml").write_text(toml(sections))
 
-    program = DAEMON
+    program: tuple[str, ...] = DAEMON
     """The agent."""
 
-    def _spawn(self, program: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    def _spawn(self, program: tuple[str, ...]) -> subprocess.Popen[Any]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [*program, f"--root={self.root}", f"--bus-address={self.address}"], cwd=ROOT, stderr=log

@@ -43,3 +43,14 @@ HOST_GOALS = {
     "early": Goal("cont of the first guest before multi-user.target is reached, by", 0, "s", at_least=True),
 }
 """Of `make bench-host`."""
+
+DOMAIN_GOALS = {
+    "domain-virsh": Goal(
+        "domain stopped by cprctl save + load, times less than by virsh managedsave + start; 1 GiB, 70% written",
+        5,
+        at_least=True,
+    ),
+    "domain-ram": Goal("domain stopped by cprctl save + load, 4 GiB against 512 MiB, 70% written", 1.1),
+    "domain-many": Goal("8 domains saved and loaded, wall time against a bare script with libvirt's API in parallel", 1.5),
+}
+"""Of `make bench-domains`."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A bed to try things in: ``python -m tests.libvirt 12|13|backports [COMMAND…]`` starts libvirtd and the agent, defines web1, and runs
-a shell, or the command, in it. All of it ends with that."""
+"""A bed to try things in: ``python -m tests.libvirt 12|13|backports [COMMAND…]`` starts libvirtd and the agent, defines
+web1, and runs a shell, or the command, in it. All of it ends with that."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A host of its own for a real libvirtd in system mode: a cached root of Debian under an overlay, in namespaces with an init,
-its own /run, /dev, /var and network. Everything in it ends with it.
+"""A host of its own for a real libvirtd in system mode: a cached root of Debian under an overlay, in namespaces with an
+init, its own /run, /dev, /var and network. Everything in it ends with it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ _CONFIGURATION = {
 
 def find_root(release: str) -> Path:
     """Raises FileNotFoundError."""
-    command = [ROOT / "scripts/libvirt-root", "path", release]
+    command = ["scripts/libvirt-root", "path", release]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     if not found:
-        raise FileNotFoundError(f"no root of Debian {release} with libvirt here; build it: scripts/libvirt-root build {release}")
+        raise FileNotFoundError(
+            f"no root of Debian {release} with libvirt here; build it: scripts/libvirt-root build {release}"
+        )
     return Path(found)
 
 
@@ -41,7 +43,9 @@ class Inside(subprocess.Popen[str]):
     def __init__(self, bed: Bed, command: tuple[str, ...], **options: Any) -> None:
         self._inner = 0
         spaces = ("--mount", "--pid", "--net")
-        super().__init__(["nsenter", f"--target={bed.pid}", *spaces, "--", "setpriv", "--pdeathsig=KILL", *command], **options)
+        super().__init__(
+            ["nsenter", f"--target={bed.pid}", *spaces, "--", "setpriv", "--pdeathsig=KILL", *command], **options
+        )
 
     @property
     def outer_pid(self) -> int:
@@ -87,6 +91,11 @@ class Bed:
                 file.write(text)
         self._libvirtd: Inside | None = None
         self.install_hook()
+
+    def configure(self, **settings: str) -> None:
+        """In qemu.conf, for the next libvirtd."""
+        with self.path("/etc/libvirt/qemu.conf").open("a") as file:
+            file.writelines(f'{name} = "{value}"\n' for name, value in settings.items())
 
     def install_hook(self) -> None:
         """As the package has it; libvirtd sees it when it starts."""

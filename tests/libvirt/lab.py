@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The lab of tests/lab.py on a bed: a private bus, a real agent, a real libvirtd, and domains as virt-install writes them."""
+"""The lab of tests/lab.py on a bed: a private bus, a real agent, a real libvirtd, domains as virt-install writes them."""
 
 from __future__ import annotations
 
@@ -120,6 +120,10 @@ class Domain(Guest):
     def until_libvirt(self, state: str) -> None:
         until(lambda: self.libvirt_state == state, f"{self.name} is {state} to libvirt, it is {self.libvirt_state}")
 
+    def forget_console(self) -> None:
+        """What the guest has said before does not count."""
+        self.console.write_bytes(b"")
+
     def digest(self) -> str:
         """Of its RAM."""
         with self.ram.open("rb") as ram:
@@ -214,6 +218,7 @@ class LibvirtLab(Lab):
         domain = self.domain(name, **options)  # type: ignore[arg-type]
         domain.adopt()
         return domain
+
     def running_domain(self, name: str = "web1", **options: object) -> Domain:
         """Adopted, started, and counting."""
         domain = self.adopted(name, **options)
@@ -223,12 +228,15 @@ class LibvirtLab(Lab):
 
 
 @contextlib.contextmanager
-def libvirt_lab(release: str, directory: Path, tiny: Path) -> Iterator[LibvirtLab]:
-    """A bed with libvirtd running; the agent is not started."""
+def libvirt_lab(release: str, directory: Path, tiny: Path, *, ram: str = "", quiet: bool = False) -> Iterator[LibvirtLab]:
+    """A bed with libvirtd running; the agent is not started. ``ram`` is where libvirt's own file RAM goes."""
     shm = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
     bed = Bed(release, directory / "bed", shm)
     try:
         with private_bus(bed.scratch) as bus:
+            if ram:
+                bed.path(ram).mkdir()
+                bed.configure(memory_backing_dir=ram)
             bed.start_libvirtd()
             lab = LibvirtLab(bed, bus, tiny)
             try:
@@ -236,7 +244,7 @@ def libvirt_lab(release: str, directory: Path, tiny: Path) -> Iterator[LibvirtLa
             finally:
                 lab.close()
                 for log in (lab.log, bed.scratch / "libvirtd.log"):
-                    if log.exists():
+                    if log.exists() and not quiet:
                         print(f"--- {log}\n{log.read_text()}")
     finally:
         bed.close()
