@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from tests.lab import ROOT, Guest, Lab, private_bus, until
@@ -179,6 +180,11 @@ class LibvirtLab(Lab):
     def _spawn(self, program: tuple[str, ...]) -> Inside:
         with self.log.open("ab") as log:
             return self.bed.popen(*program, f"--bus-address={self.address}", stderr=log, env=self.environment())
+
+    @property
+    def agent_process(self) -> subprocess.Popen[Any]:
+        assert self._agent
+        return self._agent
 
     def environment(self) -> dict[str, str]:
         """Of what runs in the bed."""
