@@ -59,12 +59,11 @@ def saved(running: Domain) -> Domain:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.when == "call":
+    if report.when == "call" and {"lab", "each_lab"} & set(getattr(item, "fixturenames", ())):
         note("case", item.name)
         if report.passed:
             note("kept", item.name)
             callspec = getattr(item, "callspec", None)
             release = callspec.params.get("each_lab", "13") if callspec else "13"
-            if {"lab", "each_lab"} & set(getattr(item, "fixturenames", ())):
-                note("pair", RELEASES[release])
+            note("pair", RELEASES[release])
     return report

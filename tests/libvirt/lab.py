@@ -15,63 +15,11 @@ from xml.etree import ElementTree
 
 from tests.lab import ROOT, Guest, Lab, private_bus, until
 from tests.libvirt.bed import Bed, Inside
+from tests.libvirt.domains import QCOW2, domain_xml
 
 IMAGES = "/var/lib/libvirt/images"
 SAVED = "/var/lib/libvirt/qemu/save"
 AGENT = ("/usr/sbin/cpr-agentd", "--runner", "process")
-DOMAIN = """<domain type='qemu'>
-  <name>{name}</name>
-  <metadata>
-    <libosinfo:libosinfo xmlns:libosinfo="http://libosinfo.org/xmlns/libvirt/domain/1.0">
-      <libosinfo:os id="http://debian.org/debian/12"/>
-    </libosinfo:libosinfo>
-  </metadata>
-  <memory unit='KiB'>{size_kib}</memory>
-  <currentMemory unit='KiB'>{size_kib}</currentMemory>
-  <vcpu placement='static'>1</vcpu>
-  <os>
-    <type arch='x86_64' machine='q35'>hvm</type>
-    {boot}
-  </os>
-  <features><acpi/><apic/></features>
-  <clock offset='utc'>
-    <timer name='rtc' tickpolicy='catchup'/>
-    <timer name='pit' tickpolicy='delay'/>
-    <timer name='hpet' present='no'/>
-  </clock>
-  <on_poweroff>destroy</on_poweroff>
-  <on_reboot>restart</on_reboot>
-  <on_crash>destroy</on_crash>
-  <pm><suspend-to-mem enabled='no'/><suspend-to-disk enabled='no'/></pm>
-  <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
-    {disks}
-    <controller type='usb' model='qemu-xhci' ports='15'/>
-    <interface type='user'>
-      <mac address='52:54:00:{mac}'/>
-      <model type='virtio'/>
-    </interface>
-    <serial type='file'>
-      <source path='{console}' append='on'/>
-      <target type='isa-serial' port='0'/>
-    </serial>
-    <channel type='unix'>
-      <target type='virtio' name='org.qemu.guest_agent.0'/>
-    </channel>
-    <input type='tablet' bus='usb'/>
-    <graphics type='vnc' port='-1' autoport='yes' listen='127.0.0.1'/>
-    <video><model type='virtio' heads='1' primary='yes'/></video>
-    <memballoon model='virtio'/>
-    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
-    {more}
-  </devices>
-</domain>
-"""
-QCOW2 = """<disk type='file' device='disk'>
-      <driver name='qemu' type='qcow2' discard='unmap'/>
-      <source file='{path}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>"""
 
 
 class Domain(Guest):
@@ -208,15 +156,7 @@ class LibvirtLab(Lab):
         number = len(list(self.root.glob("*.xml"))) + 1
         domain = Domain(self, name, self.shm / name, console)
         domain.define_xml(
-            DOMAIN.format(
-                name=name,
-                size_kib=size_mib << 10,
-                boot=boot or f"<kernel>{self.tiny}</kernel>",
-                disks=disks,
-                mac=f"{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}",
-                console=console,
-                more=more,
-            )
+            domain_xml(name, size_mib, boot or f"<kernel>{self.tiny}</kernel>", console, disks, number=number, more=more)
         )
         return domain
 

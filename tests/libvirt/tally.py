@@ -18,6 +18,13 @@ def note(*words: str) -> None:
         print(*words, file=tally)
 
 
+def take_tally(out: Path) -> None:
+    """Of a scenario of the host VM."""
+    tally = out / "artefacts/tally"
+    for line in tally.read_text().splitlines() if tally.exists() else []:
+        note(line)
+
+
 def main() -> int:
     lines = [line.split(maxsplit=1) for line in TALLY.read_text().splitlines()] if TALLY.exists() else []
     counts = Counter(word for word, _ in lines)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Domains as virt-install writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_DOMAIN = """<domain type='{kind}'>
+  <name>{name}</name>
+  <metadata>
+    <libosinfo:libosinfo xmlns:libosinfo="http://libosinfo.org/xmlns/libvirt/domain/1.0">
+      <libosinfo:os id="http://debian.org/debian/12"/>
+    </libosinfo:libosinfo>
+  </metadata>
+  <memory unit='KiB'>{size_kib}</memory>
+  <currentMemory unit='KiB'>{size_kib}</currentMemory>
+  <vcpu placement='static'>1</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    {boot}
+  </os>
+  <features><acpi/><apic/></features>
+  {cpu}
+  <clock offset='utc'>
+    <timer name='rtc' tickpolicy='catchup'/>
+    <timer name='pit' tickpolicy='delay'/>
+    <timer name='hpet' present='no'/>
+  </clock>
+  <on_poweroff>destroy</on_poweroff>
+  <on_reboot>restart</on_reboot>
+  <on_crash>destroy</on_crash>
+  <pm><suspend-to-mem enabled='no'/><suspend-to-disk enabled='no'/></pm>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    {disks}
+    <controller type='usb' model='qemu-xhci' ports='15'/>
+    <interface type='user'>
+      <mac address='52:54:00:{mac}'/>
+      <model type='virtio'/>
+    </interface>
+    <serial type='file'>
+      <source path='{console}' append='on'/>
+      <target type='isa-serial' port='0'/>
+    </serial>
+    <channel type='unix'>
+      <target type='virtio' name='org.qemu.guest_agent.0'/>
+    </channel>
+    <input type='tablet' bus='usb'/>
+    <graphics type='vnc' port='-1' autoport='yes' listen='127.0.0.1'/>
+    <video><model type='virtio' heads='1' primary='yes'/></video>
+    <memballoon model='virtio'/>
+    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
+    {more}
+  </devices>
+</domain>
+"""
+QCOW2 = """<disk type='file' device='disk'>
+      <driver name='qemu' type='qcow2' discard='unmap'/>
+      <source file='{path}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>"""
+
+
+def domain_xml(  # noqa: PLR0913 - what differs between guests
+    name: str, size_mib: int, boot: str, console: Path, disks: str, *, number: int, more: str = "", kvm: bool = False
+) -> str:
+    """``number`` tells it from others on the network; ``more`` are further devices."""
+    return _DOMAIN.format(
+        kind="kvm" if kvm else "qemu",
+        name=name,
+        size_kib=size_mib << 10,
+        boot=boot,
+        cpu="<cpu mode='host-passthrough' check='none' migratable='on'/>" if kvm else "",
+        disks=disks,
+        mac=f"{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}",
+        console=console,
+        more=more,
+    )
