@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bus.conftest import interruptible, tiny
+from tests.bus.conftest import interruptible, linux, linux_with_agent, tiny
 from tests.libvirt.bed import RELEASES, find_root
 from tests.libvirt.lab import Domain, LibvirtLab, libvirt_lab
 from tests.libvirt.tally import note
 
-__all__ = ["interruptible", "tiny"]
+__all__ = ["interruptible", "linux", "linux_with_agent", "tiny"]
 
 
 def root_of(release: str) -> Path:

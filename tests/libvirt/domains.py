@@ -15,7 +15,7 @@ _DOMAIN = """<domain type='{kind}'>
   <memory unit='KiB'>{size_kib}</memory>
   <currentMemory unit='KiB'>{size_kib}</currentMemory>
   <vcpu placement='static'>1</vcpu>
-  <os>
+  <os{firmware}>
     <type arch='x86_64' machine='q35'>hvm</type>
     {boot}
   </os>
@@ -62,15 +62,25 @@ QCOW2 = """<disk type='file' device='disk'>
 
 
 def domain_xml(  # noqa: PLR0913 - what differs between guests
-    name: str, size_mib: int, boot: str, console: Path, disks: str, *, number: int, more: str = "", kvm: bool = False
+    name: str,
+    size_mib: int,
+    boot: str,
+    console: Path,
+    disks: str,
+    *,
+    number: int,
+    kind: str = "qemu",
+    firmware: str = "",
+    more: str = "",
 ) -> str:
-    """``number`` tells it from others on the network; ``more`` are further devices."""
+    """``number`` tells it from others on the network; ``more`` are further devices; ``kind`` may be kvm, too."""
     return _DOMAIN.format(
-        kind="kvm" if kvm else "qemu",
+        kind=kind,
         name=name,
         size_kib=size_mib << 10,
         boot=boot,
-        cpu="<cpu mode='host-passthrough' check='none' migratable='on'/>" if kvm else "",
+        firmware=f" firmware='{firmware}'" if firmware else "",
+        cpu="<cpu mode='host-passthrough' check='none' migratable='on'/>" if kind == "kvm" else "",
         disks=disks,
         mac=f"{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}",
         console=console,

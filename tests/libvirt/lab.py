@@ -144,30 +144,24 @@ class LibvirtLab(Lab):
             "CPR_AGENT_BUS_ADDRESS": self.address,
         }
 
-    def domain(
-        self, name: str = "web1", *, size_mib: int = 64, disks: str | None = None, more: str = "", boot: str = ""
-    ) -> Domain:
-        """Define one, shut off, with the tiny guest, a qcow2 disk and what else virt-install gives a guest."""
+    def domain(self, name: str = "web1", *, size_mib: int = 64, disks: str = "", boot: str = "", **more: str) -> Domain:
+        """Define one, shut off, with the tiny guest, a qcow2 disk and what else virt-install gives a guest; ``more`` is for
+        domain_xml."""
         console = self.root / f"{name}.console"
-        if disks is None:
+        boot = boot or f"<kernel>{self.tiny}</kernel>"
+        if not disks:
             path = f"{IMAGES}/{name}.qcow2"
             self.bed.run("qemu-img", "create", "-q", "-f", "qcow2", path, "64M")
             disks = QCOW2.format(path=path)
         number = len(list(self.root.glob("*.xml"))) + 1
         domain = Domain(self, name, self.shm / name, console)
-        domain.define_xml(
-            domain_xml(name, size_mib, boot or f"<kernel>{self.tiny}</kernel>", console, disks, number=number, more=more)
-        )
+        domain.define_xml(domain_xml(name, size_mib, boot, console, disks, number=number, **more))
         return domain
 
-    def adopted(self, name: str = "web1", **options: object) -> Domain:
-        domain = self.domain(name, **options)  # type: ignore[arg-type]
-        domain.adopt()
-        return domain
-
-    def running_domain(self, name: str = "web1", **options: object) -> Domain:
+    def running_domain(self, name: str = "web1", *, size_mib: int = 64, **options: str) -> Domain:
         """Adopted, started, and counting."""
-        domain = self.adopted(name, **options)
+        domain = self.domain(name, size_mib=size_mib, **options)
+        domain.adopt()
         domain.start()
         domain.until_counts()
         return domain

@@ -22,7 +22,7 @@ def test_two_domains_and_an_own_vm_live_through_an_upgrade(tmp_path: Path) -> No
     payload = [build_guests(tmp_path / "guests", "build-all"), HERE.parent / "guests/scenario-lib"]
     for number, (name, size_mib) in enumerate((("tiny", 64), ("linux", 512))):
         disk = QCOW2.format(path=f"/var/lib/libvirt/images/{name}.qcow2")
-        xml = domain_xml(name, size_mib, BOOTS[name], Path(f"/srv/consoles/{name}.log"), disk, number=number, kvm=True)
+        xml = domain_xml(name, size_mib, BOOTS[name], Path(f"/srv/consoles/{name}.log"), disk, number=number, kind="kvm")
         (tmp_path / f"{name}.xml").write_text(xml)
         payload.append(tmp_path / f"{name}.xml")
     out, verdict = run_scenario(HERE / "kexec-scenario", "test-libvirt-kexec", payload, 1800, "--append", APPARMOR)
