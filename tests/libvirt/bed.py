@@ -18,6 +18,7 @@ from tests.lab import PATIENCE_S, ROOT, until
 
 RELEASES = {"12": "9.0/7.2", "13": "11.3/10.0", "backports": "12.9/11.1"}
 """Of Debian, to the versions of libvirt and QEMU there."""
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/root"}
 HOOK = "/etc/libvirt/hooks/qemu.d/cpr-agent"
 _CONFIGURATION = {
     # Nothing here has a security label, or a cgroup; what libvirt's log daemon would do, files do.
@@ -109,7 +110,7 @@ class Bed:
         return Path(f"/proc/{self.pid}/root") / str(inside).lstrip("/")
 
     def popen(self, *command: str, **options: Any) -> Inside:
-        return Inside(self, command, **({"text": True} | options))
+        return Inside(self, command, **({"text": True, "env": ENVIRONMENT} | options))
 
     def run(self, *command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run it to its end; raises AssertionError with what it said, if it failed."""

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from tests.lab import ROOT, Guest, Lab, private_bus, until
-from tests.libvirt.bed import Bed, Inside
+from tests.libvirt.bed import ENVIRONMENT, Bed, Inside
 from tests.libvirt.domains import QCOW2, domain_xml
 
 IMAGES = "/var/lib/libvirt/images"
@@ -137,8 +137,7 @@ class LibvirtLab(Lab):
     def environment(self) -> dict[str, str]:
         """Of what runs in the bed."""
         return {
-            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "LC_ALL": "C.UTF-8",
+            **ENVIRONMENT,
             "PYTHONPATH": str(ROOT / "agent"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "CPR_AGENT_BUS_ADDRESS": self.address,
