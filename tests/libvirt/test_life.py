@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.lab import until
+from tests.lab import refused, until
 from tests.libvirt.lab import LibvirtLab
 
 
@@ -38,6 +38,7 @@ def test_loaded_by_virsh(each_lab: LibvirtLab) -> None:
 
 def test_released_as_it_was(each_lab: LibvirtLab) -> None:
     guest = each_lab.domain()
+    guest.define_xml(guest.virsh("dumpxml", "--inactive"))  # 9.0 puts some devices in another order then
     before = guest.virsh("dumpxml", "--inactive")
     guest.adopt()
     assert "cpr-ram" in guest.virsh("dumpxml", "--inactive")
@@ -111,14 +112,14 @@ def test_one_that_can_not_be_saved_keeps_all_running(lab: LibvirtLab) -> None:
 
 
 def test_ranges_that_overlap_are_refused_across_both(lab: LibvirtLab) -> None:
-    first, second = lab.domain("web1"), lab.domain("web2")
-    first.adopt()
+    first, second = lab.running_domain("web1"), lab.domain("web2")
+    first.virsh("destroy")
+    first.until_state("stopped")
     done = lab.cprctl("adopt", second.name, "--yes", f"--device={first.ram}")
     assert done.returncode, done.stdout
     assert "web1" in done.stderr
     own = lab.guest("own1", device=str(first.ram))
-    with pytest.raises(Exception, match="web1"):
-        own.start()
+    refused(own, "MemoryUnusable", "web1", member="Start")
 
 
 def test_a_save_taken_back_by_virsh(each_lab: LibvirtLab) -> None:
