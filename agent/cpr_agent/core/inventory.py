@@ -295,10 +295,11 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     goes_along = carried(ports, launch, recorded, live).disks
     known = {*lost, *goes_along}
     compared = [*lost.values()]
-    if recorded is None:
+    follows = ports.definitions.follows(launch)
+    if recorded is None and not follows:
         below = ports.definitions.images_below(launch.argv)
         compared += _unlike_arguments(found, [path for path in images if path not in below])
-    else:
+    elif recorded and not follows:
         compared += _compared(found, known) + _with_state(recorded, live)
     if recorded is None and not compared:
         await record(ports, launch.vm, live)
@@ -336,6 +337,10 @@ _STATELESS = ("iothread", "throttle-group", "secret", "thread-context", "tls-", 
 itself (measured: the NAT of ``netdev_add type=user`` on 10.0 and 11.1; backends/dbus-vmstate.c)."""
 
 
+_BITMAP = "dirty bitmap "
+"""How the names of those begin that are in QEMU's memory alone."""
+
+
 def _with_state(was: Inventory, now: Inventory) -> list[str]:
     return [
         f"{one}; it may have a part in QEMU's state, which a load would not take: {_UNDO}"
@@ -356,6 +361,8 @@ async def lost(ports: Ports, qemu: Qemu, launch: Launch) -> list[Difference]:
     if recorded is None:
         return []
     live = await qemu.inventory()
+    if ports.definitions.follows(launch):
+        return [one for one in _part_changes(recorded, live) if one.what.startswith(_BITMAP)]
     unlimited = [one for one in _changes(_throttled(recorded), _throttled(live)) if one.found == _NOT_THERE]
     return [one for one in _part_changes(recorded, live) if _is_stateless(one)] + unlimited
 

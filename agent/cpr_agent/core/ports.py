@@ -264,6 +264,10 @@ class Definitions(Protocol):
 
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
 
+    def follows(self, launch: Launch) -> bool:
+        """Whether the VM's next QEMU gets what is plugged and changed while this one runs: who makes its command line keeps
+        account of that."""
+
     def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:
         """``launch`` for a disk that had the nodes ``was``, and has ``now``; None where that can't be known for sure."""
 

@@ -140,6 +140,9 @@ class BothDefinitions:
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch:
         return self._own.plan_transfer(draft, located, directory)
 
+    def follows(self, launch: Launch) -> bool:
+        return launch.vm in self._domains
+
     def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:
         return self._own.carry(launch, was, now)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import signal
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +105,25 @@ def qemu_uid(conf: Path) -> int:
     raise QemuFailed(what, left="nothing was started", remedy=f"see `user` in {conf}")
 
 
+def kill(pid: int, domain: str) -> bool:
+    """End the domain's QEMU; by descriptor, so that no other process can be meant. Returns False without the right to
+    it."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        if _is_named(pid, domain):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def command_line(pid: int) -> tuple[str, ...]:
     """Of a process; empty if it has ended."""
     try:
@@ -113,22 +134,26 @@ def command_line(pid: int) -> tuple[str, ...]:
 
 
 def maps_whole(pid: int, file: int, offset: int, size: int) -> bool:
-    """Whether the process has these bytes of an open file or device mapped, shared, and in one piece (proc_pid_maps(5)).
-
-    /proc/PID/map_files leads to the very object: QEMU sees a node of its own in the /dev that libvirt makes for it.
-    """
+    """Whether the process has these bytes of an open file or device mapped, shared, and in one piece (proc_pid_maps(5))."""
     wanted = os.fstat(file)
-    device = wanted.st_rdev
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, flags, at = line.split(maxsplit=3)[:3]
+            span, flags, at, device, inode, *path = line.split(maxsplit=5)
             begin, end = (int(number, 16) for number in span.split("-"))
-            if int(at, 16) != offset or end - begin < size or flags[3] != "s":
-                continue
-            with contextlib.suppress(OSError):
-                found = os.stat(f"/proc/{pid}/map_files/{span}")  # noqa: PTH116 - /proc, and a link with no text
-                if found.st_rdev == device != 0 or (not device and os.path.samestat(found, wanted)):
+            if int(at, 16) == offset and end - begin >= size and flags[3] == "s":
+                major, minor = (int(number, 16) for number in device.split(":"))
+                if _is_mapped(pid, os.makedev(major, minor), int(inode), "".join(path), wanted):
                     return True
+    return False
+
+
+def _is_mapped(pid: int, device: int, inode: int, path: str, wanted: os.stat_result) -> bool:
+    """Of a device the kernel tells whose node it is: one in the /dev that libvirt has made for this QEMU."""
+    if not stat.S_ISCHR(wanted.st_mode):
+        return (device, inode) == (wanted.st_dev, wanted.st_ino)
+    with contextlib.suppress(OSError):
+        node = os.stat(f"/proc/{pid}/root{path}", follow_symlinks=False)  # noqa: PTH116 - a name in /proc
+        return (node.st_dev, node.st_ino) == (device, inode) and node.st_rdev == wanted.st_rdev
     return False
 
 

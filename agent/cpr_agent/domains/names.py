@@ -37,7 +37,7 @@ class Places(msgspec.Struct, frozen=True):
 
     def gate(self, domain: str) -> Path:
         """The path of the domain's RAM for QEMU: a link to its memory, there while the agent allows it."""
-        return self.gates / domain
+        return self.gates / domain / "ram"
 
     def monitor(self, domain: str) -> Path:
         """The socket that the domain's QEMU connects to."""

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import re
-import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ from cpr_agent.domains.connection import Libvirt
 from cpr_agent.domains.desk import REASON_S, Desk, Start
 from cpr_agent.domains.gate import Gate
 from cpr_agent.domains.hook_server import HookRequest
-from cpr_agent.domains.host import LibvirtPaths, command_line, has_open, maps_whole, qemu_pid, qemu_uid
+from cpr_agent.domains.host import LibvirtPaths, command_line, has_open, kill, maps_whole, qemu_pid, qemu_uid
 from cpr_agent.domains.images import Images
 from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
@@ -79,6 +78,11 @@ class World(msgspec.Struct, frozen=True):
     """For work that no act waits for."""
     is_saved: Callable[[str], bool]
     """Whether the domain has a live checkpoint."""
+
+    async def destroy(self, domain: str) -> None:
+        """Have libvirt end its QEMU; an image that it has stays."""
+        with contextlib.suppress(QemuFailed):
+            await self.libvirt.aside(domain, "ended it", lambda found: found.destroy())
 
     async def forget_checkpoint(self, domain: str) -> None:
         """The domain runs with the XML of the image that it was restored from: a save by hand must not pass for that
@@ -189,7 +193,11 @@ class DomainPlace:
         except BaseException:
             waiting.cancel()
             raise
-        return await SocketQmp.over(self._name, waiting.result(), CONNECT_S)
+        try:
+            return await SocketQmp.over(self._name, waiting.result(), CONNECT_S)
+        except QemuUnreachable as error:  # libvirt knows what it has said before it ended
+            await asyncio.wait({start.ended}, timeout=REASON_S)
+            raise (QemuFailed(start.ended.result(), vm=self._name) if start.ended.done() else error) from error
 
     def _let_in(self, start: Start, launch: Launch) -> None:
         """Its QEMU has its memory: nobody needs the way to it any more. Raises QemuFailed, MemoryUnusable."""
@@ -286,9 +294,8 @@ class DomainPlace:
         if start:
             await self._give_up(start)
         elif pid := await self.pid():
-            with contextlib.suppress(QemuFailed):
-                await self._world.libvirt.aside(self._name, "ended it", lambda domain: domain.destroy())
-            _kill(pid)
+            await self._world.destroy(self._name)
+            kill(pid, self._name)
         self._world.gate.close(self._name)
         await self.wait_exit(SETTLE_S)
 
@@ -297,7 +304,9 @@ class DomainPlace:
         start.given_up = True
         self._world.gate.close(self._name)
         if pid := await self.pid():
-            _kill(pid)
+            if not kill(pid, self._name):
+                start.say("the agent has given it up: see `cprctl status`")
+                await self._world.destroy(self._name)
             await self.wait_exit(SETTLE_S)
         asyncio.get_running_loop().call_later(REASON_S, start.say, "the agent has given it up: see `cprctl status`")
         if not start.allowed.is_set() or start.ended.done():
@@ -348,11 +357,6 @@ def _created(start: Start, creating: asyncio.Future[None]) -> None:
     error = creating.exception()
     if error is not None:
         start.end(error.what if isinstance(error, CprError) else str(error))
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 async def _first(

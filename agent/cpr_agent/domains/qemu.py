@@ -6,20 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
-from cpr_agent.core.model import Launch, RunState
+from msgspec.structs import replace
+
+from cpr_agent.core.model import Inventory, Launch, RunState
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.domains.connection import listen
 from cpr_agent.domains.desk import Start
-from cpr_agent.errors import LoadFailed, QemuFailed, QemuRefused, SaveFailed
+from cpr_agent.domains.host import kill
+from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuFailed, QemuRefused, SaveFailed
+from cpr_agent.vm import devices, guest_agent
+from cpr_agent.vm.cmdline import keyed, option
 from cpr_agent.vm.dialects import Dialect, choose_migration
 from cpr_agent.vm.qemu import LiveQemu
 from cpr_agent.vm.qmp import Event, Qmp
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 _RESUME_S = 30.0
 _GONE_S = 10.0
 _ABORT_S = 30.0
+_AGENT_PORT = f"name='{guest_agent.PORT}'"
 _PAUSED = 3
 """virDomainState: VIR_DOMAIN_PAUSED."""
 _WITHOUT_METADATA = 4
@@ -72,13 +77,24 @@ class DomainQemu(LiveQemu):
     async def _prepare(self) -> None:
         """Nothing stays set."""
 
+    async def inventory(self) -> Inventory:
+        return by_place(await super().inventory())
+
+    async def brief_inventory(self) -> Inventory:
+        """As a whole: libvirt may give a device another id in the next QEMU, and restores an image meanwhile."""
+        return await self.inventory()
+
     # -- save -----------------------------------------------------------------------------------------------------------
 
     async def blocked_reasons(self, launch: Launch) -> list[str]:
         asleep = await self.run_state() is RunState.SUSPENDED
-        return (
-            ["the guest is suspended, and libvirt saves none that is"] if asleep else []
-        ) + await super().blocked_reasons(launch)
+        reasons = ["the guest is suspended, and libvirt saves none that is"] if asleep else []
+        known = {*await self._call("told what devices it has", _aliases), *_ids(launch.argv)}
+        unknown = [one.name for one in await devices.devices(self._qmp) if one.name not in known]
+        reasons += [
+            f"its device {name} was plugged behind libvirt's back, and a load would not have it" for name in unknown
+        ]
+        return reasons + await super().blocked_reasons(launch)
 
     async def save(self, vmstate_fd: int, timeout_s: float, checkpoint: str) -> float:
         """libvirt's external snapshot of the memory alone leaves the guest in its QEMU, and what it writes can be restored
@@ -216,8 +232,8 @@ class DomainQemu(LiveQemu):
         try:
             if await self.run_state() is not RunState.PAUSED:
                 return
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            if not kill(self.pid, self._qmp.vm):
+                return
         except QemuFailed:  # it has ended, or must not be touched
             if not await poll_until(self._has_ended, bool, _GONE_S):
                 return
@@ -235,14 +251,48 @@ class DomainQemu(LiveQemu):
     async def sleep_problem(self) -> str:
         return "libvirt saves no guest that sleeps"
 
+    async def set_guest_clock(self, now: Callable[[], float]) -> float | None:
+        """By libvirt, which has the guest agent's socket."""
+
+        def set_it(domain: Any) -> float | None:
+            if _AGENT_PORT not in domain.XMLDesc(0):
+                return None
+            told = domain.getTime()
+            behind_s = now() - told["seconds"] - told["nseconds"] / 1e9
+            at = now()
+            domain.setTime({"seconds": int(at), "nseconds": int(at % 1 * 1e9)})
+            return float(behind_s)
+
+        try:
+            return await self._world.libvirt.aside(self._qmp.vm, "set its guest's clock", set_it)
+        except QemuFailed as error:
+            raise GuestAgentFailed(error.what, vm=self._qmp.vm) from error
+
     async def quit(self) -> None:
         """libvirt ends it; an image that it has stays. The place kills what does not end."""
         if self._waits is None:
-            with contextlib.suppress(QemuFailed):
-                await self._world.libvirt.aside(self._qmp.vm, "ended it", lambda domain: domain.destroy())
+            await self._world.destroy(self._qmp.vm)
 
     async def _call(self, deed: str, work: Callable[[Any], Any]) -> Any:
         return await self._world.libvirt.of(self._qmp.vm).call(self._qmp.vm, deed, work)
+
+
+def by_place(inventory: Inventory) -> Inventory:
+    """With devices named by their places on their buses, as far as they have one: their ids count those that were there
+    when QEMU was started."""
+    placed = [
+        replace(one, name=f"{one.bus} {one.address}") if one.bus and one.address else one for one in inventory.devices
+    ]
+    return replace(inventory, devices=tuple(sorted(placed, key=lambda one: one.name)))
+
+
+def _aliases(domain: Any) -> list[str]:
+    """The ids in QEMU of all that libvirt knows."""
+    return re.findall(r"<alias name='([^']*)'", domain.XMLDesc(0))
+
+
+def _ids(argv: Sequence[str]) -> list[str]:
+    return [one.get("id", "") for one in map(keyed, option(argv, "-device"))]
 
 
 def _disks(domain: Any) -> list[str]:

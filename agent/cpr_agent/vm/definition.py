@@ -249,6 +249,9 @@ class DefinitionDirectory:
     def images_below(self, arguments: Sequence[str]) -> list[str]:
         return files_below(arguments)
 
+    def follows(self, launch: Launch) -> bool:  # noqa: ARG002 - the agent knows its command line alone
+        return False
+
     def carry(self, launch: Launch, was: Sequence[BlockNode], now: Sequence[BlockNode]) -> Launch | None:
         argv = carry(launch.base_argv, was, now)
         return replace(launch, base_argv=argv) if argv else None
