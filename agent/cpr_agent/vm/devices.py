@@ -30,6 +30,7 @@ async def devices(qmp: Qmp, parents: Iterable[str] = PLUGGED) -> list[Device]:
         Device(f"{parent}/{child.name}", child.type.removeprefix("child<").removesuffix(">"))
         for parent in parents
         for child in await qmp.ask(QOM_LIST, {"path": parent})
+        if child.type.startswith("child<")
     ]
 
 
