@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The hook under a real libvirtd, with somebody in the agent's place: when libvirt calls it, and what becomes of a refusal."""
+"""The hook under a real libvirtd, with a stand-in for the agent: when libvirt calls it, and what becomes of a refusal."""
 
 from __future__ import annotations
 

@@ -154,6 +154,16 @@ def test_a_device_that_qemu_would_not_see_and_the_line_that_shows_it(host: Path)
     assert of(host) == []
 
 
+def test_the_line_shows_the_devices_that_may_have_the_memory_after_the_next_boot(host: Path) -> None:
+    put(host, "etc/libvirt/qemu.conf", qemu_conf_with())
+    put(host, "dev/dax1.0")
+    put(host, "run/virtqemud.pid")
+    (host / "run/libvirtd.pid").unlink()
+    remedy = only(host, "libvirt-device-acl").remedy
+    assert '"/dev/dax0.0", "/dev/dax1.0" ]' in remedy
+    assert remedy.endswith("then: systemctl restart virtqemud")
+
+
 def test_apparmor_as_debian_12_has_it_and_the_line_that_mends_it(host: Path) -> None:
     put(host, "etc/apparmor.d/abstractions/libvirt-qemu", DEBIAN_12)
     found = only(host, "libvirt-apparmor")

@@ -80,7 +80,7 @@ class HookLine:
         self.held = False
         self._connection = connection
         self._pid = peer.pid
-        self._caller = _parent(peer.pid)
+        self._caller = parent_of(peer.pid)
 
     @property
     def open(self) -> bool:
@@ -88,7 +88,7 @@ class HookLine:
         try:
             self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return _parent(self._pid) == self._caller
+            return parent_of(self._pid) == self._caller
         except OSError:
             pass
         return False  # it has ended, or says what no hook says
@@ -266,8 +266,8 @@ def _no(why: str) -> bytes:
     return ask.NO + printable(why).encode()
 
 
-def _parent(pid: int) -> int:
-    """The parent of a process; 0 if it is unknown (proc_pid_stat(5))."""
+def parent_of(pid: int) -> int:
+    """The parent of a process, libvirt's daemon for a hook's; 0 if it is unknown (proc_pid_stat(5))."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123 - a few bytes of /proc, looked at often
             return int(stat.read().rpartition(b")")[2].split()[1])

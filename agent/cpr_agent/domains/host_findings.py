@@ -48,7 +48,13 @@ class LibvirtSurroundings:
             what = f"{conf}: {printable(str(error))}"
             why = "whether domains can be saved, and open their memory, is not known"
             return [*found, _error("libvirt-conf", what, why, f"mend {conf}")]
-        return [*found, *_auto_shutdown(conf, settings), *_image_formats(conf, settings), *_root_user(conf, settings)]
+        after = f", then: {self._restart}"
+        return [
+            *found,
+            *_auto_shutdown(conf, settings, after),
+            *_image_formats(conf, settings, after),
+            *_root_user(conf, settings, after),
+        ]
 
     def findings_of(self, vm: str) -> list[Finding]:
         nodes = self._adopted().get(vm)
@@ -59,7 +65,30 @@ class LibvirtSurroundings:
             settings = qemu_conf.read(conf)
         except (ValueError, OSError):
             return []  # the host's finding
-        return [*_device_acl(conf, settings, vm, nodes), *(self._apparmor(vm, nodes) if self._confined(settings) else ())]
+        return [*self._hidden(conf, settings, vm, nodes), *(self._apparmor(vm, nodes) if self._confined(settings) else ())]
+
+    def _hidden(self, conf: Path, settings: dict[str, qemu_conf.Value], vm: str, nodes: Sequence[str]) -> Iterator[Finding]:
+        seen = qemu_conf.devices(settings)
+        for node in nodes:
+            if node.startswith("/dev/dax") and node not in seen:
+                others = [
+                    f"/dev/{path.name}" for path in sorted((self._root / "dev").glob("dax*"))
+                ]  # it may be one of these
+                whole = ", ".join(f'"{one}"' for one in dict.fromkeys((*seen, node, *others)))  # after the next boot
+                yield _error(
+                    "libvirt-device-acl",
+                    f"cgroup_device_acl in {conf} does not list {node}",
+                    "its QEMU would not see its memory, and not start",
+                    f"cgroup_device_acl = [ {whole} ], then: {self._restart}",
+                    vm=vm,
+                )
+
+    @property
+    def _restart(self) -> str:
+        """What makes libvirt read its settings again."""
+        return "systemctl restart " + next(
+            (name for name, file in DAEMONS.items() if (self._root / file).exists()), "libvirtd"
+        )
 
     def _hook(self) -> Iterator[Finding]:
         hook = self._root / HOOK
@@ -144,53 +173,35 @@ class LibvirtSurroundings:
                 yield _error("libvirt-apparmor", what, why, f"echo '  {node} rw,' >>{local}", vm=vm)
 
 
-def _auto_shutdown(conf: Path, settings: dict[str, qemu_conf.Value]) -> Iterator[Finding]:
+def _auto_shutdown(conf: Path, settings: dict[str, qemu_conf.Value], after: str) -> Iterator[Finding]:
     for name in AUTO_SHUTDOWN:
         if (value := qemu_conf.text(settings, name, "none")) not in ("none", "transient"):
             yield _error(
                 "libvirt-auto-shutdown",
                 f'{name} = "{printable(value)}" in {conf}',
                 "libvirt ends or saves guests as soon as a shutdown is announced, before the agent saves them",
-                f'{name} = "none", then: systemctl restart libvirtd',
+                f'{name} = "none"{after}',
             )
 
 
-def _image_formats(conf: Path, settings: dict[str, qemu_conf.Value]) -> Iterator[Finding]:
+def _image_formats(conf: Path, settings: dict[str, qemu_conf.Value], after: str) -> Iterator[Finding]:
     for name in FORMATS:
         if (value := qemu_conf.text(settings, name, "raw")) != "raw":
             what, why = (
                 f'{name} = "{printable(value)}" in {conf}',
                 "a domain's state can't be loaded in place from such an image",
             )
-            yield _error("libvirt-image-format", what, why, f'{name} = "raw", then: systemctl restart libvirtd')
+            yield _error("libvirt-image-format", what, why, f'{name} = "raw"{after}')
 
 
-def _root_user(conf: Path, settings: dict[str, qemu_conf.Value]) -> Iterator[Finding]:
+def _root_user(conf: Path, settings: dict[str, qemu_conf.Value], after: str) -> Iterator[Finding]:
     if qemu_conf.text(settings, "user", "") in ("root", "0", "+0"):
         yield _warning(
             "libvirt-user",
             f"libvirt runs QEMU as root ({conf}: user)",
             "a guest that takes its QEMU over has the host; and a QEMU of root's makes a file where a device is missing",
-            f"take user and group out of {conf}, then: systemctl restart libvirtd",
+            f"take user and group out of {conf}{after}",
         )
-
-
-def _device_acl(conf: Path, settings: dict[str, qemu_conf.Value], name: str, nodes: Sequence[str]) -> Iterator[Finding]:
-    seen = qemu_conf.devices(settings)
-    for node in nodes:
-        if node.startswith("/dev/dax") and node not in seen:
-            whole = ", ".join(f'"{one}"' for one in (*seen, node))
-            what, why = (
-                f"cgroup_device_acl in {conf} does not list {node}",
-                "its QEMU does not see its memory, and fails to start",
-            )
-            yield _error(
-                "libvirt-device-acl",
-                what,
-                why,
-                f"cgroup_device_acl = [ {whole} ], then: systemctl restart libvirtd",
-                vm=name,
-            )
 
 
 def _time_of(path: Path) -> float:
