@@ -105,8 +105,11 @@ class Desk:
         if that is to start it with another state."""
         start = self._starts[domain] = Start(launch, uid)
         arrival = self._arrivals.pop(domain, None)
-        if arrival is None or not arrival.request.waiting:
+        if arrival is None:
             return start, False
+        if not arrival.request.waiting:
+            self.forget(domain, start)
+            raise QemuFailed("who was to start it does so no more", vm=domain, left="nothing was started")
         if why := self._allow(start, arrival.request):
             arrival.answer.set_result(why)
             self.forget(domain, start)

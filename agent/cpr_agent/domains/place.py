@@ -22,8 +22,18 @@ from cpr_agent.domains.channel import PassThrough
 from cpr_agent.domains.connection import Libvirt
 from cpr_agent.domains.desk import REASON_S, Desk, Start
 from cpr_agent.domains.gate import Gate
-from cpr_agent.domains.hook_server import HookRequest
-from cpr_agent.domains.host import LibvirtPaths, command_line, has_open, kill, maps_whole, qemu_pid, qemu_uid
+from cpr_agent.domains.hook_server import HookRequest, parent_of
+from cpr_agent.domains.host import (
+    LibvirtPaths,
+    command_line,
+    has_open,
+    kill,
+    maps_whole,
+    mark_unread,
+    qemu_pid,
+    qemu_uid,
+    was_read,
+)
 from cpr_agent.domains.images import Images
 from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
@@ -106,7 +116,7 @@ def allow(world: World, start: Start, request: HookRequest) -> str:
     carried, wanted = world.checkpoint_of(request.xml), launch.checkpoint if launch.kind == "load" else ""
     if carried != wanted:
         return f"what is started has the state of {_said(carried)}, and the agent allows {_said(wanted)}"
-    if wanted and not has_open(_parent(request.pid), world.host.image(launch.vm)):
+    if wanted and not _restores(parent_of(request.pid), world.host.image(launch.vm)):
         return f"another image is restored than {world.host.image(launch.vm)}, which the agent has proved"
     try:
         fd = world.open_memory(launch.nodes[0], launch.memory[0])
@@ -125,16 +135,17 @@ def without_checkpoint(element: str) -> str:
     return _CHECKPOINT.sub("", head) + end + rest
 
 
+def _restores(libvirt: int, image: Path) -> bool:
+    """Whether libvirt reads this image. libvirt 12.9 has a helper for that, which may be done with a small one by now: then
+    the image was read since it was put there, or since the last look."""
+    read = was_read(image)
+    with contextlib.suppress(OSError):
+        mark_unread(image)
+    return read or has_open(libvirt, image)
+
+
 def _said(checkpoint: str) -> str:
     return f"checkpoint {checkpoint}" if checkpoint else "none"
-
-
-def _parent(pid: int) -> int:
-    """The libvirt daemon of a hook."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 class DomainPlace:
