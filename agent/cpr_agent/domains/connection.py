@@ -29,6 +29,8 @@ T = TypeVar("T")
 URI = "qemu:///system"
 CALL_S = 40.0
 """libvirt itself gives up on a domain's job after 30 s (QEMU_JOB_WAIT_TIME, src/qemu/qemu_domainjob.c)."""
+NOTED_S = 10.0
+"""For libvirt to note that a QEMU has ended."""
 KEEPALIVE_S, KEEPALIVE_COUNT = 5, 3
 """A daemon that hangs is known as such after their product."""
 _REASON = 1000
@@ -198,6 +200,11 @@ class Libvirt:
     async def create(self, domain: str) -> None:
         """Start the domain; it takes as long as the hook that libvirt asks meanwhile. Raises QemuRefused,
         QemuUnreachable."""
+
+        async def is_off() -> bool:
+            return await self.of(domain).call(domain, "said whether it is off", lambda found: not found.isActive())
+
+        await poll_until(is_off, bool, NOTED_S)
         await self.aside(domain, "started it", lambda found: found.create(), None)
 
     async def monitor_commands(self, domain: str, what: str, messages: Sequence[str], timeout_s: float) -> list[str]:
