@@ -122,7 +122,7 @@ class DomainCheckpoints:
         with contextlib.suppress(OSError):
             if _unread_bytes(path) == wanted:
                 return
-        write_atomically(path, wanted)
+        write_atomically(path, wanted, durable=False)  # the store's is, and a guest waits
         mark_unread(path)
 
     def withdraw(self, vm: str) -> None:
