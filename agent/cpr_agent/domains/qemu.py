@@ -173,11 +173,14 @@ class DomainQemu(LiveQemu):
         if not start.started.done():
             why = start.ended.result() if start.ended.done() else f"libvirt was not done within {timeout_s:g} s"
             raise LoadFailed(f"libvirt could not restore it: {why}", vm=name)
+        asking, gone = start.started.result(), "libvirt does not wait for the agent's answer any more"
+        if not asking.waiting:
+            raise LoadFailed(gone, vm=name)
         state = await self.run_state()
         if state not in SAVEABLE:
             raise LoadFailed(f"libvirt has restored it, but QEMU is {state}, not paused", vm=name)
-        if not start.started.result().hold():
-            raise LoadFailed("libvirt does not wait for the agent's answer any more", vm=name)
+        if not asking.hold():
+            raise LoadFailed(gone, vm=name)
         return 0.0
 
     async def cont(self) -> float:
