@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -14,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cpr_agent.domains.gate import LIMIT_S, MODE, Gate
+from cpr_agent.domains.gate import LIMIT_S, MODE, Gate, qemus_of
 from cpr_agent.errors import MemoryUnusable
+from cpr_agent.host import acl
 from cpr_agent.host.grants import DeviceGrants
 from tests.unit.test_isolation import AS_ROOT, ONE, OTHER, may_open
 
@@ -57,7 +60,7 @@ class Timer:
 
 
 def made(place: Path, grants: DeviceGrants | None = None) -> Gate:
-    gate = Gate(place / "gate", grants or DeviceGrants(), Timer().later)
+    gate = Gate(place / "gate", grants or DeviceGrants(), later=Timer().later)
     gate.close_all()
     return gate
 
@@ -105,7 +108,7 @@ def test_no_gate_is_open_for_longer_than_its_limit(place: Path, ram: tuple[Path,
     """A QEMU that does not see the device behind the link would try for ever."""
     path, fd = ram
     timer = Timer()
-    gate = Gate(place / "gate", DeviceGrants(), timer.later)
+    gate = Gate(place / "gate", DeviceGrants(), later=timer.later)
     gate.close_all()
     gate.open("web1", str(path), fd, ONE)
     timer.due[0]()
@@ -262,3 +265,67 @@ def test_a_directory_in_the_gate_s_place_is_never_followed(place: Path, ram: tup
     (theirs / "gate").symlink_to(place / "real")
     refused(Gate(theirs / "gate", DeviceGrants()), path, fd, "is a symbolic link that others may change")
     assert list((place / "real").iterdir()) == []
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    """A node that maps like a device's, and is not on a file system that is mounted nodev."""
+    directory = tmp_path / "dev"
+    directory.mkdir()
+    for parent in (directory, *directory.parents):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    path = directory / "dax0.0"
+    os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+    return path
+
+
+@contextlib.contextmanager
+def own_dev(node: Path) -> Iterator[int]:
+    """A process with a /dev of its own, in which the node is a copy with its access control list, as libvirt makes it."""
+    copy = (
+        "import os, subprocess, sys\n"
+        "node, name = sys.argv[1], 'system.posix_acl_access'\n"
+        "was, entries = os.stat(node), os.getxattr(node, name)\n"
+        "subprocess.run(['mount', '-t', 'tmpfs', '-o', 'mode=755', 'dev', os.path.dirname(node)], check=True)\n"
+        "os.mknod(node, was.st_mode, was.st_rdev)\n"
+        "os.setxattr(node, name, entries)\n"
+        "print('up', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = ["unshare", "--mount", sys.executable, "-c", copy, str(node)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "up\n"
+        yield process.pid
+        process.communicate("")
+
+
+def test_a_gate_that_closes_takes_the_right_back_from_the_dev_of_each_qemu(place: Path, device: Path) -> None:
+    """Of its own and of those that libvirt has started meanwhile, but for one whose own gate is open."""
+    running: dict[str, int] = {}
+    gate = Gate(place / "gate", DeviceGrants(), running.items, Timer().later)
+    gate.close_all()
+    fd = os.open(device, os.O_RDWR)
+    gate.open("web1", str(device), fd, ONE)
+    gate.open("web2", str(device), fd, ONE)
+    with own_dev(device) as web1, own_dev(device) as plain, own_dev(device) as web2, own_dev(device) as late:
+        running |= {"web1": web1, "a name that no VM has": plain, "web2": web2, "gone": 1 << 30}
+        seen = {pid: acl.read(Path(f"/proc/{pid}/root{device}")) for pid in (web1, plain, web2, late)}
+        assert all((acl.USER, 6, ONE) in entries for entries in seen.values())
+        gate.close("web1")
+        seen = {pid: acl.read(Path(f"/proc/{pid}/root{device}")) for pid in (web1, plain, web2, late)}
+        assert [(acl.USER, 6, ONE) in seen[pid] for pid in (web1, plain, web2, late)] == [False, False, True, True]
+        running["late"] = late
+        gate.sweep()
+        assert (acl.USER, 6, ONE) not in acl.read(Path(f"/proc/{late}/root{device}"))
+        Gate(place / "gate", DeviceGrants(), running.items, Timer().later).close_all()
+        assert (acl.USER, 6, ONE) not in acl.read(Path(f"/proc/{web2}/root{device}"))
+    os.close(fd)
+
+
+def test_qemus_are_found_by_libvirt_s_files(tmp_path: Path) -> None:
+    (tmp_path / "web1.pid").write_text("12")
+    (tmp_path / "web2.pid").write_text("")
+    (tmp_path / "web1.xml").write_text("34")
+    assert list(qemus_of(tmp_path)) == [("web1", 12)]
+    assert list(qemus_of(tmp_path / "nothing")) == []

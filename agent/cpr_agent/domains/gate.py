@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -52,19 +53,36 @@ class Grants(Protocol):
 Later = Callable[[float, Callable[[], None]], asyncio.TimerHandle]
 
 
+Qemus = Callable[[], Iterable[tuple[str, int]]]
+
+
+def qemus_of(directory: Path) -> Iterator[tuple[str, int]]:
+    """Name and PID of each domain's QEMU, as libvirt has them in /run/libvirt/qemu; a file may have outlived its QEMU."""
+    for file in directory.glob("*.pid"):
+        with contextlib.suppress(OSError, ValueError):
+            yield file.stem, int(file.read_text())
+
+
 def _later(seconds: float, work: Callable[[], None]) -> asyncio.TimerHandle:
     return asyncio.get_running_loop().call_later(seconds, work)
 
 
 class Gate:
     """``root`` holds a directory for each domain whose gate is open. QEMU's user may pass it, and root alone may write to
-    it."""
+    it.
 
-    def __init__(self, root: Path, grants: Grants, later: Later = _later) -> None:
+    libvirt gives each QEMU a /dev of its own, in which nodes have the access control lists that they had as it was made. So
+    a gate that closes also takes the entry back from the ``qemus`` of all domains whose gates are closed.
+    """
+
+    def __init__(self, root: Path, grants: Grants, qemus: Qemus = tuple, later: Later = _later) -> None:
         self._root = root
         self._grants = grants
+        self._qemus = qemus
         self._later = later
         self._limits: dict[str, asyncio.TimerHandle] = {}
+        self._nodes: set[str] = set()
+        """To which gates have led."""
 
     def path(self, name: str) -> Path:
         """The one that the domain's XML names. Raises MemoryUnusable for a name that no VM can have."""
@@ -80,6 +98,7 @@ class Gate:
             self.close(name)
             _refuse_foreign(Path(node), descriptor)
             with self._opened() as root:
+                self._nodes.add(node)
                 self._grants.give(_place(name), [descriptor], uid)
                 new = f".{name}.new"
                 _clear(root, new)
@@ -109,6 +128,14 @@ class Gate:
                 _put_away(root, name)
         finally:
             self._grants.take_back(_place(name))
+            self.sweep()
+
+    def sweep(self) -> None:
+        """To be called whenever any domain has started: libvirt may have made its /dev while a gate was open."""
+        closed = [pid for name, pid in self._qemus() if name not in self._limits] if self._nodes else []
+        for node, pid in itertools.product(self._nodes, closed):
+            with contextlib.suppress(OSError):  # there is no such device in its /dev, or it has ended
+                self._restore(f"/proc/{pid}/root{node}", os.stat(node).st_rdev)  # noqa: PTH116 - of many QEMUs
 
     def close_all(self) -> None:
         """Close what an agent before this one has left open, before anybody may ask this one. Raises OSError: nothing may
@@ -119,8 +146,11 @@ class Gate:
         with self._opened() as root:
             for name in os.listdir(root):  # noqa: PTH208 - of a descriptor
                 node = _clear(root, name) if name.startswith(".") else _put_away(root, name)
-                with contextlib.suppress(OSError):  # the device may be gone
-                    self._restore(node)
+                self._nodes.update({node} - {""})
+        for node in self._nodes:
+            with contextlib.suppress(OSError):  # the device may be gone
+                self._restore(node)
+        self.sweep()
 
     def _shut(self, name: str) -> None:
         log.warning("domain %s: its QEMU has not opened its memory in %g s, and now can't", name, LIMIT_S)
@@ -138,10 +168,13 @@ class Gate:
                 raise NotOursError(self._root, "others than root may write to it")
             yield root
 
-    def _restore(self, node: str) -> None:
+    def _restore(self, node: str, device: int | None = None) -> None:
+        """``device``: only if it is this one, by its number. Raises OSError."""
         descriptor = os.open(node, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            self._grants.restore(descriptor)
+            info = os.fstat(descriptor)
+            if device is None or (stat.S_ISCHR(info.st_mode) and info.st_rdev == device and info.st_uid == 0):
+                self._grants.restore(descriptor)
         finally:
             os.close(descriptor)
 
