@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -344,6 +345,20 @@ def test_an_agent_that_is_killed_and_stays_away_is_a_no(tmp_path: Path) -> None:
         code, said = await outcome(process)
         assert code == 1
         assert "the agent does not answer" in said
+
+    asyncio.run(story())
+
+
+def test_nobody_waits_for_an_agent_that_is_killed_while_it_is_told_of_an_end(hook: Hook) -> None:
+    async def story() -> None:
+        with listening(hook.socket) as listener:
+            listener.settimeout(PATIENCE_S)
+            process = await hook.start("stopped")
+            connection, _ = await asyncio.to_thread(listener.accept)
+        connection.close()
+        began = time.monotonic()
+        assert await outcome(process) == (0, "")
+        assert time.monotonic() - began < ask.RETURN_S / 2
 
     asyncio.run(story())
 

@@ -57,7 +57,8 @@ def main(arguments: list[str], path: str = SOCKET) -> int:
     domain, operation, sub_operation = arguments[1:4]
     try:
         request = message(operation, sub_operation, os.fsencode(domain), sys.stdin.buffer.read())
-        ask(path, request, time.monotonic() + ANSWER_S.get(operation, NOTICE_S), ABSENT_S.get(operation, 0.0))
+        deadline = time.monotonic() + ANSWER_S.get(operation, NOTICE_S)
+        ask(path, request, deadline, ABSENT_S.get(operation, 0.0), RETURN_S if operation in ANSWER_S else 0.0)
     except (RefusedError, OSError) as error:
         if operation not in ANSWER_S:
             return 0
@@ -74,7 +75,7 @@ def message(operation: str, sub_operation: str, domain: bytes, xml: bytes) -> by
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
-def ask(path: str, request: bytes, deadline: float, absent_s: float) -> None:
+def ask(path: str, request: bytes, deadline: float, absent_s: float, return_s: float) -> None:
     """Return if the agent says yes. Raises RefusedError, OSError.
 
     An agent that is killed meanwhile is asked again once it is back. It may have acted on its yes already: a no would end
@@ -86,7 +87,7 @@ def ask(path: str, request: bytes, deadline: float, absent_s: float) -> None:
             return until_answered(agent, request, deadline)
         except LostError:
             agent.close()
-            agent = reached(path, time.monotonic() + RETURN_S)
+            agent = reached(path, time.monotonic() + return_s)
 
 
 def reached(path: str, deadline: float) -> _socket.socket:
