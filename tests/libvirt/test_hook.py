@@ -72,7 +72,7 @@ class StandIn:
 
 
 START = [("prepare", "begin"), ("started", "begin")]
-END = [("stopped", "end"), ("release", "end")]
+END = [("release", "end")]
 
 
 @pytest.fixture(params=list(RELEASES))

@@ -23,10 +23,7 @@ CONNECT_S = 10.0
 SILENCE_S = 20.0
 """An agent that lives says so several times in it."""
 ANSWER_S = {"prepare": 600.0, "started": 120.0}
-"""So long is an answer to this operation waited for; it decides over a start. A load proves its guest's memory in
-``prepare``."""
-NOTICE_S = 10.0
-"""The same for any other operation, which only tells the agent something."""
+"""So long is an answer to this operation waited for. A load proves its guest's memory in ``prepare``."""
 HELD_S = 300.0
 """The same once the agent acts on its yes: an agent that hangs then is killed (WatchdogSec=), and comes back."""
 SHORTEST_S = 0.01
@@ -57,11 +54,8 @@ def main(arguments: list[str], path: str = SOCKET) -> int:
     domain, operation, sub_operation = arguments[1:4]
     try:
         request = message(operation, sub_operation, os.fsencode(domain), sys.stdin.buffer.read())
-        deadline = time.monotonic() + ANSWER_S.get(operation, NOTICE_S)
-        ask(path, request, deadline, ABSENT_S.get(operation, 0.0), RETURN_S if operation in ANSWER_S else 0.0)
+        ask(path, request, time.monotonic() + ANSWER_S[operation], ABSENT_S[operation])
     except (RefusedError, OSError) as error:
-        if operation not in ANSWER_S:
-            return 0
         print(f"cpr-agent: {error}", file=sys.stderr)  # noqa: T201 - libvirt shows it
         return 1
     return 0
@@ -75,7 +69,7 @@ def message(operation: str, sub_operation: str, domain: bytes, xml: bytes) -> by
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
-def ask(path: str, request: bytes, deadline: float, absent_s: float, return_s: float) -> None:
+def ask(path: str, request: bytes, deadline: float, absent_s: float) -> None:
     """Return if the agent says yes. Raises RefusedError, OSError.
 
     An agent that is killed meanwhile is asked again once it is back. It may have acted on its yes already: a no would end
@@ -87,7 +81,7 @@ def ask(path: str, request: bytes, deadline: float, absent_s: float, return_s: f
             return until_answered(agent, request, deadline)
         except LostError:
             agent.close()
-            agent = reached(path, time.monotonic() + return_s)
+            agent = reached(path, time.monotonic() + RETURN_S)
 
 
 def reached(path: str, deadline: float) -> _socket.socket:

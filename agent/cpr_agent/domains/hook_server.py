@@ -18,6 +18,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from cpr_agent.core.model import VM_NAME
 from cpr_agent.domains import ask
 from cpr_agent.errors import CprError
 from cpr_agent.handles import Peer, peer_of
@@ -32,7 +33,10 @@ BEAT_S = ask.SILENCE_S / 8
 MARGIN_S = 10.0
 """An answer later than this before the hook gives up may not be heard."""
 ANSWER_S = {operation: seconds - MARGIN_S for operation, seconds in ask.ANSWER_S.items()}
-NOTICE_S = ask.NOTICE_S - BEAT_S
+RELEASED = "released"
+"""The pipe beside the socket, into which the hook writes the names of domains that libvirt is through with."""
+_PIPE_BYTES = 1 << 16
+"""As many as a pipe holds (pipe(7)): lines are whole then, because each is written at once."""
 _BACKLOG = 128
 _PIECE = 1 << 16
 
@@ -107,13 +111,14 @@ class HookLine:
 
 class HookServer:
     """``on_request`` gives the refusal of a request, "" for a yes. It need not be quick, but what it does after the hook
-    has gone counts for nothing; it is not cancelled then. One request of a domain comes after the other. Of other
-    operations than ``prepare`` and ``started`` the answer is not heard."""
+    has gone counts for nothing; it is not cancelled then. One request of a domain comes after the other. ``release`` comes
+    by a pipe, without XML, and its answer is not heard."""
 
     def __init__(self, path: Path, on_request: Callable[[HookRequest], Awaitable[str]]) -> None:
         self._path = path
         self._on_request = on_request
         self._listener: socket.socket | None = None
+        self._pipe = -1
         self._serving: dict[asyncio.Task[None], HookLine] = {}
         self._deciding: set[asyncio.Task[str]] = set()
         """They live on after their hooks."""
@@ -137,6 +142,11 @@ class HookServer:
             raise
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._accept)
+        pipe = self._path.with_name(RELEASED)
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe, 0o600)
+        self._pipe = os.open(pipe, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)  # not only read: it has no end then
+        asyncio.get_running_loop().add_reader(self._pipe, self._hear)
 
     async def close(self) -> None:
         """Take no new request, and end when those are answered whose yes was acted on. The others are hung up on: their
@@ -146,10 +156,20 @@ class HookServer:
             self._listener.close()
             self._listener = None
             self._path.unlink(missing_ok=True)
+        if self._pipe >= 0:
+            asyncio.get_running_loop().remove_reader(self._pipe)
+            os.close(self._pipe)
+            self._pipe = -1
+            self._path.with_name(RELEASED).unlink(missing_ok=True)
         for task, line in self._serving.items():
             if not line.held:
                 task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
+
+    def _hear(self) -> None:
+        for name in os.read(self._pipe, _PIPE_BYTES).decode(errors="replace").split("\n"):
+            if VM_NAME.fullmatch(name):
+                self._decide(HookRequest("release", "end", name, "")).add_done_callback(_log_failure)
 
     def _accept(self) -> None:
         assert self._listener
@@ -195,7 +215,7 @@ class HookServer:
     async def _decided(self, connection: socket.socket, line: HookLine, request: HookRequest) -> str:
         """The refusal, or "". Raises what the handler raises."""
         loop = asyncio.get_running_loop()
-        patience_s = ANSWER_S.get(request.operation, NOTICE_S)
+        patience_s = ANSWER_S[request.operation]
         until = loop.time() + patience_s
         deciding = self._decide(request)
         gone = loop.create_task(request.until_gone())
@@ -235,6 +255,11 @@ class HookServer:
             task.exception()  # its hook may have gone, and then nobody asks
 
 
+def _log_failure(task: asyncio.Task[str]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("hook release: %s", error)
+
+
 def _hung_up(connection: socket.socket, request: HookRequest) -> None:
     asyncio.get_running_loop().remove_reader(connection)
     request.give_up()
@@ -249,6 +274,8 @@ async def _read(connection: socket.socket, line: HookLine, pid: int) -> HookRequ
     if len(parts) != 4:
         raise ValueError(f"it has {len(parts)} parts")
     operation, sub_operation, domain, xml = (part.decode() for part in parts)
+    if operation not in ANSWER_S:
+        raise ValueError(f"{operation!r} is not a question")
     return HookRequest(operation, sub_operation, domain, xml, pid, line)
 
 
