@@ -223,7 +223,7 @@ def test_the_end_of_a_qemu_ends_its_start_and_closes_the_way() -> None:
 def test_the_end_of_the_qemu_before_does_not_end_the_next_start() -> None:
     async def work(office: Office) -> None:
         start, _ = office.desk.begin("web1", launch(), 0)
-        await office.ask("stopped")
+        await office.ask("release")
         assert office.desk.start_of("web1") is start
         assert not start.ended.done()
 

@@ -57,6 +57,8 @@ class Heard:
 
     def __init__(self) -> None:
         self.monitor: list[Callable[[MonitorEvent], None]] = []
+        self.started: list[Callable[[str], None]] = []
+        """This domain, adopted or not, has a QEMU."""
         self.ended: list[Callable[[str], None]] = []
         """The QEMU of this domain has ended."""
         self.defined: list[Callable[[str], None]] = []
@@ -262,11 +264,15 @@ class Libvirt:
             at = seconds + micros / 1e6
             tell(heard.monitor, MonitorEvent(domain.name(), event, at, details or ""))
 
+        lifecycles = {
+            library.VIR_DOMAIN_EVENT_STARTED: heard.started,
+            library.VIR_DOMAIN_EVENT_STOPPED: heard.ended,
+            library.VIR_DOMAIN_EVENT_DEFINED: heard.defined,
+            library.VIR_DOMAIN_EVENT_UNDEFINED: heard.defined,
+        }
+
         def lifecycle(_: Any, domain: Any, event: int, detail: int, __: Any) -> None:  # noqa: ARG001
-            if event == library.VIR_DOMAIN_EVENT_STOPPED:
-                tell(heard.ended, domain.name())
-            elif event in (library.VIR_DOMAIN_EVENT_DEFINED, library.VIR_DOMAIN_EVENT_UNDEFINED):
-                tell(heard.defined, domain.name())
+            tell(lifecycles.get(event, []), domain.name())
 
         def closed(_: Any, reason: int, __: Any) -> None:  # noqa: ARG001
             tell(heard.lost)

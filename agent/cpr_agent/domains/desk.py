@@ -144,7 +144,7 @@ class Desk:
                 return await self._prepare(request)
             case "started":
                 return await self._started(request)
-            case "stopped" | "release":
+            case "release":
                 self._close(request.domain)
                 start = self._starts.get(request.domain)
                 if start and (start.launch is None or start.allowed.is_set()):  # else it tells of the QEMU before

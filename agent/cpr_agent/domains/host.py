@@ -43,8 +43,12 @@ class LibvirtPaths(msgspec.Struct, frozen=True):
         """From which ``virsh start`` restores the domain, if it is there (``virsh managedsave``)."""
         return self.images / f"{domain}.save"
 
+    @property
+    def pids(self) -> Path:
+        return self.root / "run/libvirt/qemu"
+
     def pid_file(self, domain: str) -> Path:
-        return self.root / f"run/libvirt/qemu/{domain}.pid"
+        return self.pids / f"{domain}.pid"
 
     def log(self, domain: str) -> Path:
         return self.root / f"var/log/libvirt/qemu/{domain}.log"

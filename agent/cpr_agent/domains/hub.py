@@ -184,7 +184,7 @@ class Domains:
         from cpr_agent.domains import xml
         from cpr_agent.domains.connection import Libvirt
         from cpr_agent.domains.desk import Desk
-        from cpr_agent.domains.gate import Gate
+        from cpr_agent.domains.gate import Gate, qemus_of
         from cpr_agent.domains.hook_server import HookRequest, HookServer
         from cpr_agent.domains.images import Images
         from cpr_agent.domains.place import World, allow
@@ -194,7 +194,7 @@ class Domains:
         parts, callbacks = self._parts, self._callbacks
         assert callbacks
         parts.places.run.mkdir(parents=True, exist_ok=True)
-        gate = Gate(parts.places.gates, parts.grants)
+        gate = Gate(parts.places.gates, parts.grants, lambda: qemus_of(parts.host.pids))
         gate.close_all()
         images = Images(parts.places.run / "domains" / "images", xml.with_checkpoint)
 
@@ -245,9 +245,11 @@ class Domains:
         lost = asyncio.Event()
         libvirt.heard.lost.append(lost.set)
         libvirt.heard.defined.append(self._on_definition)
+        libvirt.heard.started.append(lambda _: self._all.world.gate.sweep())
         while True:
             lost.clear()
             await poll_until(self._connected, bool, math.inf, slowest_s=RECONNECT_S)
+            self._all.world.gate.sweep()
             self._spawn(callbacks.reload())  # what was defined meanwhile nobody tells
             for name in sorted(self._names):
                 self._spawn(callbacks.look_again(name))
