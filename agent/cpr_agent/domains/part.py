@@ -14,6 +14,7 @@ from cpr_agent.domains.tree import Element
 from cpr_agent.errors import InvalidDefinition
 from cpr_agent.text import printable
 
+PAGE = 4096
 VM = f"{{{NAMESPACE}}}vm"
 METADATA_TOO = "metadata"
 """Attribute of the element: the domain had no metadata before, and has none again when it is released."""
@@ -103,9 +104,17 @@ def read(vm: Element) -> Adopted:
         "load": _fields(parts.get("load", {}), load, "load"),
     }
     try:
-        return msgspec.convert(body, Adopted, strict=False, dec_hook=_value)
+        found = msgspec.convert(body, Adopted, strict=False, dec_hook=_value)
     except (msgspec.ValidationError, ValueError) as error:
         raise InvalidDefinition(f"{PREFIX}:vm in its metadata: {printable(str(error), 300)}") from error
+    problem = ""
+    if not found.device.startswith(("uuid:", "/")) or not found.device.isprintable():
+        problem = f"device {printable(found.device, 100)!r} is neither uuid:… nor an absolute path"
+    elif found.offset % PAGE or found.size % PAGE:
+        problem = f"size and offset must be multiples of {PAGE} bytes"
+    if problem:
+        raise InvalidDefinition(f"{PREFIX}:memory in its metadata: {problem}")
+    return found
 
 
 def _fields(values: dict[str, str], known: Sequence[str], where: str) -> dict[str, object]:
