@@ -173,6 +173,27 @@ class Bench:
         self.devices = FakeDevices(*self.devices.list(), device)
         return f"uuid:{device.uuid}"
 
+    def ports(self) -> Ports:
+        """Those of one agent."""
+        return Ports(
+            definitions=DefinitionDirectory(self.definitions, self.root / "run", self.root / "log"),
+            runner=self.runner,
+            memory=HostMemory(self.devices),
+            store=MortalStore(self.root / "checkpoints", self.runner.point),
+            journal=MortalJournal(self.root / "journal", self.host, self.runner.point),
+            history=History(self.root / "history"),
+            clock=self.host,
+            boot=self.host,
+            files=self.host,
+            sockets=self.host,
+            firmware=NamedFirmware(self.root / "firmware"),
+            programs=FakePrograms(self.root / "programs", self.runner.point),
+            kernels=self.kernels,
+            kexec=self.kexec,
+            hooks=self.hooks,
+            surroundings=self.surroundings,
+        )
+
     def run(self, work: Callable[[Manager], Awaitable[T]]) -> T:
         """Start an agent, let it recover, do ``work`` with it, and end it; what it left in the loop is cancelled."""
 
@@ -182,24 +203,7 @@ class Bench:
             for qemu in self.runner.qemus.values():
                 await qemu.close()  # the connections of the agent before
             point = self.runner.point
-            ports = Ports(
-                definitions=DefinitionDirectory(self.definitions, self.root / "run", self.root / "log"),
-                runner=self.runner,
-                memory=HostMemory(self.devices),
-                store=MortalStore(self.root / "checkpoints", point),
-                journal=MortalJournal(self.root / "journal", self.host, point),
-                history=History(self.root / "history"),
-                clock=self.host,
-                boot=self.host,
-                files=self.host,
-                sockets=self.host,
-                firmware=NamedFirmware(self.root / "firmware"),
-                programs=FakePrograms(self.root / "programs", point),
-                kernels=self.kernels,
-                kexec=self.kexec,
-                hooks=self.hooks,
-                surroundings=self.surroundings,
-            )
+            ports = self.ports()
             manager = Manager(ports, self.settings)
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
                 await manager.read_definitions()
