@@ -117,12 +117,13 @@ class Adoption:
             what = f"its QEMU {found.qemu_too_old} can't have memory that begins at offset {int(one.offset)}"
             raise MemoryUnusable(what, remedy=_NEWER_QEMU)
         section = MemorySection(size=one.size, device=one.device, offset=one.offset)
-        self._refuse_same_file(found.name, one)
-        if self._ports.memory.creatable(section):
-            return one, 0
-        located: list[Located] = await self._ports.memory.locate(section, 0)
-        refuse_overlap(found.name, ram_of(located), claims)
-        return one, located[0].identity.align_bytes
+        align = 0
+        if not self._ports.memory.creatable(section):
+            located: list[Located] = await self._ports.memory.locate(section, 0)
+            refuse_overlap(found.name, ram_of(located), claims)
+            align = located[0].identity.align_bytes
+        self._refuse_same_place(found.name, one)
+        return one, align
 
     def _chosen(self, found: Adoptable, wanted: Wanted, claims: list[tuple[str, MemoryIdentity]]) -> MemoryNode:
         device, offset, size = wanted.device, _offset(wanted.offset), Bytes(found.size_bytes)
@@ -162,9 +163,9 @@ class Adoption:
         what = f"no dax device has {found.size_bytes} bytes free at its start, where alone its QEMU can have them"
         raise MemoryUnusable(f"{what} ({found.qemu_too_old})", remedy=_NEWER_QEMU)
 
-    def _refuse_same_file(self, name: str, one: MemoryNode) -> None:
-        """A file that is not there yet has no identity: another VM's definition may name it as well. Raises
-        MemoryOverlap."""
+    def _refuse_same_place(self, name: str, one: MemoryNode) -> None:
+        """Memory that is not there yet, or that its VM could not have, has no identity to compare: another VM's definition
+        may name it all the same. Raises MemoryOverlap."""
         for vm in self._household.vms.values():
             for other in vm.definition.memory.ranges if vm.definition and vm.name != name else ():
                 apart = one.offset >= other.offset + other.size or other.offset >= one.offset + one.size
