@@ -201,6 +201,20 @@ def test_metadata_that_make_no_sense_are_a_problem(was: str, becomes: str, why: 
     assert why in xml.read(text, PLACES).problem
 
 
+def test_the_settings_in_the_document_are_read() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/libvirt.md").read_text()
+    written = re.search(r"^    <cpr:vm .*?</cpr:vm>$", page, re.MULTILINE | re.DOTALL)
+    assert written
+    size = re.search(r' size="(\d+)"', written[0])
+    assert size
+    adopted = Adopted(device=UUID, size=Bytes(int(size[1])), align=Bytes(2 << 20))
+    text = adopt(changed(domain(), f">{SIZE >> 10}<", f">{adopted.size >> 10}<"), adopted)
+    text = re.sub(r"    <cpr:vm .*?</cpr:vm>", lambda _: written[0], text, flags=re.DOTALL)
+    found = xml.read_domain("web1", text.encode(), PLACES)
+    assert (found.save.order, float(found.save.blocked_wait), float(found.vm.shutdown_timeout)) == (10, 120.0, 120.0)
+    assert (found.load.on_lost_memory, found.load.resync_clock) == ("cold-start", "never")
+
+
 def test_settings_of_save_and_load_are_read_from_the_metadata() -> None:
     inside = (
         "<cpr:save order='5' timeout='2min' when-blocked='wait shut-down'/><cpr:load on-lost-memory='cold-start'/></cpr:vm>"
@@ -258,6 +272,12 @@ def test_each_row_of_the_table_is_refused(row: tuple[str, str, str]) -> None:
     found = xml.reasons(with_path(path))
     assert refusals.Refusal(cause, remedy) in found
     assert all(one.remedy or "launchSecurity" in one.cause for one in found)
+
+
+def test_the_document_has_each_row_of_the_table_and_no_other() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/libvirt.md").read_text()
+    section = page.partition("## What can't be adopted")[2].partition("And, of a domain as a whole")[0]
+    assert re.findall(r"^\| `([^`]*)` \|", section, re.MULTILINE) == [path for path, _, _ in refusals._REFUSED]
 
 
 def test_a_domain_as_virt_install_writes_it_has_no_reason() -> None:
