@@ -91,3 +91,19 @@ def test_fish_completes_commands_options_and_vms(lab: Lab) -> None:
     ):
         assert fish(line, lab.address) == (offers, ""), line
     assert fish("cprctl status ", NO_BUS) == ([], "")
+
+
+VIRSH = """#!/bin/sh
+[ "$*" = "--quiet --readonly --connect qemu:///system list --all --name" ] && printf 'web1\\nweb2\\nold\\n\\n'
+"""
+
+
+def test_domains_are_completed_by_virsh(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    virsh = tmp_path / "virsh"
+    virsh.write_text(VIRSH)
+    virsh.chmod(0o755)
+    monkeypatch.setitem(globals(), "PATH", f"{tmp_path}:{PATH}")
+    assert fish("cprctl adopt we", lab.address) == (["web1", "web2"], "")
+    assert fish("cprctl -H root@host2 adopt we", lab.address) == ([], "")
+    virsh.write_text("#!/bin/sh\necho no daemon >&2; exit 1\n")
+    assert fish("cprctl adopt we", lab.address) == ([], "")

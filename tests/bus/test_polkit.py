@@ -105,6 +105,18 @@ def test_who_is_not_authorized_may_not(
     guest.assert_unbroken()
 
 
+def test_a_file_is_a_guest_s_ram_for_root_alone(lab: Lab, polkit: Callable[[str], subprocess.Popen[str]]) -> None:
+    """The agent makes such a file, with the rights of root."""
+    polkit("yes")
+    path = lab.shm / "ram"
+    refused = cprctl_as_nobody(lab, "adopt", "web1", f"--device={path}", "--yes", "--json")
+    assert refused.returncode == 77, refused
+    assert "root alone" in refused.stderr
+    assert not path.exists()
+    by_device = cprctl_as_nobody(lab, "adopt", "web1", "--device=/dev/dax0.0", "--yes", "--json")
+    assert "root alone" not in by_device.stderr
+
+
 CALL_AS_NOBODY = """
 import asyncio, os, sys
 from dbus_next.aio.message_bus import MessageBus

@@ -417,3 +417,35 @@ def test_a_domain_that_has_grown_is_fitted_by_a_second_adoption(bench: AdoptionB
     memory = bench.adopt().memory
     assert memory
     assert (memory.device, int(memory.size)) == ("uuid:one", 128 * MIB)
+
+
+def test_a_domain_that_was_renamed_is_mended_with_its_memory_and_settings(bench: AdoptionBench) -> None:
+    bench.domain()
+    bench.adopt(device="uuid:one", offset="128M")
+    text = bench.libvirt.domains.pop("web1").xml.replace("</cpr:vm>", "<cpr:save order='7'/></cpr:vm>")
+    (bench.libvirt.directory / "web1.xml").unlink()
+    renamed = bench.libvirt.add(text.replace("<name>web1<", "<name>web2<"))
+    assert "by hand" in bench.run(_problem_of("web2"))
+    memory = bench.adopt("web2").memory
+    assert memory
+    assert memory.offset == 128 * MIB
+    adopted = xml.read(renamed.xml, bench.places).adopted
+    assert adopted
+    assert adopted.save.order == 7
+
+
+def _problem_of(name: str) -> Callable[[Manager], Awaitable[str]]:
+    async def problem(manager: Manager) -> str:
+        return str(manager.vm(name).problem)
+
+    return problem
+
+
+def test_a_domain_in_a_file_grows_where_it_is(bench: AdoptionBench) -> None:
+    domain = bench.domain()
+    path = str(bench.root / "ram")
+    bench.adopt(device=path, offset="64M")
+    bench.libvirt.add(domain.xml.replace(">65536<", ">131072<"))
+    memory = bench.adopt().memory
+    assert memory
+    assert (memory.device, int(memory.offset), int(memory.size)) == (path, 64 * MIB, 128 * MIB)

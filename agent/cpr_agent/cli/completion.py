@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 
 import click
 
@@ -28,5 +29,18 @@ def vm_names(context: click.Context, parameter: click.Parameter, incomplete: str
         return []
 
 
+def domain_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 - click's
+    """Names of libvirt's domains on this host, if virsh(1) knows any."""
+    if context.find_root().params.get("host"):
+        return []
+    command = ("virsh", "--quiet", "--readonly", "--connect", "qemu:///system", "list", "--all", "--name")
+    try:
+        listed = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [name for name in listed.stdout.decode(errors="replace").split("\n") if name and name.startswith(incomplete)]
+
+
+domain_argument = click.argument("vm", metavar="DOMAIN", shell_complete=domain_names)
 vm_argument = click.argument("vm", shell_complete=vm_names)
 some_vm_argument = click.argument("vm", required=False, shell_complete=vm_names)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import click
 
 from cpr_agent.bus.client import Client, options, plain
-from cpr_agent.cli.completion import vm_argument
+from cpr_agent.cli.completion import domain_argument, vm_argument
 from cpr_agent.cli.session import Output, Work, command, complain
 
 
@@ -26,7 +26,7 @@ _dry_run = click.option("--dry-run", is_flag=True, help="Show the change, and st
 
 
 @command()
-@click.argument("vm", metavar="DOMAIN")
+@domain_argument
 @click.option("--device", default="", help="Where its RAM shall be: uuid:…, a node, or a file (default: the best fit).")
 @click.option("--offset", default="", help="Where in the device (default: a free range; of a file its start).")
 @_dry_run

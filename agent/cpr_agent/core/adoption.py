@@ -132,11 +132,12 @@ class Adoption:
             if was.size == size:
                 return was
             device = was.device
+            offset = was.offset if _is_file(device) else None
         if offset is not None and not device:
             raise InvalidArgument("an offset needs a device", remedy="name it: see `cprctl devices`")
         if not device.isprintable():
             raise InvalidArgument("the name of its memory has a character that does not show")
-        if device.startswith("/") and not device.startswith("/dev/dax"):
+        if _is_file(device):
             return MemoryNode(size=size, device=device, offset=offset or Bytes(0))
         bare = device.removeprefix("uuid:")
         if offset is not None:
@@ -181,6 +182,11 @@ def _changing_nothing(name: str) -> Iterator[None]:
     except CprError as error:
         error.vm, error.left = name, NOTHING
         raise
+
+
+def _is_file(device: str) -> bool:
+    """Whether a definition that names this device names a file."""
+    return device.startswith("/") and not device.startswith("/dev/dax")
 
 
 def _offset(text: str) -> Bytes | None:

@@ -18,7 +18,7 @@ class Adoptable(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     size_bytes: int
     adopted: MemoryNode | None = None
-    """The memory that it was given, if it is adopted already."""
+    """The memory that it was given, if it is adopted already, also where it can't be used as it is."""
     qemu_too_old: str = ""
     """The version of its QEMU, if that can't have memory that begins behind the start of a device or file."""
 

@@ -67,7 +67,7 @@ class LibvirtDomains:
         if found := [*_not_now(facts, name), *self._not_with(bare, domain.memory_bytes)]:
             remedies = dict.fromkeys(one.remedy for one in found if one.remedy)
             raise NotAdoptable([one.cause for one in found], vm=name, remedy="; ".join(remedies))
-        one = domain.adopted
+        one = xml.settings(facts.xml)
         version = facts.qemu_version
         return Adoptable(
             name=name,
@@ -78,8 +78,7 @@ class LibvirtDomains:
 
     async def adoption(self, name: str, memory: MemoryNode, align_bytes: int) -> Change:
         before = (await self._facts(name)).xml
-        was = xml.read(before, self._places).adopted
-        adopted = xml.with_memory(was, memory, align_bytes)
+        adopted = xml.with_memory(xml.settings(before), memory, align_bytes)
         return _change(name, before, xml.adopt(before, adopted, self._places))
 
     async def release(self, name: str) -> Change:

@@ -7,6 +7,7 @@ agent a monitor. It is put in and cut out of libvirt's own text, so that everyth
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import re
@@ -82,6 +83,15 @@ def read_domain(name: str, raw: bytes, places: Places) -> Definition:
     if domain.name != name:
         raise InvalidDefinition(f"the domain's XML is that of {printable(domain.name, 100)!r}", vm=name)
     return definition(domain, text)
+
+
+def settings(text: str) -> Adopted | None:
+    """What the metadata say of the agent's part, whatever became of the rest of it: after a rename, or another size. Raises
+    InvalidDefinition if the XML is no domain's."""
+    vms = _vms(_parse(text))
+    with contextlib.suppress(InvalidDefinition):
+        return part.read(vms[0]) if len(vms) == 1 else None
+    return None
 
 
 def is_touched(text: str) -> bool:
