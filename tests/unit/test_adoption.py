@@ -28,6 +28,7 @@ from cpr_agent.errors import (
     Busy,
     CprError,
     InvalidArgument,
+    InvalidDefinition,
     MemoryOverlap,
     MemoryUnusable,
     NoSuchVM,
@@ -449,3 +450,9 @@ def test_a_domain_in_a_file_grows_where_it_is(bench: AdoptionBench) -> None:
     memory = bench.adopt().memory
     assert memory
     assert (memory.device, int(memory.offset), int(memory.size)) == (path, 64 * MIB, 128 * MIB)
+
+
+def test_xml_that_is_none_is_refused_by_the_domain_s_name(bench: AdoptionBench) -> None:
+    domain = bench.domain()
+    domain.xml = domain.xml.replace("<domain ", "<!DOCTYPE domain>\n<domain ", 1)
+    assert bench.adopt_fails(InvalidDefinition).vm == "web1"

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterator
 from typing import NamedTuple, Protocol
 
 from cpr_agent.core.allocation import allocate, free, used
 from cpr_agent.core.domains import Adoptable, Change
 from cpr_agent.core.model import Bytes, Located, MemoryIdentity, MemoryNode, MemorySection, ram_of
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.proof import refuse_overlap
+from cpr_agent.core.proof import naming, refuse_overlap
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, InvalidArgument, MemoryOverlap, MemoryUnusable, WrongState
 
@@ -61,7 +60,7 @@ class Adoption:
         """Give the domain memory of the agent's, and the agent a way to its QEMU. Raises NotAdoptable, InvalidArgument,
         MemoryUnusable, WrongState; the domain is as it was then."""
         async with self._turn:
-            async with self._at_rest(name):
+            async with self._changing(name):
                 found = await self._ports.domains.adoptable(name)
                 with _changing_nothing(name):
                     memory, align = await self._memory(found, wanted)
@@ -77,15 +76,17 @@ class Adoption:
         async with self._turn:
             vm = self._household.vms.get(name)
             memory = vm.definition.memory.ranges[0] if vm and vm.definition else None
-            async with self._at_rest(name):
+            async with self._changing(name):
                 change = await self._ports.domains.release(name)
                 await self._define(change, wanted)
             if wanted.act:
                 await self._household.reload()
             return Outcome(change, memory)
 
-    def _at_rest(self, name: str) -> AbstractAsyncContextManager[None]:
-        """Raises InvalidArgument for a VM whose definition is no domain."""
+    @contextlib.asynccontextmanager
+    async def _changing(self, name: str) -> AsyncIterator[None]:
+        """The VM is at rest, if there is one, and errors name it. Raises InvalidArgument for one whose definition is no
+        domain."""
         vm = self._household.vms.get(name)
         if vm and vm.owner == "agent":
             raise InvalidArgument(
@@ -94,7 +95,9 @@ class Adoption:
                 left=NOTHING,
                 remedy="rename the domain, `virsh domrename`; or remove the VM's definition",
             )
-        return vm.at_rest() if vm else contextlib.nullcontext()
+        async with vm.at_rest() if vm else contextlib.nullcontext():
+            with naming(name):
+                yield
 
     async def _define(self, change: Change, wanted: Wanted) -> None:
         if not wanted.act:
