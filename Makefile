@@ -147,7 +147,7 @@ host-root: bootstrap ## Build (once) the Debian 13 root that the host VM boots
 	@scripts/host-vm build
 
 .PHONY: demo
-demo: bootstrap ## A Linux guest and a tiny guest live through a real kexec of a host VM
+demo: bootstrap ## Two guests and a libvirt domain live through a real kexec of a host VM
 	@$(MAKE) --no-print-directory host-root $(DEB)
 	@scripts/demo --deb $(DEB)
 
