@@ -292,7 +292,7 @@ class VmObject(BusObject):
         return launch.argv[0] if launch else self._vm.definition.vm.qemu if self._vm.definition else ""
 
     def get_AdminSocket(self) -> str:
-        return self._admin_socket if self._vm.pid else ""
+        return self._admin_socket if self._vm.pid and self._vm.owner == "agent" else ""
 
     def get_Checkpoint(self) -> dict[str, Variant]:
         try:

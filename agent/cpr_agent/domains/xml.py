@@ -243,7 +243,9 @@ def _adopted(tree: Tree, places: Places) -> Adopted | None:
         raise InvalidDefinition(f"its metadata have {len(vms)} elements {PREFIX}:vm instead of one")
     adopted = part.read(vms[0])
     if [one.get("value", "") for one in own] != part.arguments(name, adopted, places):
-        raise InvalidDefinition("its arguments for QEMU are not those of its metadata: one of them was changed by hand")
+        raise InvalidDefinition(
+            "its arguments for QEMU are not those of its metadata: it was renamed, or one of them was changed by hand"
+        )
     if (size := _memory_bytes(root)) != adopted.size:
         raise InvalidDefinition(f"it has {size} bytes of memory, and {int(adopted.size)} were adopted")
     others = [one.get("value", "") for one in root.iterfind(f"{_COMMANDLINE}/{_ARGUMENT}") if one not in own]

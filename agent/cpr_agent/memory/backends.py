@@ -307,7 +307,10 @@ def _file(path: Path, size: int, offset: int) -> Located:
     filesystem, options = filesystem_of(info.st_dev)
     page_bytes = _page_bytes(filesystem, path, size, offset)
     if info.st_size < offset + size:
-        raise MemoryUnusable(f"its memory {path} has {info.st_size} bytes, the VM needs {offset + size}")
+        raise MemoryUnusable(
+            f"its memory {path} has {info.st_size} bytes, the VM needs {offset + size}",
+            remedy=f"extend it: truncate --size={offset + size} {path}",
+        )
     identity = MemoryIdentity(
         kind="file",
         size_bytes=size,
