@@ -500,6 +500,24 @@ def test_a_guest_that_runs_is_not_ended_by_the_end_of_the_daemon(room: Room) -> 
     run(room, work)
 
 
+def test_a_guest_that_was_started_paused_is_loaded_and_waits(room: Room) -> None:
+    """As by ``virsh start --paused``: its owner lets it run."""
+
+    async def suspended() -> None:
+        for listener in tuple(room.libvirt.heard.suspended):
+            listener("web1")
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        qemu = await room.loaded()
+        room.libvirt.steps["yes"] = suspended
+        assert await qemu.cont() == 0.0
+        assert await qemu.run_state() is RunState.PAUSED
+        assert room.world.desk.start_of("web1") is None
+
+    run(room, work)
+
+
 def test_an_act_that_gives_up_ends_the_qemu_and_libvirt_hears_why(room: Room) -> None:
     refusals: list[str] = []
 

@@ -59,6 +59,8 @@ class Heard:
         self.monitor: list[Callable[[MonitorEvent], None]] = []
         self.started: list[Callable[[str], None]] = []
         """This domain, adopted or not, has a QEMU."""
+        self.suspended: list[Callable[[str], None]] = []
+        """libvirt leaves the guest of this domain paused, or has paused it."""
         self.ended: list[Callable[[str], None]] = []
         """The QEMU of this domain has ended."""
         self.defined: list[Callable[[str], None]] = []
@@ -266,6 +268,7 @@ class Libvirt:
 
         lifecycles = {
             library.VIR_DOMAIN_EVENT_STARTED: heard.started,
+            library.VIR_DOMAIN_EVENT_SUSPENDED: heard.suspended,
             library.VIR_DOMAIN_EVENT_STOPPED: heard.ended,
             library.VIR_DOMAIN_EVENT_DEFINED: heard.defined,
             library.VIR_DOMAIN_EVENT_UNDEFINED: heard.defined,

@@ -245,6 +245,7 @@ class Domains:
         lost = asyncio.Event()
         libvirt.heard.lost.append(lost.set)
         libvirt.heard.defined.append(self._on_definition)
+        libvirt.heard.ended.append(self._on_end)
         libvirt.heard.started.append(lambda _: self._all.world.gate.sweep())
         while True:
             lost.clear()
@@ -261,6 +262,13 @@ class Domains:
         callbacks, directory = self._callbacks, self._parts.host.definitions
         assert callbacks
         if domain in self._names or is_adopted(directory / f"{domain}.xml", NAMESPACE.encode()):
+            self._spawn(callbacks.reload())
+
+    def _on_end(self, domain: str) -> None:
+        """One that was undefined as it ran is gone now."""
+        callbacks = self._callbacks
+        assert callbacks
+        if domain in self._names and not (self._parts.host.definitions / f"{domain}.xml").exists():
             self._spawn(callbacks.reload())
 
     async def _connected(self) -> bool:

@@ -210,20 +210,29 @@ class DomainQemu(LiveQemu):
         return at
 
     async def _until_resumed(self, start: Start, resumed: asyncio.Future[Event]) -> float:
-        """libvirt does so in milliseconds; unless another hook says no, or its daemon ends just then. Raises LoadFailed if
-        the guest has certainly not run, QemuFailed."""
-        lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """libvirt does so in milliseconds; unless another hook says no, its daemon ends just then, or whoever has started
+        it wants it paused: then the time is 0. Raises LoadFailed if the guest has certainly not run, QemuFailed."""
+        heard, loop = self._world.libvirt.heard, asyncio.get_running_loop()
+        lost: asyncio.Future[str] = loop.create_future()
+        left_paused: asyncio.Future[str] = loop.create_future()
 
         def on_loss() -> None:
             if not lost.done():
                 lost.set_result("libvirt's daemon has ended")
 
-        forget = listen(self._world.libvirt.heard.lost, on_loss)
-        either: set[asyncio.Future[Any]] = {resumed, start.ended, lost}
+        def on_suspend(domain: str) -> None:
+            if domain == self._qmp.vm and not left_paused.done():
+                left_paused.set_result(domain)
+
+        forgets = [listen(heard.lost, on_loss), listen(heard.suspended, on_suspend)]
+        either: set[asyncio.Future[Any]] = {resumed, start.ended, lost, left_paused}
         try:
             await asyncio.wait(either, timeout=_RESUME_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            forget()
+            for forget in forgets:
+                forget()
+        if left_paused.done() and not start.ended.done() and not self._resumed:
+            return 0.0
         if not self._resumed and start.launch is not None:
             why = next((one.result() for one in (start.ended, lost) if one.done()), "libvirt has not done so")
             await self._refuse_unrun(why)
