@@ -266,11 +266,15 @@ def test_a_new_agent_sees_to_it_that_libvirt_has_just_the_live_ones(kept: Kept, 
     assert kept.managed.exists() is live
 
 
-def test_an_interrupted_save_is_written_as_a_whole(kept: Kept) -> None:
-    """The agent ended as it copied what libvirt had written."""
+@pytest.mark.parametrize("copied", ["in part", "as a whole"])
+def test_an_interrupted_save_is_written_as_a_whole(kept: Kept, copied: str) -> None:
+    """The agent ended as it copied what libvirt had written, or after that."""
     pending = kept.both.begin("web1", "")
     kept.images.begin("web1", "id-1", running=False).write_bytes(image())
-    os.write(pending.fd, b"a part")
+    if copied == "in part":
+        os.write(pending.fd, b"a part")
+    else:
+        kept.images.finish("web1", pending.fd)
     again = kept.both.reopen("web1", pending.path)
     made = manifest(vm="web1", id="id-1", vmstate=again.seal())
     again.commit(made)

@@ -37,7 +37,8 @@ class Images:
         return image
 
     def finish(self, domain: str, fd: int) -> None:
-        """Write the image of the checkpoint to ``fd``, once libvirt has written its own. Blocking. Raises NotVmstate,
+        """Write the image of the checkpoint to ``fd``, once libvirt has written its own, which stays up to the next save: an
+        agent that is killed before the checkpoint is durable has the next one do so again. Blocking. Raises NotVmstate,
         SaveFailed, OSError."""
         path = self._image(domain)
         try:
@@ -52,7 +53,6 @@ class Images:
         data = memoryview(rewritten(image, head, self._with_checkpoint(head.xml, about.checkpoint), running=about.running))
         while data:
             data = data[os.write(fd, data) :]
-        path.unlink()
 
     def _image(self, domain: str) -> Path:
         return self._directory / domain
