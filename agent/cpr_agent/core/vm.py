@@ -271,7 +271,7 @@ class Vm:
         async with self._admitted(Act.ARRIVE):
             manifest = self.machine.live_checkpoint()
             if not checkpoint:
-                await start.start(self.machine)
+                await acts.start.start(self.machine)
             elif manifest and manifest.id == checkpoint:
                 await load(self.machine, LoadRequest())
             else:

@@ -37,8 +37,8 @@ class Images:
         return image
 
     def finish(self, domain: str, fd: int) -> None:
-        """Write the image of the checkpoint to ``fd``, once libvirt has written its own, which stays up to the next save: an
-        agent that is killed before the checkpoint is durable has the next one do so again. Blocking. Raises NotVmstate,
+        """Write the image of the checkpoint to ``fd``, once libvirt has written its own, which stays up to the next save:
+        an agent that is killed before the checkpoint is durable has the next one do so again. Blocking. Raises NotVmstate,
         SaveFailed, OSError."""
         path = self._image(domain)
         try:
