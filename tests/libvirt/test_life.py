@@ -119,7 +119,7 @@ def test_ranges_that_overlap_are_refused_across_both(lab: LibvirtLab) -> None:
     assert done.returncode, done.stdout
     assert "web1" in done.stderr
     own = lab.guest("own1", device=str(first.ram))
-    refused(own, "MemoryUnusable", "web1", member="Start")
+    refused(own, "MemoryOverlap", "web1", member="Start")
 
 
 def test_a_save_taken_back_by_virsh(each_lab: LibvirtLab) -> None:
