@@ -117,15 +117,19 @@ class Paths(msgspec.Struct, frozen=True):
         return self.root / "var/log/cpr-agent"
 
 
-def build(paths: Paths, settings: Settings, systemd: Systemd | None) -> tuple[Manager, Domains]:
-    """The agent without its bus. The domains are to be opened once their VMs are known."""
+def build(
+    paths: Paths, settings: Settings, systemd: Systemd | None, store: CheckpointStore | None = None
+) -> tuple[Manager, Domains]:
+    """The agent without its bus. The domains are to be opened once their VMs are known. ``store`` is another than the one
+    in ``paths``."""
     host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
     files = RunFiles(paths.run, paths.logs, PROGRAMS)
     users = Users(paths.state / "users")
     threads = Threads()
     runner: Runner = SystemdRunner(files, systemd, users, threads) if systemd else ProcessRunner(files)
     memory = HostMemory(UdevDevices())
-    checkpoints = CheckpointStore(paths.state / "checkpoints", tuple(Path(d) for d in settings.files.directories))
+    exports = tuple(Path(directory) for directory in settings.files.directories)
+    checkpoints = store or CheckpointStore(paths.state / "checkpoints", exports)
     places, libvirt = Places(paths.run), LibvirtPaths(paths.root)
     domains = Domains(
         Parts(

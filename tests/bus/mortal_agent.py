@@ -2,7 +2,9 @@
 """An agent that kills itself, or cancels its jobs, at one point, and whose host seems to kexec: cpr-agentd's own parts, but
 for a journal and a store that carry the knife, and fakes for what this machine can't do to itself.
 
-    python -m tests.bus.mortal_agent POINT --root=DIR --bus-address=ADDRESS
+    python -m tests.bus.mortal_agent POINT --root=DIR --bus-address=ADDRESS [--files=DIR]
+
+DIR is that of --files from here on, if there is one.
 
 POINT is "before X" or "after X", where X is a record of the journal, or an act of the store: seal, commit, consume, ...;
 with " N" behind it the Nth passage. With "stop " before it, it stops itself there (SIGSTOP) and waits to be continued. Each
@@ -31,6 +33,7 @@ from cpr_agent.core.model import Located, MemoryNode, Survives
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.vm import Vm
 from cpr_agent.daemon import Paths, build
+from cpr_agent.domains.hub import Callbacks
 from cpr_agent.errors import CprError
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
@@ -173,7 +176,7 @@ class Cancellations:
             print(f"{passage}: {vm.name} {answer}", file=starts)
 
 
-async def serve(paths: Paths, address: str, point: str) -> None:
+async def serve(paths: Paths, files: Path, address: str, point: str) -> None:
     passed: Counter[str] = Counter()
     one_at_a_time = threading.Lock()
     cancellations: Cancellations | None = None
@@ -185,7 +188,7 @@ async def serve(paths: Paths, address: str, point: str) -> None:
                 passed.clear()
             passed[name] += 1
             passage = f"{name} {passed[name]}"
-            with (paths.root / "points").open("a") as points:
+            with (files / "points").open("a") as points:
                 print(passage, file=points)
         if point.removeprefix("stop ") in (name, passage):
             os.kill(os.getpid(), signal.SIGSTOP if point.startswith("stop ") else signal.SIGKILL)
@@ -193,26 +196,27 @@ async def serve(paths: Paths, address: str, point: str) -> None:
             cancellations.pass_by(name, passage)
 
     bus = await Service.connect(address)
-    manager, _ = build(paths, Settings(), None)
+    manager, domains = build(paths, Settings(), None, MortalStore(paths.state / "checkpoints", pass_by))
     world = FakeRunner()
-    host = LabHost(paths.root)
+    host = LabHost(files)
     ports = replace(
         manager.ports,
-        memory=KeptMemory(UdevDevices()) if (paths.root / "kexec-said").exists() else manager.ports.memory,
-        store=MortalStore(paths.state / "checkpoints", pass_by),
+        memory=KeptMemory(UdevDevices()) if (files / "kexec-said").exists() else manager.ports.memory,
         journal=MortalJournal(paths.state / "journal", host, pass_by),
         clock=host,
         boot=host,
         files=host,
         sockets=host,
         kernels=FakeKernels(world),
-        kexec=LabKexec(world, paths.root),
+        kexec=LabKexec(world, files),
     )
     manager = Manager(ports, Settings())
-    cancellations = Cancellations(manager, paths.root)
+    domains.attach(Callbacks(manager.arrive, manager.look_again, manager.reload))
+    cancellations = Cancellations(manager, files)
     service = Service(bus, manager, paths.run)
     await Service.own_name(bus)
     await manager.read_definitions()
+    domains.open()
     await manager.recover()
     service.open()
     print("recovered; VMs run as processes", file=sys.stderr, flush=True)
@@ -223,15 +227,17 @@ async def serve(paths: Paths, address: str, point: str) -> None:
     if lost.done():
         os._exit(1)  # as cpr-agentd does
     await manager.close()
+    await domains.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("point")
     parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--files", type=Path)
     parser.add_argument("--bus-address", required=True)
     options = parser.parse_args()
-    asyncio.run(serve(Paths(options.root), options.bus_address, options.point))
+    asyncio.run(serve(Paths(options.root), options.files or options.root, options.bus_address, options.point))
 
 
 if __name__ == "__main__":

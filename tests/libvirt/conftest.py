@@ -26,9 +26,9 @@ def root_of(release: str) -> Path:
         pytest.skip(str(error))
 
 
-def _lab(release: str, tmp_path: Path, tiny: Path) -> Iterator[LibvirtLab]:
+def a_lab(release: str, tmp_path: Path, tiny: Path, kind: type[LibvirtLab] = LibvirtLab) -> Iterator[LibvirtLab]:
     root_of(release)
-    with libvirt_lab(release, tmp_path, tiny) as lab:
+    with libvirt_lab(release, tmp_path, tiny, kind=kind) as lab:
         lab.start_agent()
         yield lab
 
@@ -36,12 +36,12 @@ def _lab(release: str, tmp_path: Path, tiny: Path) -> Iterator[LibvirtLab]:
 @pytest.fixture
 def lab(tmp_path: Path, tiny: Path) -> Iterator[LibvirtLab]:
     """For what does not depend on the versions: those of Debian 13."""
-    yield from _lab("13", tmp_path, tiny)
+    yield from a_lab("13", tmp_path, tiny)
 
 
 @pytest.fixture(params=list(RELEASES))
 def each_lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path) -> Iterator[LibvirtLab]:
-    yield from _lab(request.param, tmp_path, tiny)
+    yield from a_lab(request.param, tmp_path, tiny)
 
 
 @pytest.fixture
