@@ -19,15 +19,9 @@ from cpr_agent import __version__, core, vm
 from cpr_agent.bus.service import Service
 from cpr_agent.core import acts, upgrade
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Definition
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.threads import Threads
-from cpr_agent.domains.beside import BothDefinitions, BothRunners, BothStores, DomainSurroundings
-from cpr_agent.domains.host import LibvirtPaths
-from cpr_agent.domains.hub import Callbacks, Domains, Parts
-from cpr_agent.domains.lazy import DomainsOnDemand
-from cpr_agent.domains.names import Places
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.files import locked, make_private_directory, write_atomically
 from cpr_agent.host.firmware import KeptFirmware
@@ -56,6 +50,8 @@ from cpr_agent.words import counted
 
 if TYPE_CHECKING:
     import argparse
+
+    from cpr_agent.domains.hub import Domains
 
 log = logging.getLogger("cpr_agent")
 
@@ -119,36 +115,19 @@ class Paths(msgspec.Struct, frozen=True):
 
 def build(
     paths: Paths, settings: Settings, systemd: Systemd | None, store: CheckpointStore | None = None
-) -> tuple[Manager, Domains]:
-    """The agent without its bus. The domains are to be opened once their VMs are known. ``store`` is another than the one
-    in ``paths``."""
+) -> tuple[Manager, Domains | None]:
+    """The agent without its bus; and libvirt's domains on a host that has libvirt, which are to be opened once their VMs
+    are known. ``store`` is another than the one in ``paths``."""
     host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
     files = RunFiles(paths.run, paths.logs, PROGRAMS)
     users = Users(paths.state / "users")
     threads = Threads()
-    runner: Runner = SystemdRunner(files, systemd, users, threads) if systemd else ProcessRunner(files)
-    memory = HostMemory(UdevDevices())
     exports = tuple(Path(directory) for directory in settings.files.directories)
-    checkpoints = store or CheckpointStore(paths.state / "checkpoints", exports)
-    places, libvirt = Places(paths.run), LibvirtPaths(paths.root)
-    domains = Domains(
-        Parts(
-            host=libvirt,
-            places=places,
-            records=RunFiles(paths.run / "domains", paths.logs, PROGRAMS),
-            grants=files.grants,
-            store=checkpoints,
-            open_memory=open_memory,
-            nodes_of=lambda definition: _nodes(memory, definition),
-        )
-    )
     ports = Ports(
-        definitions=BothDefinitions(
-            DefinitionDirectory(paths.definitions, paths.run, paths.logs), domains, runner.launched_all
-        ),
-        runner=BothRunners(runner, domains),
-        memory=memory,
-        store=BothStores(checkpoints, domains),
+        definitions=DefinitionDirectory(paths.definitions, paths.run, paths.logs),
+        runner=SystemdRunner(files, systemd, users, threads) if systemd else ProcessRunner(files),
+        memory=HostMemory(UdevDevices()),
+        store=store or CheckpointStore(paths.state / "checkpoints", exports),
         journal=FileJournal(paths.state / "journal", host, host),
         history=History(paths.state / "history"),
         hooks=HookDirectory(paths.hooks, settings.hooks.timeout),
@@ -156,24 +135,21 @@ def build(
         boot=host,
         files=host,
         sockets=host,
-        domains=DomainsOnDemand(domains, places, libvirt.settings),
-        surroundings=DomainSurroundings(paths.root, domains),
         threads=threads,
         programs=KeptPrograms(paths.programs),
         firmware=KeptFirmware(paths.firmware),
         kernels=InstalledKernels(),
         kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
     )
+    if not (paths.root / "etc/libvirt/qemu").is_dir():  # libvirt makes it; guests wait for what is imported
+        return Manager(ports, settings), None
+    from cpr_agent.domains.wiring import with_domains
+
+    records = RunFiles(paths.run / "domains", paths.logs, PROGRAMS)
+    ports, domains = with_domains(ports, paths.root, paths.run, records, files.grants, open_memory)
     manager = Manager(ports, settings)
-    domains.attach(Callbacks(manager.arrive, manager.look_again, manager.reload))
+    domains.attach(manager.arrive, manager.look_again, manager.reload)
     return manager, domains
-
-
-def _nodes(memory: HostMemory, definition: Definition) -> list[str]:
-    """The paths of a definition's memory, as far as they are known without a wait."""
-    named = {one.device for one in definition.memory.ranges}
-    found = [device.node for device in memory.devices() if f"uuid:{device.uuid}" in named] if named else []
-    return [*found, *(name for name in named if name.startswith("/"))]
 
 
 def publisher(paths: Paths, settings: Settings, manager: Manager) -> Publisher:
@@ -219,10 +195,11 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
         return await _serve(service, manager, domains, published, units=systemd is not None)
 
 
-async def _serve(service: Service, manager: Manager, domains: Domains, published: Publisher, *, units: bool) -> int:
+async def _serve(service: Service, manager: Manager, domains: Domains | None, published: Publisher, *, units: bool) -> int:
     await manager.read_definitions()
     await manager.expect_recovery()
-    domains.open()
+    if domains:
+        domains.open()
     service.open()
 
     stop = asyncio.Event()
@@ -252,7 +229,8 @@ async def _serve(service: Service, manager: Manager, domains: Domains, published
         os._exit(1)
     notify(stopping=1)
     await manager.close()  # an act under way waits for libvirt's hook
-    await domains.close()
+    if domains:
+        await domains.close()
     recovering.cancel()
     importing.cancel()
     publishing.cancel()

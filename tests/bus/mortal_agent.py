@@ -33,7 +33,6 @@ from cpr_agent.core.model import Located, MemoryNode, Survives
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.vm import Vm
 from cpr_agent.daemon import Paths, build
-from cpr_agent.domains.hub import Callbacks
 from cpr_agent.errors import CprError
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.memory.backends import HostMemory
@@ -211,12 +210,14 @@ async def serve(paths: Paths, files: Path, address: str, point: str) -> None:
         kexec=LabKexec(world, files),
     )
     manager = Manager(ports, Settings())
-    domains.attach(Callbacks(manager.arrive, manager.look_again, manager.reload))
+    if domains:
+        domains.attach(manager.arrive, manager.look_again, manager.reload)
     cancellations = Cancellations(manager, files)
     service = Service(bus, manager, paths.run)
     await Service.own_name(bus)
     await manager.read_definitions()
-    domains.open()
+    if domains:
+        domains.open()
     await manager.recover()
     service.open()
     print("recovered; VMs run as processes", file=sys.stderr, flush=True)
@@ -227,7 +228,8 @@ async def serve(paths: Paths, files: Path, address: str, point: str) -> None:
     if lost.done():
         os._exit(1)  # as cpr-agentd does
     await manager.close()
-    await domains.close()
+    if domains:
+        await domains.close()
 
 
 def main() -> None:

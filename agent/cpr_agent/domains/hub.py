@@ -37,13 +37,17 @@ RECONNECT_S = 1.0
 """Between two attempts to reach a libvirt daemon that is away; nothing tells that it is back."""
 
 
+Arrive = Callable[[str, str], Coroutine[None, None, None]]
+LookAgain = Callable[[str], Coroutine[None, None, None]]
+Reload = Callable[[], Coroutine[None, None, None]]
+
+
 class Callbacks(msgspec.Struct):
     """What the domains ask of all VMs."""
 
-    arrive: Callable[[str, str], Coroutine[None, None, None]]
-    """See core.manager.Manager."""
-    look_again: Callable[[str], Coroutine[None, None, None]]
-    reload: Callable[[], Coroutine[None, None, None]]
+    arrive: Arrive
+    look_again: LookAgain
+    reload: Reload
 
 
 class Parts(msgspec.Struct, frozen=True):
@@ -82,8 +86,9 @@ class Domains:
         self._serving = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def attach(self, callbacks: Callbacks) -> None:
-        self._callbacks = callbacks
+    def attach(self, arrive: Arrive, look_again: LookAgain, reload: Reload) -> None:
+        """See core.manager.Manager."""
+        self._callbacks = Callbacks(arrive, look_again, reload)
 
     def __contains__(self, name: str) -> bool:
         """Whether this VM is a domain."""
