@@ -67,7 +67,17 @@ ACTS: dict[str, Callable[[Manager], Awaitable[object]]] = {
     "pause by hand": by_hand("paused", "running"),
     "continue by hand": by_hand("running", "paused", "postmigrate"),
 }
-FAULTS = ("start", "connect", "run_state", "save", "after-save", "load", "after-load", "cont", "after-cont")
+FAULTS: tuple[str, ...] = (
+    "start",
+    "connect",
+    "run_state",
+    "save",
+    "after-save",
+    "load",
+    "after-load",
+    "cont",
+    "after-cont",
+)
 FAULTS += ("stopped-first", "settle")
 
 
