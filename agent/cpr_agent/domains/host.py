@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cpr_agent.core.model import VM_NAME
+from cpr_agent.domains import qemu_conf
 from cpr_agent.errors import QemuFailed
 
 BUILT_IN = ("libvirt-qemu", "qemu")
@@ -94,8 +95,6 @@ def _is_named(pid: int, name: str) -> bool:
 def qemu_uid(conf: Path) -> int:
     """The user that libvirt runs QEMU as (qemu.conf, ``user``): by name, or as a number with or without a plus sign. No
     domain that was adopted has one of its own. Raises QemuFailed."""
-    from cpr_agent.domains import qemu_conf  # a host without domains has none
-
     try:
         named = qemu_conf.text(qemu_conf.read(conf), "user", "")
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import math
 import time
@@ -196,6 +197,7 @@ class Domains:
         from cpr_agent.domains.runner import DomainRunner
         from cpr_agent.domains.saved import DomainCheckpoints
 
+        importlib.import_module("cpr_agent.vm.blockers")  # with what waits for libvirt: a guest may stand then (ADR 27)
         parts, callbacks = self._parts, self._callbacks
         assert callbacks
         parts.places.run.mkdir(parents=True, exist_ok=True)
