@@ -139,7 +139,7 @@ def test_each_place_that_has_libvirt_let_a_guest_run_is_known() -> None:
     assert known == {
         ("connection.py", "create", "create"),
         ("place.py", "settle", "say"),  # of a guest that stays paused, or that an act has let start afresh
-        ("place.py", "start", "create"),
+        ("place.py", "_create", "create"),
         ("place.py", "start", "say"),  # afresh: the guest runs already
         ("qemu.py", "_go_on", "say"),
         ("qemu.py", "cont", "resume"),

@@ -599,3 +599,62 @@ def _now() -> float:
     import time
 
     return time.time()
+
+
+# -- at boot ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_domain_that_libvirt_starts_by_itself_as_it_comes_is_the_act_s_own(room: Room) -> None:
+    """Its daemon answers nobody before it has started them all."""
+
+    async def work() -> None:
+        coming = asyncio.Event()
+
+        async def there(timeout_s: float) -> None:  # noqa: ARG001
+            await coming.wait()
+
+        room.libvirt.until_there = there  # type: ignore[method-assign]
+        starting = asyncio.create_task(room.place.start(room.launch))
+        while not room.world.desk.start_of("web1"):
+            await asyncio.sleep(0)
+        assert await room.libvirt.ask("prepare") == ""
+        await room.libvirt.run()
+        await starting
+        assert "create" not in room.libvirt.passed
+
+    run(room, work)
+
+
+def test_a_start_that_meets_another_one_is_none_the_worse(room: Room) -> None:
+    async def other() -> None:
+        assert await room.libvirt.ask("prepare") == ""
+        await room.libvirt.run()
+        raise QemuRefused("libvirt has not started it: the domain is already running", vm="web1")
+
+    async def work() -> None:
+        room.libvirt.steps["create"] = other
+        await room.place.start(room.launch)
+        assert await (await room.place.connect(PATIENCE_S)).run_state() is RunState.RUNNING
+
+    run(room, work)
+
+
+def test_a_start_that_was_given_up_is_refused_when_its_question_comes_late(room: Room) -> None:
+    async def work() -> None:
+        late = asyncio.Event()
+        room.libvirt.steps["create"] = late.wait  # type: ignore[assignment]
+        starting = asyncio.create_task(room.place.start(room.launch))
+        while "create" not in room.libvirt.passed:
+            await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.wait({starting})
+        start = room.world.desk.start_of("web1")
+        assert start
+        assert start.creating
+        late.set()
+        with pytest.raises(QemuRefused, match="given up"):
+            await start.creating
+        assert room.libvirt.qemu is None
+        assert room.world.desk.start_of("web1") is None
+
+    run(room, work)

@@ -59,6 +59,14 @@ class Start:
         if not self.ended.done():
             self.ended.set_result(why)
 
+    async def reason(self) -> str:
+        """Why it has ended. libvirt tells the end before it answers the call that has begun it, and says more there."""
+        if self.creating:
+            await asyncio.wait({self.creating}, timeout=REASON_S)
+            if self.creating.done() and not self.creating.cancelled() and (error := self.creating.exception()):
+                return error.what if isinstance(error, CprError) else str(error)
+        return self.ended.result()
+
 
 class Arrival(NamedTuple):
     """``answer`` is to the question by which somebody else's start has arrived."""

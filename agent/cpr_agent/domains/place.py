@@ -38,7 +38,7 @@ from cpr_agent.domains.images import Images
 from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
 from cpr_agent.domains.qemu import DomainQemu, leave_ram_in_place
-from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable
+from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuUnreachable
 from cpr_agent.host.waiting import readable
 from cpr_agent.vm.qmp import Qmp, SocketQmp
 from cpr_agent.vm.replies import STATUS
@@ -166,31 +166,63 @@ class DomainPlace:
     async def start(self, launch: Launch) -> None:
         world, name = self._world, self._name
         await self._after_the_one_before()
-        if not world.desk.arriving(name):  # libvirt's daemon may just start its domains, and answer nobody before
-            await world.libvirt.until_there(THERE_S)
         uid = qemu_uid(world.host.settings)
         world.records.record(name, launch)
         with listening(world.places.monitor(name), uid) as own:
             start, arrived = world.desk.begin(name, launch, uid)
-            creating = None if arrived else asyncio.ensure_future(world.libvirt.create(name))
-            if creating:
-                start.creating = creating
-                creating.add_done_callback(lambda done: _created(start, done))
+            if not arrived:
+                start.creating = asyncio.ensure_future(self._create(start))
+                start.creating.add_done_callback(lambda done: self._created(start, done))
             try:
+                allowed = asyncio.ensure_future(start.allowed.wait())
+                await self._first(allowed, start, THERE_S + CONNECT_S, "libvirt has not asked whether it may start")
                 qmp = await self._connected(start, own)
                 self._let_in(start, launch)
                 start.qmp = world.own_monitors[name] = qmp
                 if launch.kind == "load":
                     await leave_ram_in_place(qmp, on=True)
                     return
-                await _first(start.started, start.ended, CONNECT_S, "is not started by libvirt", name)
+                await self._first(start.started, start, CONNECT_S, "libvirt has not started it")
                 start.say("")
                 world.desk.forget(name, start)
-                if creating:
-                    await creating
             except BaseException:
                 await self._give_up(start)
                 raise
+        if start.creating:  # whoever calls libvirt next is not to meet this one
+            await asyncio.wait({start.creating}, timeout=SETTLE_S)
+
+    async def _create(self, start: Start) -> None:
+        """At boot libvirt's daemon may start the domain by itself, as it comes: before it answers anybody. Raises
+        QemuRefused, QemuUnreachable."""
+        libvirt = self._world.libvirt
+        there = asyncio.ensure_future(libvirt.until_there(THERE_S))
+        allowed = asyncio.ensure_future(start.allowed.wait())
+        try:
+            await asyncio.wait({there, allowed}, return_when=asyncio.FIRST_COMPLETED)
+            if not allowed.done():
+                await there
+                await libvirt.create(self._name)
+        finally:
+            for task in (there, allowed):
+                task.cancel()
+            await asyncio.gather(there, allowed, return_exceptions=True)
+
+    def _created(self, start: Start, creating: asyncio.Future[None]) -> None:
+        """It may have failed because somebody else starts the domain just then, which is as good."""
+        if creating.cancelled() or (error := creating.exception()) is None:
+            return
+        if not (start.allowed.is_set() and qemu_pid(self._world.host.pid_file(self._name), self._name)):
+            start.end(error.what if isinstance(error, CprError) else str(error))
+
+    async def _first(self, wanted: asyncio.Future[Any], start: Start, timeout_s: float, otherwise: str) -> None:
+        """Raises QemuFailed unless ``wanted`` comes before the end of the start."""
+        either: set[asyncio.Future[Any]] = {wanted, start.ended}
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not wanted.done():
+            if isinstance(wanted, asyncio.Task):
+                wanted.cancel()
+            what = await start.reason() if start.ended.done() else f"{otherwise} within {timeout_s:g} s"
+            raise QemuFailed(what, vm=self._name)
 
     async def _connected(self, start: Start, own: Listening) -> Qmp:
         """The agent's own monitor. Raises QemuFailed."""
@@ -200,7 +232,7 @@ class DomainPlace:
 
         waiting = asyncio.ensure_future(own.connection(pid))
         try:
-            await _first(waiting, start.ended, CONNECT_S, "has no QEMU that connects to the agent", self._name)
+            await self._first(waiting, start, CONNECT_S, "no QEMU has connected to the agent")
         except BaseException:
             waiting.cancel()
             raise
@@ -208,7 +240,7 @@ class DomainPlace:
             return await SocketQmp.over(self._name, waiting.result(), CONNECT_S)
         except QemuUnreachable as error:  # libvirt knows what it has said before it ended
             await asyncio.wait({start.ended}, timeout=REASON_S)
-            raise (QemuFailed(start.ended.result(), vm=self._name) if start.ended.done() else error) from error
+            raise (QemuFailed(await start.reason(), vm=self._name) if start.ended.done() else error) from error
 
     def _let_in(self, start: Start, launch: Launch) -> None:
         """Its QEMU has its memory: nobody needs the way to it any more. Raises QemuFailed, MemoryUnusable."""
@@ -278,11 +310,9 @@ class DomainPlace:
         start.say("")
         self._world.desk.forget(self._name, start)
         if start.creating:
-            with contextlib.suppress(QemuUnreachable):
-                try:
-                    await start.creating
-                except QemuRefused as error:
-                    raise LoadFailed(error.what, vm=self._name) from error
+            await asyncio.wait({start.creating}, timeout=SETTLE_S)
+        if start.ended.done():
+            raise LoadFailed(await start.reason(), vm=self._name)
         self._world.spawn(self._world.forget_checkpoint(self._name))
 
     async def wait_exit(self, timeout_s: float) -> bool:
@@ -320,7 +350,9 @@ class DomainPlace:
                 await self._world.destroy(self._name)
             await self.wait_exit(SETTLE_S)
         asyncio.get_running_loop().call_later(REASON_S, start.say, "the agent has given it up: see `cprctl status`")
-        if not start.allowed.is_set() or start.ended.done():
+        if start.creating and not start.creating.done():  # its question may still come, and is refused
+            start.creating.add_done_callback(lambda _: self._world.desk.forget(self._name, start))
+        elif not start.allowed.is_set() or start.ended.done():
             self._world.desk.forget(self._name, start)
 
     async def ended_by(self, timeout_s: float) -> int:  # noqa: ARG002 - libvirt's child
@@ -360,24 +392,3 @@ class NoPlace:
 
     def log_tail(self) -> str:
         return ""
-
-
-def _created(start: Start, creating: asyncio.Future[None]) -> None:
-    if creating.cancelled():
-        return
-    error = creating.exception()
-    if error is not None:
-        start.end(error.what if isinstance(error, CprError) else str(error))
-
-
-async def _first(
-    wanted: asyncio.Future[Any], ended: asyncio.Future[str], timeout_s: float, otherwise: str, vm: str
-) -> None:
-    """Raises QemuFailed unless ``wanted`` comes first."""
-    either: set[asyncio.Future[Any]] = {wanted, ended}
-    await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    if wanted.done():
-        return
-    if ended.done():
-        raise QemuFailed(ended.result(), vm=vm)
-    raise QemuFailed(f"{otherwise} within {timeout_s:g} s", vm=vm)

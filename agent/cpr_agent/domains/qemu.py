@@ -171,7 +171,7 @@ class DomainQemu(LiveQemu):
         either: set[asyncio.Future[Any]] = {start.started, start.ended}
         await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not start.started.done():
-            why = start.ended.result() if start.ended.done() else f"libvirt was not done within {timeout_s:g} s"
+            why = await start.reason() if start.ended.done() else f"libvirt was not done within {timeout_s:g} s"
             raise LoadFailed(f"libvirt could not restore it: {why}", vm=name)
         asking, gone = start.started.result(), "libvirt does not wait for the agent's answer any more"
         if not asking.waiting:
@@ -234,8 +234,8 @@ class DomainQemu(LiveQemu):
         if left_paused.done() and not start.ended.done() and not self._resumed:
             return 0.0
         if not self._resumed and start.launch is not None:
-            why = next((one.result() for one in (start.ended, lost) if one.done()), "libvirt has not done so")
-            await self._refuse_unrun(why)
+            why = lost.result() if lost.done() else "libvirt has not done so"
+            await self._refuse_unrun(await start.reason() if start.ended.done() else why)
         return await self._time_of(resumed, "resume the guest")
 
     async def _refuse_unrun(self, why: str) -> None:
