@@ -608,15 +608,15 @@ def test_a_domain_that_libvirt_starts_by_itself_as_it_comes_is_the_act_s_own(roo
     """Its daemon answers nobody before it has started them all."""
 
     async def work() -> None:
-        coming = asyncio.Event()
+        awaited, coming = asyncio.Event(), asyncio.Event()
 
         async def there(timeout_s: float) -> None:  # noqa: ARG001
+            awaited.set()
             await coming.wait()
 
         room.libvirt.until_there = there  # type: ignore[method-assign]
         starting = asyncio.create_task(room.place.start(room.launch))
-        while not room.world.desk.start_of("web1"):
-            await asyncio.sleep(0)
+        await awaited.wait()
         assert await room.libvirt.ask("prepare") == ""
         await room.libvirt.run()
         await starting
@@ -641,11 +641,15 @@ def test_a_start_that_meets_another_one_is_none_the_worse(room: Room) -> None:
 
 def test_a_start_that_was_given_up_is_refused_when_its_question_comes_late(room: Room) -> None:
     async def work() -> None:
-        late = asyncio.Event()
-        room.libvirt.steps["create"] = late.wait  # type: ignore[assignment]
+        called, late = asyncio.Event(), asyncio.Event()
+
+        async def create() -> None:
+            called.set()
+            await late.wait()
+
+        room.libvirt.steps["create"] = create
         starting = asyncio.create_task(room.place.start(room.launch))
-        while "create" not in room.libvirt.passed:
-            await asyncio.sleep(0)
+        await called.wait()
         starting.cancel()
         await asyncio.wait({starting})
         start = room.world.desk.start_of("web1")
