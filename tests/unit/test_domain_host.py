@@ -7,7 +7,6 @@ import getpass
 import mmap
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +20,11 @@ PAGE = mmap.PAGESIZE
 
 
 @contextmanager
-def process(*words: str, holding: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def process(*words: str, holding: Path | None = None, user: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """One that waits to be ended; with ``holding`` a file is its stdin."""
     wait = "import sys; print('there', flush=True); sys.stdin.fileno(); import signal; signal.pause()"
     with (holding or Path(os.devnull)).open("rb") as stdin:
-        child = subprocess.Popen([sys.executable, "-c", wait, *words], stdin=stdin, stdout=subprocess.PIPE)
+        child = subprocess.Popen(["/usr/bin/python3", "-c", wait, *words], stdin=stdin, stdout=subprocess.PIPE, user=user)
     try:
         assert child.stdout
         child.stdout.readline()
@@ -44,7 +43,15 @@ def test_a_domain_s_qemu_is_the_one_in_libvirt_s_file(tmp_path: Path) -> None:
         (tmp_path / "web1.pid").write_text(f"{qemu.pid}\n")
         assert qemu_pid(tmp_path / "web1.pid", name) == qemu.pid
         assert qemu_pid(tmp_path / "web1.pid", "web") == 0
-        assert qemus_named(name) == [qemu.pid]
+        assert qemus_named(name, getpass.getuser()) == [qemu.pid]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a process of another user needs root")
+def test_a_process_of_any_other_user_is_no_vm_s_qemu() -> None:
+    name = f"web{os.getpid()}"
+    with process(f"guest={name}", user="nobody") as other:
+        assert qemus_named(name, "root") == []
+        assert qemus_named(name, "nobody") == [other.pid]
 
 
 @pytest.mark.parametrize("text", ["", "not a number", "999999999"], ids=["empty", "garbage", "gone"])

@@ -76,11 +76,11 @@ class BothRunners:
 class BothDefinitions:
     """Implements core.ports.Definitions."""
 
-    def __init__(self, own: Definitions, domains: Domains, started_own: Callable[[], list[str]]) -> None:
-        """``started_own`` names the own VMs that were started since the host booted."""
+    def __init__(self, own: Definitions, domains: Domains, launched: Callable[[str], Launch | None]) -> None:
+        """``launched``: how the own VM of this name was started since the host booted."""
         self._own = own
         self._domains = domains
-        self._started_own = started_own
+        self._launched = launched
 
     @property
     def directory(self) -> str:
@@ -98,10 +98,11 @@ class BothDefinitions:
     def load_all(self) -> tuple[dict[str, Definition], dict[str, Exception]]:
         """A name that both have is nobody's: neither may start on the other one's memory."""
         good, bad = self._own.load_all()
-        defined, started = {*good, *bad}, {*self._started_own()}
+        defined = {*good, *bad}
 
         def is_own(name: str) -> bool:
-            return name in defined or (name in started and self._domains.is_not_libvirts(name))
+            launch = None if name in defined else self._launched(name)
+            return name in defined or (launch is not None and self._domains.is_not_libvirts(name, launch.user))
 
         domains, unusable = self._domains.load_all(is_own)
         for name in filter(is_own, {*domains, *unusable}):

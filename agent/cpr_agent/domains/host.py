@@ -82,9 +82,21 @@ def qemu_pid(pid_file: Path, domain: str) -> int:
     return pid if _is_named(pid, domain) else 0
 
 
-def qemus_named(name: str) -> list[int]:
-    """All processes that were started as the QEMU of a VM of this name."""
-    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_named(int(pid), name)]  # noqa: PTH208
+def qemus_named(name: str, user: str) -> list[int]:
+    """All processes that were started as the QEMU of a VM of this name; any other user than this one and the agent's may
+    give a process such arguments."""
+    uids = {os.geteuid()}
+    with contextlib.suppress(KeyError):
+        uids.add(pwd.getpwnam(user).pw_uid)
+    named = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_named(int(pid), name)]  # noqa: PTH208
+    return [pid for pid in named if _owner(pid) in uids]
+
+
+def _owner(pid: int) -> int:
+    try:
+        return os.stat(f"/proc/{pid}").st_uid  # noqa: PTH116 - /proc
+    except OSError:
+        return -1
 
 
 def _is_named(pid: int, name: str) -> bool:

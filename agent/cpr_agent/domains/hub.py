@@ -124,10 +124,10 @@ class Domains:
     def launched_all(self) -> list[str]:
         return self._parts.records.launched_all()
 
-    def is_not_libvirts(self, name: str) -> bool:
-        """Whether a QEMU of this name runs that libvirt knows nothing of."""
+    def is_not_libvirts(self, name: str, user: str) -> bool:
+        """Whether a QEMU of this name runs as ``user``, or as the agent itself, that libvirt knows nothing of."""
         pid = qemu_pid(self._parts.host.pid_file(name), name)
-        return any(one != pid for one in qemus_named(name))
+        return any(one != pid for one in qemus_named(name, user))
 
     def load_all(self, is_own: Callable[[str], bool]) -> tuple[dict[str, Definition], dict[str, Exception]]:
         """See core.ports.Definitions. A domain whose definition is gone stays one while it runs or is saved; a name of

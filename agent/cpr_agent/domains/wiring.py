@@ -40,7 +40,7 @@ def with_domains(  # noqa: PLR0913 - what a daemon has
     )
     both = replace(
         own,
-        definitions=BothDefinitions(own.definitions, domains, own.runner.launched_all),
+        definitions=BothDefinitions(own.definitions, domains, own.runner.launched),
         runner=BothRunners(own.runner, domains),
         store=BothStores(own.store, domains),
         domains=DomainsOnDemand(domains, places, host.settings),
