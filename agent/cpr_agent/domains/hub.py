@@ -261,6 +261,8 @@ class Domains:
             self._spawn(callbacks.reload())  # what was defined meanwhile nobody tells
             for name in sorted(self._names):
                 self._spawn(callbacks.look_again(name))
+                if self._all.world.has_loaded(name):  # what was to be done after that may have met no daemon
+                    self._spawn(self._all.world.forget_checkpoint(name))
             await lost.wait()
             log.warning("libvirt's daemon has gone; its domains run on")
 

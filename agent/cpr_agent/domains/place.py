@@ -89,6 +89,11 @@ class World(msgspec.Struct, frozen=True):
     is_saved: Callable[[str], bool]
     """Whether the domain has a live checkpoint."""
 
+    def has_loaded(self, domain: str) -> bool:
+        """Whether its QEMU has come from a checkpoint."""
+        launch = self.records.launch(domain)
+        return launch is not None and launch.kind == "load" and qemu_pid(self.host.pid_file(domain), domain) != 0
+
     async def destroy(self, domain: str) -> None:
         """Have libvirt end its QEMU; an image that it has stays."""
         with contextlib.suppress(QemuFailed):
@@ -289,8 +294,6 @@ class DomainPlace:
             if again.done():
                 return DomainQemu(qmp, launch, pid, world, again.result())
             asking.result()
-            if launch and launch.kind == "load":
-                world.spawn(world.forget_checkpoint(name))
         except BaseException:
             await qmp.close()
             raise
