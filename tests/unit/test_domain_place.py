@@ -601,6 +601,29 @@ def _now() -> float:
     return time.time()
 
 
+def test_a_qemu_that_was_let_go_of_is_asked_by_libvirt(room: Room) -> None:
+    async def work() -> None:
+        await room.place.start(room.launch)
+        await (await room.place.connect(PATIENCE_S)).close()
+        qemu = await room.place.connect(PATIENCE_S)
+        assert await qemu.run_state() is RunState.RUNNING
+        assert room.libvirt.passed.count("query-status") == 2, "one to see that it is there"
+
+    run(room, work)
+
+
+def test_a_capability_that_an_agent_has_left_on_goes_off(room: Room) -> None:
+    """It was killed between that and the save."""
+
+    async def work() -> None:
+        await room.place.start(room.launch)
+        await (await room.place.connect(PATIENCE_S)).close()
+        await room.place.connect(PATIENCE_S)
+        assert room.libvirt.passed[-1] == "migrate-set-capabilities"
+
+    run(room, work)
+
+
 # -- at boot ---------------------------------------------------------------------------------------------------------------
 
 

@@ -294,6 +294,8 @@ class DomainPlace:
             if again.done():
                 return DomainQemu(qmp, launch, pid, world, again.result())
             asking.result()
+            with contextlib.suppress(QemuFailed):  # of an agent that was killed in a save; not while QEMU is at it still
+                await leave_ram_in_place(qmp, on=False)
         except BaseException:
             await qmp.close()
             raise

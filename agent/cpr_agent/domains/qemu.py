@@ -286,6 +286,12 @@ class DomainQemu(LiveQemu):
         if self._waits is None:
             await super().quit()
 
+    async def close(self) -> None:
+        """QEMU does not connect again: from now on it is asked by libvirt."""
+        if self._world.own_monitors.get(self._qmp.vm) is self._qmp:
+            del self._world.own_monitors[self._qmp.vm]
+        await super().close()
+
     async def _call(self, deed: str, work: Callable[[Any], Any]) -> Any:
         return await self._world.libvirt.of(self._qmp.vm).call(self._qmp.vm, deed, work)
 
