@@ -29,10 +29,11 @@ from cpr_agent.handles import NotOursError, directory_at
 
 log = logging.getLogger(__name__)
 
-LIMIT_S = 60.0
-"""No gate is open for longer. QEMU opens its memory within a second of its start. One that does not see the device behind
-the link, because cgroup_device_acl lacks it, tries for ever, and libvirt with it, until the link is gone: file_ram_open()
-gets ENOENT without O_CREAT, and EEXIST with it (measured as above)."""
+LIMIT_S = 150.0
+"""No gate is open for longer, whatever becomes of the start: libvirt looks at a domain's disks and networks before it
+starts QEMU, which then opens its memory at once. A QEMU that does not see the device behind the link, because
+cgroup_device_acl lacks it, tries for ever, and libvirt with it, until the link is gone: file_ram_open() gets ENOENT without
+O_CREAT, and EEXIST with it (measured as above)."""
 LINK = "ram"
 MODE = 0o711
 """QEMU's user may pass."""
