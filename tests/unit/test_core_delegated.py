@@ -7,10 +7,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Survives, VmState
+from cpr_agent.core.model import Launch, Part, PluggedDevice, Survives, VmState
+from cpr_agent.core.ports import Ports
 from cpr_agent.core.upgrade.preflight import UpgradeRequest
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import (
@@ -22,8 +24,10 @@ from cpr_agent.errors import (
     NoCheckpoint,
     NoSuchVM,
     QemuFailed,
+    QemuUnreachable,
     SaveFailed,
 )
+from cpr_agent.vm.definition import DefinitionDirectory
 from tests.bench import Bench, ended
 
 
@@ -229,3 +233,48 @@ def test_a_saved_guest_that_was_let_run_by_hand_is_not_ended(bench: Bench) -> No
 
     bench.run(end)
     assert bench.qemu().status == "running"
+
+
+# -- what is plugged -------------------------------------------------------------------------------------------------------
+
+
+class _Following(DefinitionDirectory):
+    def follows(self, launch: Launch) -> bool:  # noqa: ARG002 - whichever VM's
+        return True
+
+
+class _FollowingBench(Bench):
+    """Who makes its command lines keeps account of what is plugged."""
+
+    def ports(self) -> Ports:
+        ports = super().ports()
+        return replace(ports, definitions=_Following(self.definitions, self.root / "run", self.root / "log"))
+
+
+def test_a_device_that_goes_along_by_itself_is_no_reason_against_a_save(tmp_path: Path) -> None:
+    bench = _FollowingBench(tmp_path)
+    bench.define("web1", bench.define_device("web1"))
+    bench.vm(lambda vm: vm.start())
+    bench.runner.plugged["web1"] = [PluggedDevice(name="peripheral/net1", kind="e1000")]
+    bench.runner.parts["web1"] = [Part(name="network hostnet1", kind="user"), Part(name="dirty bitmap b of d0", kind="x")]
+    assert bench.vm(lambda vm: vm.blocked_reasons()) == []
+    found = bench.run(lambda manager: manager.vm_findings("web1"))
+    assert [one.what for one in found if one.code == "not-carried"] == ["dirty bitmap b of d0 was not there, is x"]
+
+
+# -- looked at again -------------------------------------------------------------------------------------------------------
+
+
+def test_a_vm_that_could_not_be_asked_is_recovered_once_it_can_be(bench: Bench) -> None:
+    bench.dies("stopped first", lambda vm: vm.save(SaveRequest()))
+    bench.runner.faults["web1", "connect"] = QemuUnreachable("the service is away", vm="web1")
+
+    async def back(manager: Manager) -> list[VmState]:
+        before = manager.vm("web1").state
+        bench.runner.faults.clear()
+        await manager.look_again("web1")
+        await manager.look_again("no such VM")
+        return [before, manager.vm("web1").state]
+
+    assert bench.run(back) == [VmState.UNREACHABLE, VmState.RUNNING]
+    assert bench.records()[-2:] == ["save-undone", "resumed"]
