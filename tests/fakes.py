@@ -538,6 +538,9 @@ class FakePlace:
     def delegated(self) -> bool:
         return self._runner.delegated
 
+    async def lacks(self, launch: Launch, was: QemuFacts) -> list[Difference]:  # noqa: ARG002
+        return self._runner.lacking
+
     async def settle(self) -> None:
         self._runner.point()
         if fault := self._runner.faults.get((self._name, "settle")):

@@ -11,12 +11,13 @@ from msgspec.structs import replace
 
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Launch, Part, PluggedDevice, Survives, VmState
+from cpr_agent.core.model import Difference, Launch, Part, PluggedDevice, Survives, VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.upgrade.preflight import UpgradeRequest
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import (
     AlreadySaved,
+    Blocked,
     Busy,
     CprError,
     LoadFailed,
@@ -141,6 +142,15 @@ def test_a_refresh_is_in_turn_by_itself(bench: Bench) -> None:
     assert bench.vm(lambda vm: vm.replace_qemu()) is Replacement.IN_TURN
     assert bench.runner.beside == {}
     assert bench.qemu().count == bench.runner.counts["web1"]
+
+
+def test_a_kexec_is_refused_if_the_installed_qemu_could_not_load_the_guest(bench: Bench) -> None:
+    """Its service knows; no QEMU is started to be asked."""
+    bench.host.installed = "another"
+    bench.runner.lacking = [Difference("machine type", "pc-q35-10.0", "not among its types")]
+    with pytest.raises(Blocked, match="lacks what it needs: machine type"):
+        bench.vm(lambda vm: vm.require_saveable(Survives.KEXEC))
+    assert bench.runner.beside == {}
 
 
 # -- starts by others ------------------------------------------------------------------------------------------------------

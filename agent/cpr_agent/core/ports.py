@@ -170,6 +170,9 @@ class Place(Protocol):
     async def pid(self) -> int:
         """PID of its QEMU; 0 if there is none."""
 
+    async def lacks(self, launch: Launch, was: QemuFacts) -> list[Difference]:
+        """The same as ``Qemu.lacks``, where no QEMU can be started just to be asked (``delegated``). Raises QemuFailed."""
+
     async def wait_exit(self, timeout_s: float) -> bool:
         """Wait until its QEMU has exited; False on timeout."""
 

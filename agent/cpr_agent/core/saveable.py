@@ -129,11 +129,12 @@ class Successor:
 
     async def _ask(self, launch: Launch, facts: QemuFacts) -> list[str]:
         machine = self._machine
-        if machine.own.delegated:
-            return []
         try:
-            async with machine.spare_qemu(machine.ports.definitions.plan_probe(launch)) as qemu:
-                lacking = await qemu.lacks(facts)
+            if machine.own.delegated:
+                lacking = await machine.own.lacks(launch, facts)
+            else:
+                async with machine.spare_qemu(machine.ports.definitions.plan_probe(launch)) as qemu:
+                    lacking = await qemu.lacks(facts)
         except QemuFailed as error:
             return [f"the QEMU that would load it does not work: {error.what}"]
         return [f"the QEMU that would load it lacks what it needs: {'; '.join(map(str, lacking))}"] if lacking else []

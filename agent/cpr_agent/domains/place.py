@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import msgspec
 from msgspec.structs import replace
 
-from cpr_agent.core.model import Inventory, Launch, MemoryIdentity
+from cpr_agent.core.model import Difference, Inventory, Launch, MemoryIdentity, QemuFacts
 from cpr_agent.core.ports import Qemu
 from cpr_agent.domains.channel import PassThrough
 from cpr_agent.domains.connection import Libvirt
@@ -38,7 +38,7 @@ from cpr_agent.domains.images import Images
 from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
 from cpr_agent.domains.qemu import DomainQemu, leave_ram_in_place
-from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuUnreachable
+from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable
 from cpr_agent.host.waiting import readable
 from cpr_agent.vm.qmp import Qmp, SocketQmp
 from cpr_agent.vm.replies import STATUS
@@ -305,6 +305,20 @@ class DomainPlace:
             await asyncio.gather(asking, again, return_exceptions=True)
         return DomainQemu(qmp, launch, pid, world, None)
 
+    async def lacks(self, launch: Launch, was: QemuFacts) -> list[Difference]:
+        """By what libvirt finds out of the program; an older version it does not tell."""
+
+        def look(connection: Any) -> None:
+            connection.getDomainCapabilities(launch.base_argv[0], None, was.machine_type, None, 0)
+
+        try:
+            await self._world.libvirt.of(self._name).ask(
+                self._name, "found its machine in the QEMU that is installed", look
+            )
+        except QemuRefused as error:
+            return [Difference("machine type", was.machine_type, error.what)]
+        return []
+
     async def settle(self) -> None:
         """Of a guest that is not to run after its load; the answer for one that is has been given by ``cont``."""
         start = self._world.desk.start_of(self._name)
@@ -379,6 +393,9 @@ class NoPlace:
 
     async def connect(self, timeout_s: float) -> Qemu:  # noqa: ARG002
         raise QemuEnded("there is no second QEMU of a domain")
+
+    async def lacks(self, launch: Launch, was: QemuFacts) -> list[Difference]:  # noqa: ARG002
+        return []
 
     async def settle(self) -> None:
         """Nothing waits."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from cpr_agent.core.model import Inventory, Launch, MemoryIdentity
+from cpr_agent.core.model import Difference, Inventory, Launch, MemoryIdentity, QemuFacts
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import QemuFailed
 from cpr_agent.files import make_private_directory, write_atomically
@@ -91,6 +91,9 @@ class QemuPlace(ABC):
             return await files.programs.connect(self._vm, path, timeout_s, files.launch(place), pid)
         finally:
             files.grants.take_back(place)  # a QEMU that answers has its RAM open
+
+    async def lacks(self, launch: Launch, was: QemuFacts) -> list[Difference]:  # noqa: ARG002 - a QEMU is asked
+        return []
 
     async def settle(self) -> None:  # noqa: B027 - other places need it
         """Nobody waits."""
