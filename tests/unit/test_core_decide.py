@@ -23,6 +23,13 @@ LOADED = Facts(RunState.PAUSED, started_for_load=True)
         (STANDS._replace(checkpointed=True), Recovery.NOTHING),
         (STANDS, Recovery.LEAVE),
         (STANDS._replace(interrupted_save=RunState.RUNNING), Recovery.RUN_ON),
+        (Facts(RunState.PAUSED, interrupted_save=RunState.RUNNING, stopped_first=True), Recovery.RUN_ON),
+        (Facts(RunState.PAUSED, interrupted_save=RunState.RUNNING), Recovery.NOTHING),  # somebody else has stopped it
+        (Facts(RunState.PAUSED, interrupted_save=RunState.PAUSED, stopped_first=True), Recovery.NOTHING),
+        (
+            Facts(RunState.PAUSED, checkpointed=True, interrupted_save=RunState.RUNNING, stopped_first=True),
+            Recovery.NOTHING,
+        ),
         (STANDS._replace(interrupted_save=RunState.RUNNING, save_was_taken_back=True), Recovery.RUN_ON),
         (
             STANDS._replace(interrupted_save=RunState.RUNNING, save_was_taken_back=True, proved_before=True),
