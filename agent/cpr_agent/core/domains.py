@@ -70,4 +70,5 @@ class NoDomains:
         raise self._error(change.name)
 
     def _error(self, name: str) -> NoSuchVM:
-        return NoSuchVM(f"there is no domain {name!r}: this agent knows no libvirt", left="nothing was done")
+        what = f"there is no domain {name!r}: there was no libvirt when the agent was started"
+        return NoSuchVM(what, left="nothing was done", remedy="systemctl restart cpr-agent")
