@@ -298,6 +298,8 @@ def test_a_domain_as_virt_install_writes_it_has_no_reason() -> None:
         ("arch='x86_64'", "arch='aarch64'", "aarch64"),
         ("pc-q35-7.2", "microvm", "microvm"),
         ("pc-q35-7.2", "", "machine ''"),
+        ("/usr/bin/qemu-system-x86_64", "qemu-system-x86_64", "no path"),
+        ("/usr/bin/qemu-system-x86_64", "/usr/bin/qemu\n", "no path"),
     ],
 )
 def test_what_the_agent_does_not_know_is_refused(was: str, becomes: str, why: str) -> None:

@@ -95,6 +95,9 @@ def why_not(domain: Element) -> list[Refusal]:
         found.append(Refusal(f"has a name that no VM can have: {printable(name, 100)}", remedy))
     if (kind := domain.get("type", "")) not in ("kvm", "qemu"):
         found.append(Refusal(f"is of type {printable(kind, 100)!r}, not of QEMU's (kvm, qemu)"))
+    emulator = domain.findtext("devices/emulator", "")
+    if not emulator.startswith("/") or not emulator.isprintable():
+        found.append(Refusal(f"has an emulator that is no path: {printable(emulator, 100)!r}", "name QEMU's program there"))
     found += _unknown_machine(domain)
     for path, cause, remedy in _REFUSED:
         if domain.find(path) is not None:
