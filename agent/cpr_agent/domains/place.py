@@ -179,8 +179,7 @@ class DomainPlace:
                 start.creating = asyncio.ensure_future(self._create(start))
                 start.creating.add_done_callback(lambda done: self._created(start, done))
             try:
-                allowed = asyncio.ensure_future(start.allowed.wait())
-                await self._first(allowed, start, THERE_S + CONNECT_S, "libvirt has not asked whether it may start")
+                await self._allowed(start)
                 qmp = await self._connected(start, own)
                 self._let_in(start, launch)
                 start.qmp = world.own_monitors[name] = qmp
@@ -195,6 +194,14 @@ class DomainPlace:
                 raise
         if start.creating:  # whoever calls libvirt next is not to meet this one
             await asyncio.wait({start.creating}, timeout=SETTLE_S)
+
+    async def _allowed(self, start: Start) -> None:
+        """Raises QemuFailed."""
+        allowed = asyncio.ensure_future(start.allowed.wait())
+        try:
+            await self._first(allowed, start, THERE_S + CONNECT_S, "libvirt has not asked whether it may start")
+        finally:
+            allowed.cancel()
 
     async def _create(self, start: Start) -> None:
         """At boot libvirt's daemon may start the domain by itself, as it comes: before it answers anybody. Raises
@@ -224,8 +231,6 @@ class DomainPlace:
         either: set[asyncio.Future[Any]] = {wanted, start.ended}
         await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not wanted.done():
-            if isinstance(wanted, asyncio.Task):
-                wanted.cancel()
             what = await start.reason() if start.ended.done() else f"{otherwise} within {timeout_s:g} s"
             raise QemuFailed(what, vm=self._name)
 
