@@ -230,6 +230,34 @@ def test_the_end_of_the_qemu_before_does_not_end_the_next_start() -> None:
     run(work)
 
 
+def test_what_a_daemon_was_starting_that_has_ended_is_over() -> None:
+    async def work(office: Office) -> None:
+        start, _ = office.desk.begin("web1", launch(), 0)
+        office.desk.lost()
+        assert not start.ended.done(), "libvirt was not asked to yet"
+        await office.ask("prepare")
+        office.desk.lost()
+        assert await start.reason() == "libvirt's daemon has ended"
+
+    run(work)
+
+
+def test_a_guest_that_waits_for_the_answer_is_not_over_with_the_daemon() -> None:
+    """The hook's end says whether anybody waits for the answer."""
+
+    async def work(office: Office) -> None:
+        start, _ = office.desk.begin("web1", launch(), 0)
+        await office.ask("prepare")
+        asked = asyncio.create_task(office.ask("started"))
+        await start.started
+        office.desk.lost()
+        assert not start.ended.done()
+        start.say("")
+        await asked
+
+    run(work)
+
+
 def test_a_start_is_over_once() -> None:
     async def work(office: Office) -> None:
         old, _ = office.desk.begin("web1", launch(), 0)

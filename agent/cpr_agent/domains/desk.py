@@ -131,6 +131,12 @@ class Desk:
         if self._starts.get(domain) is start:
             del self._starts[domain]
 
+    def lost(self) -> None:
+        """libvirt's daemon has ended: what it was starting it will not go on with, and ends when it is back."""
+        for start in tuple(self._starts.values()):
+            if start.allowed.is_set() and not start.started.done():
+                start.end("libvirt's daemon has ended")
+
     async def asked_again(self, domain: str) -> Start:
         """Wait until libvirt asks about a start that an earlier agent has let begin."""
         async with self._waiting:

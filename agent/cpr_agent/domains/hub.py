@@ -251,6 +251,7 @@ class Domains:
         assert callbacks
         lost = asyncio.Event()
         libvirt.heard.lost.append(lost.set)
+        libvirt.heard.lost.append(self._all.world.desk.lost)
         libvirt.heard.defined.append(self._on_definition)
         libvirt.heard.ended.append(self._on_end)
         libvirt.heard.started.append(lambda _: self._all.world.gate.sweep())
