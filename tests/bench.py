@@ -38,6 +38,7 @@ from tests.fakes import (
     FakeQemu,
     FakeRunner,
     FakeSurroundings,
+    FakeUnits,
 )
 
 T = TypeVar("T")
@@ -143,6 +144,7 @@ class Bench:
         self.host = FakeHost()
         self.kernels = FakeKernels(self.runner)
         self.kexec = FakeKexec(self.runner)
+        self.units = FakeUnits(self.runner)
         self.hooks = FakeHooks(self.runner)
         self.surroundings = FakeSurroundings()
         self.definitions = root / "vms"
@@ -190,6 +192,7 @@ class Bench:
             programs=FakePrograms(self.root / "programs", self.runner.point),
             kernels=self.kernels,
             kexec=self.kexec,
+            units=self.units,
             hooks=self.hooks,
             surroundings=self.surroundings,
         )
@@ -231,6 +234,7 @@ class Bench:
         self.host.boot += 1
         self.host.by_kexec = self.kexec.under_way
         self.runner.forget_launches()
+        self.units.boot()
         self.kernels.is_loaded = None
         self.kexec.promised = self.kexec.under_way = False
 

@@ -14,11 +14,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
 from cpr_agent.core.model import (
     BlockNode,
+    BootTimes,
     DaxDevice,
     Difference,
     DiskIdentity,
@@ -33,6 +35,8 @@ from cpr_agent.core.model import (
     QemuFacts,
     RunState,
     Throttle,
+    Unit,
+    UnitStop,
 )
 from cpr_agent.core.ports import Qemu
 from cpr_agent.core.run_states import RUN_STATES
@@ -146,6 +150,7 @@ class FakeKexec:
         self.under_way = False
         self.inhibited = 0
         self.brought_back = 0
+        self.least_uptime_s = 0.0
         self.started = asyncio.Event()
         self._said = ""
         self._end = asyncio.Event()
@@ -186,6 +191,9 @@ class FakeKexec:
     def bring_back(self) -> None:
         self.brought_back += 1
 
+    async def minimum_uptime_s(self) -> float:
+        return self.least_uptime_s
+
     def of_this_loop(self) -> None:
         """Events belong to the event loop of an agent's life."""
         self.started, self._end = asyncio.Event(), asyncio.Event()
@@ -200,6 +208,65 @@ class FakeKexec:
         self.under_way, self._said = False, said
         self.started.clear()
         self._end.set()
+
+
+class FakeUnits:
+    """Implements core.ports.Units: a test's machine has no systemd. ``there`` are its units; a test adds some by ``add``.
+    ``stuck`` never stop, ``failing`` says what comes of a unit's stop or start. ``acts`` tells who was stopped and started,
+    and ``statuses`` what the guests' QEMUs were doing then. The real ones are in tests/host."""
+
+    needed: Collection[str] = ("cpr-agent.service", "cpr-load.service", "dbus.socket")
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self.there: dict[str, Unit] = {}
+        self._at_boot: dict[str, Unit] = {}
+        self.failing: dict[tuple[str, str], str] = {}
+        self.stuck: set[str] = set()
+        self.acts: list[tuple[str, str]] = []
+        self.statuses: list[set[str]] = []
+        self.shutdown: list[UnitStop] = []
+        self.times = BootTimes()
+        self._runner = runner
+
+    def add(self, name: str, *takes_along: str, **facts: Any) -> None:
+        self.there[name] = self._at_boot[name] = Unit(name=name, takes_along=frozenset(takes_along), **facts)
+
+    def boot(self) -> None:
+        """Each is again as it was added."""
+        self.there.update(self._at_boot)
+
+    async def all(self, names: Collection[str] = ()) -> dict[str, Unit]:
+        self._runner.point()
+        unknown = {name: Unit(name=name, load_state="not-found", active_state="inactive") for name in names}
+        return {**unknown, **self.there} if self.there else {}
+
+    async def stop(self, name: str) -> str:
+        return await self._act("stop", name)
+
+    async def start(self, name: str) -> str:
+        return await self._act("start", name)
+
+    async def _act(self, act: str, name: str) -> str:
+        self._runner.point(f"{act} {name}")
+        self.acts.append((act, name))
+        self.statuses.append({qemu.status for qemu in self._runner.qemus.values()})
+        if act == "stop" and name in self.stuck:
+            await asyncio.Event().wait()
+        if said := self.failing.get((act, name)):
+            return said
+        unit = self.there[name]
+        along = [name, *unit.takes_along] if act == "stop" else [name]
+        for one in along:
+            self.there[one] = replace(self.there[one], active_state="inactive" if act == "stop" else "active")
+        self._runner.point(f"{act} {name} done")
+        return ""
+
+    async def stops(self, boot_id: str, since: float, until: float) -> list[UnitStop]:
+        assert boot_id.startswith("boot-")
+        return [stop for stop in self.shutdown if since <= stop.ended_at <= until]
+
+    async def boot_times(self) -> BootTimes:
+        return self.times
 
 
 class FakeHooks:

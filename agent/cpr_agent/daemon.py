@@ -34,6 +34,7 @@ from cpr_agent.host.programs import KeptPrograms
 from cpr_agent.host.runner import Programs, RunFiles
 from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watchdog_interval_s
 from cpr_agent.host.this_host import ThisHost
+from cpr_agent.host.units import NoUnits, SystemdUnits
 from cpr_agent.host.users import Users
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
@@ -140,6 +141,7 @@ def build(
         firmware=KeptFirmware(paths.firmware),
         kernels=InstalledKernels(),
         kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
+        units=SystemdUnits(systemd) if systemd else NoUnits(),
     )
     if not (paths.root / "etc/libvirt/qemu").is_dir():  # libvirt makes it; guests wait for what is imported
         return Manager(ports, settings), None

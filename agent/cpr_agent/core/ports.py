@@ -12,6 +12,7 @@ import msgspec
 from cpr_agent.core.domains import Domains, NoDomains
 from cpr_agent.core.model import (
     BlockNode,
+    BootTimes,
     Companion,
     DaxDevice,
     Definition,
@@ -35,6 +36,8 @@ from cpr_agent.core.model import (
     QemuFacts,
     Ram,
     Throttle,
+    Unit,
+    UnitStop,
     Vmstate,
     Witness,
 )
@@ -563,6 +566,32 @@ class Kexec(Protocol):
     def bring_back(self) -> None:
         """Start the host's services again that a shutdown which was called off has stopped; does not wait."""
 
+    async def minimum_uptime_s(self) -> float:
+        """How long the host must have been up before systemd ends a shutdown; 0 if it does not wait for that."""
+
+
+class Units(Protocol):
+    """Other units of the host's systemd; there are none where the agent does not run under it."""
+
+    @property
+    def needed(self) -> Collection[str]:
+        """The agent's own units, and those that its work needs though no unit says so."""
+
+    async def all(self, names: Collection[str] = ()) -> dict[str, Unit]:
+        """By name: all that PID 1 has loaded, and ``names``, which it looks for. Empty if it does not say in time."""
+
+    async def stop(self, name: str) -> str:
+        """Stop a unit, however long that takes; returns "" once it has stopped, or why it has not."""
+
+    async def start(self, name: str) -> str:
+        """Likewise."""
+
+    async def stops(self, boot_id: str, since: float, until: float) -> list[UnitStop]:
+        """The units that an earlier boot's shutdown has stopped in this time (epoch s); empty without a persistent
+        journal."""
+
+    async def boot_times(self) -> BootTimes: ...
+
 
 class Surroundings(Protocol):
     """What else on this host starts, saves and ends QEMUs that the agent has a part in."""
@@ -616,6 +645,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True):
     firmware: FirmwareCopies
     kernels: Kernels
     kexec: Kexec
+    units: Units
     domains: Domains = msgspec.field(default_factory=NoDomains)
     threads: Threads = msgspec.field(default_factory=Threads)
     surroundings: Surroundings = msgspec.field(default_factory=NoSurroundings)

@@ -6,13 +6,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from pystemd.dbusexc import DBusBaseError
+
 from cpr_agent.core.model import Finding
 from cpr_agent.host.systemd import Systemd
+from cpr_agent.host.units import said
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,10 @@ _NEEDED = {
     "cpr-load.service": "the guests would not be loaded after boot",
 }
 INHIBIT_TIMEOUT_S = 10.0
+DELAYS_SINCE = 261
+"""The version of systemd that began to delay the shutdown of a host that has not been up for long."""
+DEFAULT_MINIMUM_UPTIME_S = 15.0
+"""DEFAULT_MINIMUM_UPTIME_USEC in src/shutdown/shutdown.c."""
 T = TypeVar("T")
 
 
@@ -93,6 +101,18 @@ class SystemdKexec:
     def bring_back(self) -> None:
         self._systemd.queue_start("cpr-abort.service")
 
+    async def minimum_uptime_s(self) -> float:
+        """Read from the files that PID 1 reads: it has no property for it. systemd-shutdown(8) spares some virtual machines
+        the default; a wait before guests stop costs them nothing."""
+        try:
+            if self._systemd.version() < DELAYS_SINCE:
+                return 0.0
+        except DBusBaseError:
+            return 0.0
+        configured = await said("systemd-analyze", "cat-config", "--no-pager", "systemd/system.conf")
+        words = await asyncio.to_thread(Path("/proc/cmdline").read_text)
+        return minimum_uptime_s(configured, words)
+
 
 async def _within(wait: Awaitable[T]) -> T | None:
     with contextlib.suppress(TimeoutError):
@@ -130,3 +150,48 @@ class NoKexec:
 
     def bring_back(self) -> None:
         """Nothing was stopped."""
+
+    async def minimum_uptime_s(self) -> float:
+        return 0.0
+
+
+def minimum_uptime_s(configured: Iterable[str], command_line: str) -> float:
+    """Of system.conf with its drop-ins, and of the kernel's command line, which is read after them (systemd-system.conf(5),
+    systemd(1)). The last word counts, and a bad one does not."""
+    section, wanted = "", DEFAULT_MINIMUM_UPTIME_S
+    for line in map(str.strip, configured):
+        if line.startswith("["):
+            section = line
+        elif section == "[Manager]" and (found := re.match(r"MinimumUptimeSec\s*=(.*)", line)):
+            wanted = timespan_s(found[1], wanted)
+    for value in re.findall(r"(?:^|\s)systemd[.]minimum[_-]uptime[_-]sec=(\S+)", command_line):
+        wanted = timespan_s(value.strip('"'), wanted)
+    return wanted
+
+
+def timespan_s(text: str, otherwise: float) -> float:
+    """A length of time as systemd.time(7) has it, in seconds: "1min 30s", "15"; ``otherwise`` for what is none."""
+    text = text.strip()
+    if text == "infinity":
+        return float("inf")
+    found = re.findall(r"(\d+(?:[.]\d+)?)\s*([a-zA-Zµ]*)\s*", text)
+    if not found or "".join(f"{number}{unit}" for number, unit in found) != re.sub(r"\s", "", text):
+        return otherwise
+    if any(unit not in _UNITS_S for _, unit in found):
+        return otherwise
+    return sum(float(number) * _UNITS_S[unit] for number, unit in found)
+
+
+_UNITS_S = {
+    name: seconds
+    for names, seconds in (
+        ("us usec µs", 1e-6),
+        ("ms msec", 1e-3),
+        ("s sec second seconds", 1.0),
+        ("m min minute minutes", 60.0),
+        ("h hr hour hours", 3600.0),
+        ("d day days", 86400.0),
+        ("w week weeks", 604800.0),
+    )
+    for name in names.split()
+} | {"": 1.0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ class Systemd:
         """Start and wait for the job's end; returns its result, ``"done"`` if all is well."""
         return await self.finished(self._call("StartUnit", "ss", name, mode), timeout_s)
 
+    async def stop_unit(self, name: str, timeout_s: float | None = JOB_TIMEOUT_S) -> str:
+        """Likewise for its stop."""
+        return await self.finished(self._call("StopUnit", "ss", name, "replace"), timeout_s)
+
     def queue_start(self, name: str) -> None:
         self._call("StartUnit", "ss", name, "replace")
 
@@ -143,6 +148,15 @@ class Systemd:
     def userspace_at(self) -> float:
         """When this boot's userspace began, epoch seconds (org.freedesktop.systemd1(5))."""
         return float(self._property(_PATH, "Manager", "UserspaceTimestamp", "t")) / 1e6
+
+    def manager_monotonic_s(self, name: str) -> float:
+        """A timestamp of the manager, in seconds since the kernel's own start; 0 if there is none."""
+        return float(self._property(_PATH, "Manager", name, "t")) / 1e6
+
+    def version(self) -> int:
+        """Of PID 1: 257 for "257.13-1~deb13u1"; 0 if it can't be told."""
+        found = re.match(r"v?(\d+)", bytes(self._property(_PATH, "Manager", "Version", "s")).decode())
+        return int(found[1]) if found else 0
 
     async def finished(self, job: bytes, timeout_s: float | None = JOB_TIMEOUT_S) -> str:
         """Wait until systemd has done with the job; returns its result, or "timeout"."""

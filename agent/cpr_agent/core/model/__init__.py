@@ -36,6 +36,7 @@ from cpr_agent.core.model.definition import (
 from cpr_agent.core.model.finding import Finding, HookFailure, HookPhase, Kernel
 from cpr_agent.core.model.inventory import BlockNode, Inventory, OpenFile, Part, PluggedDevice, Throttle
 from cpr_agent.core.model.memory import RAM_ID, DaxDevice, Located, MemoryIdentity, Ram, overlapping, ram_of, survives
+from cpr_agent.core.model.unit import UNIT_NAME, UNIT_NAME_CHARS, BootTimes, Unit, UnitStop
 from cpr_agent.core.model.units import Bytes, Seconds
 from cpr_agent.core.states import Policy, RunState, Survives, VmState
 from cpr_agent.errors import Difference
@@ -43,8 +44,11 @@ from cpr_agent.errors import Difference
 __all__ = [
     "MANIFEST_SCHEMA",
     "RAM_ID",
+    "UNIT_NAME",
+    "UNIT_NAME_CHARS",
     "VM_NAME",
     "BlockNode",
+    "BootTimes",
     "Bytes",
     "Companion",
     "CpuFacts",
@@ -83,6 +87,8 @@ __all__ = [
     "Seconds",
     "Survives",
     "Throttle",
+    "Unit",
+    "UnitStop",
     "VmSection",
     "VmState",
     "Vmstate",

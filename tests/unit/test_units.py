@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What systemctl and journalctl print of a host's units, read; and how long a shutdown is delayed after a boot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpr_agent.core.model import BootTimes, UnitStop
+from cpr_agent.host import units
+from cpr_agent.host.kexec import DEFAULT_MINIMUM_UPTIME_S, SystemdKexec, minimum_uptime_s, timespan_s
+from cpr_agent.host.units import STOPPED, STOPPING, NoUnits, initrd_of, said, stops_of, units_of
+from tests.lab import script
+
+SHOWN = """\
+Id=gitlab.service
+Names=gitlab.service git.service
+LoadState=loaded
+ActiveState=active
+Transient=no
+CanStart=yes
+CanStop=yes
+RefuseManualStart=no
+RefuseManualStop=no
+Requires=sysinit.target system.slice
+BindsTo=
+RequiredBy=
+BoundBy=worker.service
+ConsistsOf=sidecar.service
+PropagatesStopTo=last.service
+Wants=redis.service
+After=sysinit.target redis.service
+Before=shutdown.target multi-user.target
+TriggeredBy=gitlab.socket
+InactiveExitTimestampMonotonic=5000000
+ActiveEnterTimestampMonotonic=7500000
+InactiveEnterTimestampMonotonic=0
+
+Id=once.service
+Names=once.service
+LoadState=loaded
+ActiveState=inactive
+Transient=yes
+CanStart=yes
+CanStop=yes
+InactiveExitTimestampMonotonic=5000000
+ActiveEnterTimestampMonotonic=0
+InactiveEnterTimestampMonotonic=6000000
+
+Id=srv-backup.mount
+LoadState=loaded
+ActiveState=active
+Where=/srv/backup
+CanStop=yes
+RefuseManualStop=yes
+InactiveExitTimestampMonotonic=
+ActiveEnterTimestampMonotonic=x
+
+Id=gone.service
+Names=gone.service
+LoadState=not-found
+ActiveState=inactive"""
+
+
+def shown(text: str = SHOWN) -> dict[str, Any]:
+    return {unit.name: unit for unit in units_of(text.splitlines())}
+
+
+def test_a_unit_has_what_stops_with_it_and_what_it_waited_for() -> None:
+    unit = shown()["gitlab.service"]
+    assert unit.takes_along == {"worker.service", "sidecar.service", "last.service"}
+    assert (unit.wants, unit.after) == ({"redis.service"}, {"sysinit.target", "redis.service"})
+    assert unit.aliases == {"gitlab.service", "git.service"}
+    assert unit.triggered_by == {"gitlab.socket"}
+    assert (unit.began_s, unit.ended_s) == (5.0, 7.5)
+    assert unit.exists and unit.runs and unit.startable and unit.stoppable
+
+
+def test_a_oneshot_has_started_when_it_is_inactive_again() -> None:
+    unit = shown()["once.service"]
+    assert (unit.began_s, unit.ended_s, unit.runs) == (5.0, 6.0, False)
+    assert not unit.startable, "it was made at run time"
+
+
+def test_what_is_missing_or_senseless_is_unknown() -> None:
+    unit = shown()["srv-backup.mount"]
+    assert (unit.began_s, unit.ended_s, unit.mount_point, unit.stoppable) == (0.0, 0.0, "/srv/backup", False)
+    assert not shown()["gone.service"].exists
+
+
+def test_a_unit_that_was_cut_off_is_left_out() -> None:
+    assert list(shown(SHOWN[: SHOWN.index("LoadState=not-found")])) == [
+        "gitlab.service",
+        "once.service",
+        "srv-backup.mount",
+    ]
+
+
+def test_a_unit_that_was_started_again_and_is_not_up_yet_has_not_ended() -> None:
+    text = "Id=a.service\nInactiveExitTimestampMonotonic=9000000\nActiveEnterTimestampMonotonic=3000000\n\n"
+    assert shown(text)["a.service"].ended_s == 0.0
+
+
+def entry(message_id: str, unit: Any, at_s: float) -> dict[str, Any]:
+    return {"MESSAGE_ID": message_id, "UNIT": unit, "__REALTIME_TIMESTAMP": str(int(at_s * 1e6))}
+
+
+def test_a_stop_lasts_from_its_first_word_to_its_last() -> None:
+    entries = [
+        entry(STOPPING, "slow.service", 10.0),
+        entry(STOPPED, "timers.target", 10.5),
+        entry(STOPPING, "hangs.service", 11.0),
+        entry(STOPPED, "slow.service", 15.0),
+    ]
+    assert list(stops_of(entries, 20.0)) == [
+        UnitStop("timers.target", 10.5, 10.5),
+        UnitStop("slow.service", 10.0, 15.0),
+        UnitStop("hangs.service", 11.0, 20.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [{}, entry(STOPPED, None, 5.0), entry(STOPPED, ["a", "b"], 5.0), {**entry(STOPPED, "a", 1), "__REALTIME_TIMESTAMP": 5}],
+)
+def test_a_strange_entry_is_no_stop(strange: dict[str, Any]) -> None:
+    assert list(stops_of([strange], 20.0)) == []
+
+
+def kernel_says(*messages: str) -> list[dict[str, Any]]:
+    return [
+        {"MESSAGE": message, "_SOURCE_MONOTONIC_TIMESTAMP": str(number * 100_000)}
+        for number, message in enumerate(messages, 1)
+    ]
+
+
+def test_the_initrd_begins_when_the_kernel_runs_its_init() -> None:
+    assert initrd_of(
+        kernel_says("Linux", "Freeing initrd memory: 4972K", "Run /init as init process", "Run x as init process")
+    ) == (
+        0.3,
+        4972 << 10,
+    )
+    assert initrd_of(kernel_says("Linux", "Run /sbin/init as init process")) == (0.0, 0)
+    assert initrd_of([]) == (0.0, 0)
+
+
+# -- bounds ---------------------------------------------------------------------------------------------------------------
+
+
+def run(*command: str, **options: Any) -> list[str]:
+    return asyncio.run(said(*command, **options))
+
+
+def test_a_program_is_heard_to_its_end_and_not_beyond_the_line_that_is_wanted() -> None:
+    assert run("printf", "a\\nb\\nc") == ["a", "b", "c"]
+    assert run("yes", until=lambda line: line == "y") == ["y"]
+
+
+def test_a_program_that_is_not_there_or_fails_says_nothing() -> None:
+    assert run("/no/such/program") == []
+    assert run("false") == []
+
+
+def test_a_program_that_hangs_or_says_too_much_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "TIMEOUT_S", 0.3)
+    assert run("sh", "-c", "echo first; exec sleep 1000") == ["first"]
+    monkeypatch.setattr(units, "TIMEOUT_S", 30.0)
+    monkeypatch.setattr(units, "MAX_BYTES", 1000)
+    assert len(run("yes")) == 500
+    monkeypatch.setattr(units, "LINE_BYTES", 100)
+    assert run("sh", "-c", "echo first; head -c 100000 /dev/zero") == ["first"]
+
+
+@pytest.mark.parametrize("ending", ["exec sleep 1000", "kill -9 $$"])
+def test_what_is_wanted_whole_is_not_taken_in_part(tools: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """A unit whose dependents were cut off would seem to be nobody's."""
+    monkeypatch.setattr(units, "TIMEOUT_S", 0.5)
+    (tools / "shown").write_text(SHOWN)
+    script(tools / "systemctl", f"#!/bin/sh\ncat {tools}/shown\n{ending}\n")
+    assert asyncio.run(of_systemd().all()) == {}
+
+
+class FakeSystemd:
+    """Of the real one only the acts: there is no PID 1 to ask."""
+
+    def __init__(self, *results: str) -> None:
+        self.results = list(results)
+        self.asked: list[tuple[str, float | None]] = []
+
+    async def stop_unit(self, name: str, timeout_s: float | None) -> str:
+        self.asked.append((name, timeout_s))
+        return self.results.pop(0)
+
+    start_unit = stop_unit
+
+    def version(self) -> int:
+        return int(self.results.pop(0))
+
+    def manager_monotonic_s(self, name: str) -> float:
+        return {"UserspaceTimestampMonotonic": 3.5, "InitRDTimestampMonotonic": 1.25}[name]
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs that come before the host's."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def says(tools: Path, name: str, text: str) -> Path:
+    """A program that prints ``text``, and writes its arguments down."""
+    (tools / f"{name}.says").write_text(text)
+    script(tools / name, f'#!/bin/sh\nprintf "%s\\n" "$@" >{tools}/{name}.asked\ncat {tools}/{name}.says\n')
+    return tools / f"{name}.asked"
+
+
+def of_systemd(*results: str) -> units.SystemdUnits:
+    return units.SystemdUnits(FakeSystemd(*results))  # type: ignore[arg-type]
+
+
+def test_pid_1_is_asked_for_all_units_and_for_those_that_are_named(tools: Path) -> None:
+    asked = says(tools, "systemctl", SHOWN)
+    found = asyncio.run(of_systemd().all(["gone.service"]))
+    assert set(found) == {"gitlab.service", "once.service", "srv-backup.mount", "gone.service"}
+    show, properties, *names = asked.read_text().splitlines()
+    assert (show, names) == ("show", ["--", "gone.service", "*"])
+    assert {"RequiredBy", "BoundBy", "InactiveExitTimestampMonotonic"} <= set(properties.partition("=")[2].split(","))
+
+
+def test_a_stop_is_waited_for_without_a_limit_of_its_own_and_its_result_told() -> None:
+    host = of_systemd("done", "canceled")
+    assert asyncio.run(host.stop("a.service")) == ""
+    assert asyncio.run(host.start("a.service")) == "a.service: systemd says canceled"
+
+
+def test_the_shutdown_of_the_boot_before_is_read_within_its_bounds(tools: Path) -> None:
+    lines = [entry(STOPPING, "slow.service", 1000.2), entry(STOPPED, "slow.service", 1003.0)]
+    asked = says(tools, "journalctl", "\n".join([*map(json.dumps, lines), "no json", "[]"]))
+    assert asyncio.run(of_systemd().stops("1-2-3", 1000.1, 1009.5)) == [UnitStop("slow.service", 1000.2, 1003.0)]
+    assert {"--boot=123", "--since=@1000", "--until=@1010", "_PID=1"} <= set(asked.read_text().splitlines())
+
+
+def test_times_of_this_boot_are_the_kernels_and_pid_1s(tools: Path) -> None:
+    messages = kernel_says("Freeing initrd memory: 8K", "Run /init as init process")
+    says(tools, "journalctl", "\n".join(map(json.dumps, messages)))
+    assert asyncio.run(of_systemd().boot_times()) == BootTimes(0.2, 3.5, 8192)
+    says(tools, "journalctl", "")
+    assert asyncio.run(of_systemd().boot_times()) == BootTimes(1.25, 3.5, 0), "an initrd with systemd tells as well"
+
+
+def test_without_systemd_there_are_no_units() -> None:
+    none = NoUnits()
+    assert asyncio.run(none.all(["a.service"])) == {}
+    assert "does not run under systemd" in asyncio.run(none.stop("a.service"))
+    assert asyncio.run(none.stops("boot", 0.0, 1.0)) == []
+    assert asyncio.run(none.boot_times()).userspace_s == 0.0
+
+
+# -- MinimumUptimeSec= ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("15", 15.0), ("15s", 15.0), (" 1min 30s ", 90.0), ("1min30s", 90.0), ("500ms", 0.5), ("2 hours", 7200.0)),
+        *(("0", 0.0), ("infinity", math.inf), ("1.5min", 90.0)),
+        *(("", -1.0), ("soon", -1.0), ("5 parsecs", -1.0), ("-5", -1.0), ("1min, 3s", -1.0)),
+    ],
+)
+def test_a_length_of_time_is_read_as_systemd_does(text: str, seconds: float) -> None:
+    assert timespan_s(text, -1.0) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("configured", "command_line", "seconds"),
+    [
+        ("", "root=/dev/sda", DEFAULT_MINIMUM_UPTIME_S),
+        ("[Manager]\n#MinimumUptimeSec=15s", "", DEFAULT_MINIMUM_UPTIME_S),
+        ("[Manager]\nMinimumUptimeSec=0", "", 0.0),
+        ("[Manager]\nMinimumUptimeSec = 1min\n[Manager]\nMinimumUptimeSec=2min", "", 120.0),
+        ("[Manager]\nMinimumUptimeSec=1min\nMinimumUptimeSec=nonsense", "", 60.0),
+        ("[Other]\nMinimumUptimeSec=1min", "", DEFAULT_MINIMUM_UPTIME_S),
+        ("[Manager]\nMinimumUptimeSec=1min", "quiet systemd.minimum_uptime_sec=5 ro", 5.0),
+        ("", 'systemd.minimum-uptime-sec="7"', 7.0),
+        ("", "rd.systemd.minimum_uptime_sec=5", DEFAULT_MINIMUM_UPTIME_S),
+    ],
+)
+def test_the_least_uptime_is_that_of_the_files_and_of_the_command_line(
+    configured: str, command_line: str, seconds: float
+) -> None:
+    assert minimum_uptime_s(configured.splitlines(), command_line) == seconds
+
+
+def kexec(version: int, run_dir: Path) -> SystemdKexec:
+    return SystemdKexec(FakeSystemd(str(version)), run_dir)  # type: ignore[arg-type]
+
+
+def test_a_systemd_that_delays_no_shutdown_is_not_asked_for_more(tools: Path) -> None:
+    asked = says(tools, "systemd-analyze", "[Manager]\nMinimumUptimeSec=1h\n")
+    assert asyncio.run(kexec(260, tools).minimum_uptime_s()) == 0.0
+    assert not asked.exists()
+
+
+def test_one_that_does_has_what_its_files_say(tools: Path) -> None:
+    asked = says(tools, "systemd-analyze", "# /etc/systemd/system.conf\n[Manager]\nMinimumUptimeSec=1h\n")
+    assert asyncio.run(kexec(261, tools).minimum_uptime_s()) == 3600.0
+    assert asked.read_text().split() == ["cat-config", "--no-pager", "systemd/system.conf"]
