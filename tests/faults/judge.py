@@ -165,7 +165,7 @@ def judge_store(boot: Boot) -> list[Problem]:
     return problems
 
 
-IN_FLIGHT = ("saving", "saved", "committing", "rolling-back", "booted", "loading")
+IN_FLIGHT = ("stopping", "saving", "saved", "committing", "rolling-back", "booted", "loading")
 REASON = "the host went down while {}, and was not started by a kexec"
 
 

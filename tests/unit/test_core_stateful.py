@@ -15,6 +15,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 
 from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.jobs import Job
@@ -74,6 +75,10 @@ class AnyHistory(RuleBasedStateMachine):
         super().__init__()
         self.root = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
         self.bench = Bench(self.root, witness="off")
+        self.bench.units.add("slow.service", "along.service")
+        self.bench.units.add("along.service")
+        as_usual = self.bench.settings
+        self.bench.settings = replace(as_usual, upgrade=replace(as_usual.upgrade, stop_first=("slow.service",)))
         self.gone: set[object] = set()
         """Checkpoints that were announced to be over, and were gone when the world was looked at."""
         self.looked_at = 0
@@ -101,6 +106,8 @@ class AnyHistory(RuleBasedStateMachine):
             )
             self.no_state_is_loaded_onto_ram_that_moved_on()
             self.no_checkpoint_runs_twice()
+            units = self.bench.units.there.values()
+            assert {unit.active_state for unit in units} == {"active"}, "what was stopped for an upgrade is started again"
         finally:
             shutil.rmtree(self.root)
 

@@ -186,7 +186,7 @@ class ManagerObject(BusObject):
         names = ("id", "kind", "phase", "policy", "kernel_from", "kernel_to", "reason", "started_at")
         lists = {
             name: Variant("as", list(getattr(current, name)))
-            for name in ("loaded", "cold_started", "shut_down", "failures")
+            for name in ("loaded", "cold_started", "shut_down", "failures", "stopped_first", "not_started")
         }
         lists["longest_pause"] = Variant("d", current.longest_pause_s)
         return vardict(**{name: getattr(current, name) for name in names}, **lists)

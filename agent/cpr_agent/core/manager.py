@@ -52,7 +52,7 @@ class Manager:
         self.ports = ports
         self._adoption: Adoption | None = None
         self.ledger = Ledger(ports.journal, ports.boot, self.listeners)
-        self._transaction = Transaction(ports, self.ledger, lambda: list(self.vms.values()), settings.upgrade.standstill)
+        self._transaction = Transaction(ports, self.ledger, lambda: list(self.vms.values()), settings.upgrade)
         self._settings = settings
         self._recovered = asyncio.Event()
         self._recovered.set()
@@ -188,10 +188,13 @@ class Manager:
     # -- checks -------------------------------------------------------------------------------------------------------
 
     async def findings(self) -> list[Finding]:
-        return await self._of_each(lambda vm: self.vm_findings(vm.name))
+        return [*await self._of_each(lambda vm: self.vm_findings(vm.name)), *await self._unit_findings()]
 
     async def own_findings_of_all(self) -> list[Finding]:
-        return await self._of_each(self.own_findings)
+        return [*await self._of_each(self.own_findings), *await self._unit_findings()]
+
+    async def _unit_findings(self) -> list[Finding]:
+        return await upgrade.stop_first.findings(self.ports, self._settings.upgrade.stop_first, self.vms.values())
 
     async def _of_each(self, look: Callable[[Vm], Awaitable[list[Finding]]]) -> list[Finding]:
         """A few VMs at a time, and none keeps its place for long."""
@@ -228,6 +231,8 @@ class Manager:
         """Everything about the host and its VMs that matters to the plan. An error would stop it. Not ``whole``, for a
         caller who may only look: no program of the admin's runs, and no kernel is unpacked."""
         out = await upgrade.preflight.check_host(the_plan, self.ports, self.vms.values(), kernel=whole)
+        out += await self._unit_findings()
+        out += await upgrade.uptime.findings(self.ports)
         found = await upgrade.sort.triage(list(self.vms.values()), Survives.KEXEC, the_plan.policy, hooks=whole)
         decided = {vm.name for vm, _ in (*found.refused, *found.unsaveable)}
         for vm, error in found.refused:
@@ -248,7 +253,7 @@ class Manager:
                 Finding(severity="warning", code="will-be-shut-down", what=what, why="its guest boots anew", vm=vm.name)
             )
         # The triage has asked the hooks already.
-        for finding in await self.own_findings_of_all():
+        for finding in await self._of_each(self.own_findings):
             if finding.severity == "error":  # of a VM that the plan does not depend on
                 out += [] if finding.vm in decided else [replace(finding, severity="warning")]
             elif finding.code not in (core.checks.MEMORY_SURVIVES, *core.separation.NOT_OF_AN_UPGRADE) and (

@@ -30,6 +30,10 @@ class UpgradeSection(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = Policy.ALL_OR_NOTHING
     standstill: Seconds = Seconds(10)
     """How long the QEMU of one guest may take to write its state, while the guests of others stand still."""
+    stop_first: tuple[str, ...] = ()
+    """Units of the host that stop before the first guest does, and start again if the upgrade is taken back."""
+    stop_first_timeout: Seconds = Seconds(120)
+    """How long all of them may take together."""
 
 
 class HooksSection(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,9 +6,29 @@ from typing import TYPE_CHECKING
 from cpr_agent.late import late
 
 if TYPE_CHECKING:
-    from cpr_agent.core.upgrade import kernel, preflight, refresh_all, roll_back, save_all, sort
+    from cpr_agent.core.upgrade import (
+        dependents,
+        kernel,
+        preflight,
+        refresh_all,
+        roll_back,
+        save_all,
+        sort,
+        stop_first,
+        uptime,
+    )
 
-__all__ = ["kernel", "preflight", "refresh_all", "roll_back", "save_all", "sort"]
+__all__ = [
+    "dependents",
+    "kernel",
+    "preflight",
+    "refresh_all",
+    "roll_back",
+    "save_all",
+    "sort",
+    "stop_first",
+    "uptime",
+]
 
 if not TYPE_CHECKING:
     __getattr__ = late(__name__, __all__)

@@ -7,12 +7,18 @@ import asyncio
 import logging
 
 from cpr_agent.core.jobs import Job
-from cpr_agent.core.ports import Kernels
+from cpr_agent.core.ports import Files, Kernels
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.core.upgrade.preflight import Plan
 from cpr_agent.errors import KernelRefused
 
 log = logging.getLogger(__name__)
+
+
+def size_bytes(files: Files, plan: Plan) -> int:
+    """Of the kernel and its initrd, as they are loaded. Blocking, for two looks at /boot."""
+    found = (files.look_at(path) for path in (plan.kernel.image, plan.kernel.initrd) if path)
+    return sum(one.size_bytes for one in found if one)
 
 
 async def load(kernels: Kernels, job: Job, plan: Plan) -> None:

@@ -31,6 +31,8 @@ class Phase(enum.StrEnum):
     CHECKING = "checking"
     CHECKED = "checked"
     REFUSED = "refused"
+    STOPPING = "stopping"
+    """Units of the host stop, which guests would have to wait for; guests run."""
     SAVING = "saving"
     SAVED = "saved"
     COMMITTING = "committing"
@@ -43,7 +45,8 @@ class Phase(enum.StrEnum):
 
 
 NEXT: Mapping[Phase, frozenset[Phase]] = {
-    Phase.CHECKING: frozenset({Phase.CHECKED, Phase.REFUSED, Phase.SAVING}),
+    Phase.CHECKING: frozenset({Phase.CHECKED, Phase.REFUSED, Phase.STOPPING, Phase.SAVING}),
+    Phase.STOPPING: frozenset({Phase.SAVING, Phase.ROLLING_BACK}),
     Phase.SAVING: frozenset({Phase.SAVING, Phase.SAVED, Phase.ROLLING_BACK}),
     Phase.SAVED: frozenset({Phase.COMMITTING, Phase.ROLLING_BACK, Phase.LOADING}),
     Phase.COMMITTING: frozenset({Phase.ROLLING_BACK}),
@@ -55,10 +58,10 @@ NEXT: Mapping[Phase, frozenset[Phase]] = {
 }
 """Within one boot. An upgrade that a new boot finds ``IN_FLIGHT`` becomes BOOTED."""
 
-IN_FLIGHT = frozenset({Phase.SAVING, Phase.SAVED, Phase.COMMITTING, Phase.ROLLING_BACK, Phase.BOOTED, Phase.LOADING})
-
-TAKEN_BACK = frozenset({Phase.SAVING, Phase.SAVED, Phase.COMMITTING, Phase.ROLLING_BACK})
+TAKEN_BACK = frozenset({Phase.STOPPING, Phase.SAVING, Phase.SAVED, Phase.COMMITTING, Phase.ROLLING_BACK})
 """From these phases an upgrade can be rolled back, within one boot."""
+
+IN_FLIGHT = TAKEN_BACK | {Phase.BOOTED, Phase.LOADING}
 
 OVER = frozenset({Phase.CHECKED, Phase.REFUSED, Phase.ROLLED_BACK, Phase.DONE})
 """No phase follows these."""
@@ -97,6 +100,12 @@ class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
     command_line_from: str = ""
     kernel_to: str = ""
     policy: Policy = Policy.ALL_OR_NOTHING
+    kernel_bytes: int = 0
+    """Of the kernel and its initrd, which are hashed before the kernel starts; 0 where somebody else has loaded them."""
+    stopped_first: tuple[str, ...] = ()
+    """Units that were stopped before the first guest was; they are started again if the upgrade is taken back."""
+    not_started: tuple[str, ...] = ()
+    """Those of them that could not be, each with the reason."""
     shut_down: tuple[str, ...] = ()
     """VMs that were shut down because they could not be saved; they are started again at the end."""
     failures: tuple[str, ...] = ()

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.model import RunState
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.core.upgrade import kernel
 from cpr_agent.core.upgrade.ledger import Phase
-from cpr_agent.core.upgrade.scope import Scope, names, on_each, reason, start_if_off
+from cpr_agent.core.upgrade.scope import UNTOUCHED, Scope, names, on_each, reason, start_if_off
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CheckpointUnreadable, CprError, SaveFailed
+
+START_S = 120.0
+"""How long a rollback waits for the host's units to be up again."""
 
 
 @contextlib.asynccontextmanager
@@ -42,6 +46,7 @@ async def roll_back(scope: Scope, job: Job, why: str) -> str:
 async def _roll_back(scope: Scope, job: Job, why: str) -> str:
     ledger, kexec = scope.ledger, scope.ports.kexec
     kexec.withdraw()
+    untouched = ledger.phase is Phase.STOPPING
     if ledger.phase is not Phase.ROLLING_BACK:
         ledger.enter(Phase.ROLLING_BACK, reason=why)
     current = ledger.require_current()
@@ -52,17 +57,34 @@ async def _roll_back(scope: Scope, job: Job, why: str) -> str:
     failures += await on_each(ended, start_if_off)
     if current.kind.loads_kernel:
         await kernel.unload(scope.ports.kernels)
-    ledger.enter(Phase.ROLLED_BACK, failures=list(map(str, failures)))
+    again, not_started = await _start_again(scope, job, current.stopped_first)
+    ledger.enter(Phase.ROLLED_BACK, failures=list(map(str, failures)), not_started=not_started)
     failed = {failure.vm for failure in failures}
     resumed = names(vm for vm in saved if vm not in failed)
-    restarted = names(vm for vm in ended if vm not in failed)
+    restarted = ", ".join((*(vm.name for vm in ended if vm not in failed), *again))
+    went_on = f"the others were resumed ({resumed or ('none could be' if saved else 'none had been saved')})"
     return "".join(
         (
-            f"the others were resumed ({resumed or ('none could be' if saved else 'none had been saved')})",
+            UNTOUCHED if untouched else went_on,
             f"; started again: {restarted}" if restarted else "",
-            f", but not {'; '.join(map(str, failures))}" if failures else "",
+            f", but not {'; '.join((*map(str, failures), *not_started))}" if failures or not_started else "",
         )
     )
+
+
+async def _start_again(scope: Scope, job: Job, units: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The units that were stopped before the guests, now that these run. Returns those that have started, and why the
+    others have not; systemd goes on with one that takes long."""
+    if not units:
+        return [], []
+    job.advance(0, 1, f"starting {', '.join(units)} again")
+    starts = {asyncio.create_task(scope.ports.units.start(unit)): unit for unit in units}
+    done, late = await asyncio.wait(starts, timeout=START_S)
+    for task in late:
+        task.cancel()
+    said = {starts[task]: task.result() for task in done}
+    said |= {starts[task]: f"{starts[task]} has not started within {START_S:g} s" for task in late}
+    return [unit for unit in units if not said[unit]], [said[unit] for unit in units if said[unit]]
 
 
 async def _resume(vm: Vm, upgrade: str) -> None:

@@ -79,7 +79,7 @@ async def _save_at_once(scope: Scope, vms: list[Vm], need: Survives, policy: Pol
     """Save these; no guest stops while QEMU or a hook is still being asked whether another one can be saved. Returns the
     VMs that could not be saved and may be shut down. Raises SaveFailed with all the others."""
     upgrade = scope.ledger.require_current().id
-    turns, limit_s = Turns(vm.name for vm in vms), scope.standstill_s
+    turns, limit_s = Turns(vm.name for vm in vms), scope.settings.standstill
 
     async def save_in_turn(vm: Vm) -> None:
         request = SaveRequest(need=need, upgrade=upgrade, turn=turns.turn(vm.name), limit_s=limit_s)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from cpr_agent.core.ports import Ports
+from cpr_agent.core.settings import UpgradeSection
 from cpr_agent.core.upgrade.ledger import Ledger
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError
@@ -20,13 +21,12 @@ _DEFAULT_ORDER = 100
 
 
 class Scope(msgspec.Struct, frozen=True):
-    """``vms`` yields all VMs as they are now. ``standstill_s``: how long one QEMU may take to write its state, while other
-    guests stand still."""
+    """``vms`` yields all VMs as they are now."""
 
     ports: Ports
     ledger: Ledger
     vms: Callable[[], Collection[Vm]]
-    standstill_s: float
+    settings: UpgradeSection
 
 
 class Failure(NamedTuple):

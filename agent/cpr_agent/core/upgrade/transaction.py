@@ -14,6 +14,7 @@ from cpr_agent.core import upgrade
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.model import Finding, Policy, Survives
 from cpr_agent.core.ports import Ports
+from cpr_agent.core.settings import UpgradeSection
 from cpr_agent.core.undo import Undo
 from cpr_agent.core.upgrade.ledger import OVER, TAKEN_BACK, Kind, Ledger, Phase, Upgrade
 from cpr_agent.core.upgrade.load_all import load_all, load_each
@@ -32,8 +33,8 @@ Findings = Callable[[], Awaitable[list[Finding]]]
 class Transaction:
     """One at a time. ``vms`` yields all VMs as they are now."""
 
-    def __init__(self, ports: Ports, ledger: Ledger, vms: Callable[[], Collection[Vm]], standstill_s: float) -> None:
-        self._scope = Scope(ports, ledger, vms, standstill_s)
+    def __init__(self, ports: Ports, ledger: Ledger, vms: Callable[[], Collection[Vm]], settings: UpgradeSection) -> None:
+        self._scope = Scope(ports, ledger, vms, settings)
         self._ports = ports
         self._ledger = ledger
         self._lock = asyncio.Lock()
@@ -64,6 +65,7 @@ class Transaction:
                 return
             self._begin(Kind.KEXEC, policy)
             async with self._or_refused():
+                await upgrade.uptime.wait(self._ports, job)
                 found = await upgrade.sort.prepare(self._scope, Survives.KEXEC, policy)
             await upgrade.save_all.save(self._scope, job, found, Survives.KEXEC)
             await upgrade.save_all.commit(self._scope, job)
@@ -72,8 +74,8 @@ class Transaction:
         """Check, load the kernel, save, commit, kexec. Returns only if a dry run is over, or as the host goes down."""
         self._refuse_second()
         async with self._lock:
-            command_line = self._ports.kernels.command_line()
-            self._begin(plan.kind, plan.policy, kernel_to=plan.target, command_line_from=command_line)
+            facts = {"kernel_to": plan.target, "kernel_bytes": upgrade.kernel.size_bytes(self._ports.files, plan)}
+            self._begin(plan.kind, plan.policy, command_line_from=self._ports.kernels.command_line(), **facts)
             if plan.dry_run:
                 await self._rehearse(job, plan, findings)
                 return
@@ -98,8 +100,10 @@ class Transaction:
                 await upgrade.kernel.load(kernels, job, plan)
                 undo.push(lambda: upgrade.kernel.unload(kernels))
                 await until_committed.enter_async_context(kexec.inhibit("guests are saved for a new kernel"))
+                await upgrade.uptime.wait(self._ports, job)
                 found = await upgrade.sort.prepare(self._scope, Survives.KEXEC, plan.policy)
                 undo.done()
+            await upgrade.stop_first.stop(self._scope, job)
             await upgrade.save_all.save(self._scope, job, found, Survives.KEXEC)
             await upgrade.save_all.commit(self._scope, job)
 
@@ -159,21 +163,21 @@ class Transaction:
     async def load_all(self, job: Job, vms: Iterable[Vm]) -> None:
         """Load every live checkpoint; one that fails does not stop the others. Then start the VMs that were shut down
         because they could not be saved. Raises LoadFailed, NothingToDo."""
-        async with self._lock:  # a second load waits, and finds the guests that the first one left
-            self.refuse_when_committed()
-            loaded = await load_all(self._scope, job, vms, lambda vm: False)
-        loaded.require_no_failure()
-        if not loaded.total:
+        if not await self._load_all(job, vms, lambda vm: False):
             raise NothingToDo("no VM has a checkpoint")
 
     async def load_and_start_all(self, job: Job, vms: Iterable[Vm]) -> None:
         """Likewise, then start the VMs whose definition has autostart."""
-        async with self._lock:
-            self.refuse_when_committed()
-            loaded = await load_all(self._scope, job, vms, lambda vm: bool(vm.definition and vm.definition.vm.autostart))
-        loaded.require_no_failure()
-        if not loaded.total:
+        if not await self._load_all(job, vms, lambda vm: bool(vm.definition and vm.definition.vm.autostart)):
             raise NothingToDo("no VM has a checkpoint, and none waits to be started")
+
+    async def _load_all(self, job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool]) -> int:
+        """Returns how many there were to load or to start. Raises LoadFailed."""
+        async with self._lock:  # a second load waits, and finds the guests that the first one left
+            self.refuse_when_committed()
+            loaded = await load_all(self._scope, job, vms, starts_too)
+        loaded.require_no_failure()
+        return loaded.total
 
     async def load_again(self, job: Job, vms: list[Vm]) -> None:
         """Loads of single VMs that an earlier agent was in the middle of: they end no upgrade. Raises LoadFailed."""
