@@ -23,18 +23,20 @@ import signal
 import sys
 import threading
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from cpr_agent.bus.service import Service
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Located, MemoryNode, Survives
-from cpr_agent.core.settings import Settings
+from cpr_agent.core.model import Located, MemoryNode, Seconds, Survives, Unit
+from cpr_agent.core.settings import Settings, UpgradeSection
 from cpr_agent.core.vm import Vm
 from cpr_agent.daemon import Paths, build
 from cpr_agent.errors import CprError
 from cpr_agent.host.this_host import ThisHost
+from cpr_agent.host.units import NoUnits
 from cpr_agent.memory.backends import HostMemory
 from cpr_agent.memory.devices import UdevDevices
 from tests.bench import MortalJournal, MortalStore
@@ -104,6 +106,37 @@ class LabKexec(FakeKexec):
             await said.wait()
             asyncio.get_running_loop().remove_reader(fifo)
             return fifo.read(100).decode().strip()
+
+
+class LabUnits(NoUnits):
+    """Implements core.ports.Units: each file in DIR/units is a unit that is to stop first. It runs unless the file says
+    "inactive". One that says "stuck" never stops."""
+
+    def __init__(self, root: Path) -> None:
+        self._directory = root / "units"
+
+    async def all(self, names: Collection[str] = ()) -> dict[str, Unit]:  # noqa: ARG002 - these are all
+        return {path.name: Unit(name=path.name, active_state=self._state(path.name)) for path in self._files()}
+
+    def settings(self) -> Settings:
+        names = tuple(path.name for path in self._files())
+        return Settings(upgrade=UpgradeSection(stop_first=names, stop_first_timeout=Seconds(2 if names else 120)))
+
+    async def stop(self, name: str) -> str:
+        if (self._directory / name).read_text() == "stuck":
+            await asyncio.Event().wait()
+        (self._directory / name).write_text("inactive")
+        return ""
+
+    async def start(self, name: str) -> str:
+        (self._directory / name).write_text("active")
+        return ""
+
+    def _files(self) -> list[Path]:
+        return sorted(self._directory.iterdir()) if self._directory.exists() else []
+
+    def _state(self, name: str) -> str:
+        return "inactive" if (self._directory / name).read_text() == "inactive" else "active"
 
 
 class Cancellations:
@@ -208,8 +241,9 @@ async def serve(paths: Paths, files: Path, address: str, point: str) -> None:
         sockets=host,
         kernels=FakeKernels(world),
         kexec=LabKexec(world, files),
+        units=LabUnits(files),
     )
-    manager = Manager(ports, Settings())
+    manager = Manager(ports, LabUnits(files).settings())
     if domains:
         domains.attach(manager.arrive, manager.look_again, manager.reload)
     cancellations = Cancellations(manager, files)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -143,6 +144,56 @@ def test_an_agent_that_is_killed_after_any_record_of_its_journal(two: KexecLab, 
     for point in records:
         print(f"{story}: killed {point}", flush=True)
         assert kill_at(two, Story(story), point)
+
+
+@pytest.fixture
+def slow_unit(two: KexecLab) -> Path:
+    """A unit of the host that is to stop first."""
+    unit = two.lab.root / "units/slow.service"
+    unit.parent.mkdir()
+    unit.write_text("active")
+    two.lab.end_agent()
+    two.agent(NEVER)
+    return unit
+
+
+def test_a_unit_has_stopped_before_the_first_guest_does(two: KexecLab, slow_unit: Path) -> None:
+    with two.stopped_at("before save-begin 1") as result:
+        assert slow_unit.read_text() == "inactive"
+        for guest in two.guests:
+            guest.until_counts()
+    assert result == [""]
+    assert last_upgrade(two)["stopped-first"] == ["slow.service"]
+    two.call_off()
+    until(lambda: settled(two), "the upgrade is taken back")
+    assert slow_unit.read_text() == "active"
+    assert_nobody_noticed(two)
+
+
+def test_a_unit_that_never_stops_stops_no_guest(two: KexecLab, slow_unit: Path) -> None:
+    slow_unit.write_text("stuck")
+    assert "slow.service did not stop within 2.00 s. No guest was stopped; started again: slow.service" in two.upgrade()
+    assert last_upgrade(two)["phase"] == "rolled-back"
+    assert slow_unit.read_text() == "active"
+    assert_nobody_noticed(two)
+    shown = two.lab.cprctl("report")
+    assert shown.returncode == 0, shown.stderr
+    assert "stop first" in shown.stdout
+    assert "not on record" in two.lab.cprctl("report", "--blame").stdout
+
+
+@pytest.mark.parametrize(
+    "point", ["after upgrade-stopping", "before upgrade-saving", "after saved 1", "after upgrade-saved"]
+)
+def test_a_unit_is_back_after_an_agent_that_was_killed(two: KexecLab, slow_unit: Path, point: str) -> None:
+    two.lab.end_agent()
+    two.agent(point)
+    assert two.upgrade() == "the agent is gone"
+    two.agent(NEVER)
+    until(lambda: settled(two), "the upgrade is taken back")
+    assert last_upgrade(two)["phase"] == "rolled-back"
+    assert slow_unit.read_text() == "active"
+    assert_nobody_noticed(two)
 
 
 def test_an_agent_without_systemd_refuses_the_upgrade(lab: Lab) -> None:

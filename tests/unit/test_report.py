@@ -16,9 +16,10 @@ import pytest
 from msgspec.structs import replace
 
 from cpr_agent.core.model import Bytes
-from cpr_agent.core.timeline import GuestTimeline
+from cpr_agent.core.timeline import COSTS, INITRD, KERNEL, PURGATORY, Cost, GuestTimeline, Part
 from cpr_agent.errors import InvalidArgument, NoSuchReport
-from cpr_agent.report.phases import KERNEL, LOOKS, look_of
+from cpr_agent.report.phases import KERNEL as KERNEL_LOOK
+from cpr_agent.report.phases import LOOKS, look_of
 from cpr_agent.report.picture import draw, ticks
 from cpr_agent.report.render import render, verdict
 from cpr_agent.report.story import Outcome, Story, story_of
@@ -219,14 +220,15 @@ def test_phases_that_follow_each_other_differ_without_colours(scheme: str) -> No
 
 
 def test_phases_are_told_apart_by_what_they_are_drawn_with() -> None:
-    looks = [*LOOKS.values(), KERNEL]
+    looks = [*LOOKS.values(), KERNEL_LOOK]
     assert len({look.css for look in looks}) == len({look.letter for look in looks}) == len(looks)
     for story in (told(3), told(2, held=("web1", "web2")), taken_back(), by_itself()):
         for name in [*names(story), *(span.name for guest in story.guests for span in guest.spans)]:
-            assert (look_of(name) is KERNEL) == name.endswith("kernel"), name
+            assert (look_of(name) is KERNEL_LOOK) == name.endswith("kernel"), name
 
 
 WAYS = (
+    ("check", "stop first", "save"),
     ("check", "save", "shutdown", "kexec + kernel", "userspace", "devices", "load", "resume"),
     ("save", "saved", "devices", "load", "resume"),
 )
@@ -238,7 +240,10 @@ EVIL = '<script>alert("1")</script>&\x1b[31m\x00"\'{{ 7 * 7 }}'
 def evil() -> Story:
     story = told(2, held=("web2",))
     guests = tuple(replace(guest, vm=EVIL, why=EVIL, evidence=((EVIL, EVIL, EVIL),)) for guest in story.guests)
-    return replace(story, host=EVIL, kernel_after=EVIL, reason=EVIL, failures=(EVIL,), guests=guests, policy=EVIL)
+    costs = (Cost(what=EVIL, part=Part.BOOT, begin=T0, end=T0 + 3, waiter=EVIL, needed_by=EVIL),)
+    return replace(
+        story, costs=costs, host=EVIL, kernel_after=EVIL, reason=EVIL, failures=(EVIL,), guests=guests, policy=EVIL
+    )
 
 
 def test_what_comes_from_outside_is_escaped() -> None:
@@ -293,6 +298,87 @@ def test_json_has_everything() -> None:
     assert data["guests"][0]["about"]["qemu_after"] == "10.0.13"
     assert data["guests"][1]["evidence"][0][0] == "witness of 4096 pages"
     assert {"name", "begin", "end"} == set(data["phases"][0])
+
+
+def with_costs(guests: int = 3) -> Story:
+    """As the journal has them."""
+    costs = [
+        Cost(
+            what="gitlab.service", part=Part.SHUTDOWN, begin=T0 + 2.1, end=T0 + 6.1, stops_first=True, waiter="db.service"
+        ),
+        Cost(what="db.service", part=Part.SHUTDOWN, begin=T0 + 6.2, end=T0 + 6.7),
+        Cost(what=PURGATORY, part=Part.KERNEL, begin=T0 + 6.8, end=T0 + 9.0, size_bytes=80 << 20),
+        Cost(what=KERNEL, part=Part.KERNEL, begin=T0 + 9.0, end=T0 + 12.0),
+        Cost(what=INITRD, part=Part.KERNEL, begin=T0 + 12.0, end=T0 + 16.4, size_bytes=61 << 20),
+        *(Cost(what=f"{n}.service", part=Part.BOOT, begin=T0 + n, end=T0 + n + 0.5) for n in (17, 18, 19)),
+    ]
+    records, timelines = upgrade(guests)
+    last = records[-1]["at"] + 0.1
+    record = {"event": COSTS, "upgrade": UPGRADE, "at": last, "costs": msgspec.to_builtins(costs)}
+    return story_of("", [*records, record], timelines, "kvm7")
+
+
+def test_who_cost_the_pause_is_told_in_each_form() -> None:
+    story = with_costs()
+    assert [cost.what for cost in story.costs][:2] == ["gitlab.service", "db.service"]
+    assert story.outcome == "done"
+    assert story.ended_at == with_costs().ended_at == told(3).ended_at, "a record after the end is no part of it"
+    data = json.loads(render(story, "json"))
+    assert data["costs"][0]["what"] == "gitlab.service"
+    assert data["blame"][0]["what"] == "the initrd (61 MiB) took 4.40 s"
+    assert data["blame"][1]["remedy"] == "put it into stop-first in [upgrade] of agent.toml"
+    page = render(story, "html")
+    assert "gitlab.service took 4.00 s to stop: put it into stop-first in [upgrade] of agent.toml." in page
+    drawn = ["".join(text.itertext()) for text in ElementTree.fromstring(render(story, "svg")).iter(f"{SVG}text")]  # noqa: S314 - our own
+    assert "gitlab.servicegitlab.service" in drawn, "its name, and what a pointer shows"
+    assert "19.service19.service" not in drawn, "the longest alone are drawn"
+
+
+def test_costs_are_drawn_below_the_guests_and_within_the_picture() -> None:
+    picture = draw(with_costs(5))
+    assert [row.full_name for row in picture.rows][:5] == [f"web{n}" for n in range(1, 6)]
+    assert [row.full_name for row in picture.rows][5:7] == ["gitlab.service", "db.service"]
+    assert len(picture.rows) == 5 + 6
+    for row in picture.rows:
+        assert picture.top <= row.y < row.y + row.height <= picture.bottom
+        assert all(picture.left <= box.x and box.x + box.width <= picture.right + 1 for box in row.boxes)
+
+
+@pytest.mark.parametrize("record", [{}, {"costs": 5}, {"costs": [{"what": 1}]}, {"costs": [{"part": "space"}]}])
+def test_costs_of_a_newer_agent_are_left_out(record: dict[str, Any]) -> None:
+    records, timelines = upgrade(1)
+    foreign = {"event": COSTS, "upgrade": UPGRADE, "at": T0 + 29, **record}
+    assert story_of("", [*records, foreign], timelines, "host").costs == ()
+
+
+def test_units_that_stopped_first_are_a_phase_in_which_guests_run() -> None:
+    records, timelines = upgrade(2)
+    stopping = {"event": "upgrade-stopping", "upgrade": UPGRADE, "at": T0 - 2.0, "stopped_first": ["gitlab.service"]}
+    story = story_of("", [records[0], stopping, *records[1:]], timelines, "host")
+    assert names(story)[:3] == ["check", "stop first", "save"]
+    assert without_overlap(story.phases)
+    assert story.phases[1].end == pytest.approx(T0 - 0.1)
+    assert story.longest and story.longest.pause_s == told(2).longest.pause_s  # type: ignore[union-attr]
+
+
+def test_units_that_did_not_stop_are_told_without_a_guest() -> None:
+    checking = upgrade(2)[0][0]
+    story = story_of(
+        "",
+        [
+            checking,
+            {"event": "upgrade-stopping", "upgrade": UPGRADE, "at": T0, "stopped_first": ["gitlab.service"]},
+            {"event": "upgrade-rolling-back", "upgrade": UPGRADE, "at": T0 + 5, "reason": "gitlab.service did not stop"},
+            {"event": "upgrade-rolled-back", "upgrade": UPGRADE, "at": T0 + 6, "not_started": ["x: failed"]},
+        ],
+        [],
+        "host",
+    )
+    assert names(story) == ["check", "stop first", "take back"]
+    assert story.guests == ()
+    page = render(story, "html")
+    assert "gitlab.service did not stop" in page
+    assert "x: failed" in page
 
 
 def test_an_unknown_format_is_refused() -> None:

@@ -16,17 +16,18 @@ from cpr_agent.cli.session import Output, Work, command
 @click.argument("wanted", metavar="[ID]", default="")
 @click.option("--svg", "form", flag_value="svg", help="Print the timeline as a picture.")
 @click.option("--html", "form", flag_value="html", help="Print a page that stands alone.")
-def report(wanted: str, form: str | None) -> Work:
+@click.option("--blame", is_flag=True, help="Show who cost the pause, each with its seconds, and what helps.")
+def report(wanted: str, form: str | None, *, blame: bool) -> Work:
     """Show how an upgrade or a load went, as a timeline. ID is from `history`, or its beginning; default: the last."""
-    if form and click.get_current_context().params["as_json"]:
-        raise click.UsageError("choose one of --json, --svg and --html")
+    if form and (blame or click.get_current_context().params["as_json"]):
+        raise click.UsageError("choose one of --json, --svg, --html and --blame")
 
     async def work(client: Client, output: Output) -> int:
         text = await client.manager("Report", "ss", wanted, form or "json")
         if form:
             click.echo(text)
         else:
-            output.show(json.loads(text), _draw)
+            output.show(json.loads(text), _blame if blame else _draw)
         return 0
 
     return work
@@ -36,6 +37,12 @@ def _draw(story: dict[str, Any]) -> None:
     from cpr_agent.cli import timeline  # it imports rich, which takes long: as in session.tables
 
     timeline.show(story)
+
+
+def _blame(story: dict[str, Any]) -> None:
+    from cpr_agent.cli import timeline  # likewise
+
+    timeline.blame(story)
 
 
 COMMANDS = (report,)

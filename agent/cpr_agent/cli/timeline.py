@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cpr_agent.report.phases import look_of
-from cpr_agent.report.story import Outcome
+from cpr_agent.report.phases import COST_LOOKS, look_of
+from cpr_agent.report.story import COSTLIEST, Outcome
 from cpr_agent.words import length, moment
 
 PIPE_WIDTH = 120
@@ -40,8 +40,33 @@ def show(story: dict[str, Any]) -> None:
                 console.print(f"    {escape(what)}: expected {escape(expected)}, found {escape(found)}", soft_wrap=True)
 
 
+def blame(story: dict[str, Any]) -> None:
+    """What the guests waited for, in its order; then a sentence on each that is worth one, with its remedy."""
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, markup=False, emoji=False, highlight=False)
+    if not story["costs"]:
+        console.print("Who cost the pause is not on record: no guest came through a kexec, or its agent was an older one.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("took", "part", "guests waited for", "which held up"):
+        table.add_column(column, overflow="fold")
+    table.columns[0].justify = "right"
+    for cost in story["costs"]:
+        mark = Text.assemble(_mark(COST_LOOKS[cost["part"]], console), f" {cost['part']}")
+        table.add_row(length(cost["end"] - cost["begin"]), mark, cost["what"], cost["waiter"])
+    console.print(table)
+    for one in story["blame"]:
+        why = f" ({one['why']})" if one["why"] else ""
+        remedy = f": {one['remedy']}" if one["remedy"] else ""
+        console.print(f"\n{one['what']}{why}{remedy}.", soft_wrap=True, end="")
+    console.print()
+
+
 def _timeline(console: Console, story: dict[str, Any]) -> None:
     rows = [("host", story["phases"], "", "")]
+    longest = sorted(story["costs"], key=lambda cost: cost["begin"] - cost["end"])[:COSTLIEST]
+    for cost in (one for one in story["costs"] if one in longest):
+        span = {"name": COST_LOOKS[cost["part"]], "begin": cost["begin"], "end": cost["end"]}
+        rows.append((f"  {cost['what']}", [span], "", length(cost["end"] - cost["begin"])))
     rows += [
         (guest["vm"], guest["spans"], length(guest["pause_s"]) if guest["pause_s"] is not None else "", guest["outcome"])
         for guest in story["guests"]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 
@@ -71,3 +73,47 @@ class GuestTimeline(msgspec.Struct, frozen=True, kw_only=True):
             out.append((name, mark - last))
             last = mark
         return out
+
+
+COSTS = "pause-costs"
+"""The journal's event that has the costs of an upgrade."""
+
+
+class Part(enum.StrEnum):
+    """Of an upgrade, while guests stand still for their host."""
+
+    SHUTDOWN = "shutdown"
+    KERNEL = "kernel"
+    BOOT = "boot"
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """What guests waited for, from ``begin`` to ``end`` (epoch s). All of a part's costs follow each other: had one been
+    shorter, guests would have gone on sooner."""
+
+    what: str
+    """A unit; or, of the kernel's part, one of PURGATORY, KERNEL, INITRD; or PID_1."""
+    part: Part
+    begin: float
+    end: float
+    waiter: str = ""
+    """The unit that could not start or stop before it had."""
+    needed_by: str = ""
+    """A VM, or the agent, with the reason; "" for nobody."""
+    early: bool = False
+    """A part of every boot's beginning: it is ordered before sysinit.target."""
+    stops_first: bool = False
+    """It could be stopped before the first guest is."""
+    size_bytes: int = 0
+    """Of the kernel and its initrd, or of the initrd."""
+
+    @property
+    def length_s(self) -> float:
+        return self.end - self.begin
+
+
+PURGATORY = "end of the shutdown, and purgatory"
+"""systemd's last steps, which no journal sees; then the code between two kernels, which hashes the new one."""
+KERNEL, INITRD = "kernel", "initrd"
+PID_1 = "systemd"
+"""Its own start, before that of the first unit that guests waited for."""

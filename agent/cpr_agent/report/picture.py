@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpr_agent.report.phases import look_of
+from cpr_agent.core.timeline import Cost
+from cpr_agent.report.phases import COST_LOOKS, look_of
 from cpr_agent.report.story import GuestStory, Outcome, Span, Story
 from cpr_agent.words import length
 
@@ -89,17 +90,27 @@ def draw(story: Story) -> Picture:
     scale = _Scale(story)
     row_h = 27.0 if len(story.guests) <= FEW else 21.0
     font = min(13.0, row_h * 0.62)
-    longest = max((len(guest.vm) for guest in story.guests), default=4)
+    costs = story.costliest
+    longest = max(
+        (len(name) for name in (*(guest.vm for guest in story.guests), *(cost.what for cost in costs))), default=4
+    )
     left = MARGIN + min(230.0, max(70.0, longest * font * CHAR + 14))
     right = WIDTH - MARGIN - RIGHT
     scale.fit(left, right)
     top = AXIS_Y + 10
-    bottom = top + row_h * len(story.guests) + 4
+    bottom = top + row_h * (len(story.guests) + len(costs)) + 4
     phases = tuple(_phase(span, scale, STRIP_Y, STRIP_H, label=True) for span in story.phases if scale.visible(span))
     columns = tuple(
         _phase(span, scale, STRIP_Y + STRIP_H, bottom - STRIP_Y - STRIP_H) for span in story.phases if scale.visible(span)
     )
-    rows = tuple(_row(guest, scale, top + index * row_h, row_h, font) for index, guest in enumerate(story.guests))
+    rows = (
+        *(_row(guest, scale, top + index * row_h, row_h, font) for index, guest in enumerate(story.guests)),
+        *(
+            _cost_row(cost, scale, top + index * row_h, row_h, font)
+            for index, cost in enumerate(costs, len(story.guests))
+            if scale.visible(_span_of(cost))
+        ),
+    )
     two_axes = len(story.guests) > TWO_AXES
     legend = _legend(story, bottom + (54 if two_axes else 36))
     height = max((y for _, y, _, _ in legend), default=bottom) + 28
@@ -187,6 +198,26 @@ def _row(guest: GuestStory, scale: _Scale, y: float, row_h: float, font: float) 
         text_x=last + 8 + (7 if cut else 0),
         held=held,
         open_x=last if cut else 0.0,
+    )
+
+
+def _span_of(cost: Cost) -> Span:
+    return Span(COST_LOOKS[cost.part], cost.begin, cost.end)
+
+
+def _cost_row(cost: Cost, scale: _Scale, y: float, row_h: float, font: float) -> Row:
+    """A thin bar: what the guests above it waited for."""
+    box = _phase(_span_of(cost), scale, y + row_h * 0.35, row_h * 0.3)
+    return Row(
+        y=y,
+        middle=round(y + row_h / 2, 2),
+        height=row_h,
+        name=_short(cost.what, font),
+        full_name=cost.what,
+        boxes=(Box(**{**vars(box), "title": f"{cost.what}: {length(cost.length_s)}"}),),
+        text=length(cost.length_s),
+        text_x=box.x + box.width + 8,
+        held=False,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from cpr_agent.core.upgrade import blame
 from cpr_agent.core.upgrade.ledger import Kind, Phase
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.report.phases import KERNEL, LOOKS, look_of
@@ -63,6 +64,7 @@ def render(story: Story, form: str) -> str:
         columns=_columns(story),
         details=[guest for guest in story.guests if guest.timeline and guest.timeline.memory],
         facts=_facts(story),
+        blame=blame.findings(story.costs),
     )
     return str(whole)
 
@@ -70,6 +72,7 @@ def render(story: Story, form: str) -> str:
 def document(story: Story) -> dict[str, Any]:
     """docs/insight.md describes its fields."""
     out: dict[str, Any] = msgspec.to_builtins(story)
+    out["blame"] = [msgspec.to_builtins(finding) for finding in blame.findings(story.costs)]
     out |= {"headline": headline(story), "verdict": verdict(story)._asdict(), "remarks": _remarks(story)}
     for guest in out["guests"]:
         timeline = guest.pop("timeline") or {}

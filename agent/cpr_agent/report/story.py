@@ -14,12 +14,14 @@ import msgspec
 
 from cpr_agent import __version__
 from cpr_agent.core.past import Record, VmEvent
-from cpr_agent.core.timeline import GuestTimeline
+from cpr_agent.core.timeline import COSTS, Cost, GuestTimeline
 from cpr_agent.core.upgrade.ledger import EVENT, Phase
 from cpr_agent.errors import NoSuchReport
 
 LOAD = "load"
 """The kind of a story of one load; that of an upgrade is the ledger's."""
+COSTLIEST = 6
+"""So many costs are drawn."""
 MIN_PREFIX = 4
 _NAMED_IN_ERROR = 5
 _ENDS = (Phase.REFUSED, Phase.CHECKED, Phase.ROLLED_BACK, Phase.DONE, Phase.HELD)
@@ -84,6 +86,8 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
     failures: tuple[str, ...] = ()
     phases: tuple[Span, ...] = ()
     guests: tuple[GuestStory, ...] = ()
+    costs: tuple[Cost, ...] = ()
+    """What guests waited for, of their host; in its order."""
     agent: str = __version__
 
     @property
@@ -91,6 +95,12 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
         """The guest that paused longest."""
         paused = [guest for guest in self.guests if guest.pause_s is not None]
         return max(paused, key=lambda guest: guest.pause_s or 0.0, default=None)
+
+    @property
+    def costliest(self) -> tuple[Cost, ...]:
+        """The longest of the costs, in their order."""
+        longest = sorted(self.costs, key=lambda cost: cost.length_s, reverse=True)[:COSTLIEST]
+        return tuple(cost for cost in self.costs if cost in longest)
 
     def of(self, outcome: Outcome) -> list[GuestStory]:
         return [guest for guest in self.guests if guest.outcome == outcome]
@@ -214,19 +224,34 @@ def _of_upgrade(chapter: _Chapter, timelines: Sequence[GuestTimeline], host: str
         kernel_planned=planned,
         policy=str(chapter.fact("policy")),
         reason=str(chapter.fact("reason") or chapter.fact("interrupted")),
-        failures=tuple(chapter.fact("failures", ())),
+        failures=(*chapter.fact("failures", ()), *chapter.fact("not_started", ())),
         phases=phases,
         guests=tuple(sorted(guests, key=_by_begin)),
+        costs=_costs(chapter),
     )
+
+
+def _costs(chapter: _Chapter) -> tuple[Cost, ...]:
+    """None where the record is one that this agent can't read."""
+    found = [record for record in chapter.records if record["event"] == COSTS and record.get("upgrade") == chapter.id]
+    try:
+        return msgspec.convert(found[-1].get("costs", ()) if found else (), tuple[Cost, ...])
+    except msgspec.ValidationError:
+        return ()
 
 
 def _host_phases(chapter: _Chapter, timelines: Sequence[GuestTimeline]) -> tuple[Span, ...]:
     """The host's phases. Those of many guests overlap: "devices" ends with the first guest that has its memory, "load" with
     the last one that is loaded."""
     booted, ended = chapter.at(Phase.BOOTED), chapter.at(*_ENDS)
-    marks: list[tuple[str, float]] = [("check", chapter.at(Phase.SAVING, Phase.REFUSED, Phase.CHECKED))]
-    back = chapter.at(Phase.ROLLING_BACK)
-    marks.append(("save", back or chapter.at(Phase.COMMITTING) or chapter.at(Phase.SAVED)))
+    back, stopping = chapter.at(Phase.ROLLING_BACK), chapter.at(Phase.STOPPING)
+    marks: list[tuple[str, float]] = []
+    if stopping:
+        marks += [("check", stopping), ("stop first", chapter.at(Phase.SAVING) or back)]
+    else:
+        marks += [("check", chapter.at(Phase.SAVING, Phase.REFUSED, Phase.CHECKED))]
+    if chapter.at(Phase.SAVING) or not stopping:
+        marks.append(("save", back or chapter.at(Phase.COMMITTING) or chapter.at(Phase.SAVED)))
     if back:
         marks.append(("take back", chapter.at(Phase.ROLLED_BACK)))
         return _chain(chapter.at(Phase.CHECKING), marks)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from cpr_agent.core.past import COMPACTED, Pasts, Record, VmEvent
+from cpr_agent.core.timeline import COSTS
 from cpr_agent.core.upgrade.ledger import EVENT, Phase, Replay
 
 UPGRADES = 24
@@ -70,7 +71,7 @@ def _foreign(records: Sequence[Record]) -> set[int]:
     return set(last.values())
 
 
-_KNOWN = {COMPACTED, *VmEvent}
+_KNOWN = {COMPACTED, COSTS, *VmEvent}
 
 
 def _text(record: Record, name: str) -> str:

@@ -7,6 +7,7 @@ from cpr_agent.late import late
 
 if TYPE_CHECKING:
     from cpr_agent.core.upgrade import (
+        blame,
         dependents,
         kernel,
         preflight,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "blame",
     "dependents",
     "kernel",
     "preflight",

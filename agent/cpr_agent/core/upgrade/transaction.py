@@ -175,7 +175,10 @@ class Transaction:
         """Returns how many there were to load or to start. Raises LoadFailed."""
         async with self._lock:  # a second load waits, and finds the guests that the first one left
             self.refuse_when_committed()
+            of_a_boot = self._ledger.phase in (Phase.BOOTED, Phase.LOADING)
             loaded = await load_all(self._scope, job, vms, starts_too)
+        if of_a_boot:
+            await upgrade.blame.account(self._scope)
         loaded.require_no_failure()
         return loaded.total
 
