@@ -65,6 +65,54 @@ def test_low_orders_are_saved_last_and_loaded_first(bench: Bench) -> None:
     assert bench.runner.violations == []
 
 
+@pytest.mark.parametrize("asked", NAMES)
+def test_nothing_is_asked_any_more_once_the_first_guest_stops(bench: Bench, asked: str) -> None:
+    """Not of a guest of another order either."""
+    gate = bench.runner.gates[asked, "inventory"] = Gate()
+
+    async def save(manager: Manager) -> Job:
+        job = manager.save_all(Survives.KEXEC)
+        await gate.entered.wait()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert set(statuses(bench).values()) == {"running"}
+        assert journal(bench, "save-begin") == []
+        gate.go.set()
+        return await ended(manager, job)
+
+    assert bench.run(save).result == "done"
+    assert journal(bench, "save-begin") == ["last", "middle", "first"]
+
+
+@pytest.mark.parametrize("failing", NAMES)
+def test_one_that_has_no_answer_in_the_end_stops_no_guest_of_any_order(bench: Bench, failing: str) -> None:
+    """The question that its check has answered, asked once more right before the save."""
+    bench.runner.at["before upgrade-saving"] = lambda: bench.runner.faults.update(
+        {(failing, "inventory"): QemuFailed("its QEMU does not answer", vm=failing)}
+    )
+    job = bench.run(save_all)
+    assert f"VM {failing}: its QEMU does not answer" in job.result
+    assert journal(bench, "save-begin") == []
+    assert statuses(bench) == dict.fromkeys(NAMES, "running")
+    assert all("manifest.json" not in bench.files(name) for name in NAMES)
+
+
+def test_a_guest_that_has_to_sleep_does_so_when_its_own_group_is_saved(bench: Bench) -> None:
+    bench.runner.vfio["first"] = ["a card of the host"]
+    asleep_when: list[dict[str, str]] = []
+    gate = bench.runner.gates["first", "after-suspend"] = Gate()
+
+    async def save(manager: Manager) -> Job:
+        job = manager.save_all(Survives.KEXEC)
+        await gate.entered.wait()
+        asleep_when.append(statuses(bench))
+        gate.go.set()
+        return await ended(manager, job)
+
+    assert bench.run(save).result == "done"
+    assert asleep_when == [{"last": "postmigrate", "middle": "postmigrate", "first": "suspended"}]
+
+
 @pytest.mark.parametrize("failing", NAMES)
 def test_one_that_can_not_be_saved_keeps_all_running(bench: Bench, failing: str) -> None:
     bench.runner.faults[failing, "save"] = SaveFailed("no room", vm=failing)

@@ -52,7 +52,9 @@ def test_no_turn_begins_before_all_are_ready_and_few_last_at_once(monkeypatch: p
     monkeypatch.setattr(turns, "at_once", lambda: 2)
 
     async def story() -> None:
-        standing = Standing(Turns(["one", "two", "three"]))
+        all_turns = Turns([["one", "two", "three"]])
+        all_turns.call(0)
+        standing = Standing(all_turns)
         await standing.wants("one")
         await standing.wants("two")
         assert standing.now == [], "three is still being asked"
@@ -67,12 +69,52 @@ def test_no_turn_begins_before_all_are_ready_and_few_last_at_once(monkeypatch: p
 
 def test_one_that_will_never_want_its_turn_is_not_waited_for() -> None:
     async def story() -> None:
-        all_turns = Turns(["one", "two"])
+        all_turns = Turns([["one", "two"]])
+        all_turns.call(0)
         standing = Standing(all_turns)
         await standing.wants("one")
         all_turns.no_longer_awaited("two")
         await until_idle()
         assert standing.now == ["one"]
+
+    asyncio.run(story())
+
+
+def test_a_group_begins_when_it_is_called_and_all_of_all_groups_are_ready() -> None:
+    async def story() -> None:
+        all_turns = Turns([["one", "two"], ["three"]])
+        standing = Standing(all_turns)
+        all_turns.call(0)
+        for name in ("one", "two"):
+            await standing.wants(name)
+        assert standing.now == [], "three of the next group is still being asked"
+        await standing.wants("three")
+        assert standing.now == ["one", "two"]
+        for name in ("one", "two"):
+            await standing.ends(name)
+        assert standing.now == [], "it was not called yet"
+        all_turns.call(1)
+        await until_idle()
+        assert standing.now == ["three"]
+
+    asyncio.run(story())
+
+
+def test_a_late_one_is_waited_for_by_its_own_group_alone() -> None:
+    async def story() -> None:
+        all_turns = Turns([["one"], ["two", "sleeper"]], ["sleeper"])
+        standing = Standing(all_turns)
+        all_turns.call(0)
+        for name in ("one", "two"):
+            await standing.wants(name)
+        await all_turns.all_ready()
+        assert standing.now == ["one"]
+        await standing.ends("one")
+        all_turns.call(1)
+        await until_idle()
+        assert standing.now == []
+        await standing.wants("sleeper")
+        assert sorted(standing.now) == ["sleeper", "two"]
 
     asyncio.run(story())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -85,21 +85,44 @@ class PlaceTurn(Turn):
 
 
 class Turns:
-    """``names`` are awaited: no turn begins before each of them wants its turn, or is no longer awaited."""
+    """``groups`` of names, at least one, have their turns one after the other, each once called. No turn begins before
+    all names of all groups want theirs, or are no longer awaited; only its own group waits for a name in ``late``.
+    """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._awaited = set(names)
-        self._all_ready = asyncio.Event()
+    def __init__(self, groups: Sequence[Collection[str]], late: Collection[str] = ()) -> None:
+        self._groups = {name: number for number, group in enumerate(groups) for name in group}
+        self._awaited = [{name for name in group if name in late} for group in groups]
+        self._awaited[0].update(name for name in self._groups if name not in late)
+        self._ready = [asyncio.Event() for _ in groups]
+        self._called = [asyncio.Event() for _ in groups]
         self._places = Places()
+        self._note()
 
     def turn(self, name: str) -> Turn:
-        async def all_ready() -> None:
-            self.no_longer_awaited(name)
-            await self._all_ready.wait()
+        number = self._groups[name]
 
-        return PlaceTurn(self._places, all_ready)
+        async def may_begin() -> None:
+            self.no_longer_awaited(name)
+            await self._called[number].wait()
+            for ready in self._ready[: number + 1]:
+                await ready.wait()
+
+        return PlaceTurn(self._places, may_begin)
 
     def no_longer_awaited(self, name: str) -> None:
-        self._awaited.discard(name)
-        if not self._awaited:
-            self._all_ready.set()
+        for names in self._awaited:
+            names.discard(name)
+        self._note()
+
+    async def all_ready(self) -> None:
+        """Wait for all but the late ones."""
+        await self._ready[0].wait()
+
+    def call(self, number: int) -> None:
+        """The group's turns may begin."""
+        self._called[number].set()
+
+    def _note(self) -> None:
+        for names, ready in zip(self._awaited, self._ready, strict=True):
+            if not names:
+                ready.set()

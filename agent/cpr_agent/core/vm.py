@@ -12,7 +12,7 @@ from cpr_agent.core import acts, saveable
 from cpr_agent.core.acts import recover, resume
 from cpr_agent.core.acts.load import load
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
-from cpr_agent.core.acts.sleep import wake_late_sleeper
+from cpr_agent.core.acts.sleep import must_sleep, wake_late_sleeper
 from cpr_agent.core.hooks import before_save
 from cpr_agent.core.machine import Machine, Neighbours
 from cpr_agent.core.model import Definition, Held, Launch, Manifest, Owner, Ram, RunState, Survives, VmState
@@ -176,6 +176,10 @@ class Vm:
         """Likewise, after a wait for obstacles that pass, where the definition says to wait."""
         await saveable.until_saveable(self.machine)
         await self.require_saveable(need)
+
+    async def must_sleep(self) -> bool:
+        """Whether a save has to put the guest to sleep before. Raises QemuFailed."""
+        return await must_sleep(self.machine, self.machine.require_qemu())
 
     def load_interrupted(self) -> bool:
         """Whether an earlier agent's load of the live checkpoint came to no end, and may be repeated."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
+from typing import Self
 
 from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.jobs import Job
@@ -14,7 +16,7 @@ from cpr_agent.core.turns import Turn, Turns
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.core.upgrade.roll_back import or_roll_back
-from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all, on_each
+from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all
 from cpr_agent.core.upgrade.sort import Triage
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, KernelRefused, SaveFailed
@@ -62,39 +64,100 @@ async def promise(scope: Scope) -> None:
 
 
 async def _save_each(scope: Scope, job: Job, found: Triage, need: Survives) -> None:
-    """Guests of a low order stop last."""
+    """Guests of a low order stop last. Before the first one stops, all that is asked of any guest has been answered, and
+    each witness is prepared. Raises SaveFailed."""
+    groups = list(reversed(in_turn(found.saveable)))
+    if not groups:
+        return
     done, total = 0, len(found.saveable)
-    for vms in reversed(in_turn(found.saveable)):
-        job.advance(done, total, f"saving {names(vms)}")
-        given_up = await _save_at_once(scope, vms, need, found.policy)
-        if given_up:
-            job.advance(done, total, f"shutting down {names(given_up)}, which could not be saved")
-            shut_down = [*scope.ledger.require_current().shut_down, *(vm.name for vm in given_up)]
-            scope.ledger.enter(Phase.SAVING, shut_down=shut_down)
-            await _shut_down(given_up, found.policy)
-        done += len(vms)
+    async with _Saves(scope, groups, need, found.policy) as saves:
+        await saves.prepare(job)
+        for number, vms in enumerate(groups):
+            job.advance(done, total, f"saving {names(vms)}")
+            given_up = await saves.save(number)
+            if given_up:
+                job.advance(done, total, f"shutting down {names(given_up)}, which could not be saved")
+                shut_down = [*scope.ledger.require_current().shut_down, *(vm.name for vm in given_up)]
+                scope.ledger.enter(Phase.SAVING, shut_down=shut_down)
+                await _shut_down(given_up, found.policy)
+            done += len(vms)
 
 
-async def _save_at_once(scope: Scope, vms: list[Vm], need: Survives, policy: Policy) -> list[Vm]:
-    """Save these; no guest stops while QEMU or a hook is still being asked whether another one can be saved. Returns the
-    VMs that could not be saved and may be shut down. Raises SaveFailed with all the others."""
-    upgrade = scope.ledger.require_current().id
-    turns, limit_s = Turns(vm.name for vm in vms), scope.settings.standstill
+class _Saves:
+    """The saves of all groups, which are under way at once; those that have not come to their end are taken back with the
+    block.
 
-    async def save_in_turn(vm: Vm) -> None:
-        request = SaveRequest(need=need, upgrade=upgrade, turn=turns.turn(vm.name), limit_s=limit_s)
+    No guest stops while QEMU or a hook is still being asked whether another one can be saved. A guest that has to sleep for
+    its save stands still from then on: one of a later group begins only when that group is called.
+    """
+
+    def __init__(self, scope: Scope, groups: list[list[Vm]], need: Survives, policy: Policy) -> None:
+        self._scope, self._groups, self._need, self._policy = scope, groups, need, policy
+        self._turns = Turns([[]])
+        self._saves: dict[Vm, asyncio.Task[None]] = {}
+
+    async def __aenter__(self) -> Self:
+        later = [vm for group in self._groups[1:] for vm in group]
+        late = [vm for vm, sleeps in zip(later, await asyncio.gather(*map(_must_sleep, later)), strict=True) if sleeps]
+        self._turns = Turns([[vm.name for vm in group] for group in self._groups], [vm.name for vm in late])
+        self._begin(vm for group in self._groups for vm in group if vm not in late)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if pending := [save for save in self._saves.values() if not save.done()]:
+            for save in pending:
+                save.cancel()
+            await uninterrupted(asyncio.gather(*pending, return_exceptions=True))
+
+    async def prepare(self, job: Job) -> None:
+        """Until no guest has anything left to be asked. Raises SaveFailed for one that can't be saved, before any stops."""
+        job.advance(0, len(self._saves), f"preparing the save of {names(self._saves)}")
+        await self._turns.all_ready()
+        self._failed(vm for vm, save in self._saves.items() if save.done())
+
+    async def save(self, number: int) -> list[Vm]:
+        """Save the VMs of this group. Returns those that could not be saved and may be shut down. Raises SaveFailed with
+        all the others that could not."""
+        vms = self._groups[number]
+        self._begin(vm for vm in vms if vm not in self._saves)
+        self._turns.call(number)
+        await asyncio.wait([self._saves[vm] for vm in vms])
+        return self._failed(vms)
+
+    def _begin(self, vms: Iterable[Vm]) -> None:
+        for vm in vms:
+            self._saves[vm] = asyncio.create_task(self._save(vm))
+
+    async def _save(self, vm: Vm) -> None:
+        upgrade, limit_s = self._scope.ledger.require_current().id, self._scope.settings.standstill
+        request = SaveRequest(need=self._need, upgrade=upgrade, turn=self._turns.turn(vm.name), limit_s=limit_s)
         try:
             await _in_time(vm, request)
         finally:
-            turns.no_longer_awaited(vm.name)
+            self._turns.no_longer_awaited(vm.name)
 
-    def is_fatal(failure: Failure) -> bool:
-        return not (isinstance(failure.error, CprError) and may_shut_down(failure.vm.machine, policy))
+    def _failed(self, vms: Iterable[Vm]) -> list[Vm]:
+        failures = []
+        for vm in vms:
+            error = self._saves[vm].exception()
+            if isinstance(error, Exception):
+                failures.append(Failure(vm, error))
+            elif error:
+                raise error
+        if fatal := [failure for failure in failures if self._is_fatal(failure)]:
+            raise SaveFailed("; ".join(map(str, fatal)))
+        return [failure.vm for failure in failures]
 
-    failures = await on_each(vms, save_in_turn)
-    if fatal := [failure for failure in failures if is_fatal(failure)]:
-        raise SaveFailed("; ".join(map(str, fatal)))
-    return [failure.vm for failure in failures]
+    def _is_fatal(self, failure: Failure) -> bool:
+        return not (isinstance(failure.error, CprError) and may_shut_down(failure.vm.machine, self._policy))
+
+
+async def _must_sleep(vm: Vm) -> bool:
+    """False for a QEMU that does not say: its save says why."""
+    try:
+        return await vm.must_sleep()
+    except CprError:
+        return False
 
 
 async def _in_time(vm: Vm, request: SaveRequest) -> None:
