@@ -144,6 +144,19 @@ def test_started_paused(saved: Domain) -> None:
     refused(saved, "NoCheckpoint")
 
 
+def test_started_paused_and_never_resumed(saved: Domain) -> None:
+    """It waits for whoever wanted that, in its QEMU, and can be saved again as it is."""
+    saved.virsh("destroy")
+    with saved.untouched():
+        saved.virsh("start", "--paused")
+        saved.until_state("paused")
+    saved.save()
+    saved.load()
+    saved.until_state("paused")
+    saved.virsh("resume")
+    saved.assert_unbroken()
+
+
 def test_force_boot(saved: Domain) -> None:
     """libvirt unlinks the image before it asks anybody."""
     saved.virsh("destroy")
