@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from cpr_agent.domains.host import adopted, has_open, is_adopted, kill, maps_whole, qemu_pid, qemu_uid, qemus_named
+from cpr_agent.domains.host import (
+    adopted,
+    has_image_open,
+    has_open,
+    is_adopted,
+    kill,
+    maps_whole,
+    qemu_pid,
+    qemu_uid,
+    qemus_named,
+)
 from cpr_agent.errors import QemuFailed
 
 PAGE = mmap.PAGESIZE
@@ -131,6 +141,16 @@ def test_a_daemon_or_its_helper_has_the_image_open(ram: Path, tmp_path: Path) ->
         assert not has_open(daemon.pid, other)
         assert has_open(os.getpid(), ram), "the daemon's child has it"
     assert not has_open(os.getpid(), ram)
+
+
+def test_a_daemon_that_has_another_image_open_restores_that(tmp_path: Path) -> None:
+    image, other = tmp_path / "image", tmp_path / "other"
+    image.write_bytes(b"LibvirtQemudSave and so on")
+    other.write_bytes(b"anything else")
+    with process(holding=image) as daemon:
+        assert has_image_open(daemon.pid)
+    with process(holding=other) as daemon:
+        assert not has_image_open(daemon.pid)
 
 
 def test_an_image_that_was_replaced_meanwhile_is_not_the_one_that_is_open(ram: Path) -> None:

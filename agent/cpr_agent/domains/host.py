@@ -16,6 +16,7 @@ import msgspec
 from cpr_agent.core.model import VM_NAME
 from cpr_agent.domains import qemu_conf
 from cpr_agent.errors import QemuFailed
+from cpr_agent.store.image import STEM
 
 BUILT_IN = ("libvirt-qemu", "qemu")
 """Of Debian's and Fedora's packages, if qemu.conf names none."""
@@ -193,6 +194,20 @@ def has_open(pid: int, path: Path) -> bool:
     except OSError:
         return False
     return any(os.path.samestat(found, wanted) for one in (pid, *_children(pid)) for found in _open_files(one))
+
+
+def has_image_open(pid: int) -> bool:
+    """Whether the process, or one that it has started, has any image of libvirt's open."""
+    for one in (pid, *_children(pid)):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{one}/fd"):  # noqa: PTH208 - names alone
+                with contextlib.suppress(OSError):
+                    path = f"/proc/{one}/fd/{name}"
+                    if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - the object itself
+                        with open(path, "rb") as file:  # noqa: PTH123
+                            if file.read(len(STEM)) == STEM:
+                                return True
+    return False
 
 
 def _children(pid: int) -> Iterator[int]:

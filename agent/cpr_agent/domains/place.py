@@ -26,6 +26,7 @@ from cpr_agent.domains.hook_server import HookRequest, parent_of
 from cpr_agent.domains.host import (
     LibvirtPaths,
     command_line,
+    has_image_open,
     has_open,
     kill,
     maps_whole,
@@ -146,7 +147,7 @@ def _restores(libvirt: int, image: Path) -> bool:
     read = was_read(image)
     with contextlib.suppress(OSError):
         mark_unread(image)
-    return read or has_open(libvirt, image)
+    return has_open(libvirt, image) or (read and not has_image_open(libvirt))
 
 
 def _said(checkpoint: str) -> str:
