@@ -89,6 +89,10 @@ test-original: bootstrap host-root qemu-cpr $(DEB) ## A QEMU with cpr-save and c
 	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/original
 	@$(PYTHON) -m tests.original.tally
 
+.PHONY: test-pause
+test-pause: bootstrap host-root $(DEB) ## Who costs the pause of a real host, and units that stop before its guests
+	$(PYTHON) -m pytest -s tests/pause
+
 .PHONY: test-fleet
 test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible role, three kexecs in all
 	rm -f build/fleet/summary
