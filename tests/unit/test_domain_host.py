@@ -145,12 +145,13 @@ def test_a_daemon_or_its_helper_has_the_image_open(ram: Path, tmp_path: Path) ->
 
 def test_a_daemon_that_has_another_image_open_restores_that(tmp_path: Path) -> None:
     image, other = tmp_path / "image", tmp_path / "other"
-    image.write_bytes(b"LibvirtQemudSave and so on")
-    other.write_bytes(b"anything else")
+    image.write_bytes(b"LibvirtQemudSave and so on <domain><name>web1</name>")
+    other.write_bytes(b"anything else, and <name>web1</name>")
     with process(holding=image) as daemon:
-        assert has_image_open(daemon.pid)
+        assert has_image_open(daemon.pid, "web1")
+        assert not has_image_open(daemon.pid, "web"), "it restores another domain at the same time"
     with process(holding=other) as daemon:
-        assert not has_image_open(daemon.pid)
+        assert not has_image_open(daemon.pid, "web1")
 
 
 def test_an_image_that_was_replaced_meanwhile_is_not_the_one_that_is_open(ram: Path) -> None:

@@ -18,6 +18,8 @@ from cpr_agent.domains import qemu_conf
 from cpr_agent.errors import QemuFailed
 from cpr_agent.store.image import STEM
 
+_HEAD_BYTES = 64 << 10
+"""Of an image, by which its XML has named its domain."""
 BUILT_IN = ("libvirt-qemu", "qemu")
 """Of Debian's and Fedora's packages, if qemu.conf names none."""
 
@@ -196,8 +198,10 @@ def has_open(pid: int, path: Path) -> bool:
     return any(os.path.samestat(found, wanted) for one in (pid, *_children(pid)) for found in _open_files(one))
 
 
-def has_image_open(pid: int) -> bool:
-    """Whether the process, or one that it has started, has any image of libvirt's open."""
+def has_image_open(pid: int, domain: str) -> bool:
+    """Whether the process, or one that it has started, has any image of this domain's open: of other domains it may have
+    some, which are restored at the same time."""
+    named = f"<name>{domain}</name>".encode()
     for one in (pid, *_children(pid)):
         with contextlib.suppress(OSError):
             for name in os.listdir(f"/proc/{one}/fd"):  # noqa: PTH208 - names alone
@@ -205,8 +209,9 @@ def has_image_open(pid: int) -> bool:
                     path = f"/proc/{one}/fd/{name}"
                     if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - the object itself
                         with open(path, "rb") as file:  # noqa: PTH123
-                            if file.read(len(STEM)) == STEM:
-                                return True
+                            head = file.read(_HEAD_BYTES)
+                        if head.startswith(STEM) and named in head:
+                            return True
     return False
 
 

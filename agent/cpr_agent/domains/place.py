@@ -122,7 +122,7 @@ def allow(world: World, start: Start, request: HookRequest) -> str:
     carried, wanted = world.checkpoint_of(request.xml), launch.checkpoint if launch.kind == "load" else ""
     if carried != wanted:
         return f"what is started has the state of {_said(carried)}, and the agent allows {_said(wanted)}"
-    if wanted and not _restores(parent_of(request.pid), world.host.image(launch.vm)):
+    if wanted and not _restores(parent_of(request.pid), launch.vm, world.host.image(launch.vm)):
         return f"another image is restored than {world.host.image(launch.vm)}, which the agent has proved"
     try:
         fd = world.open_memory(launch.nodes[0], launch.memory[0])
@@ -141,13 +141,13 @@ def without_checkpoint(element: str) -> str:
     return _CHECKPOINT.sub("", head) + end + rest
 
 
-def _restores(libvirt: int, image: Path) -> bool:
+def _restores(libvirt: int, domain: str, image: Path) -> bool:
     """Whether libvirt reads this image. libvirt 12.9 has a helper for that, which may be done with a small one by now: then
     the image was read since it was put there, or since the last look."""
     read = was_read(image)
     with contextlib.suppress(OSError):
         mark_unread(image)
-    return has_open(libvirt, image) or (read and not has_image_open(libvirt))
+    return has_open(libvirt, image) or (read and not has_image_open(libvirt, domain))
 
 
 def _said(checkpoint: str) -> str:
