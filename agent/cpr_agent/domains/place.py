@@ -40,7 +40,7 @@ from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
 from cpr_agent.domains.qemu import DomainQemu, leave_ram_in_place
 from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable
-from cpr_agent.host.waiting import readable
+from cpr_agent.host.waiting import ended
 from cpr_agent.vm.qmp import Qmp, SocketQmp
 from cpr_agent.vm.replies import STATUS
 
@@ -341,18 +341,8 @@ class DomainPlace:
         self._world.spawn(self._world.forget_checkpoint(self._name))
 
     async def wait_exit(self, timeout_s: float) -> bool:
-        """By pidfd."""
         pid = await self.pid()
-        if not pid:
-            return True
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return True
-        try:
-            return await readable(fd, timeout_s)
-        finally:
-            os.close(fd)
+        return not pid or await ended(pid, timeout_s)
 
     async def kill(self) -> None:
         """By libvirt, or by the kernel where libvirt does not answer, or waits for the agent's own answer."""

@@ -24,7 +24,7 @@ from cpr_agent.files import make_private_directory, write_atomically
 from cpr_agent.host.grants import DeviceGrants
 from cpr_agent.host.tickets import Offer, offered
 from cpr_agent.host.users import SHARED_USER
-from cpr_agent.host.waiting import readable
+from cpr_agent.host.waiting import ended
 from cpr_agent.text import printable
 
 LOG_TAIL_BYTES = 2000
@@ -99,18 +99,8 @@ class QemuPlace(ABC):
         """Nobody waits."""
 
     async def wait_exit(self, timeout_s: float) -> bool:
-        """By pidfd, which works for processes that are not our children, and leaves no room for PID reuse."""
         pid = await self.pid()
-        if not pid:
-            return True
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return True
-        try:
-            return await readable(fd, timeout_s)
-        finally:
-            os.close(fd)
+        return not pid or await ended(pid, timeout_s)
 
     async def ended_by(self, timeout_s: float) -> int:
         return 0 if self._place in self._files.killed else await self._signal(timeout_s)

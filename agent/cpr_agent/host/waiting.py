@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A wait for what a descriptor has to say."""
+"""A wait for what a descriptor has to say, or for the end of a process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
 
 
@@ -23,3 +24,16 @@ async def readable(fd: int, timeout_s: float) -> bool:
         return False
     finally:
         loop.remove_reader(fd)
+
+
+async def ended(pid: int, timeout_s: float) -> bool:
+    """Wait until the process has ended; False on timeout. By pidfd, which works for processes that are not our children,
+    and leaves no room for PID reuse."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return await readable(fd, timeout_s)
+    finally:
+        os.close(fd)
