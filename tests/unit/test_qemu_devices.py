@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from cpr_agent.core.model import Inventory
 from cpr_agent.vm.devices import vfio_devices
+from cpr_agent.vm.inventory import Places, whole
 from tests.scripted_qmp import ScriptedQmp
 
 
@@ -55,3 +57,53 @@ def test_devices_of_the_host_are_found_also_behind_bridges(*, pci_is_known: bool
 
 def test_a_guest_without_them() -> None:
     assert devices({"query-pci": [], "/machine/peripheral": [], "/machine/peripheral-anon": []}) == []
+
+
+class Plugged(ScriptedQmp):
+    """A QEMU with network cards, by their MAC addresses; it tells of one that has gone."""
+
+    def __init__(self, **macs: str) -> None:
+        self.macs = macs
+        self.deleted: int | None = 0
+        super().__init__(self._answer)
+
+    @property
+    def unplugged(self) -> int | None:
+        return self.deleted
+
+    def _answer(self, command: str, arguments: dict[str, object]) -> object:
+        path = str(arguments.get("path", ""))
+        if command == "qom-get" and arguments["property"] == "mac":
+            return self.macs[path.rpartition("/")[2]]
+        if path == "/machine/peripheral":
+            return [child(name, "virtio-net-pci") for name in self.macs]
+        return {"query-named-block-nodes": [], "x-debug-query-block-graph": {"nodes": [], "edges": []}}[command]
+
+    def look(self, places: Places) -> dict[str, str]:
+        found: Inventory = asyncio.run(whole(self, places))
+        return {device.name: device.own or "" for device in found.devices}
+
+
+def test_a_device_is_asked_once_for_what_never_changes() -> None:
+    qemu, places = Plugged(net0="52:54:00:00:00:01"), Places()
+    first = qemu.look(places)
+    asked = qemu.asked.count("qom-get")
+    qemu.macs["net1"] = "52:54:00:00:00:02"
+    assert qemu.look(places) == {**first, "peripheral/net1": "mac 52:54:00:00:00:02"}
+    assert qemu.asked.count("qom-get") == 2 * asked
+
+
+def test_another_device_by_the_name_of_one_that_has_gone_is_asked() -> None:
+    qemu, places = Plugged(net0="52:54:00:00:00:01"), Places()
+    qemu.look(places)
+    qemu.macs["net0"] = "52:54:00:00:00:02"
+    qemu.deleted = 1
+    assert qemu.look(places) == {"peripheral/net0": "mac 52:54:00:00:00:02"}
+
+
+def test_where_nothing_tells_of_what_has_gone_all_is_asked_each_time() -> None:
+    qemu, places = Plugged(net0="52:54:00:00:00:01"), Places()
+    qemu.deleted = None
+    qemu.look(places)
+    qemu.macs["net0"] = "52:54:00:00:00:02"
+    assert qemu.look(places) == {"peripheral/net0": "mac 52:54:00:00:00:02"}

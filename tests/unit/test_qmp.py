@@ -452,6 +452,14 @@ def test_events_in_a_loop_are_told_now_and_then_and_kept_by_none(tmp_path: Path,
     assert "GUEST_CRASHLOADED" not in told
 
 
+def test_devices_that_have_gone_are_counted_before_the_next_answer(tmp_path: Path) -> None:
+    async def act(qmp: SocketQmp) -> tuple[int | None, int]:
+        await qmp.execute("stop")
+        return qmp.unplugged, qmp.dropped
+
+    assert talk(tmp_path / "qmp", act, *[event("DEVICE_DELETED"), event("GUEST_CRASHLOADED")] * 2) == (2, 4)
+
+
 def test_others_get_their_turn_while_one_floods(tmp_path: Path) -> None:
     """By turns of the loop, not by time: between the flood's first message and its end others had many."""
 

@@ -64,6 +64,27 @@ _NEEDED_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _PLUGGED: list[Question] = [(QOM_LIST, {"path": parent}) for parent in PLUGGED]
 
 
+class _At(NamedTuple):
+    bus: str
+    address: str
+    own: str
+
+
+class Places:
+    """Where the devices of one QEMU are, as it has said before: nothing of that changes after a device was realized
+    (qdev_prop_set_after_realize, hw/core/qdev-properties.c). Another one may have its name once a device has gone."""
+
+    def __init__(self) -> None:
+        self._known: dict[Device, _At] = {}
+        self._unplugged: int | None = None
+
+    def known(self, unplugged: int | None) -> dict[Device, _At]:
+        """``unplugged`` is ``Qmp.unplugged`` before QEMU is asked what devices it has."""
+        if unplugged is None or unplugged != self._unplugged:
+            self._known, self._unplugged = {}, unplugged
+        return self._known
+
+
 async def brief(qmp: Qmp) -> Inventory:
     """Its disks, and the names and kinds of its devices: QEMU takes some 0.6 ms for each question, and a guest may wait.
     But for the files that it has open, which the kernel tells. Raises QemuFailed."""
@@ -76,14 +97,15 @@ async def brief(qmp: Qmp) -> Inventory:
     )
 
 
-async def whole(qmp: Qmp) -> Inventory:
+async def whole(qmp: Qmp, places: Places) -> Inventory:
     """Likewise, with the place of each device, and CPUs and memory. Raises QemuFailed."""
+    known = places.known(qmp.unplugged)
     asked = [*_BLOCKS, (BLOCK_BACKENDS, {}), (CPU_SLOTS, {}), (MEMORY_DEVICES, {}), *_PARTS, *_PLUGGED]
     nodes, graph, backends, cpus, memory, objects, chardevs, exports, hmp, *children = await qmp.ask_all(asked)
     drives = {backend.qdev.removeprefix(_ROOT): backend.device for backend in backends or ()}
     return Inventory(
         nodes=_disks(qmp, nodes, graph),
-        devices=_sorted(await _placed(qmp, _plugged(children), drives)),
+        devices=_sorted(await _placed(qmp, _plugged(children), drives, known)),
         cpus=tuple(sorted(_slot(cpu) for cpu in cpus or () if cpu.qom_path)),
         memory=tuple(sorted(_dimm(device) for device in memory or ())),
         parts=tuple(
@@ -188,26 +210,36 @@ def _dimm(device: MemoryDevice) -> str:
     return f"{device.type} {device.data.id or 'without an id'} of {device.data.size} bytes"
 
 
-async def _placed(qmp: Qmp, devices: list[Device], drives: Mapping[str, str]) -> list[PluggedDevice]:
+async def _placed(
+    qmp: Qmp, devices: list[Device], drives: Mapping[str, str], known: dict[Device, _At]
+) -> list[PluggedDevice]:
     """Each with its bus, by the last part of its name: what is before that differs between versions of QEMU."""
+    known |= await _ask_places(qmp, [device for device in devices if device not in known])
+    placed = []
+    for device in devices:
+        at, name = known[device], device.path.removeprefix(_ROOT)
+        drive = drives.get(name) or drives.get(device.name, "")
+        found = PluggedDevice(name=name, kind=device.kind, bus=at.bus, address=at.address, drive=drive, own=at.own)
+        placed.append(found)
+    return placed
+
+
+async def _ask_places(qmp: Qmp, devices: list[Device]) -> dict[Device, _At]:
     wanted = {device: _ADDRESSES.get(device.kind.partition("-")[0], ("addr",)) for device in devices}
     asked: list[Question] = [
         (QOM_NUMBER if name in names else QOM_TEXT, {"path": device.path, "property": name})
         for device, names in wanted.items()
         for name in ("parent_bus", *_OWN, *names)
     ]
-    answers = iter(await qmp.ask_all(asked))
-    placed = []
+    answers = iter(await qmp.ask_all(asked) if asked else ())
+    found = {}
     for device, names in wanted.items():
         bus = (next(answers) or "").rpartition("/")[2]
         own = " ".join(f"{name} {printable(text, 100)}" for name in _OWN if (text := next(answers)))
         numbers = [(name, next(answers)) for name in names]
         address = " ".join(f"{name} {number}" for name, number in numbers if number is not None)
-        name = device.path.removeprefix(_ROOT)
-        drive = drives.get(name) or drives.get(device.name, "")
-        found = PluggedDevice(name=name, kind=device.kind, bus=bus, address=address, drive=drive, own=own)
-        placed.append(found)
-    return placed
+        found[device] = _At(bus, address, own)
+    return found
 
 
 def _disks(qmp: Qmp, nodes: list[replies.BlockNode] | None, graph: BlockGraph | None) -> tuple[BlockNode, ...]:

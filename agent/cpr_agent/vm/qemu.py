@@ -52,6 +52,7 @@ class LiveQemu:
         self._pid = pid
         self._dialect: Dialect | None = None
         self._transfers: bool | None = None
+        self._places = inventory.Places()
         self._version = ""
         self._resumed = False
         """Whether its guest has begun to run since this connection, or since the last save, began."""
@@ -131,7 +132,7 @@ class LiveQemu:
         return self._pid
 
     async def inventory(self) -> Inventory:
-        return await inventory.whole(self._qmp)
+        return await inventory.whole(self._qmp, self._places)
 
     async def throttle(self, some: Iterable[Throttle]) -> None:
         await inventory.throttle(self._qmp, some)

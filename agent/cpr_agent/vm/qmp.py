@@ -43,6 +43,8 @@ MESSAGES_PER_TURN = 64
 """After so many in one go the event loop gets its turn, however many more are waiting."""
 EVENTS = frozenset({"STOP", "RESUME", "SUSPEND", "WAKEUP", "SHUTDOWN", "MIGRATION"})
 """Events that tell something to the agent. All others are dropped: a guest can cause some of them in a loop (pvpanic)."""
+DEVICE_DELETED = "DEVICE_DELETED"
+"""It is counted only."""
 GONE = "GONE"
 """Told once, when the connection has ended."""
 REPEAT_S = 0.2
@@ -84,6 +86,8 @@ class _Client(QMPClient):
         self.readbuflen = MAX_MESSAGE_BYTES
         self.dropped = 0
         """The number of events outside of EVENTS."""
+        self.unplugged = 0
+        """The number of DEVICE_DELETED among them."""
         self._heard = heard
         self._in_turn = 0
         self.logger.disabled = True  # its errors reach us as exceptions
@@ -117,6 +121,7 @@ class _Client(QMPClient):
                 raise ProtocolError(f"a message that can't be read: {error}") from error
             if envelope.event and envelope.event not in EVENTS and self.runstate is Runstate.RUNNING:
                 self.dropped += 1
+                self.unplugged += envelope.event == DEVICE_DELETED
                 continue
             if envelope.event:
                 heard = _event(envelope.event, envelope.timestamp, envelope.data)
@@ -174,6 +179,12 @@ class Qmp(ABC):
     @property
     def gone(self) -> bool:
         return self._gone
+
+    @property
+    def unplugged(self) -> int | None:
+        """How many devices have gone since the conversation began, by all that QEMU has said before its last answer; None
+        where events come by another way than answers."""
+        return None
 
     async def execute(
         self,
@@ -346,6 +357,10 @@ class SocketQmp(Qmp):
     def dropped(self) -> int:
         """How many events were dropped since the connection began."""
         return self._client.dropped
+
+    @property
+    def unplugged(self) -> int | None:
+        return self._client.unplugged
 
     async def ask_all(
         self, asked: Sequence[tuple[Query[Any], dict[str, object]]], timeout_s: float = COMMAND_TIMEOUT_S
