@@ -288,3 +288,19 @@ def test_a_vm_that_could_not_be_asked_is_recovered_once_it_can_be(bench: Bench) 
 
     assert bench.run(back) == [VmState.UNREACHABLE, VmState.RUNNING]
     assert bench.records()[-2:] == ["save-undone", "resumed"]
+
+
+def test_a_vm_that_can_be_asked_as_its_recovery_ends_in_vain_is_asked(bench: Bench) -> None:
+    bench.dies("stopped first", lambda vm: vm.save(SaveRequest()))
+    bench.runner.faults["web1", "connect"] = QemuUnreachable("the service is away", vm="web1")
+
+    async def back(manager: Manager) -> VmState:
+        await manager.expect_recovery()
+        looking = asyncio.create_task(manager.look_again("web1"))
+        await asyncio.sleep(0)
+        await manager.recover()
+        bench.runner.faults.clear()
+        await looking
+        return manager.vm("web1").state
+
+    assert bench.run(back) is VmState.RUNNING

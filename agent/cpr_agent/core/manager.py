@@ -159,8 +159,10 @@ class Manager:
         await self.vm(name).arrive(checkpoint)
 
     async def look_again(self, name: str) -> None:
-        """At a VM that could not be asked before. Raises CprError."""
-        if (vm := self.vms.get(name)) and self._recovered.is_set():
+        """At a VM that could not be asked before; a recovery that is under way may just have asked it in vain. Raises
+        CprError."""
+        await self._recovered.wait()
+        if vm := self.vms.get(name):
             await vm.recover_again()
 
     # -- memory -------------------------------------------------------------------------------------------------------
