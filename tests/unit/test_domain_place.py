@@ -17,12 +17,13 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from cpr_agent.core.model import Inventory, Launch, MemoryIdentity, RunState
+from cpr_agent.core.model import Inventory, Launch, MemoryIdentity, QemuFacts, RunState
 from cpr_agent.domains.connection import Heard, MonitorEvent
 from cpr_agent.domains.desk import Desk
 from cpr_agent.domains.hook_server import HookRequest
@@ -94,6 +95,9 @@ class FakeLibvirt:
         self.steps: dict[str, Callable[[], Awaitable[None]]] = {}
         self.passed: list[str] = []
         self.memory, self.offset = "", 0
+        self.emulator, self.version = "/usr/bin/qemu-system-x86_64", 10_000_002
+        """libvirt's default one, as it is installed now."""
+        self.machines = {"pc-q35-10.0"}
 
     # -- what the agent asks of it ------------------------------------------------------------------------------------
 
@@ -109,6 +113,15 @@ class FakeLibvirt:
     async def call(self, domain: str, deed: str, work: object, timeout_s: float = 0) -> None:  # noqa: ARG002
         await self._pass(deed)
 
+    async def ask(self, domain: str, deed: str, work: Callable[[Any], Any]) -> Any:  # noqa: ARG002
+        def capabilities(emulator: str | None, arch: None, machine: str | None, kind: None, flags: int) -> str:
+            assert (arch, kind, flags) == (None, None, 0)
+            if machine and machine not in self.machines:
+                raise QemuRefused(f"the machine '{machine}' is not supported by emulator '{emulator}'")
+            return f"<domainCapabilities>\n  <path>{emulator or self.emulator}</path>\n</domainCapabilities>"
+
+        return work(SimpleNamespace(getDomainCapabilities=capabilities, getVersion=lambda: self.version))
+
     async def aside(self, domain: str, deed: str, work: object, timeout_s: float = 0) -> None:  # noqa: ARG002
         await self._pass(deed)
         if deed == "ended it":
@@ -120,7 +133,7 @@ class FakeLibvirt:
 
     async def create(self, domain: str) -> None:
         await self._pass("create")
-        if why := await self.ask("prepare", self.carried):
+        if why := await self.hook("prepare", self.carried):
             raise QemuRefused(f"libvirt has not started it: {why}", vm=domain)
         await self.run()
 
@@ -131,7 +144,7 @@ class FakeLibvirt:
         if act := self.steps.get(step):
             await act()
 
-    async def ask(self, operation: str, xml: str = "") -> str:
+    async def hook(self, operation: str, xml: str = "") -> str:
         request = HookRequest(operation, "begin", "web1", xml, pid=self.room.hook_pid)
         return await self.room.world.desk.on_request(request)
 
@@ -174,7 +187,7 @@ class FakeLibvirt:
         await self._pass("restored")
         if ended.done():
             return
-        if why := await self.ask("started", self.carried):
+        if why := await self.hook("started", self.carried):
             await self.end()
             raise QemuRefused(f"libvirt has not started it: {why}", vm="web1")
         await self._pass("yes")
@@ -213,7 +226,7 @@ class FakeLibvirt:
             self.qemu.kill()
             await self.qemu.wait()
         self.room.host.pid_file("web1").unlink(missing_ok=True)
-        await self.ask("release")
+        await self.hook("release")
 
 
 class Room:
@@ -426,7 +439,7 @@ def test_a_start_of_somebody_else_is_the_act_s_own(room: Room) -> None:
 
     async def work() -> None:
         room.arrived = act
-        assert await room.libvirt.ask("prepare") == ""
+        assert await room.libvirt.hook("prepare") == ""
         await room.libvirt.run()
         assert "create" not in room.libvirt.passed
         assert await (await room.place.connect(PATIENCE_S)).run_state() is RunState.RUNNING
@@ -536,7 +549,7 @@ def test_an_act_that_gives_up_ends_the_qemu_and_libvirt_hears_why(room: Room) ->
 
     async def work() -> None:
         room.arrived, room.libvirt.carried = act, "id-1"
-        assert await room.libvirt.ask("prepare", "id-1") == ""
+        assert await room.libvirt.hook("prepare", "id-1") == ""
         try:
             await room.libvirt.run()
         except QemuRefused as error:
@@ -587,7 +600,7 @@ def test_a_new_agent_that_is_asked_again_finds_the_guest_stopped_and_lets_it_run
         room.new_agent()
         never = asyncio.Event()
         room.libvirt.steps["what it was asked"] = room.libvirt.steps["query-status"] = never.wait  # type: ignore[assignment]
-        asked = asyncio.create_task(room.libvirt.ask("started", "id-1"))
+        asked = asyncio.create_task(room.libvirt.hook("started", "id-1"))
         qemu = await room.place.connect(PATIENCE_S)
         assert await qemu.run_state() is RunState.PAUSED
         del room.libvirt.steps["query-status"]
@@ -647,7 +660,7 @@ def test_a_domain_that_libvirt_starts_by_itself_as_it_comes_is_the_act_s_own(roo
         room.libvirt.until_there = there  # type: ignore[method-assign]
         starting = asyncio.create_task(room.place.start(room.launch))
         await awaited.wait()
-        assert await room.libvirt.ask("prepare") == ""
+        assert await room.libvirt.hook("prepare") == ""
         await room.libvirt.run()
         await starting
         assert "create" not in room.libvirt.passed
@@ -657,7 +670,7 @@ def test_a_domain_that_libvirt_starts_by_itself_as_it_comes_is_the_act_s_own(roo
 
 def test_a_start_that_meets_another_one_is_none_the_worse(room: Room) -> None:
     async def other() -> None:
-        assert await room.libvirt.ask("prepare") == ""
+        assert await room.libvirt.hook("prepare") == ""
         await room.libvirt.run()
         raise QemuRefused("libvirt has not started it: the domain is already running", vm="web1")
 
@@ -690,5 +703,27 @@ def test_a_start_that_was_given_up_is_refused_when_its_question_comes_late(room:
             await start.creating
         assert room.libvirt.qemu is None
         assert room.world.desk.start_of("web1") is None
+
+    run(room, work)
+
+
+# -- the QEMU of the next start --------------------------------------------------------------------------------------------
+
+
+def test_another_program_of_libvirt_s_default_is_known_by_its_machines_and_its_version(room: Room) -> None:
+    was = QemuFacts(version="10.0.2 (Debian 1:10.0.2+ds-2)", machine_type="pc-q35-10.0", dialect="libvirt")
+
+    async def lacks(emulator: str = room.launch.base_argv[0]) -> list[str]:
+        return [one.what for one in await room.place.lacks(replace(room.launch, base_argv=(emulator,)), was)]
+
+    async def work() -> None:
+        assert await lacks() == []
+        room.libvirt.version = 11_001_000
+        assert await lacks() == []
+        room.libvirt.version = 10_000_001
+        assert await lacks() == ["version of QEMU"]
+        assert await lacks("/opt/qemu") == [], "libvirt does not tell"
+        room.libvirt.machines = {"pc-q35-9.2"}
+        assert await lacks() == ["machine type"]
 
     run(room, work)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from cpr_agent.core.domains import Adoptable, Change
 from cpr_agent.core.model import MemoryNode
 from cpr_agent.domains import qemu_conf, xml
+from cpr_agent.domains.connection import dotted, installed_version
 from cpr_agent.domains.names import Places
 from cpr_agent.domains.refusals import Refusal
 from cpr_agent.errors import NoSuchVM, NotAdoptable, NothingToDo, QemuRefused, WrongState
@@ -73,7 +74,7 @@ class LibvirtDomains:
             name=name,
             size_bytes=domain.memory_bytes,
             adopted=MemoryNode(size=one.size, device=one.device, offset=one.offset) if one else None,
-            qemu_too_old=_dotted(version) if 0 < version < OFFSET_SINCE else "",
+            qemu_too_old=dotted(version) if 0 < version < OFFSET_SINCE else "",
         )
 
     async def adoption(self, name: str, memory: MemoryNode, align_bytes: int) -> Change:
@@ -165,24 +166,15 @@ def _look(connection: Any, name: str) -> Facts | None:
     text = str(domain.XMLDesc(_XML_SECURE | _XML_INACTIVE))
     persistent = bool(domain.isPersistent())
     snapshots = domain.listAllSnapshots(0) if persistent else []
+    emulator = re.search(r"<emulator>([^<]*)</emulator>", text)
     return Facts(
         xml=text,
         active=bool(domain.isActive()),
         persistent=persistent,
         managed_save=bool(domain.hasManagedSaveImage(0)),
         snapshots=tuple(one.getName() for one in snapshots if _WITH_MEMORY.search(one.getXMLDesc(0))),
-        qemu_version=_qemu_version(connection, text),
+        qemu_version=installed_version(connection, emulator[1]) if emulator else 0,
     )
-
-
-def _qemu_version(connection: Any, text: str) -> int:
-    """Of the domain's QEMU, if that is libvirt's default one: it tells no other's."""
-    default = re.search(r"<path>([^<]*)</path>", connection.getDomainCapabilities(None, None, None, None, 0))
-    return int(connection.getVersion()) if default and f"<emulator>{default[1]}</emulator>" in text else 0
-
-
-def _dotted(version: int) -> str:
-    return f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000}"
 
 
 def _change(name: str, before: str, after: str) -> Change:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,18 @@ class MonitorEvent(NamedTuple):
     at: float
     """Epoch seconds."""
     data: str
+
+
+def installed_version(connection: Any, emulator: str) -> int:
+    """Of the QEMU at this path, as libvirt has versions (10.0.2 is 10000002), if that is its default one: it tells no
+    other's, and 0 is returned. In a session's thread."""
+    default = re.search(r"<path>([^<]*)</path>", connection.getDomainCapabilities(None, None, None, None, 0))
+    return int(connection.getVersion()) if default and default[1] == emulator else 0
+
+
+def dotted(version: int) -> str:
+    """As QEMU itself writes it."""
+    return f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000}"
 
 
 def listen(listeners: list[T], listener: T) -> Callable[[], None]:

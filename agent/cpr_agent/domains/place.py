@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from cpr_agent.core.model import Difference, Inventory, Launch, MemoryIdentity, QemuFacts
 from cpr_agent.core.ports import Qemu
 from cpr_agent.domains.channel import PassThrough
-from cpr_agent.domains.connection import Libvirt
+from cpr_agent.domains.connection import Libvirt, dotted, installed_version
 from cpr_agent.domains.desk import REASON_S, Desk, Start
 from cpr_agent.domains.gate import Gate
 from cpr_agent.domains.hook_server import HookRequest, parent_of
@@ -41,6 +41,7 @@ from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
 from cpr_agent.domains.qemu import DomainQemu, leave_ram_in_place
 from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable
 from cpr_agent.host.waiting import ended
+from cpr_agent.vm.facts import older
 from cpr_agent.vm.qmp import Qmp, SocketQmp
 from cpr_agent.vm.replies import STATUS
 
@@ -312,18 +313,19 @@ class DomainPlace:
         return DomainQemu(qmp, launch, pid, world, None)
 
     async def lacks(self, launch: Launch, was: QemuFacts) -> list[Difference]:
-        """By what libvirt finds out of the program; an older version it does not tell."""
+        """By what libvirt finds out of the program; of one that is not its default it tells no version."""
+        emulator = launch.base_argv[0]
 
-        def look(connection: Any) -> None:
-            connection.getDomainCapabilities(launch.base_argv[0], None, was.machine_type, None, 0)
+        def look(connection: Any) -> int:
+            connection.getDomainCapabilities(emulator, None, was.machine_type, None, 0)
+            return installed_version(connection, emulator)
 
+        deed = "found its machine in the QEMU that is installed"
         try:
-            await self._world.libvirt.of(self._name).ask(
-                self._name, "found its machine in the QEMU that is installed", look
-            )
+            version = await self._world.libvirt.of(self._name).ask(self._name, deed, look)
         except QemuRefused as error:
             return [Difference("machine type", was.machine_type, error.what)]
-        return []
+        return older(was.version, dotted(version)) if version else []
 
     async def settle(self) -> None:
         """Of a guest that is not to run after its load; the answer for one that is has been given by ``cont``."""
