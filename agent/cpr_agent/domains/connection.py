@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from cpr_agent.errors import CprError, QemuFailed, QemuRefused, QemuUnreachable
@@ -34,6 +34,8 @@ NOTED_S = 10.0
 """For libvirt to note that a QEMU has ended."""
 KEEPALIVE_S, KEEPALIVE_COUNT = 5, 3
 """A daemon that hangs is known as such after their product."""
+IDLE_SESSIONS = 8
+"""As many as are kept for later: to open a connection takes a dozen questions of the daemon."""
 _REASON = 1000
 
 
@@ -138,7 +140,13 @@ class Session:
         self._library = library
         self._uri = uri
         self._thread = ThreadPoolExecutor(1, f"libvirt-{name}")
+        self._last: Future[Any] | None = None
         self._connection: Any = None
+
+    @property
+    def idle(self) -> bool:
+        """No call goes on in the thread, which may outlast its caller's patience."""
+        return self._last is None or self._last.done()
 
     async def call(self, domain: str, deed: str, work: Callable[[Any], T], timeout_s: float | None = CALL_S) -> T:
         """``work`` on the domain, in the thread: it goes on there if it takes longer. Raises QemuRefused,
@@ -156,7 +164,8 @@ class Session:
     async def _run(self, domain: str, deed: str, work: Callable[[], T], timeout_s: float | None) -> T:
         try:
             async with asyncio.timeout(timeout_s):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+                self._last = running = self._thread.submit(work)
+                return await asyncio.wrap_future(running)
         except TimeoutError:
             raise QemuUnreachable(
                 f"libvirt has not {deed} within {timeout_s:g} s",
@@ -195,6 +204,7 @@ class Libvirt:
         self._library = Library()
         self._uri = uri
         self._sessions: dict[str, Session] = {}
+        self._idle: list[Session] = []
         self._watching: Any = None
         self._watch = Session(self._library, uri, "events")
         self._numbers = itertools.count()
@@ -208,20 +218,28 @@ class Libvirt:
     async def aside(self, domain: str, deed: str, work: Callable[[Any], T], timeout_s: float | None = CALL_S) -> T:
         """``work`` on the domain by a session of its own, for what takes long, or must not wait for what does: libvirtd
         serves but a few calls of one connection at a time. Raises QemuRefused, QemuUnreachable."""
-        session = Session(self._library, self._uri, f"aside-{next(self._numbers)}")
+        session = self._idle.pop() if self._idle else Session(self._library, self._uri, f"aside-{next(self._numbers)}")
         try:
             return await session.call(domain, deed, work, timeout_s)
         finally:
-            session.forget()
+            if session.idle and len(self._idle) < IDLE_SESSIONS:
+                self._idle.append(session)
+            else:
+                session.forget()
 
     async def create(self, domain: str) -> None:
         """Start the domain; it takes as long as the hook that libvirt asks meanwhile. Raises QemuRefused,
         QemuUnreachable."""
 
-        async def is_off() -> bool:
-            return await self.of(domain).call(domain, "said whether it is off", lambda found: not found.isActive())
-
-        await poll_until(is_off, bool, NOTED_S)
+        noted = asyncio.Event()
+        forget = listen(self.heard.ended, lambda ended: noted.set() if ended == domain else None)
+        try:
+            if await self.of(domain).call(domain, "said whether it is off", lambda found: found.isActive()):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(NOTED_S):
+                        await noted.wait()
+        finally:
+            forget()
         await self.aside(domain, "started it", lambda found: found.create(), None)
 
     async def monitor_commands(self, domain: str, what: str, messages: Sequence[str], timeout_s: float) -> list[str]:
