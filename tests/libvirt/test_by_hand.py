@@ -10,7 +10,7 @@ import pytest
 
 from cpr_agent.bus.client import CallError
 from tests.lab import refused, until
-from tests.libvirt.lab import Domain, LibvirtLab
+from tests.libvirt.lab import SAVED, Domain, LibvirtLab
 
 # ---- a domain that runs ----
 
@@ -264,19 +264,30 @@ def test_an_image_copied_to_another_domain(lab: LibvirtLab) -> None:
         guest.assert_unbroken()
 
 
-def test_restored_from_a_copy_of_the_image(saved: Domain) -> None:
-    """It is not the image that the agent has proved, neither before the guest has run on nor after."""
-    copy = saved.lab.root / "copy"
-    copy.write_bytes(saved.image().read_bytes())
-    saved.virsh("destroy")
-    with saved.untouched():
-        assert saved.bed.run("virsh", "restore", str(copy), check=False).returncode
-    saved.load()
-    saved.assert_unbroken()
-    saved.virsh("destroy")
-    saved.until_state("stopped")
-    with saved.untouched():
-        assert saved.bed.run("virsh", "restore", str(copy), check=False).returncode
+@pytest.mark.parametrize("noatime", [False, True])
+def test_restored_from_a_copy_of_the_image(each_lab: LibvirtLab, noatime: bool) -> None:  # noqa: FBT001 - a parameter
+    """It is not the image that the agent has proved, neither before the guest has run on nor after. Nor where no time tells
+    that an image was read."""
+    if noatime:
+        each_lab.bed.run("mount", "--bind", SAVED, SAVED)
+        each_lab.bed.run("mount", "-o", "remount,bind,noatime", SAVED)
+    guest = each_lab.running_domain()
+    guest.save()
+    copy = each_lab.root / "copy"
+    copy.write_bytes(guest.image().read_bytes())
+    guest.virsh("destroy")
+    with guest.untouched():
+        assert guest.bed.run("virsh", "restore", str(copy), check=False).returncode
+    guest.load()
+    guest.assert_unbroken()
+    guest.save()
+    guest.virsh("destroy")
+    guest.virsh("start")
+    guest.assert_unbroken()
+    guest.virsh("destroy")
+    guest.until_state("stopped")
+    with guest.untouched():
+        assert guest.bed.run("virsh", "restore", str(copy), check=False).returncode
 
 
 # ---- the adopted part ----

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.core.model import Manifest
-from cpr_agent.domains.host import LibvirtPaths, was_read
+from cpr_agent.domains.host import LibvirtPaths
 from cpr_agent.domains.images import Images
+from cpr_agent.domains.reads import Reads
 from cpr_agent.domains.saved import DomainCheckpoints
 from cpr_agent.errors import NotVmstate, ProofFailed, SaveFailed
 from cpr_agent.store import vmstate
@@ -153,7 +154,8 @@ class Kept:
         self.host.images.mkdir(parents=True)
         self.images = Images(root / "images", with_checkpoint)
         self.store = CheckpointStore(root / "checkpoints", ())
-        self.both = DomainCheckpoints(self.store, self.host, checkpoint_of, self.images.finish)
+        self.reads = Reads()
+        self.both = DomainCheckpoints(self.store, self.host, self.reads, checkpoint_of, self.images.finish)
         self.managed = self.host.image("web1")
 
     def save(self) -> Manifest:
@@ -232,9 +234,38 @@ def test_a_load_leaves_the_image_that_libvirt_may_have_open(kept: Kept) -> None:
 def test_whether_the_image_was_read_is_seen_and_the_agent_s_own_look_is_not(kept: Kept) -> None:
     made = kept.save()
     os.close(kept.both.open_vmstate(made, ""))
-    assert not was_read(kept.managed)
+    assert not kept.reads.was_read(kept.managed)
     kept.managed.read_bytes()
-    assert was_read(kept.managed)
+    assert kept.reads.was_read(kept.managed)
+    os.close(kept.both.open_vmstate(made, ""))
+    assert kept.reads.was_read(kept.managed), "the agent's own look has not covered it up"
+
+
+def test_a_read_is_seen_where_the_file_system_keeps_no_times_of_it(kept: Kept) -> None:
+    """noatime, as far as it matters: a reader that leaves no time."""
+
+    def read() -> None:
+        fd = os.open(kept.managed, os.O_RDONLY | os.O_NOATIME)
+        os.read(fd, 100)
+        os.close(fd)
+
+    made = kept.save()
+    os.close(kept.both.open_vmstate(made, ""))
+    assert not kept.reads.was_read(kept.managed)
+    read()
+    assert kept.reads.was_read(kept.managed)
+    kept.reads.mark_unread(kept.managed)
+    assert not kept.reads.was_read(kept.managed)
+    read()
+    kept.managed.write_bytes(b"another one, which is renamed over it")
+    os.close(kept.both.open_vmstate(made, ""))
+    assert not kept.reads.was_read(kept.managed)
+
+
+def test_a_read_is_seen_by_an_agent_that_comes_later(kept: Kept) -> None:
+    os.close(kept.both.open_vmstate(kept.save(), ""))
+    kept.managed.read_bytes()
+    assert Reads().was_read(kept.managed)
 
 
 def test_a_state_that_was_changed_is_not_offered(kept: Kept) -> None:

@@ -27,10 +27,11 @@ from cpr_agent.core.model import Inventory, Launch, MemoryIdentity, QemuFacts, R
 from cpr_agent.domains.connection import Heard, MonitorEvent
 from cpr_agent.domains.desk import Desk
 from cpr_agent.domains.hook_server import HookRequest
-from cpr_agent.domains.host import LibvirtPaths, mark_unread
+from cpr_agent.domains.host import LibvirtPaths
 from cpr_agent.domains.names import Places
 from cpr_agent.domains.place import DomainPlace, World, allow
 from cpr_agent.domains.qemu import DomainQemu
+from cpr_agent.domains.reads import Reads
 from cpr_agent.errors import CprError, LoadFailed, QemuFailed, QemuRefused, QemuUnreachable
 from tests.samples import in_file, launch
 
@@ -244,7 +245,8 @@ class Room:
         self.launch = launch(memory=(located.identity,), nodes=(located.node,), memory_fds=(), sockets={})
         self.image = self.host.image("web1")
         self.image.write_bytes(b"an image")
-        mark_unread(self.image)
+        self.reads = Reads()
+        self.reads.mark_unread(self.image)
         self.image.read_bytes()
         self.hook_pid = 0
         self.restored_as = "paused"
@@ -272,6 +274,7 @@ class Room:
             open_memory=self._open,
             checkpoint_of=lambda xml: xml,
             images=None,  # type: ignore[arg-type]  # nothing is saved here
+            reads=self.reads,
             own_monitors={},
             spawn=spawn,
             is_saved=lambda _: False,
@@ -382,7 +385,7 @@ def test_a_start_afresh_restores_no_checkpoint(room: Room) -> None:
 
 
 def test_an_image_that_libvirt_has_not_read_is_not_the_one_that_it_restores(room: Room) -> None:
-    mark_unread(room.image)
+    room.reads.mark_unread(room.image)
 
     async def work() -> None:
         room.libvirt.carried = "id-1"

@@ -175,20 +175,6 @@ def _is_mapped(pid: int, device: int, inode: int, path: str, wanted: os.stat_res
     return False
 
 
-def mark_unread(path: Path) -> None:
-    """From now on ``was_read`` tells. Raises OSError."""
-    os.utime(path, ns=(0, path.stat().st_mtime_ns))
-
-
-def was_read(path: Path) -> bool:
-    """Whether anybody has read the file since ``mark_unread``: by the time of the first access, which a file system keeps
-    also when mounted relatime (mount(8)). True where none is kept."""
-    try:
-        return path.stat().st_atime_ns != 0 or bool(os.statvfs(path).f_flag & os.ST_NOATIME)
-    except OSError:
-        return False
-
-
 def has_open(pid: int, path: Path) -> bool:
     """Whether the process, or one that it has started, has the file open that is at ``path`` now."""
     try:

@@ -194,6 +194,7 @@ class Domains:
         from cpr_agent.domains.hook_server import HookRequest, HookServer
         from cpr_agent.domains.images import Images
         from cpr_agent.domains.place import World, allow
+        from cpr_agent.domains.reads import Reads
         from cpr_agent.domains.runner import DomainRunner
         from cpr_agent.domains.saved import DomainCheckpoints
 
@@ -203,6 +204,7 @@ class Domains:
         parts.places.run.mkdir(parents=True, exist_ok=True)
         gate = Gate(parts.places.gates, parts.grants, lambda: qemus_of(parts.host.pids))
         gate.close_all()
+        reads = Reads()
         images = Images(parts.places.run / "domains" / "images", xml.with_checkpoint)
 
         def found(domain: str) -> None:
@@ -222,6 +224,7 @@ class Domains:
             parts.open_memory,
             xml.checkpoint_of,
             images,
+            reads,
             {},
             self._spawn,
             parts.store.checkpointed,
@@ -231,7 +234,7 @@ class Domains:
             self.heard_at = time.time()
             return await desk.on_request(request)
 
-        store = DomainCheckpoints(parts.store, parts.host, xml.checkpoint_of, images.finish)
+        store = DomainCheckpoints(parts.store, parts.host, reads, xml.checkpoint_of, images.finish)
         return Loaded(world, DomainRunner(world), store, HookServer(parts.places.hook, on_request))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -30,15 +29,14 @@ from cpr_agent.domains.host import (
     has_open,
     kill,
     maps_whole,
-    mark_unread,
     qemu_pid,
     qemu_uid,
-    was_read,
 )
 from cpr_agent.domains.images import Images
 from cpr_agent.domains.monitor import Listening, listening
 from cpr_agent.domains.names import NAMESPACE, PREFIX, Places
 from cpr_agent.domains.qemu import DomainQemu, leave_ram_in_place
+from cpr_agent.domains.reads import Reads
 from cpr_agent.errors import CprError, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable
 from cpr_agent.host.waiting import ended
 from cpr_agent.vm.facts import older
@@ -84,6 +82,8 @@ class World(msgspec.Struct, frozen=True):
     open_memory: Callable[[str, MemoryIdentity], int]
     checkpoint_of: Callable[[str], str]
     images: Images
+    reads: Reads
+    """Of libvirt's images."""
     own_monitors: dict[str, Qmp]
     """Of domains whose QEMU has connected to this agent."""
     spawn: Callable[[Coroutine[None, None, None]], None]
@@ -123,7 +123,7 @@ def allow(world: World, start: Start, request: HookRequest) -> str:
     carried, wanted = world.checkpoint_of(request.xml), launch.checkpoint if launch.kind == "load" else ""
     if carried != wanted:
         return f"what is started has the state of {_said(carried)}, and the agent allows {_said(wanted)}"
-    if wanted and not _restores(parent_of(request.pid), launch.vm, world.host.image(launch.vm)):
+    if wanted and not _restores(world, parent_of(request.pid), launch.vm):
         return f"another image is restored than {world.host.image(launch.vm)}, which the agent has proved"
     try:
         fd = world.open_memory(launch.nodes[0], launch.memory[0])
@@ -142,12 +142,13 @@ def without_checkpoint(element: str) -> str:
     return _CHECKPOINT.sub("", head) + end + rest
 
 
-def _restores(libvirt: int, domain: str, image: Path) -> bool:
-    """Whether libvirt reads this image. libvirt 12.9 has a helper for that, which may be done with a small one by now: then
-    the image was read since it was put there, or since the last look."""
-    read = was_read(image)
+def _restores(world: World, libvirt: int, domain: str) -> bool:
+    """Whether libvirt reads the image that the agent has proved. libvirt 12.9 has a helper for that, which may be done with
+    a small one by now: then the image was read since it was put there, or since the last look."""
+    image = world.host.image(domain)
+    read = world.reads.was_read(image)
     with contextlib.suppress(OSError):
-        mark_unread(image)
+        world.reads.mark_unread(image)
     return has_open(libvirt, image) or (read and not has_image_open(libvirt, domain))
 
 

@@ -11,11 +11,11 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from cpr_agent.core.model import Held, Manifest, Vmstate
 from cpr_agent.core.ports import PendingState, Store
-from cpr_agent.domains.host import LibvirtPaths, mark_unread
+from cpr_agent.domains.host import LibvirtPaths
+from cpr_agent.domains.reads import Reads
 from cpr_agent.errors import CprError, ProofFailed
 from cpr_agent.files import write_atomically
 from cpr_agent.store.image import MAX_HEAD_BYTES, header_of
@@ -30,11 +30,13 @@ class DomainCheckpoints:
         self,
         store: Store,
         host: LibvirtPaths,
+        reads: Reads,
         checkpoint_of: Callable[[str], str],
         finish: Callable[[str, int], None],
     ) -> None:
         self._store = store
         self._host = host
+        self._reads = reads
         self._checkpoint_of = checkpoint_of
         self._finish = finish
 
@@ -120,10 +122,10 @@ class DomainCheckpoints:
             wanted = state.read()
         os.lseek(fd, 0, os.SEEK_SET)
         with contextlib.suppress(OSError):
-            if _unread_bytes(path) == wanted:
+            if self._reads.content(path) == wanted:
                 return
         write_atomically(path, wanted, durable=False)  # the store's is, and a guest waits
-        mark_unread(path)
+        self._reads.mark_unread(path)
 
     def withdraw(self, vm: str) -> None:
         """No image of a checkpoint is left to libvirt. One that somebody has had libvirt save has the guest's RAM in it,
@@ -134,13 +136,6 @@ class DomainCheckpoints:
                 head = header_of(image.read(MAX_HEAD_BYTES), str(path), vm)
             if self._checkpoint_of(head.xml):
                 path.unlink()
-
-
-def _unread_bytes(path: Path) -> bytes:
-    """Without leaving a trace of it: see ``was_read``. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOATIME | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(fd, "rb") as image:  # noqa: PTH123 - a descriptor
-        return image.read()
 
 
 class _Pending:
