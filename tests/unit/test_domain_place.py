@@ -618,6 +618,24 @@ def test_a_new_agent_that_is_asked_again_finds_the_guest_stopped_and_lets_it_run
     run(room, work)
 
 
+def test_a_new_agent_that_repeats_the_load_ends_at_once_what_libvirt_was_to_let_run(room: Room) -> None:
+    async def work() -> None:
+        await room.loaded()
+        for own in room.world.own_monitors.values():
+            await own.close()  # the agent is killed
+        room.new_agent()
+        never = asyncio.Event()
+        room.libvirt.steps["query-status"] = never.wait  # type: ignore[assignment]
+        asked = asyncio.create_task(room.libvirt.hook("started", "id-1"))
+        qemu = await room.place.connect(PATIENCE_S)
+        await qemu.quit()
+        assert await room.place.wait_exit(0.0)
+        assert room.world.desk.start_of("web1") is None, "the load that is repeated has one of its own"
+        assert "given it up" in await asked
+
+    run(room, work)
+
+
 def _now() -> float:
     import time
 

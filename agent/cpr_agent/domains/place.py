@@ -293,14 +293,14 @@ class DomainPlace:
         start = world.desk.start_of(name)
         own = world.own_monitors.get(name)
         if own and not own.gone:
-            return DomainQemu(own, launch, pid, world, start)
+            return DomainQemu(own, launch, pid, world, start, self._give_up)
         qmp = await PassThrough.open(name, world.libvirt)
         asking = asyncio.ensure_future(qmp.ask(STATUS, timeout_s=timeout_s))
         again = asyncio.ensure_future(world.desk.asked_again(name))
         try:
             await asyncio.wait({asking, again}, return_when=asyncio.FIRST_COMPLETED)
             if again.done():
-                return DomainQemu(qmp, launch, pid, world, again.result())
+                return DomainQemu(qmp, launch, pid, world, again.result(), self._give_up)
             asking.result()
             with contextlib.suppress(QemuFailed):  # of an agent that was killed in a save; not while QEMU is at it still
                 await leave_ram_in_place(qmp, on=False)
@@ -311,7 +311,7 @@ class DomainPlace:
             for task in (asking, again):
                 task.cancel()
             await asyncio.gather(asking, again, return_exceptions=True)
-        return DomainQemu(qmp, launch, pid, world, None)
+        return DomainQemu(qmp, launch, pid, world, None, self._give_up)
 
     async def lacks(self, launch: Launch, was: QemuFacts) -> list[Difference]:
         """By what libvirt finds out of the program; of one that is not its default it tells no version."""

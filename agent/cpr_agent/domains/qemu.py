@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -50,12 +50,22 @@ async def leave_ram_in_place(qmp: Qmp, *, on: bool) -> None:
 
 
 class DomainQemu(LiveQemu):
-    """``start`` is that of its QEMU, as long as libvirt waits for the agent before the guest goes on."""
+    """``start`` is that of its QEMU, as long as libvirt waits for the agent before the guest goes on; ``give_up`` ends
+    both."""
 
-    def __init__(self, qmp: Qmp, launch: Launch | None, pid: int, world: World, start: Start | None) -> None:
+    def __init__(  # noqa: PLR0913 - what its place has
+        self,
+        qmp: Qmp,
+        launch: Launch | None,
+        pid: int,
+        world: World,
+        start: Start | None,
+        give_up: Callable[[Start], Awaitable[None]],
+    ) -> None:
         super().__init__(qmp, launch, pid)
         self._world = world
         self._start = start
+        self._give_up = give_up
 
     @property
     def _waits(self) -> Start | None:
@@ -282,8 +292,10 @@ class DomainQemu(LiveQemu):
 
     async def quit(self) -> None:
         """By itself: libvirt's own way takes 0.2 s and more, in which a guest may stand (virProcessKillPainfully,
-        src/util/virprocess.c). The place kills what does not end."""
-        if self._waits is None:
+        src/util/virprocess.c). One that libvirt is about to let run is asked nothing."""
+        if start := self._waits:
+            await self._give_up(start)
+        else:
             await super().quit()
 
     async def close(self) -> None:
