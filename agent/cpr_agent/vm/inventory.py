@@ -48,6 +48,8 @@ _ADDRESSES = {"scsi": ("scsi-id", "lun")}
 """The properties that say where a device of this kind is on its bus; ``addr`` of all others, which those of PCI have."""
 _OWN = ("mac", "serial")
 """Properties by which a guest knows a device. Not every device has them in its state, and none after a reset."""
+_BRIDGES = ("pcie-root-port", "pcie-pci-bridge", "pci-bridge")
+"""How kinds begin that have neither: libvirt gives a domain a dozen."""
 
 
 _BLOCKS: list[Question] = [(BLOCK_NODES, {"flat": True}), (BLOCK_GRAPH, {})]
@@ -225,17 +227,18 @@ async def _placed(
 
 
 async def _ask_places(qmp: Qmp, devices: list[Device]) -> dict[Device, _At]:
+    found = {}
     wanted = {device: _ADDRESSES.get(device.kind.partition("-")[0], ("addr",)) for device in devices}
+    known_by = {device: () if device.kind.startswith(_BRIDGES) else _OWN for device in devices}
     asked: list[Question] = [
         (QOM_NUMBER if name in names else QOM_TEXT, {"path": device.path, "property": name})
         for device, names in wanted.items()
-        for name in ("parent_bus", *_OWN, *names)
+        for name in ("parent_bus", *known_by[device], *names)
     ]
     answers = iter(await qmp.ask_all(asked) if asked else ())
-    found = {}
     for device, names in wanted.items():
         bus = (next(answers) or "").rpartition("/")[2]
-        own = " ".join(f"{name} {printable(text, 100)}" for name in _OWN if (text := next(answers)))
+        own = " ".join(f"{name} {printable(text, 100)}" for name in known_by[device] if (text := next(answers)))
         numbers = [(name, next(answers)) for name in names]
         address = " ".join(f"{name} {number}" for name, number in numbers if number is not None)
         found[device] = _At(bus, address, own)
