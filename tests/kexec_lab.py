@@ -183,7 +183,7 @@ def settled(lab: KexecLab) -> bool:
         shown: dict[str, Any] = lab.lab.client(lambda client: client.properties("/org/cpragent1", "Manager"))
     except CallError:
         return False
-    return shown["Upgrade"].get("phase") in ("rolled-back", "refused", "done", "held")
+    return shown["LastUpgrade"].get("phase") in ("rolled-back", "refused", "done", "held")
 
 
 def assert_nobody_noticed(lab: KexecLab) -> None:

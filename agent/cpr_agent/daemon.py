@@ -22,6 +22,7 @@ from cpr_agent.core.manager import Manager
 from cpr_agent.core.ports import Ports, Runner
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.threads import Threads
+from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.errors import CprError, InvalidDefinition
 from cpr_agent.files import locked, make_private_directory, write_atomically
 from cpr_agent.host.firmware import KeptFirmware
@@ -247,6 +248,10 @@ async def _recover(manager: Manager) -> None:
     began = time.monotonic()
     try:
         await manager.recover()
+        if manager.ledger.phase is not Phase.BOOTED:  # else guests are to be loaded now
+            await asyncio.to_thread(manager.ports.history.all)
+            for vm in manager.vms.values():
+                manager.listeners.vm_changed(vm)
     except Exception:
         log.exception("the recovery failed")
     log.info("recovered %s in %.1f s", counted(len(manager.vms), "VM"), time.monotonic() - began)

@@ -44,7 +44,7 @@ def test_a_clock_is_right_after_a_pause(lab: Lab, linux_with_agent: Path, resync
     guest.until_counts()
 
     def told() -> dict[str, object]:
-        return dict(lab.client(lambda client: client.manager("ListHistory"))[-1])
+        return dict(lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))[-1])
 
     if resync == "never":
         assert behind_s(socket) - before_s > pause_s - 1
@@ -64,7 +64,8 @@ def test_a_guest_that_does_not_answer_runs_all_the_same(lab: Lab) -> None:
     guest.load()
     guest.assert_unbroken()
     (told,) = until(
-        lambda: [h for h in lab.client(lambda client: client.manager("ListHistory")) if h["clock-problem"]], "it is told"
+        lambda: [h for h in lab.client(lambda client: client.manager("ListHistory", "a{sv}", {})) if h["clock-problem"]],
+        "it is told",
     )
     assert "did not answer guest-sync-delimited" in told["clock-problem"]
     assert "its clock was not set" in lab.cprctl("history").stdout

@@ -14,6 +14,7 @@ import pytest
 from cpr_agent.bus.client import CallError, Client, plain
 from cpr_agent.bus.contract import read_contract
 from cpr_agent.bus.library import Message, Variant
+from cpr_agent.bus.service import ENDED_JOBS
 from tests.lab import PATIENCE_S, Guest, Lab, script
 
 ROOT = "/org/cpragent1"
@@ -73,16 +74,22 @@ def test_a_job_can_be_watched_and_cancelled(lab: Lab, waiting: Guest, tmp_path: 
             shown = await client.properties(path, "Job")
             assert (shown["Id"], shown["Kind"], shown["State"]) == (number, "load-all", "running")
             assert shown["Step"] == "loading web1"
+            assert (shown["Cancellable"], shown["Progress"], shown["EndedAt"]) == (True, 0.0, 0.0)
+            assert shown["Guests"]["web1"]["step"] == "loading"
             assert (await client.properties(ROOT, "Manager"))["Jobs"] == [path]
             xml = await client.call(path, "org.freedesktop.DBus.Introspectable", "Introspect")
             live = {e.attrib["name"]: e for e in ElementTree.fromstring(xml).iter("interface")}  # noqa: S314 - our own
             contract = read_contract()["org.cpragent1.Job"]
             assert ElementTree.tostring(live["org.cpragent1.Job"]).split() == ElementTree.tostring(contract.xml).split()
             await client.call(path, "org.cpragent1.Job", "Cancel")
-            assert await queue.get() == ("JobRemoved", [number, path, "cancelled"])
-            with pytest.raises(CallError) as gone:
-                await client.properties(path, "Job")
-            assert gone.value.kind == "org.freedesktop.DBus.Error.UnknownObject"
+            assert await queue.get() == ("JobRemoved", [number, path, "cancelled", {}])
+            shown = await client.properties(path, "Job")  # who comes late can still read it
+            assert (shown["State"], shown["Result"], shown["Cancellable"]) == ("cancelled", "cancelled", False)
+            assert shown["Guests"]["web1"]["step"] == "failed"
+            assert shown["StartedAt"] < shown["EndedAt"]
+            assert (await client.properties(ROOT, "Manager"))["Jobs"] == []
+            with pytest.raises(CallError, match="is over"):
+                await client.call(path, "org.cpragent1.Job", "Cancel")
 
     asyncio.run(cancel())
     assert waiting.state == "saved"
@@ -90,6 +97,36 @@ def test_a_job_can_be_watched_and_cancelled(lab: Lab, waiting: Guest, tmp_path: 
     (tmp_path / "gate").unlink()
     waiting.load()
     waiting.assert_unbroken()
+
+
+def test_a_load_of_all_beside_another_is_refused(lab: Lab, waiting: Guest, tmp_path: Path) -> None:
+    async def beside() -> None:
+        async with Client.connected(lab.address) as client, asyncio.timeout(PATIENCE_S):
+            queue = await signals(client)
+            old = await main_pid(client)
+            await client.manager("LoadAll", "a{sv}", {})
+            await until_loading(client, old)
+            await client.manager("LoadAll", "a{sv}", {})
+            while (news := await queue.get())[0] != "JobRemoved":
+                pass
+            assert plain(news[1][3])["kind"] == "Busy"
+            await asyncio.to_thread((tmp_path / "gate").write_text, "go\n")
+            assert (await queue.get())[1][2] == "done"
+
+    asyncio.run(beside())
+    waiting.assert_unbroken()
+
+
+def test_an_ended_job_stays_for_a_while_and_many_do_not(lab: Lab) -> None:
+    """A caller who makes one after the other can't fill the agent with them."""
+
+    async def many() -> list[str]:
+        async with Client.connected(lab.address) as client:
+            for _ in range(ENDED_JOBS + 8):
+                await client.run_job("LoadAll", {})
+            return list(await client.call(ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects"))
+
+    assert asyncio.run(many()) == [f"{ROOT}/job/{number}" for number in range(9, ENDED_JOBS + 9)]
 
 
 def test_a_call_can_wait_for_the_end_of_its_job(lab: Lab, waiting: Guest, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_all_guests_are_saved_and_loaded(lab: Lab) -> None:
     assert lab.job("LoadAll") == "done"
     for guest in guests:
         guest.assert_unbroken()
-    history = lab.client(lambda client: client.manager("ListHistory"))
+    history = lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))
     assert sorted(entry["vm"] for entry in history) == ["vm0", "vm1", "vm2"]
     assert all(abs(sum(length for _, length in entry["phases"]) - entry["pause"]) < 1e-3 for entry in history)
 

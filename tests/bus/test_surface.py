@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -53,9 +54,9 @@ async def main():
         for path, interface, member in json.load(sys.stdin):
             try:
                 await client.call(path, interface, member)
-                out[f"{interface}.{member}"] = "allowed"
+                out[f"{path} {interface}.{member}"] = "allowed"
             except CallError as error:
-                out[f"{interface}.{member}"] = error.kind
+                out[f"{path} {interface}.{member}"] = f"{error.kind}: {error}"
     print(json.dumps(out))
 
 asyncio.run(main())
@@ -75,6 +76,10 @@ def test_another_user_is_denied_everything_before_its_arguments_are_looked_at(la
     ]
     properties = "org.freedesktop.DBus.Properties"
     calls += [(ROOT, properties, member) for member in ("Get", "GetAll", "Set")]
+    introspectable = "org.freedesktop.DBus.Introspectable"
+    nowhere = [(f"{ROOT}/vm/none", interface, member) for path, interface, member in calls if path.endswith("web1")]
+    calls += [*nowhere, (f"{ROOT}/job/7", "org.cpragent1.Job", "Cancel"), (f"{ROOT}/vm/none", properties, "GetAll")]
+    calls += [(f"{ROOT}/vm{end}", introspectable, "Introspect") for end in ("", "/web1", "/none")]
     calls.append((ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects"))
     let_others_in(lab)
     ended = subprocess.run(
@@ -88,7 +93,9 @@ def test_another_user_is_denied_everything_before_its_arguments_are_looked_at(la
     assert ended.returncode == 0, ended.stderr
     answers = json.loads(ended.stdout)
     assert len(answers) == len(calls)
-    assert set(answers.values()) == {"AccessDenied"}, answers
+    assert {said.partition(":")[0] for said in answers.values()} == {"AccessDenied"}, answers
+    for path, interface, member in nowhere:  # what is not there is refused in the words for what is
+        assert answers[f"{path} {interface}.{member}"] == answers[f"{ROOT}/vm/web1 {interface}.{member}"]
     guest.assert_unbroken()
 
 
@@ -105,6 +112,115 @@ def test_a_call_of_what_is_not_there(lab: Lab, path: str, interface: str, member
     with pytest.raises(CallError) as caught:
         call(lab, path, interface, member)
     assert caught.value.kind == error
+
+
+@pytest.mark.parametrize("member", ["Get", "GetAll", "Set"])
+def test_properties_of_a_foreign_interface_are_an_error(lab: Lab, member: str) -> None:
+    lab.guest()
+    more: dict[str, tuple[str, list[object]]] = {
+        "Get": ("s", ["State"]),
+        "GetAll": ("", []),
+        "Set": ("sv", ["State", Variant("s", "running")]),
+    }
+    signature, values = more[member]
+    for foreign in ("org.cpragent1.Job", "org.example.Phantom", "org.freedesktop.DBus.Peer"):
+        with pytest.raises(CallError) as caught:
+            call(lab, f"{ROOT}/vm/web1", "org.freedesktop.DBus.Properties", member, f"s{signature}", foreign, *values)
+        assert caught.value.kind == "org.freedesktop.DBus.Error.UnknownInterface"
+
+
+def test_a_vm_is_shown_once_its_state_is_known(lab: Lab) -> None:
+    """After a start of the agent no client hears of a running guest as stopped."""
+    guest = lab.running()
+    lab.end_agent()
+    states: list[str] = []
+
+    async def watch() -> None:
+        async with Client.connected(lab.address) as client:
+            seen = asyncio.Event()
+
+            def on_message(message: Message) -> bool:
+                if message.member == "InterfacesAdded" and "org.cpragent1.VM" in message.body[1]:
+                    states.append(message.body[1]["org.cpragent1.VM"]["State"].value)
+                    seen.set()
+                return False
+
+            client._bus.add_message_handler(on_message)
+            bus = ("/org/freedesktop/DBus", "org.freedesktop.DBus", "AddMatch")
+            rule = ["type='signal',sender='org.cpragent1'"]
+            await client._send(Message("org.freedesktop.DBus", *bus, signature="s", body=rule))
+            started = asyncio.create_task(asyncio.to_thread(lab.start_agent))
+            while not started.done():
+                try:
+                    found = await client.call(ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects")
+                    states.extend(
+                        one["org.cpragent1.VM"]["State"].value for one in found.values() if "org.cpragent1.VM" in one
+                    )
+                except CallError:
+                    await asyncio.sleep(0)
+            await started
+
+    asyncio.run(watch())
+    assert set(states) == {"running"}
+    assert guest.properties["Since"] < time.time()
+    guest.assert_unbroken()
+
+
+def test_what_a_page_shows_of_a_vm(lab: Lab) -> None:
+    guest = lab.guest("web1", "-smp", "2")
+    shown = guest.properties
+    assert (shown["Cpus"], shown["Autostart"], shown["LastPause"], shown["QemuRunning"]) == (2, False, 0.0, "")
+    guest.start()
+    before = time.time()
+    guest.save()
+    assert before <= guest.properties["Since"] <= time.time()
+    guest.load()
+    shown = guest.properties
+    (loaded,) = lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))
+    assert shown["LastPause"] == loaded["pause"] > 0
+    assert shown["Since"] >= loaded["stopped-at"]
+    assert (shown["DefinitionState"], shown["QemuOutdated"]) == ("ok", False)
+    assert shown["QemuRunning"] == shown["QemuInstalled"]
+    guest.definition["vm"]["autostart"] = True
+    lab.define(guest)
+    assert (guest.properties["DefinitionState"], guest.properties["Autostart"]) == ("changed", True)
+    (lab.definitions / "web1.toml").write_text("[vm]\nqemv = 1\n")
+    lab.client(lambda client: client.manager("Reload"))
+    assert guest.properties["DefinitionState"] == "invalid"
+    (lab.definitions / "web1.toml").unlink()
+    lab.client(lambda client: client.manager("Reload"))
+    assert guest.properties["DefinitionState"] == "gone"
+    guest.assert_unbroken()
+
+
+def test_history_and_reports_are_listed_in_parts(lab: Lab) -> None:
+    for name in ("web1", "web2"):
+        guest = lab.running(name)
+        for _ in range(2):
+            guest.save()
+            guest.load()
+
+    def history(**wanted: Variant) -> list[dict[str, object]]:
+        return list(lab.client(lambda client: client.manager("ListHistory", "a{sv}", wanted)))
+
+    def reports(limit: int, before: float = 0.0) -> list[dict[str, object]]:
+        return list(lab.client(lambda client: client.manager("ListReports", "ud", limit, before)))
+
+    everything = history()
+    assert [one["vm"] for one in everything] == ["web1", "web1", "web2", "web2"]
+    assert history(vm=Variant("s", "web1")) == everything[:2]
+    assert history(vm=Variant("s", "web1"), limit=Variant("u", 1)) == everything[1:2]
+    assert history(limit=Variant("u", 3)) == everything[1:]
+    assert [one["id"] for one in reports(9)] == [one["id"] for one in reversed(everything)]
+    first = reports(3)
+    assert reports(3, float(str(first[-1]["started-at"]))) == reports(9)[3:]
+    assert lab.job("SaveAll") != "done"  # RAM in /dev/shm outlives no kexec
+    refused = reports(1)[0]
+    assert (refused["kind"], refused["outcome"], refused["vms"]) == ("save-all", "refused", [])
+    assert "does not survive a kexec" in str(refused["reason"])
+    for limit in (0, 501):
+        with pytest.raises(CallError, match="It must be 1 to 500"):
+            reports(limit)
 
 
 def test_unknown_options_are_refused(lab: Lab) -> None:

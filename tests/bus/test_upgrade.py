@@ -28,7 +28,7 @@ def two(lab: Lab) -> KexecLab:
 
 def last_upgrade(lab: KexecLab) -> dict[str, object]:
     shown = lab.lab.client(lambda client: client.properties("/org/cpragent1", "Manager"))
-    return dict(shown["Upgrade"])
+    return dict(shown["LastUpgrade"])
 
 
 def test_five_guests_go_through(five: KexecLab) -> None:

@@ -269,7 +269,7 @@ def main() -> int:
         Problem(Harm.LOST, f"{name} does not run") for name, judgements in judged.items() if not judgements[-1].fate
     ]
     if options.status:
-        upgrade = json.loads(options.status.read_bytes())["Upgrade"]
+        upgrade = json.loads(options.status.read_bytes())["LastUpgrade"]
         timelines = [json.loads(path.read_bytes()) for path in options.history.glob("*.json")]
         by_kexec = {timeline["id"]: timeline["by_kexec"] for timeline in timelines}
         problems += judge_told(boots[-1], upgrade, by_kexec, kernel)

@@ -35,7 +35,7 @@ class Fleet:
         assert set(play.results.values()) == {"would be upgraded"}
         assert set(play.changed.values()) == {1}
         for host in self.hosts:
-            assert host.status()["Upgrade"]["phase"] == "checked"
+            assert host.status()["LastUpgrade"]["phase"] == "checked"
         assert [host.boot for host in self.hosts] == before
 
     def is_upgraded(self, kernel: str) -> None:
@@ -59,14 +59,14 @@ class Fleet:
 
     def stops_at_a_failed_check(self, kernel: str) -> bool:
         """The first host is not well on its new kernel: whether the second is as it was."""
-        before = self.second.boot, self.second.status()["Upgrade"]
+        before = self.second.boot, self.second.status()["LastUpgrade"]
         self.first.ssh("touch", f"/srv/unwell-on-{kernel}")
         play = self.admin.play(kernel=kernel, **OWN_CHECKS)
         assert self.first.boot.kernel == kernel
         assert "/srv/own-check: this host is not well" in play.table
         print(play.table)
         results = {self.first.name: "failed", self.second.name: "not begun"}
-        untouched = (self.second.boot, self.second.status()["Upgrade"]) == before
+        untouched = (self.second.boot, self.second.status()["LastUpgrade"]) == before
         return play.code != 0 and play.results == results and untouched
 
 

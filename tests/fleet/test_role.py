@@ -40,7 +40,7 @@ def upgraded(*, kernel: str = "6.2", state: str = "running", held: str = "", **u
         "__cpr_agent_upgrade_needed": True,
         "__cpr_agent_upgrade_wanted": "6.2",
         "__cpr_agent_upgrade_ran": {"web1": "running"},
-        "__cpr_agent_upgrade_status": {"Kernel": kernel, "VMs": vms, "Upgrade": told},
+        "__cpr_agent_upgrade_status": {"Kernel": kernel, "VMs": vms, "LastUpgrade": told},
     }
 
 

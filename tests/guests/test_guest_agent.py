@@ -92,7 +92,9 @@ def test_one_that_does_not_set_the_clock(lab: Lab, linux_with_agent: Path, lies:
         guest.load()
         guest.assert_unbroken()
         (told,) = until(
-            lambda: [h for h in lab.client(lambda client: client.manager("ListHistory")) if h["clock-problem"]],
+            lambda: [
+                h for h in lab.client(lambda client: client.manager("ListHistory", "a{sv}", {})) if h["clock-problem"]
+            ],
             "it is told",
         )
         assert why in told["clock-problem"]

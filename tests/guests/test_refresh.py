@@ -71,7 +71,7 @@ def test_a_guest_gets_the_qemu_that_is_installed_now(lab: Lab, guest: Guest, *, 
             assert guest.state == "running"
             guest.assert_unbroken()
         reach_port(lab)
-    pauses = [told["pause"] for told in lab.client(lambda client: client.manager("ListHistory"))]
+    pauses = [told["pause"] for told in lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))]
     print(f"pauses: {', '.join(f'{pause:.3f} s' for pause in pauses)}")
     guest.save()
     guest.load()
@@ -236,7 +236,7 @@ def test_one_qemu_hands_the_guest_to_the_other(lab: Lab) -> None:
             assert guest.state == "running"
             guest.assert_unbroken()
         assert guest.checkpoint_files() == []
-    pauses = [told["pause"] for told in lab.client(lambda client: client.manager("ListHistory"))]
+    pauses = [told["pause"] for told in lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))]
     print(f"pauses: {', '.join(f'{pause * 1000:.1f} ms' for pause in pauses)}")
     guest.save()
     guest.load()

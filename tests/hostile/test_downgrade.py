@@ -46,7 +46,7 @@ def test_a_record_of_a_newer_agent_stops_no_start(lab: Lab, good: Guest, record:
         lab.start_agent()
         assert good.state == "running"
         lab.client(lambda client: client.manager("Check", "a{sv}", {}))
-        lab.client(lambda client: client.manager("ListHistory"))
+        lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))
         assert lab.end_agent() == 0
     lab.start_agent()
     assert_contained(lab, good)
@@ -67,7 +67,7 @@ def test_a_file_of_a_newer_agent_stops_no_start(lab: Lab, good: Guest, what: str
     assert good.state == "running"
     assert other.state != "running"
     lab.client(lambda client: client.manager("Check", "a{sv}", {}))
-    lab.client(lambda client: client.manager("ListHistory"))
+    lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))
     good.save()
     good.load()
     assert_contained(lab, good)

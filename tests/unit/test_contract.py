@@ -15,7 +15,7 @@ from cpr_agent.bus.contract import escape, introspection, read_contract
 from cpr_agent.bus.logs import LogObject
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
 from cpr_agent.core.model import Definition, Located, MemorySection, VmSection
-from cpr_agent.vm.cmdline import SANDBOX, listening_sockets, plan_load, plan_start
+from cpr_agent.vm.cmdline import SANDBOX, cpus, listening_sockets, plan_load, plan_start
 from cpr_agent.vm.dialects import choose
 from cpr_agent.vm.qemu import LiveQemu
 from tests.samples import DEVDAX, launch, manifest
@@ -37,6 +37,12 @@ def test_each_object_has_what_its_interface_says_and_no_more(kind: type[BusObjec
 def test_every_method_names_its_polkit_action() -> None:
     actions = {method.action for interface in read_contract().values() for method in interface.methods.values()}
     assert actions == {f"org.cpragent1.{name}" for name in ("inspect", "manage-vms", "save", "load", "upgrade")}
+
+
+def test_no_method_has_the_name_of_a_property() -> None:
+    """Clients that make an attribute of each could not have both."""
+    for interface in read_contract().values():
+        assert not interface.methods.keys() & interface.properties.keys(), interface.name
 
 
 def test_introspection_is_the_contract() -> None:
@@ -161,6 +167,24 @@ def test_the_socket_of_the_guest_agent_is_that_of_the_command_line() -> None:
     assert found("qemu", "-chardev", "socket,id=other,path=/run/x,server=on") is None
     said["chardev"] = "/run/systemd/private"
     assert found(*argv) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "count"),
+    [
+        (("qemu", "-smp", "4"), 4),
+        (("qemu", "--smp", "4,sockets=2,cores=2"), 4),
+        (("qemu", "-smp", "cpus=3,maxcpus=8"), 3),
+        (("qemu", "-smp", "sockets=2,cores=3,threads=2"), 12),
+        (("qemu", "-smp", "2", "-smp", "8"), 8),
+        (("qemu", "-m", "1G"), 1),
+        ((), 0),
+        (("qemu", "-smp", "cpus=many"), 0),
+        (("qemu", "-smp", "{"), 0),
+    ],
+)
+def test_how_many_cpus_a_guest_has_is_read_from_its_command_line(argv: tuple[str, ...], count: int) -> None:
+    assert cpus(argv) == count
 
 
 def answers(*, commands: str = "migrate", capabilities: str = "x-ignore-shared", parameters: str = "") -> Answers:

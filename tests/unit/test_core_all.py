@@ -13,7 +13,8 @@ from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
-from cpr_agent.errors import LoadFailed, QemuFailed, QemuRefused, SaveFailed, WrongState
+from cpr_agent.core.upgrade.ledger import Phase
+from cpr_agent.errors import Busy, LoadFailed, QemuFailed, QemuRefused, SaveFailed, WrongState
 from tests.bench import Bench, ended
 from tests.fakes import Gate
 
@@ -167,6 +168,11 @@ def test_a_save_that_is_cancelled_twice_still_resumes_all(bench: Bench) -> None:
     assert statuses(bench) == dict.fromkeys(NAMES, "running")
 
 
+async def phase(manager: Manager) -> tuple[str, str]:
+    current = manager.ledger.require_current()
+    return current.phase, current.reason
+
+
 def test_a_load_that_is_cancelled_keeps_the_checkpoints(bench: Bench) -> None:
     bench.run(save_all)
     gate = bench.runner.gates["middle", "load"] = Gate()
@@ -180,7 +186,8 @@ def test_a_load_that_is_cancelled_keeps_the_checkpoints(bench: Bench) -> None:
     assert bench.run(cancel).state is JobState.CANCELLED
     assert statuses(bench) == {"first": "running", "last": "postmigrate"}
     bench.runner.gates.clear()
-    assert bench.run(load_all).result == "nothing to do"  # the agent's own recovery was there first
+    assert bench.run(phase) == (Phase.HELD, "its load was cancelled")
+    assert bench.run(load_all).result == "done"  # no agent goes on with what an admin has cancelled
     assert statuses(bench) == dict.fromkeys(NAMES, "running")
     assert bench.runner.violations == []
 
@@ -271,13 +278,59 @@ def test_what_is_saved_already_is_part_of_all(bench: Bench) -> None:
 def test_two_loads_of_all_do_not_meet(bench: Bench) -> None:
     bench.run(save_all)
 
-    async def twice(manager: Manager) -> list[str]:
-        jobs = [manager.load_all() for _ in range(2)]
+    async def thrice(manager: Manager) -> list[Job]:
+        """The last one as cpr-load.service asks for it."""
+        jobs = [manager.load_all(), manager.load_all(), manager.load_and_start_all()]
         await manager.jobs.drain(10)
-        return [job.result for job in jobs]
+        return jobs
 
-    assert bench.run(twice) == ["done", "nothing to do"]
+    first, second, last = bench.run(thrice)
+    assert (first.result, last.result) == ("done", "nothing to do")
+    assert isinstance(second.error, Busy)
     assert sorted(bench.runner.started) == sorted((name, "load") for name in NAMES)
+
+
+def test_a_job_tells_of_each_of_its_guests(bench: Bench) -> None:
+    """Waiting, under way, done; and its progress is that of its guests."""
+    seen: dict[str, list[str]] = {}
+    progress: list[float] = []
+
+    class Watching(Listener):
+        def job_changed(self, job: Job) -> None:
+            for vm, guest in job.guests.items():
+                steps = seen.setdefault(vm, [])
+                if steps[-1:] != [guest.step]:
+                    steps.append(str(guest.step))
+            progress.append(job.progress)
+
+    async def there_and_back(manager: Manager) -> Job:
+        manager.listeners.add(Watching())
+        await save_all(manager)
+        return await load_all(manager)
+
+    job = bench.run(there_and_back)
+    assert set(seen) == set(NAMES)
+    assert all(
+        steps == [*("waiting", "preparing", "saving", "saved"), "waiting", "loading", "loaded"] for steps in seen.values()
+    )
+    assert {round(one, 2) for one in progress} >= {0.0, 0.33, 0.67, 1.0}
+    assert job.started_at <= min(guest.since for guest in job.guests.values()) <= job.ended_at
+
+
+def test_a_job_names_each_guest_that_was_refused_or_failed(bench: Bench) -> None:
+    bench.run(save_all)
+    bench.runner.faults["first", "load"] = LoadFailed("no", vm="first")
+    failed = bench.run(load_all)
+    assert {vm: str(guest.step) for vm, guest in failed.guests.items()} == {
+        **dict.fromkeys(NAMES, "loaded"),
+        "first": "failed",
+    }
+    assert "VM first: could not be loaded: no" in failed.guests["first"].error
+    del bench.runner.faults["first", "load"]
+    bench.run(load_all)
+    bench.runner.faults["last", "run_state"] = QemuFailed("mute", vm="last")
+    refused = bench.run(save_all)
+    assert {vm: str(guest.step) for vm, guest in refused.guests.items()} == {"last": "refused"}
 
 
 @pytest.mark.parametrize("act", ["start", "load"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cpr_agent.host.programs import KeptPrograms
+from cpr_agent.host.this_host import ThisHost
 from tests.lab import until
 
 WORDS = ("infinity", "1")
@@ -63,3 +65,26 @@ def test_what_a_wrapper_has_started_is_not_kept(tmp_path: Path, program: Path) -
     with runs(program, "2") as pid, pytest.raises(OSError, match="a wrapper has started it"):
         programs.keep("web1", pid, WORDS)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_qemu_s_version_is_read_from_its_program(tmp_path: Path) -> None:
+    """Also where it lies over the border of what is read at a time; and of the program that has taken its place."""
+    program = tmp_path / "qemu"
+    says = b"QEMU emulator version %s\nCopyright"
+    host = ThisHost()
+    for at in (0, (1 << 20) - 5, (1 << 20) - 25, 3 << 20):
+        program.write_bytes(bytes(at) + says % b"10.0.2 (Debian 1:10.0.2+ds-2)" + bytes(4096))
+        assert host.program_version(str(program)) == "10.0.2 (Debian 1:10.0.2+ds-2)"
+    program.write_bytes(says % b"\x1b[31m\xff")
+    assert host.program_version(str(program)) == "\\x1b[31m\N{REPLACEMENT CHARACTER}"
+
+
+def test_what_is_no_qemu_has_no_version(tmp_path: Path) -> None:
+    (tmp_path / "wrapper").write_text("#!/bin/sh\nexec qemu-system-x86_64\n")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("wrapper", "fifo", "gone", "."):
+        assert ThisHost().program_version(str(tmp_path / name)) == ""
+    program = shutil.which("qemu-system-x86_64")
+    if program:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        assert said == f"QEMU emulator version {ThisHost().program_version(program)}"

@@ -22,7 +22,7 @@ from cpr_agent.report.phases import KERNEL as KERNEL_LOOK
 from cpr_agent.report.phases import LOOKS, look_of
 from cpr_agent.report.picture import draw, ticks
 from cpr_agent.report.render import render, verdict
-from cpr_agent.report.story import Outcome, Story, story_of
+from cpr_agent.report.story import Outcome, Story, list_stories, story_of
 from cpr_agent.store.history import History
 from cpr_agent.words import exact_size, length, size
 from tests.stories import T0, UPGRADE, told, upgrade
@@ -130,6 +130,44 @@ def test_an_unknown_id_is_told_with_those_that_are_known(wanted: str, said: str)
 def test_nothing_on_record_is_told_as_that() -> None:
     with pytest.raises(NoSuchReport, match="nothing was upgraded or loaded"):
         story_of("", [], [], "host")
+
+
+def test_what_is_told_of_can_be_listed_newest_first() -> None:
+    """Upgrades that went through, that were refused, and that are under way; and loads that were part of none."""
+    records, timelines = upgrade(2)
+    later = [
+        {**records[0], "at": T0 + 500.0, "upgrade": "b" * 32},
+        {**records[0], "at": T0 + 501.0, "upgrade": "b" * 32, "event": "upgrade-refused", "reason": "no room"},
+        {**records[0], "at": T0 + 600.0, "upgrade": "c" * 32},
+    ]
+    alone = replace(timelines[0], id="feed", upgrade="", stopped_at=T0 + 550.0, resumed_at=T0 + 551.5)
+    found = list_stories([*records, *later], [*timelines, alone], 10, 0.0)
+    assert [(one.id, one.kind, one.outcome) for one in found] == [
+        ("c" * 32, "upgrade", "checking"),
+        ("feed", "load", "done"),
+        ("b" * 32, "upgrade", "refused"),
+        (UPGRADE, "upgrade", "done"),
+    ]
+    under_way, load, refused, done = found
+    assert (under_way.ended_at, under_way.longest_pause_s, under_way.vms) == (0.0, None, ())
+    assert (load.longest_pause_s, load.vms) == (1.5, (alone.vm,))
+    assert (refused.reason, refused.ended_at, refused.kernel_after) == ("no room", T0 + 501.0, "6.12.43")
+    assert (done.kernel_after, done.vms) == ("6.12.57", ("web1", "web2"))
+    assert done.longest_pause_s == max(timeline.pause_s for timeline in timelines)
+    assert list_stories([*records, *later], [*timelines, alone], 2, found[0].started_at) == found[1:3]
+
+
+def test_the_newest_load_of_a_vm_is_known_once_the_history_was_read(tmp_path: Path) -> None:
+    _, timelines = upgrade(2)
+    History(tmp_path).add(timelines[0])
+    history = History(tmp_path)
+    assert history.last("web1") is None
+    history.all()
+    assert history.last("web1") == timelines[0]
+    newer = replace(timelines[0], id="newer", resumed_at=timelines[0].resumed_at + 60)
+    history.add(newer)
+    history.add(replace(timelines[0], id="older", resumed_at=timelines[0].resumed_at - 60))
+    assert history.last("web1") == newer
 
 
 def test_records_of_an_older_agent_are_read(tmp_path: Path) -> None:

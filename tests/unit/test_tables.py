@@ -86,7 +86,7 @@ def test_words_of_a_guest_or_a_file_are_no_markup(capsys: pytest.CaptureFixture[
     upgrade |= {"started-at": 1.0, "loaded": [], "cold-started": [MARKUP], "failures": [MARKUP]}
     job = {"Id": 1, "Kind": "save-all", "Progress": 0.5, "Step": MARKUP}
     tables.vm(vm)
-    tables.agent({"Version": "1", "Kernel": "6", "Kernels": [], "Jobs": [job], "VMs": [vm], "Upgrade": upgrade})
+    tables.agent({"Version": "1", "Kernel": "6", "Kernels": [], "Jobs": [job], "VMs": [vm], "LastUpgrade": upgrade})
     tables.findings([{"vm": "web1", "severity": "error", "what": MARKUP, "why": MARKUP, "remedy": MARKUP}])
     tables.memory(memory)
     out = capsys.readouterr().out

@@ -22,12 +22,10 @@ BRIDGE_TIMEOUT_S = 120.0
 
 
 class CallError(Exception):
-    """The agent, or the bus, said no; ``kind`` is the last part of the D-Bus error name, ``facts`` are those of
-    Manager.LastError, if somebody has asked for them."""
+    """The agent, or the bus, said no; ``kind`` is the last part of the D-Bus error name."""
 
-    def __init__(self, name: str, text: str, facts: dict[str, Any] | None = None) -> None:
+    def __init__(self, name: str, text: str) -> None:
         self.kind = name.removeprefix(f"{BUS_NAME}.Error.")
-        self.facts = facts or {}
         super().__init__(text)
 
 
@@ -51,10 +49,12 @@ class NullWatcher:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """``result`` is "done", "nothing to do", "cancelled", or the text of the error; ``error`` has its parts."""
+    """``result`` is "done", "nothing to do", "cancelled", or the text of the error; ``error`` has its parts; ``guests`` are
+    the steps of the job's guests."""
 
     result: str
     error: dict[str, Any] = field(default_factory=dict)
+    guests: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class Client:
@@ -129,14 +129,6 @@ class Client:
         async with asyncio.timeout(timeout_s):
             return [name for name, _, _ in (await self._send(message)).body[0]]
 
-    async def explained(self, error: CallError) -> CallError:
-        """``error`` with its facts; or as it came, if the agent has none or does not tell."""
-        with contextlib.suppress(CallError):
-            facts = plain(await self.manager("LastError"))
-            if facts.get("text") == str(error):
-                error.facts = facts
-        return error
-
     async def run_job(self, member: str, options: dict[str, Variant] | None, watcher: Watcher | None = None) -> JobEnd:
         """Start a job and follow it to its end. Raises CallError. The job goes on if this process goes away."""
         return await (await self.start_job(member, options)).end(watcher or NullWatcher())
@@ -195,7 +187,7 @@ class RunningJob:
         self._vms = vms
         self._news = news
         self._step, self._done = "", 0.0
-        self._error: dict[str, Any] = {}
+        self._guests: dict[str, dict[str, Any]] = {}
 
     @property
     def id(self) -> str:
@@ -217,10 +209,10 @@ class RunningJob:
             if path == BUS_NAME:
                 raise CallError("AgentGone", f"the agent went away during: {self._step}")
             if path == self.path and "result" in values:
-                return JobEnd(str(values["result"]), self._error)
+                return JobEnd(str(values["result"]), values["error"], self._guests)
             if path == self.path:
                 self._step, self._done = values.get("Step", self._step), values.get("Progress", self._done)
-                self._error = values.get("Error", self._error)
+                self._guests = values.get("Guests", self._guests)
                 watcher.step(self._step, self._done)
             elif "State" in values:
                 name = values.get("Name") or self._vms.get(path, ("", ""))[0]
@@ -236,7 +228,7 @@ class RunningJob:
 def _hear(message: Message, news: asyncio.Queue[News]) -> bool:
     match message.message_type, message.member:
         case MessageType.SIGNAL, "JobRemoved":
-            news.put_nowait((message.body[1], {"result": message.body[2]}))
+            news.put_nowait((message.body[1], {"result": message.body[2], "error": plain(message.body[3])}))
         case MessageType.SIGNAL, "PropertiesChanged":
             news.put_nowait((str(message.path), plain(message.body[1])))
         case MessageType.SIGNAL, "NameOwnerChanged" if message.body[0] == BUS_NAME and not message.body[2]:

@@ -51,7 +51,7 @@ class Interface(msgspec.Struct, frozen=True):
     properties: dict[str, str]
     """Name to signature."""
     silent: frozenset[str]
-    """Properties whose changes are not signalled."""
+    """Properties whose changes are not signalled: there are none, or they have no event."""
     writable: frozenset[str]
     settable: str
     """The action that setting any of them needs; "" if none can be set."""
@@ -87,7 +87,11 @@ def _interface(element: ElementTree.Element) -> Interface:
         element.attrib["name"],
         methods,
         {p.attrib["name"]: p.attrib["type"] for p in properties},
-        frozenset(p.attrib["name"] for p in properties if any(a.attrib["value"] == "false" for a in p.iter("annotation"))),
+        frozenset(
+            p.attrib["name"]
+            for p in properties
+            if any(a.attrib["value"] in ("false", "const") for a in p.iter("annotation"))
+        ),
         frozenset(p.attrib["name"] for p in properties if p.attrib["access"] == "readwrite"),
         next((a.attrib["value"] for p in properties for a in p.iter("annotation") if a.attrib["name"] == _ACTION), ""),
         element,

@@ -25,7 +25,9 @@ UNDER_WAY_PER_USER = 1024
 """Of all connections of a user other than root: each call under way is a task, of some KB."""
 COSTS = {
     **dict.fromkeys(("Validate", "Import", "Report", "Check"), 20.0),
-    **dict.fromkeys(("GetManagedObjects", "ListHistory", "ListDevices", "AllocateMemory", "Adopt", "Release"), 5.0),
+    **dict.fromkeys(
+        ("GetManagedObjects", "ListHistory", "ListReports", "ListDevices", "AllocateMemory", "Adopt", "Release"), 5.0
+    ),
     "GetAll": 2.0,
 }
 """Calls that are worth several: they start a program, ask QEMUs, or look through much."""

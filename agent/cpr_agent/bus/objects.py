@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from cpr_agent.core.adoption import Outcome, Wanted
     from cpr_agent.core.allocation import Range
     from cpr_agent.core.upgrade.preflight import UpgradeRequest
+    from cpr_agent.report.story import Entry
 
 Result = Awaitable[list[Any]]
 MANAGE_VMS = "org.cpragent1.manage-vms"
+MAX_REPORTS = 500
+"""Of one call of ListReports."""
 ANSWER_S = 2.0
 """How long who reads a property waits for QEMU."""
 
 
 class Caller(Protocol):
     """The maker of the call that is being answered."""
-
-    def last_error(self) -> CprError | None: ...
 
     async def may(self, action: str) -> bool:
         """Whether polkit allows this caller that too, without a password typed for it."""
@@ -122,8 +123,20 @@ class ManagerObject(BusObject):
         device, found = await self._manager.allocate(vm, taken.get("size", ""), taken.get("device", ""))
         return [vardict(device=f"uuid:{device.uuid}", size=found.size, offset=found.offset)]
 
-    async def call_ListHistory(self) -> list[Any]:
-        return [[_timeline(timeline) for timeline in self._manager.ports.history.all()]]
+    async def call_ListHistory(self, options: dict[str, Variant]) -> list[Any]:
+        taken = take_options(options, {"vm": "s", "limit": "u"})
+        wanted = [one for one in self._manager.ports.history.all() if one.vm == taken.get("vm", one.vm)]
+        newest = wanted[max(0, len(wanted) - taken.get("limit", len(wanted))) :]
+        return [[_timeline(timeline) for timeline in newest]]
+
+    async def call_ListReports(self, limit: int, before: float) -> list[Any]:
+        from cpr_agent.report.story import list_stories  # as in call_Report
+
+        if not 1 <= limit <= MAX_REPORTS:
+            raise InvalidArgument(f"limit is {limit}", remedy=f"it must be 1 to {MAX_REPORTS}")
+        ports = self._manager.ports
+        found = list_stories(ports.journal.records(), ports.history.all(), limit, before)
+        return [[_entry(entry) for entry in found]]
 
     async def call_Report(self, wanted: str, form: str) -> list[Any]:
         from cpr_agent.report.render import render  # here: the agent's start, for which guests wait, goes without them
@@ -164,11 +177,11 @@ class ManagerObject(BusObject):
         taken = take_options(options, _CHANGE_OPTIONS)
         return [_change(await self._manager.adoption.release(domain, _wanted(taken)))]
 
-    async def call_LastError(self) -> list[Any]:
-        return [_error(self._caller.last_error())]
-
     def get_Version(self) -> str:
         return __version__
+
+    def get_Hostname(self) -> str:
+        return self._manager.ports.boot.name()
 
     def get_Kernel(self) -> str:
         return self._manager.ports.boot.kernel()
@@ -179,11 +192,11 @@ class ManagerObject(BusObject):
     def get_DefinitionDirectory(self) -> str:
         return self._manager.ports.definitions.directory
 
-    def get_Upgrade(self) -> dict[str, Variant]:
+    def get_LastUpgrade(self) -> dict[str, Variant]:
         current = self._manager.ledger.current
         if current is None:
             return {}
-        names = ("id", "kind", "phase", "policy", "kernel_from", "kernel_to", "reason", "started_at")
+        names = ("id", "kind", "phase", "policy", "kernel_from", "kernel_to", "reason", "started_at", "changed_at")
         lists = {
             name: Variant("as", list(getattr(current, name)))
             for name in ("loaded", "cold_started", "shut_down", "failures", "stopped_first", "not_started")
@@ -249,6 +262,49 @@ class VmObject(BusObject):
 
     def get_State(self) -> str:
         return str(self._vm.state)
+
+    def get_Since(self) -> float:
+        return self._vm.since
+
+    def get_Cpus(self) -> int:
+        launch, definition = self._vm.launched(), self._vm.definition
+        return self._manager.ports.definitions.cpus(
+            launch.argv if launch else definition.vm.arguments if definition else ()
+        )
+
+    def get_Autostart(self) -> bool:
+        return bool(self._vm.definition and self._vm.definition.vm.autostart)
+
+    def get_DefinitionState(self) -> str:
+        return self._vm.definition_state
+
+    def get_LastPause(self) -> float:
+        last = self._manager.ports.history.last(self._vm.name)
+        return last.pause_s if last else 0.0
+
+    async def get_QemuRunning(self) -> str:
+        return await self._version(self._running) if self._running else ""
+
+    async def get_QemuInstalled(self) -> str:
+        return await self._version(self._installed) if self._installed else ""
+
+    def get_QemuOutdated(self) -> bool:
+        files = self._manager.ports.files
+        running, installed = (files.program_identity(path) for path in (self._running, self._installed))
+        return "" not in (running, installed) and running != installed
+
+    @property
+    def _running(self) -> str:
+        return f"/proc/{self._vm.pid}/exe" if self._vm.pid else ""
+
+    @property
+    def _installed(self) -> str:
+        """The program that the next QEMU of its guest is; it may run in a copy of another one."""
+        launch = self._vm.launched()
+        return launch.base_argv[0] if launch else self.get_Qemu()
+
+    async def _version(self, path: str) -> str:
+        return str(await self._caller.apart(self._manager.ports.files.program_version, path))
 
     def get_RunState(self) -> str:
         return self._vm.run_state
@@ -365,6 +421,21 @@ class JobObject(BusObject):
     def get_State(self) -> str:
         return str(self._job.state)
 
+    def get_Cancellable(self) -> bool:
+        return self._job.cancellable and not self._job.ended_at
+
+    def get_Guests(self) -> dict[str, dict[str, Variant]]:
+        return {
+            vm: vardict(step=str(guest.step), since=guest.since, error=guest.error or None)
+            for vm, guest in self._job.guests.items()
+        }
+
+    def get_StartedAt(self) -> float:
+        return self._job.started_at
+
+    def get_EndedAt(self) -> float:
+        return self._job.ended_at
+
     def get_Progress(self) -> float:
         return self._job.progress
 
@@ -375,7 +446,7 @@ class JobObject(BusObject):
         return self._job.result
 
     def get_Error(self) -> dict[str, Variant]:
-        return _error(self._job.error)
+        return error_parts(self._job.error)
 
 
 def vm_path(name: str) -> str:
@@ -450,7 +521,7 @@ def _finding(finding: Finding) -> dict[str, Variant]:
     )
 
 
-def _error(error: CprError | None) -> dict[str, Variant]:
+def error_parts(error: CprError | None) -> dict[str, Variant]:
     if error is None:
         return {}
     return vardict(kind=error.kind, what=error.what, vm=error.vm, left=error.left, remedy=error.remedy, text=error.text)
@@ -469,6 +540,21 @@ def _device(device: DaxDevice, ranges: list[Range]) -> dict[str, Variant]:
         mode="system-ram" if device.system_ram else "devdax",
         used=Variant("a(tts)", [list(one) for one in ranges]),
         free=Variant("a(tt)", [[one.offset, one.size] for one in core.allocation.free(device, ranges)]),
+    )
+
+
+def _entry(entry: Entry) -> dict[str, Variant]:
+    return vardict(
+        id=entry.id,
+        kind=entry.kind,
+        outcome=entry.outcome,
+        reason=entry.reason,
+        started_at=entry.started_at,
+        ended_at=entry.ended_at or None,
+        kernel_before=entry.kernel_before,
+        kernel_after=entry.kernel_after,
+        vms=Variant("as", list(entry.vms)),
+        longest_pause=entry.longest_pause_s,
     )
 
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
@@ -34,11 +34,12 @@ from cpr_agent.bus.library import ErrorType, Message, MessageFlag, MessageType, 
 from cpr_agent.bus.limits import COSTS, Limits, refuse_excess, refuse_long_text
 from cpr_agent.bus.listeners import Listeners
 from cpr_agent.bus.logs import LogObject, LogSettings
-from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, vm_path
+from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, error_parts, job_path, vm_path
 from cpr_agent.bus.wire import UnsendableError
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
+from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import AccessDenied, Busy, CprError, InvalidArgument, LimitsExceeded
 from cpr_agent.text import printable
@@ -47,9 +48,15 @@ log = logging.getLogger(__name__)
 
 PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
+_KINDS = {f"{ROOT}/vm/": VmObject.interface, f"{ROOT}/job/": JobObject.interface}
+"""By how their paths begin."""
 CONNECT_TIMEOUT_S = 30.0
-ERRORS_KEPT = 64
-"""Callers whose last error is remembered; a caller asks for it at once, or never."""
+ENDED_S = 30.0
+"""How long the object of a job that is over stays, for who comes late."""
+ENDED_JOBS = 32
+"""So many of them at the most."""
+JOB_NEWS_S = 0.1
+"""Between two signals of a job's changes: guests may stand still meanwhile."""
 REFUSAL_S = 1.0
 """Until the answer to a call that was one too many."""
 WORKERS = 2
@@ -73,10 +80,13 @@ class Service(Listener):
         self._objects: dict[str, BusObject] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._told: dict[str, dict[str, Any]] = {}
+        self._told_at: dict[str, float] = {}
         self._changed: set[str] = set()
         self._ready = asyncio.Event()
         self._call: ContextVar[Message] = ContextVar("call")
-        self._errors: OrderedDict[str, CprError] = OrderedDict()
+        self._unknown: set[str] = set()
+        """Paths of VMs whose state is not known yet: they can be called, and are not shown."""
+        self._ended: deque[str] = deque()
         self._listeners = Listeners()
         self._workers: Executor = ThreadPoolExecutor(WORKERS, "callers")
         self._add(ManagerObject(manager, self))
@@ -138,7 +148,6 @@ class Service(Listener):
         if message.sender == DAEMON[0] and message.signature == "sss" and not message.body[2]:
             self._authority.gone(message.body[0])
             self._listeners.discard(message.body[0])
-            self._errors.pop(message.body[0], None)
 
     async def _answer(self, call: Message) -> None:
         """The guard around every call: it authorizes, checks, and always answers."""
@@ -155,7 +164,6 @@ class Service(Listener):
                     signature, body = await self._dispatch(call, uid)
             reply = Message.new_method_return(call, signature, body)
         except CprError as error:
-            self._remember(str(call.sender), error)
             reply = Message.new_error(call, error.dbus_name, error.text)
         except _Unknown as error:
             reply = Message.new_error(call, error.kind.value, str(error))
@@ -185,16 +193,12 @@ class Service(Listener):
             log.exception("the answer to %s can't be sent", _shown(call.member))
             self._bus.send(_internal_error(call))
 
-    def _remember(self, caller: str, error: CprError) -> None:
-        """For LastError. In the error itself there is room for the text alone: GDBus shows no error with more in its body
-        (``g_dbus_message_to_gerror``)."""
-        self._errors[caller] = error
-        self._errors.move_to_end(caller)
-        if len(self._errors) > ERRORS_KEPT:
-            self._errors.popitem(last=False)
-
     async def _dispatch(self, call: Message, uid: int) -> tuple[str, list[Any]]:
-        interface, target = self._target(call)
+        try:
+            interface, target = self._target(call)
+        except _Unknown:  # whether there is such a VM or job is for those to know who may look
+            await self._authority.require(call, self._wanted_action(call))
+            raise
         method = interface.methods[str(call.member)]
         if interface.name in (PROPERTIES, OBJECT_MANAGER):
             settable = self._contract[target.interface].settable if target and method.name == "Set" else ""
@@ -213,6 +217,13 @@ class Service(Listener):
             return method.out_signature, await target.method(method.name)(*call.body)
         return method.out_signature, await self._standard_call(method.name, str(call.path), call.body)
 
+    def _wanted_action(self, call: Message) -> str:
+        """That of the same call of an object that is there: a refusal must not tell the two apart."""
+        kind = next((i for prefix, i in _KINDS.items() if str(call.path).startswith(prefix)), ManagerObject.interface)
+        interface = self._contract[kind]
+        asked = interface.methods.get(str(call.member)) if call.interface in (None, "", kind) else None
+        return asked.action if asked else INSPECT
+
     def _target(self, call: Message) -> tuple[Interface, BusObject | None]:
         path, member = str(call.path), str(call.member)
         target = self._objects.get(path)
@@ -229,55 +240,67 @@ class Service(Listener):
     async def _standard_call(self, member: str, path: str, body: list[Any]) -> list[Any]:
         match member:
             case "Introspect":
-                return [self._introspect(path)]
+                return [self._introspect(path, await self._children(path))]
             case "Ping":
                 return []
             case "GetMachineId":
                 return [Path("/etc/machine-id").read_text().strip()]
             case "GetManagedObjects":
-                objects = [target for path, target in self._objects.items() if _below_root(path)]
+                objects = [o for path, o in self._objects.items() if _below_root(path) and path not in self._unknown]
                 values = await asyncio.gather(*map(self._values, objects))
                 return [{one.path: {one.interface: its} for one, its in zip(objects, values, strict=True)}]
-            case "GetAll":
-                return [await self._values(self._objects[path]) if body[0] in ("", self._objects[path].interface) else {}]
-            case "Get":
-                return [await self._value(self._objects[path], *body)]
             case _:
-                self._set(self._objects[path], *body)
+                target = self._objects[path]
+                if body[0] not in ("", target.interface):
+                    raise _Unknown(ErrorType.UNKNOWN_INTERFACE, f"{path} has no properties of an interface {body[0]}")
+                return await self._properties_call(member, target, body)
+
+    async def _properties_call(self, member: str, target: BusObject, body: list[Any]) -> list[Any]:
+        match member:
+            case "GetAll":
+                return [await self._values(target)]
+            case "Get":
+                return [await self._value(target, body[1])]
+            case _:
+                self._set(target, *body[1:])
                 return []
 
-    def _introspect(self, path: str) -> str:
-        target = self._objects.get(path)
+    async def _children(self, path: str) -> set[str]:
+        """VMs and jobs are shown to those alone who may look. Raises AccessDenied for a path that could be one."""
+        if _below_root(path):
+            await self._authority.require(self._call.get(), INSPECT)
+        elif path == ROOT:
+            return {prefix.split("/")[-2] for prefix in _KINDS}
         below = f"{path.rstrip('/')}/"
-        children = {p.removeprefix(below).split("/")[0] for p in self._objects if p.startswith(below)}
-        if target is None and not children:
+        return {p.removeprefix(below).split("/")[0] for p in self._objects if p.startswith(below)}
+
+    def _introspect(self, path: str, children: set[str]) -> str:
+        target = self._objects.get(path)
+        if target is None and not children and f"{path}/" not in _KINDS:
             raise _Unknown(ErrorType.UNKNOWN_OBJECT, f"there is no object {path}")
         own = [self._contract[target.interface]] if target else []
         standard = [i for i in self._standard.values() if target or i.name.endswith("Introspectable")]
         standard = [i for i in standard if i.name != OBJECT_MANAGER or path == ROOT]
         return introspection([*own, *standard], list(children))
 
-    async def _value(self, target: BusObject, interface: str, name: str) -> Variant:
+    async def _value(self, target: BusObject, name: str) -> Variant:
         properties = self._contract[target.interface].properties
-        if interface not in ("", target.interface) or name not in properties:
-            raise _Unknown(ErrorType.UNKNOWN_PROPERTY, f"{target.path} has no property {interface}.{name}")
+        if name not in properties:
+            raise _Unknown(ErrorType.UNKNOWN_PROPERTY, f"{target.path} has no property {target.interface}.{name}")
         return Variant(properties[name], await target.property(name))
 
-    def _set(self, target: BusObject, interface: str, name: str, value: Variant) -> None:
+    def _set(self, target: BusObject, name: str, value: Variant) -> None:
         properties = self._contract[target.interface]
-        if interface != target.interface or name not in properties.writable:
+        if name not in properties.writable:
             raise _Unknown(ErrorType.PROPERTY_READ_ONLY, f"property {name} is read-only")
         if value.signature != properties.properties[name]:
             raise InvalidArgument(f"{name} has type {properties.properties[name]!r}, not {value.signature!r}")
         target.set(name, value.value)
 
     async def _values(self, target: BusObject) -> dict[str, Variant]:
-        return {name: await self._value(target, "", name) for name in self._contract[target.interface].properties}
+        return {name: await self._value(target, name) for name in self._contract[target.interface].properties}
 
     # -- the caller -----------------------------------------------------------------------------------------------------
-
-    def last_error(self) -> CprError | None:
-        return self._errors.get(str(self._call.get().sender))
 
     async def may(self, action: str) -> bool:
         return await self._authority.allows(self._call.get(), action)
@@ -291,13 +314,20 @@ class Service(Listener):
     # -- signals ------------------------------------------------------------------------------------------------------
 
     def vm_added(self, vm: Vm) -> None:
-        self._add(VmObject(vm, self._manager, str(self._run_dir / "vm" / vm.name / "admin.sock"), self))
+        target = VmObject(vm, self._manager, str(self._run_dir / "vm" / vm.name / "admin.sock"), self)
+        self._objects[target.path] = target
+        self._unknown.add(target.path)
 
     def vm_removed(self, vm: Vm) -> None:
         self._remove(vm_path(vm.name))
 
     def vm_changed(self, vm: Vm) -> None:
-        self._properties_changed(vm_path(vm.name))
+        path = vm_path(vm.name)
+        if path not in self._unknown:
+            self._properties_changed(path)
+        elif vm.state is not VmState.RECOVERING:
+            self._unknown.discard(path)
+            self._add(self._objects[path])
 
     def upgrade_changed(self) -> None:
         self._properties_changed(ROOT)
@@ -306,18 +336,29 @@ class Service(Listener):
         target = JobObject(job, lambda: self._manager.jobs.cancel(job.id))
         self._add(target)
         self._signal(ROOT, "org.cpragent1.Manager", "JobNew", "uo", [job.id, target.path])
+        self._properties_changed(ROOT)
 
     def job_changed(self, job: Job) -> None:
-        self._properties_changed(f"{ROOT}/job/{job.id}")
+        self._properties_changed(job_path(job), JOB_NEWS_S)
 
     def job_removed(self, job: Job) -> None:
         self._later(lambda: self._end(job))
+        self._properties_changed(ROOT)
 
     async def _end(self, job: Job) -> None:
-        path = f"{ROOT}/job/{job.id}"
-        await self._tell(path)  # how it ended, while there is still an object that can tell
-        self._signal(ROOT, "org.cpragent1.Manager", "JobRemoved", "uos", [job.id, path, job.result])
-        self._remove(path)
+        path = job_path(job)
+        await self._tell(path)
+        body = [job.id, path, job.result, error_parts(job.error)]
+        self._signal(ROOT, "org.cpragent1.Manager", "JobRemoved", "uosa{sv}", body)
+        self._ended.append(path)
+        asyncio.get_running_loop().call_later(ENDED_S, self._forget, path)
+        if len(self._ended) > ENDED_JOBS:
+            self._forget(self._ended[0])
+
+    def _forget(self, path: str) -> None:
+        if path in self._ended:
+            self._ended.remove(path)
+            self._remove(path)
 
     def _add(self, target: BusObject) -> None:
         self._objects[target.path] = target
@@ -326,19 +367,31 @@ class Service(Listener):
 
     async def _announce(self, target: BusObject) -> None:
         if target.path in self._objects:
-            body = [target.path, {target.interface: await self._values(target)}]
+            values = await self._values(target)
+            self._told.setdefault(target.path, values)
+            body = [target.path, {target.interface: values}]
             self._signal(ROOT, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
 
     def _remove(self, path: str) -> None:
         target = self._objects.pop(path, None)
         self._told.pop(path, None)
-        if target:
+        self._told_at.pop(path, None)
+        if path in self._unknown:
+            self._unknown.discard(path)
+        elif target:
             self._signal(ROOT, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, [target.interface]])
 
-    def _properties_changed(self, path: str) -> None:
-        """Many changes in one turn of the loop become one signal, with the values that differ from the last told."""
-        if path not in self._changed:
-            self._changed.add(path)
+    def _properties_changed(self, path: str, apart_s: float = 0.0) -> None:
+        """Many changes in one turn of the loop, or within ``apart_s`` after the last signal, become one signal, with the
+        values that differ from the last told."""
+        if path in self._changed:
+            return
+        self._changed.add(path)
+        loop = asyncio.get_running_loop()
+        wait_s = self._told_at.get(path, 0.0) + apart_s - loop.time() if apart_s else 0.0
+        if wait_s > 0:
+            loop.call_later(wait_s, lambda: self._later(lambda: self._tell(path)))
+        else:
             self._later(lambda: self._tell(path))
 
     async def _tell(self, path: str) -> None:
@@ -348,10 +401,11 @@ class Service(Listener):
             return
         interface = self._contract[target.interface]
         names = [name for name in interface.properties if name not in interface.silent]
-        now = {name: await self._value(target, "", name) for name in names}
+        now = {name: await self._value(target, name) for name in names}
         before = self._told.get(path, {})
         changed = {name: value for name, value in now.items() if before.get(name) != value}
         self._told[path] = now
+        self._told_at[path] = asyncio.get_running_loop().time()
         if changed:
             self._signal(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [target.interface, changed, []])
 

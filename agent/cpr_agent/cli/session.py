@@ -120,10 +120,7 @@ def _run(work: Work, output: Output, vm: str) -> NoReturn:
 
     async def connected() -> int:
         async with Client.connected(agent.address, agent.host) as client:
-            try:
-                return await work(client, output)
-            except CallError as error:
-                raise (await client.explained(error) if output.as_json else error) from None
+            return await work(client, output)
 
     try:
         sys.exit(asyncio.run(connected()))
@@ -140,7 +137,7 @@ def _call_error(output: Output, error: CallError, host: str, vm: str) -> int:
     elif _EXITS.get(kind) == EXIT_NO_AGENT:
         where = f" on {host}" if host else ""
         text = f"the agent is not there: {text}. See{where}: systemctl status cpr-agent.service"
-    return output.error(kind, text, vm=error.facts.get("vm") or vm, remedy=error.facts.get("remedy", ""))
+    return output.error(kind, text, vm=vm)
 
 
 class _Tables:

@@ -83,8 +83,8 @@ def agent(data: dict[str, Any]) -> None:
     for job in data["Jobs"]:
         _print(f"job {job['Id']}: {job['Kind']}, {job['Progress']:.0%}, {job['Step']}")
     vms(data["VMs"])
-    if data["Upgrade"]:
-        _print(_upgrade(data["Upgrade"]))
+    if data["LastUpgrade"]:
+        _print(_upgrade(data["LastUpgrade"]))
     for entry in data["VMs"]:
         if entry["Problem"]:
             _print(_line((entry["Name"], "red"), f": {entry['Problem']}"))

@@ -104,7 +104,7 @@ def history() -> Work:
     """Show each load with its guest's pause, split into phases."""
 
     async def work(client: Client, output: Output) -> int:
-        output.show(plain(await client.manager("ListHistory")), tables.history)
+        output.show(plain(await client.manager("ListHistory", "a{sv}", {})), tables.history)
         return 0
 
     return work

@@ -35,7 +35,7 @@ async def check_vm(
     plan = launch or (manifest.launch if manifest else None)
     if arguments := plan.argv if plan else vm.definition.vm.arguments if vm.definition else ():
         found += await ports.threads.run(vm.name, partial(image_findings, ports, vm.name, vm.user, arguments))
-    if launch and vm.definition and launch.definition_digest != vm.definition.digest:
+    if vm.definition_state == "changed":
         what, why = "its definition changed since it was started", "a load uses what it was started with"
         found.append(Finding(severity="info", code="definition-changed", what=what, why=why, vm=vm.name))
     found += ports.surroundings.findings_of(vm.name)

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import enum
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import msgspec
 
@@ -24,8 +25,52 @@ class JobState(enum.StrEnum):
     CANCELLED = "cancelled"
 
 
+class Step(enum.StrEnum):
+    """Of one guest of a job."""
+
+    WAITING = "waiting"
+    PREPARING = "preparing"
+    SAVING = "saving"
+    SAVED = "saved"
+    SHUTTING_DOWN = "shutting-down"
+    SHUT_DOWN = "shut-down"
+    RESUMING = "resuming"
+    RESUMED = "resumed"
+    LOADING = "loading"
+    LOADED = "loaded"
+    STARTING = "starting"
+    STARTED = "started"
+    REFRESHING = "refreshing"
+    REFRESHED = "refreshed"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+_UNDER_WAY = frozenset(
+    {
+        Step.WAITING,
+        Step.PREPARING,
+        Step.SAVING,
+        Step.SHUTTING_DOWN,
+        Step.RESUMING,
+        Step.LOADING,
+        Step.STARTING,
+        Step.REFRESHING,
+    }
+)
+
+
+class GuestStep(msgspec.Struct, frozen=True):
+    """``since`` is epoch seconds; ``error`` is why it was refused or has failed."""
+
+    step: Step
+    since: float
+    error: str = ""
+
+
 class Job(msgspec.Struct):
-    """``progress`` is 0 to 1; ``result`` is empty until the end, then "done", "nothing to do", or the text of ``error``.
+    """``result`` is empty until the end, then "done", "nothing to do", or the text of ``error``. Times are epoch seconds;
+    ``ended_at`` is 0 until the end.
 
     ``parked`` is set while the job only waits for the host to go down, and at its end: the agent need not wait for the job
     then before it ends.
@@ -34,11 +79,16 @@ class Job(msgspec.Struct):
     id: int
     kind: str
     state: JobState = JobState.RUNNING
-    progress: float = 0.0
     step: str = ""
+    guests: dict[str, GuestStep] = msgspec.field(default_factory=dict)
+    """By VM, those that the job has to do with."""
+    started_at: float = msgspec.field(default_factory=time.time)
+    ended_at: float = 0.0
     result: str = ""
     error: CprError | None = None
     cancellable: bool = True
+    cancelled: bool = False
+    """A caller wants it taken back; else a cancellation is the agent's own end."""
     parked: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     listener: Listener = msgspec.field(default_factory=Listener)
 
@@ -50,10 +100,38 @@ class Job(msgspec.Struct):
         if self.state is JobState.CANCELLED:
             raise CprError(f"job {self.id} ({self.kind}) was cancelled", left="the part that was done by then stays done")
 
-    def advance(self, done: int, total: int, step: str) -> None:
-        self.progress = done / total if total else 1.0
+    @property
+    def progress(self) -> float:
+        """0 to 1: the guests that are done, of all."""
+        if self.state is JobState.DONE:
+            return 1.0
+        done = sum(guest.step not in _UNDER_WAY for guest in self.guests.values())
+        return done / len(self.guests) if self.guests else 0.0
+
+    def enter(self, step: str) -> None:
         self.step = step
         self.listener.job_changed(self)
+
+    def expect(self, vms: Iterable[str]) -> None:
+        """These guests' turn is to come."""
+        now = time.time()
+        self.guests |= {vm: GuestStep(Step.WAITING, now) for vm in vms}
+        self.listener.job_changed(self)
+
+    def note(self, vm: str, step: Step, error: str = "") -> None:
+        self.guests[vm] = GuestStep(step, time.time(), error)
+        self.listener.job_changed(self)
+
+    @contextlib.contextmanager
+    def guest(self, vm: str, doing: Step, done: Step) -> Iterator[None]:
+        """While a guest's part of the job lasts."""
+        self.note(vm, doing)
+        try:
+            yield
+        except BaseException as error:
+            self.note(vm, Step.FAILED, error.text if isinstance(error, CprError) else str(error) or "it was given up")
+            raise
+        self.note(vm, done)
 
 
 class Jobs:
@@ -91,6 +169,7 @@ class Jobs:
             raise WrongState(f"job {job_id} is over", left="nothing was done")
         if not job.cancellable:
             raise WrongState(f"job {job.id} ({job.kind}) can't be cancelled any more: {job.step}", left="it goes on")
+        job.cancelled = True
         self._tasks[job_id].cancel()
 
     async def drain(self, timeout_s: float) -> None:
@@ -104,9 +183,9 @@ class Jobs:
         over = True
         try:
             await work(job)
-            job.state, job.result, job.progress = JobState.DONE, "done", 1.0
+            job.state, job.result = JobState.DONE, "done"
         except NothingToDo as nothing:
-            job.state, job.result, job.progress, job.error = JobState.DONE, "nothing to do", 1.0, nothing
+            job.state, job.result, job.error = JobState.DONE, "nothing to do", nothing
         except CprError as error:
             job.state, job.result, job.error = JobState.FAILED, error.text, error
             log.error("job %d (%s) failed: %s", job.id, job.kind, error)
@@ -118,6 +197,7 @@ class Jobs:
             log.exception("job %d (%s)", job.id, job.kind)
         finally:
             if over:
+                job.ended_at = time.time()
                 del self.current[job.id]
                 del self._tasks[job.id]
                 job.parked.set()

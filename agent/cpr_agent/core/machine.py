@@ -93,7 +93,8 @@ class Machine:
         self.name = name
         self.definition: Definition | None = None
         self.problem: Exception | None = None
-        self.state = VmState.STOPPED
+        self.state = VmState.RECOVERING
+        self.since = 0.0
         self.run_state = RunState.NONE
         self.pid = 0
         self.error = ""
@@ -282,8 +283,22 @@ class Machine:
     # -- its state ----------------------------------------------------------------------------------------------------
 
     def enter(self, state: VmState) -> None:
+        if state is not self.state:
+            self.since = self._on_record(state) if self.state is VmState.RECOVERING else self.ports.clock.now()
         self.state = state
         self.neighbours.changed(self.name)
+
+    def _on_record(self, state: VmState) -> float:
+        """Since when it has been in a state that it was in before this agent looked (epoch s); 0 if no record tells."""
+        if state is VmState.HELD and (held := self.held()):
+            return held.at
+        if state in (VmState.SAVED, VmState.HELD):
+            manifest = self.readable_checkpoint()
+            return manifest.times.stopped_at if manifest else 0.0
+        launch, last = self.launched(), self.ports.history.last(self.name)
+        if state is not VmState.RUNNING or launch is None:
+            return 0.0
+        return max(launch.created_at, last.resumed_at if last else 0.0)
 
     async def derive(self) -> None:
         """Derive the state anew, connecting to a QEMU that is there."""

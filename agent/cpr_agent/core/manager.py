@@ -316,7 +316,7 @@ class Manager:
     def _start(self, kind: str, work: Callable[[Job], Awaitable[None]]) -> Job:
         async def start(job: Job) -> None:
             if not self._recovered.is_set():
-                job.advance(0, 1, f"waiting for the recovery of {names(self._unrecovered())}")
+                job.enter(f"waiting for the recovery of {names(self._unrecovered())}")
                 await self._recovered.wait()
             await work(job)
 

@@ -259,6 +259,9 @@ class Definitions(Protocol):
     async def missing_companions(self, launch: Launch, timeout_s: float) -> list[Companion]:
         """Those whose socket on this host nobody has made, also after so long. QEMU may be able to start all the same."""
 
+    def cpus(self, arguments: Sequence[str]) -> int:
+        """How many CPUs a command line gives a guest; 0 if it does not tell."""
+
     def passwords(self, launch: Launch) -> list[str]:
         """Displays whose password somebody sets on the monitor."""
 
@@ -450,6 +453,9 @@ class Files(Protocol):
     def program_identity(self, path: str) -> str:
         """Tells a program from another that is installed in its place; "" if there is none. Follows links."""
 
+    def program_version(self, path: str) -> str:
+        """The version of a QEMU with that of its package, as the program has it; "" if it does not tell. Blocking."""
+
     def digest_file(self, path: str) -> str:
         """SHA-256; "" if there is no such file, or it can't be read. Blocking."""
 
@@ -624,7 +630,11 @@ class Hooks(Protocol):
 class History(Protocol):
     def add(self, timeline: GuestTimeline) -> None: ...
 
-    def all(self) -> list[GuestTimeline]: ...
+    def all(self) -> list[GuestTimeline]:
+        """Every readable record, oldest first. Blocking, the first time for long."""
+
+    def last(self, vm: str) -> GuestTimeline | None:
+        """The newest of a VM, as far as ``all`` and ``add`` have seen it."""
 
 
 class Ports(msgspec.Struct, frozen=True, kw_only=True):

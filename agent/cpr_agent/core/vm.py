@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import enum
 from collections.abc import AsyncIterator
+from typing import Literal
 
 from cpr_agent.core import acts, saveable
 from cpr_agent.core.acts import recover, resume
@@ -93,6 +94,19 @@ class Vm:
     @property
     def state(self) -> VmState:
         return self.machine.state
+
+    @property
+    def since(self) -> float:
+        """When it entered its state (epoch s); 0 if that is not known."""
+        return self.machine.since
+
+    @property
+    def definition_state(self) -> Literal["ok", "changed", "invalid", "gone"]:
+        """Whether a start would make the VM that is there now: "changed" if its definition has since that was started."""
+        if self.definition is None:
+            return "invalid" if self.problem else "gone"
+        launch = self.launched()
+        return "changed" if launch and launch.definition_digest != self.definition.digest else "ok"
 
     @property
     def run_state(self) -> RunState:

@@ -135,6 +135,9 @@ class BothDefinitions:
     def images(self, arguments: Sequence[str]) -> list[str]:
         return self._own.images(arguments)
 
+    def cpus(self, arguments: Sequence[str]) -> int:
+        return self._own.cpus(arguments)
+
     def images_below(self, arguments: Sequence[str]) -> list[str]:
         return self._own.images_below(arguments)
 

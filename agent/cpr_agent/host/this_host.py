@@ -21,11 +21,15 @@ from cpr_agent.files import digest_of
 from cpr_agent.handles import file_at
 from cpr_agent.host import sockets
 from cpr_agent.host.access import STRANGER, closed_place, groups_of
+from cpr_agent.text import printable
 
 _COUNTED = re.compile(r"^(?:virtio|host|nvme)\d+$|^target\d+(?=:)|^\d+(?=:\d+:\d+:\d+$)")
 """Parts of a device's way that are numbers in the order of discovery: those of virtio devices and SCSI hosts."""
 JOURNAL_TIMEOUT_S = 60.0
 MAX_PROGRAM_BYTES = 1 << 30
+_SAYS_VERSION = b"QEMU emulator version "
+"""In QEMU's program, as `--version` prints it (system/vl.c, version())."""
+_VERSION_BYTES = 200
 MAX_FIRMWARE_BYTES = 128 << 20
 """A guest stands still while they are read; the largest firmware in use has 16 MiB."""
 BLOCK_DEVICES = Path("/sys/dev/block")
@@ -39,6 +43,7 @@ class ThisHost:
         self._userspace_at = userspace_at
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._digests: dict[tuple[int, int, int], str] = {}
+        self._versions: dict[str, str] = {}
 
     def now(self) -> float:
         return time.time()
@@ -71,6 +76,14 @@ class ThisHost:
         except OSError:
             return ""
         return f"{info.st_dev}:{info.st_ino}:{info.st_mtime_ns}:{info.st_size}"
+
+    def program_version(self, path: str) -> str:
+        """Read from the program: to run it would be to run anybody's."""
+        if not (identity := self.program_identity(path)):
+            return ""
+        if identity not in self._versions:
+            self._versions[identity] = _version_in(path)
+        return self._versions[identity]
 
     def digest_file(self, path: str) -> str:
         """A VM's user may own the file of its firmware's variables, and the directory that it is in."""
@@ -206,3 +219,22 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def _version_in(path: str) -> str:
+    """ "" also for a wrapper. A file that shrinks meanwhile does no harm, as one that is mapped would."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return ""
+            tail = b""
+            while file.tell() < MAX_PROGRAM_BYTES and (chunk := file.read(1 << 20)):
+                tail += chunk
+                if (at := tail.find(_SAYS_VERSION)) >= 0:
+                    said = (tail + file.read(_VERSION_BYTES))[at + len(_SAYS_VERSION) :][:_VERSION_BYTES]
+                    return printable(re.split(rb"[\n\0]", said)[0].decode(errors="replace"))
+                tail = tail[-len(_SAYS_VERSION) :]
+    except OSError:
+        pass
+    return ""

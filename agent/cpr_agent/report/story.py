@@ -144,6 +144,75 @@ def story_of(wanted: str, records: Iterable[Record], timelines: Sequence[GuestTi
     return _of_load(single[found], host)
 
 
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a list of stories says of one. ``ended_at`` is 0 while it is under way; ``longest_pause_s`` is None if no guest
+    was loaded. Times in epoch seconds."""
+
+    id: str
+    kind: str
+    outcome: str
+    reason: str
+    started_at: float
+    ended_at: float
+    kernel_before: str
+    kernel_after: str
+    vms: tuple[str, ...]
+    longest_pause_s: float | None
+
+
+def list_stories(records: Iterable[Record], timelines: Sequence[GuestTimeline], limit: int, before: float) -> list[Entry]:
+    """At most ``limit``, newest first, of those that began before ``before`` (epoch s; 0 for all)."""
+    chapters = _chapters(records)
+    loads: dict[str, list[GuestTimeline]] = {}
+    for timeline in timelines:
+        loads.setdefault(timeline.upgrade if timeline.upgrade in chapters else timeline.id, []).append(timeline)
+    found = [_upgrade_entry(chapter, loads.pop(chapter.id, [])) for chapter in chapters.values()]
+    found += [_load_entry(timeline) for (timeline,) in loads.values()]
+    wanted = (entry for entry in found if not before or entry.started_at < before)
+    return sorted(wanted, key=lambda entry: entry.started_at, reverse=True)[:limit]
+
+
+def _upgrade_entry(chapter: _Chapter, timelines: Sequence[GuestTimeline]) -> Entry:
+    first = chapter.records[0]
+    ended = [float(record["at"]) for record in chapter.records if record["event"] in {f"{EVENT}{end}" for end in _ENDS}]
+    return Entry(
+        id=chapter.id,
+        kind=str(first["kind"]),
+        outcome=chapter.phase,
+        reason=_reason(chapter),
+        started_at=float(first["at"]),
+        ended_at=ended[-1] if ended and chapter.phase in _ENDS else 0.0,
+        kernel_before=str(first["kernel_from"]),
+        kernel_after=_kernel_after(chapter, timelines),
+        vms=tuple(sorted({timeline.vm for timeline in timelines})),
+        longest_pause_s=max((timeline.pause_s for timeline in timelines), default=None),
+    )
+
+
+def _load_entry(timeline: GuestTimeline) -> Entry:
+    return Entry(
+        id=timeline.id,
+        kind=LOAD,
+        outcome=Phase.DONE,
+        reason="",
+        started_at=timeline.stopped_at,
+        ended_at=timeline.resumed_at,
+        kernel_before=timeline.kernel_before,
+        kernel_after=timeline.kernel_after,
+        vms=(timeline.vm,),
+        longest_pause_s=timeline.pause_s,
+    )
+
+
+def _reason(chapter: _Chapter) -> str:
+    return str(chapter.fact("reason") or chapter.fact("interrupted"))
+
+
+def _kernel_after(chapter: _Chapter, timelines: Sequence[GuestTimeline]) -> str:
+    after = [timeline.kernel_after for timeline in timelines] or [chapter.fact("kernel", chapter.records[0]["kernel_from"])]
+    return str(after[-1])
+
+
 def _find(wanted: str, began: Mapping[str, float], dry: set[str]) -> str:
     newest = sorted(began, key=lambda one: began[one], reverse=True)
     if not wanted and (real := [one for one in newest if one not in dry]):
@@ -210,8 +279,6 @@ def _of_upgrade(chapter: _Chapter, timelines: Sequence[GuestTimeline], host: str
     guests = [_gone_on(timeline) for timeline in timelines]
     guests += _others(chapter, {timeline.vm for timeline in timelines}, phases)
     planned = str(chapter.fact("kernel_to"))
-    before = str(first["kernel_from"])
-    after = [timeline.kernel_after for timeline in timelines] or [str(chapter.fact("kernel", before))]
     return Story(
         id=chapter.id,
         kind=str(first["kind"]),
@@ -219,11 +286,11 @@ def _of_upgrade(chapter: _Chapter, timelines: Sequence[GuestTimeline], host: str
         host=host,
         started_at=float(first["at"]),
         ended_at=chapter.at(*_ENDS) or float(chapter.records[-1]["at"]),
-        kernel_before=before,
-        kernel_after=after[-1],
+        kernel_before=str(first["kernel_from"]),
+        kernel_after=_kernel_after(chapter, timelines),
         kernel_planned=planned,
         policy=str(chapter.fact("policy")),
-        reason=str(chapter.fact("reason") or chapter.fact("interrupted")),
+        reason=_reason(chapter),
         failures=(*chapter.fact("failures", ()), *chapter.fact("not_started", ())),
         phases=phases,
         guests=tuple(sorted(guests, key=_by_begin)),

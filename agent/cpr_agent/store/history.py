@@ -20,18 +20,29 @@ class History:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._read: dict[str, GuestTimeline | None] = {}
+        self._last: dict[str, GuestTimeline] = {}
 
     def add(self, timeline: GuestTimeline) -> None:
         make_private_directory(self._root)
         path = self._root / f"{timeline.id}.json"
         write_atomically(path, msgspec.json.encode(timeline))
         self._read[path.name] = timeline
+        self._note(timeline)
+
+    def last(self, vm: str) -> GuestTimeline | None:
+        return self._last.get(vm)
+
+    def _note(self, timeline: GuestTimeline) -> None:
+        had = self._last.get(timeline.vm)
+        if had is None or had.resumed_at <= timeline.resumed_at:
+            self._last[timeline.vm] = timeline
 
     def all(self) -> list[GuestTimeline]:
-        """Every readable record, oldest first."""
         paths = {path.name: path for path in self._root.glob("*.json")}
         for name in paths.keys() - self._read.keys():
-            self._read[name] = _decoded(paths[name])
+            if timeline := _decoded(paths[name]):
+                self._note(timeline)
+            self._read[name] = timeline
         there = [timeline for name in paths if (timeline := self._read[name])]
         return sorted(there, key=lambda timeline: timeline.resumed_at)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,22 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     for key, word in value.items():
         out.update(_flat(word, f"{prefix}{key}.") if isinstance(word, dict) else {f"{prefix}{key}": str(word)})
     return out
+
+
+_TOPOLOGY = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+
+
+def cpus(argv: Sequence[str]) -> int:
+    """Those that the guest begins with (qemu(1), -smp); 0 if that can't be told, as of no command line at all."""
+    try:
+        given = [keyed(value) for value in option(argv, "-smp")]
+        words = {key: word for one in given for key, word in one.items()}
+        bare = [int(key) for one in given for key, word in one.items() if not word and key.isdecimal()]
+        if bare or "cpus" in words:
+            return bare[-1] if bare else int(words["cpus"])
+        return prod(int(words.get(name, 1)) for name in _TOPOLOGY) if argv else 0
+    except (InvalidArgument, ValueError):
+        return 0
 
 
 def replaced_backends(argv: Sequence[str]) -> set[str]:

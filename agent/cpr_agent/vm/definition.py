@@ -38,6 +38,7 @@ from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.carried import carry
 from cpr_agent.vm.cmdline import (
     collisions,
+    cpus,
     files_below,
     image_files,
     kept_firmware,
@@ -245,6 +246,9 @@ class DefinitionDirectory:
 
     def images(self, arguments: Sequence[str]) -> list[str]:
         return image_files(arguments)
+
+    def cpus(self, arguments: Sequence[str]) -> int:
+        return cpus(arguments)
 
     def images_below(self, arguments: Sequence[str]) -> list[str]:
         return files_below(arguments)

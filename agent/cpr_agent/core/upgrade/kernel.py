@@ -23,7 +23,7 @@ def size_bytes(files: Files, plan: Plan) -> int:
 
 async def load(kernels: Kernels, job: Job, plan: Plan) -> None:
     """Raises KernelRefused. A load that is cancelled leaves no kernel."""
-    job.advance(0, 1, f"loading kernel {plan.target}")
+    job.enter(f"loading kernel {plan.target}")
     try:
         await kernels.load(plan.kernel, plan.command_line)
     except asyncio.CancelledError:

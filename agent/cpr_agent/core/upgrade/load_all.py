@@ -10,7 +10,7 @@ from itertools import chain
 import msgspec
 
 from cpr_agent.core.acts.requests import LoadRequest
-from cpr_agent.core.jobs import Job
+from cpr_agent.core.jobs import Job, Step
 from cpr_agent.core.model import VmState
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.turns import Places, PlaceTurn
@@ -48,7 +48,12 @@ async def load_all(scope: Scope, job: Job, vms: Iterable[Vm], starts_too: Callab
     if ledger.phase not in _ENDED_BY_LOADING:
         return await load_each(job, vms, starts_too)
     current = ledger.enter(Phase.LOADING)
-    out = await load_each(job, vms, lambda vm: vm.name in current.shut_down or starts_too(vm))
+    try:
+        out = await load_each(job, vms, lambda vm: vm.name in current.shut_down or starts_too(vm))
+    except asyncio.CancelledError:
+        if job.cancelled:  # else the agent ends, and the next one goes on with it
+            ledger.enter(Phase.HELD, reason="its load was cancelled")
+        raise
     through = [pause for pause in scope.ports.history.all() if pause.upgrade == current.id]
     ended = Phase.ROLLED_BACK if current.interrupted else Phase.DONE
     ledger.enter(
@@ -73,22 +78,22 @@ async def load_each(job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool
     places = Places()
 
     async def load(vm: Vm) -> None:
-        await vm.idle()
-        if vm.checkpointed and (lost := await vm.load(LoadRequest(turn=PlaceTurn(places)))):
-            out.cold_started.append(f"{vm.name}: {lost}")
+        with job.guest(vm.name, Step.LOADING, Step.LOADED):
+            await vm.idle()
+            if vm.checkpointed and (lost := await vm.load(LoadRequest(turn=PlaceTurn(places)))):
+                out.cold_started.append(f"{vm.name}: {lost}")
 
-    done = 0
+    job.expect(vm.name for vm in (*waiting, *fresh))
     async with asyncio.TaskGroup() as loads:
         tasks = []
         for group in in_turn(waiting):
-            job.advance(done, out.total, f"loading {names(group)}")
+            job.enter(f"loading {names(group)}")
             tasks.append(loads.create_task(on_each(group, load)))
             await asyncio.wait(tasks[-1:], timeout=GROUP_S)
-            done += len(group)
     out.failures += chain.from_iterable(task.result() for task in tasks)
     if fresh:
-        job.advance(done, out.total, f"starting {names(fresh)}")
-        out.failures += await on_each(fresh, start_if_off)
+        job.enter(f"starting {names(fresh)}")
+        out.failures += await on_each(fresh, lambda vm: start_if_off(job, vm))
     await on_all(waiting, lambda vm: vm.settled())
     return out
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import chain
 
-from cpr_agent.core.jobs import Job
+from cpr_agent.core.jobs import Job, Step
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.upgrade.scope import in_turn, names
 from cpr_agent.core.vm import Vm
@@ -19,10 +19,12 @@ async def refresh_all(job: Job, vms: Iterable[Vm], replace: Callable[[Vm], Await
     live = list(chain.from_iterable(in_turn(vm for vm in vms if vm.run_state in SAVEABLE)))
     if not live:
         raise NothingToDo("no VM has a live guest")
+    job.expect(vm.name for vm in live)
     for done, vm in enumerate(live):
-        job.advance(done, len(live), f"a new QEMU for {vm.name}")
+        job.enter(f"a new QEMU for {vm.name}")
         try:
-            await replace(vm)
+            with job.guest(vm.name, Step.REFRESHING, Step.REFRESHED):
+                await replace(vm)
         except CprError as error:
             left = f"{error.left or 'nothing was done'}; {done} of {len(live)} have a new QEMU"
             if waiting := names(live[done + 1 :]):

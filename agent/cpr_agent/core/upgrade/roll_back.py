@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
-from cpr_agent.core.jobs import Job
+from cpr_agent.core.jobs import Job, Step
 from cpr_agent.core.model import RunState
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.core.upgrade import kernel
@@ -51,10 +51,11 @@ async def _roll_back(scope: Scope, job: Job, why: str) -> str:
         ledger.enter(Phase.ROLLING_BACK, reason=why)
     current = ledger.require_current()
     saved = [vm for vm in scope.vms() if _stands_for(vm, current.id)]
-    job.advance(0, max(1, len(saved)), f"rolling back: resuming {names(saved)}" if saved else "rolling back")
-    failures = await on_each(saved, lambda vm: _resume(vm, current.id))
+    job.expect(vm.name for vm in saved)
+    job.enter(f"rolling back: resuming {names(saved)}" if saved else "rolling back")
+    failures = await on_each(saved, lambda vm: _resume(job, vm, current.id))
     ended = [vm for vm in scope.vms() if vm.name in current.shut_down and not vm.pid and not vm.checkpointed]
-    failures += await on_each(ended, start_if_off)
+    failures += await on_each(ended, lambda vm: start_if_off(job, vm))
     if current.kind.loads_kernel:
         await kernel.unload(scope.ports.kernels)
     again, not_started = await _start_again(scope, job, current.stopped_first)
@@ -77,7 +78,7 @@ async def _start_again(scope: Scope, job: Job, units: Sequence[str]) -> tuple[li
     others have not; systemd goes on with one that takes long."""
     if not units:
         return [], []
-    job.advance(0, 1, f"starting {', '.join(units)} again")
+    job.enter(f"starting {', '.join(units)} again")
     starts = {asyncio.create_task(scope.ports.units.start(unit)): unit for unit in units}
     done, late = await asyncio.wait(starts, timeout=START_S)
     for task in late:
@@ -87,11 +88,12 @@ async def _start_again(scope: Scope, job: Job, units: Sequence[str]) -> tuple[li
     return [unit for unit in units if not said[unit]], [said[unit] for unit in units if said[unit]]
 
 
-async def _resume(vm: Vm, upgrade: str) -> None:
+async def _resume(job: Job, vm: Vm, upgrade: str) -> None:
     """Another caller who just then wants something of the VM must not keep its guest stopped by that."""
-    await vm.idle()
-    if _stands_for(vm, upgrade):
-        await vm.resume()
+    with job.guest(vm.name, Step.RESUMING, Step.RESUMED):
+        await vm.idle()
+        if _stands_for(vm, upgrade):
+            await vm.resume()
 
 
 def _stands_for(vm: Vm, upgrade: str) -> bool:

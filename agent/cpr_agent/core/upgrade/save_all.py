@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 from cpr_agent.core.acts.requests import SaveRequest
-from cpr_agent.core.jobs import Job
+from cpr_agent.core.jobs import Job, Step
 from cpr_agent.core.model import Policy, Survives, VmState
 from cpr_agent.core.saveable import may_shut_down
 from cpr_agent.core.turns import Turn, Turns
@@ -32,15 +32,16 @@ async def save(scope: Scope, job: Job, found: Triage, need: Survives) -> int:
     """From CHECKING to SAVED; or everything is taken back and it raises SaveFailed. Returns how many guests it stopped."""
     live, unsaveable = found.saveable, [vm for vm, _ in found.unsaveable]
     scope.ledger.enter(Phase.SAVING, shut_down=[vm.name for vm in unsaveable])
+    job.expect(vm.name for vm in (*live, *unsaveable))
     async with or_roll_back(scope, job, "mend the cause, or shut the VM down first"):
         if unsaveable:
-            job.advance(0, len(live), f"shutting down {names(unsaveable)}, which cannot be saved")
-            await _shut_down(unsaveable, found.policy)
+            job.enter(f"shutting down {names(unsaveable)}, which cannot be saved")
+            await _shut_down(job, unsaveable, found.policy)
         await _save_each(scope, job, found, need)
-        job.advance(len(live), len(live), "verifying the saved states")
+        job.enter("verifying the saved states")
         await on_all(live, lambda vm: asyncio.to_thread(_verify, scope, vm))
         scope.ledger.enter(Phase.SAVED)
-    job.advance(len(live), len(live), "saved")
+    job.enter("saved")
     return len(live) + len(unsaveable)
 
 
@@ -69,18 +70,16 @@ async def _save_each(scope: Scope, job: Job, found: Triage, need: Survives) -> N
     groups = list(reversed(in_turn(found.saveable)))
     if not groups:
         return
-    done, total = 0, len(found.saveable)
-    async with _Saves(scope, groups, need, found.policy) as saves:
-        await saves.prepare(job)
+    async with _Saves(scope, job, groups, need, found.policy) as saves:
+        await saves.prepare()
         for number, vms in enumerate(groups):
-            job.advance(done, total, f"saving {names(vms)}")
+            job.enter(f"saving {names(vms)}")
             given_up = await saves.save(number)
             if given_up:
-                job.advance(done, total, f"shutting down {names(given_up)}, which could not be saved")
+                job.enter(f"shutting down {names(given_up)}, which could not be saved")
                 shut_down = [*scope.ledger.require_current().shut_down, *(vm.name for vm in given_up)]
                 scope.ledger.enter(Phase.SAVING, shut_down=shut_down)
-                await _shut_down(given_up, found.policy)
-            done += len(vms)
+                await _shut_down(job, given_up, found.policy)
 
 
 class _Saves:
@@ -91,8 +90,8 @@ class _Saves:
     its save stands still from then on: one of a later group begins only when that group is called.
     """
 
-    def __init__(self, scope: Scope, groups: list[list[Vm]], need: Survives, policy: Policy) -> None:
-        self._scope, self._groups, self._need, self._policy = scope, groups, need, policy
+    def __init__(self, scope: Scope, job: Job, groups: list[list[Vm]], need: Survives, policy: Policy) -> None:
+        self._scope, self._job, self._groups, self._need, self._policy = scope, job, groups, need, policy
         self._turns = Turns([[]])
         self._saves: dict[Vm, asyncio.Task[None]] = {}
 
@@ -109,9 +108,9 @@ class _Saves:
                 save.cancel()
             await uninterrupted(asyncio.gather(*pending, return_exceptions=True))
 
-    async def prepare(self, job: Job) -> None:
+    async def prepare(self) -> None:
         """Until no guest has anything left to be asked. Raises SaveFailed for one that can't be saved, before any stops."""
-        job.advance(0, len(self._saves), f"preparing the save of {names(self._saves)}")
+        self._job.enter(f"preparing the save of {names(self._saves)}")
         await self._turns.all_ready()
         self._failed(vm for vm, save in self._saves.items() if save.done())
 
@@ -132,7 +131,8 @@ class _Saves:
         upgrade, limit_s = self._scope.ledger.require_current().id, self._scope.settings.standstill
         request = SaveRequest(need=self._need, upgrade=upgrade, turn=self._turns.turn(vm.name), limit_s=limit_s)
         try:
-            await _in_time(vm, request)
+            with self._job.guest(vm.name, Step.PREPARING, Step.SAVED):
+                await _in_time(vm, request, lambda: self._job.note(vm.name, Step.SAVING))
         finally:
             self._turns.no_longer_awaited(vm.name)
 
@@ -160,14 +160,15 @@ async def _must_sleep(vm: Vm) -> bool:
         return False
 
 
-async def _in_time(vm: Vm, request: SaveRequest) -> None:
-    """Save a VM; others stand still meanwhile. If its QEMU takes more than its time, or the undo takes more than UNDO_S,
-    then the VM is given up: the undo goes on, and nobody may act on the VM before its end, but the others do not wait.
-    Raises SaveFailed, CprError."""
+async def _in_time(vm: Vm, request: SaveRequest, begun: Callable[[], None]) -> None:
+    """Save a VM, and tell when its turn has ``begun``; others stand still meanwhile. If its QEMU takes more than its time,
+    or the undo takes more than UNDO_S, then the VM is given up: the undo goes on, and nobody may act on the VM before its
+    end, but the others do not wait. Raises SaveFailed, CprError."""
     turn = request.turn or Turn()
     task = asyncio.create_task(vm.save(request))
     try:
         await _until(turn.begun, task)
+        begun()
         await _until(turn.written, task, request.limit_s + UNDO_S)
         if turn.written.is_set():
             await _until(turn.over, task)
@@ -210,12 +211,13 @@ async def _see_to_its_end(vm: Vm, task: asyncio.Task[object]) -> None:
     log.info("VM %s: the save that was given up is over: %s", vm.name, error or "taken back")
 
 
-async def _shut_down(vms: list[Vm], policy: Policy) -> None:
+async def _shut_down(job: Job, vms: list[Vm], policy: Policy) -> None:
     """Guests of a low order last. The policy ``force`` also ends a QEMU that does not answer."""
 
     async def shut_down(vm: Vm) -> None:
-        await vm.let_go(UNDO_S, force=policy is Policy.FORCE)
-        await (vm.shut_down_or_end() if policy is Policy.FORCE else vm.shut_down())
+        with job.guest(vm.name, Step.SHUTTING_DOWN, Step.SHUT_DOWN):
+            await vm.let_go(UNDO_S, force=policy is Policy.FORCE)
+            await (vm.shut_down_or_end() if policy is Policy.FORCE else vm.shut_down())
 
     for group in reversed(in_turn(vms)):
         await on_all(group, shut_down)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from cpr_agent.core.jobs import Job, Step
 from cpr_agent.core.ports import Ports
 from cpr_agent.core.settings import UpgradeSection
 from cpr_agent.core.upgrade.ledger import Ledger
@@ -61,11 +62,12 @@ async def on_all(vms: Iterable[Vm], act: Callable[[Vm], Awaitable[object]]) -> N
         raise failure.error
 
 
-async def start_if_off(vm: Vm) -> None:
+async def start_if_off(job: Job, vm: Vm) -> None:
     """Once no other caller wants anything of it: a guest must not stay off because of a call that was refused."""
-    await vm.idle()
-    if not vm.pid:
-        await vm.start()
+    with job.guest(vm.name, Step.STARTING, Step.STARTED):
+        await vm.idle()
+        if not vm.pid:
+            await vm.start()
 
 
 def in_turn(vms: Iterable[Vm]) -> list[list[Vm]]:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Collection
 import msgspec
 
 from cpr_agent.core.hooks import before_save
+from cpr_agent.core.jobs import Job, Step
 from cpr_agent.core.model import Policy, Survives
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.saveable import may_shut_down, obstacle, saved_in_volatile, waits_when_blocked
@@ -37,9 +38,11 @@ class Triage(msgspec.Struct):
             raise error
         (self.unsaveable if may_shut_down(vm.machine, self.policy) else self.refused).append((vm, error))
 
-    def require_none_refused(self) -> None:
+    def require_none_refused(self, job: Job) -> None:
         """Raises SaveRefused."""
         if self.refused:
+            for vm, error in self.refused:
+                job.note(vm.name, Step.REFUSED, error.text)
             raise SaveRefused(
                 "; ".join(str(Failure(vm, error)) for vm, error in self.refused),
                 left=UNTOUCHED,
@@ -85,15 +88,15 @@ async def _triage(vms: Collection[Vm], need: Survives, policy: Policy, check: Ch
     return out
 
 
-async def prepare(scope: Scope, need: Survives, policy: Policy) -> Triage:
+async def prepare(scope: Scope, job: Job, need: Survives, policy: Policy) -> Triage:
     """Sort the VMs, and run the admin's pre-save hooks of all guests before the first guest stops: no guest stands still
     for another one's hook. Raises SaveRefused."""
     out = await triage_patiently(scope.vms(), need, policy)
-    out.require_none_refused()
+    out.require_none_refused(job)
     upgrade = scope.ledger.require_current().id
     failures = await on_each(out.saveable, lambda vm: before_save(vm.machine, upgrade))
     for failure in failures:
         out.saveable.remove(failure.vm)
         out.give_up(failure)
-    out.require_none_refused()
+    out.require_none_refused(job)
     return out

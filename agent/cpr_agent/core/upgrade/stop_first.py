@@ -84,7 +84,7 @@ async def stop(scope: Scope, job: Job) -> None:
         return
     scope.ledger.enter(Phase.STOPPING, stopped_first=stopping)
     async with or_roll_back(scope, job, f"mend the cause, or take it out of {SETTING}"):
-        job.advance(0, 1, f"stopping {', '.join(stopping)}")
+        job.enter(f"stopping {', '.join(stopping)}")
         await _stop_each(ports, _named(names, known), scope.settings.stop_first_timeout)
 
 

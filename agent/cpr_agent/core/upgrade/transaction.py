@@ -52,7 +52,7 @@ class Transaction:
         async with self._lock:
             self._begin(Kind.SAVE_ALL, policy)
             async with self._or_refused():
-                found = await upgrade.sort.prepare(self._scope, need, policy)
+                found = await upgrade.sort.prepare(self._scope, job, need, policy)
             if not await upgrade.save_all.save(self._scope, job, found, need):
                 raise NothingToDo("no VM has a live guest that is not saved yet")
 
@@ -66,7 +66,7 @@ class Transaction:
             self._begin(Kind.KEXEC, policy)
             async with self._or_refused():
                 await upgrade.uptime.wait(self._ports, job)
-                found = await upgrade.sort.prepare(self._scope, Survives.KEXEC, policy)
+                found = await upgrade.sort.prepare(self._scope, job, Survives.KEXEC, policy)
             await upgrade.save_all.save(self._scope, job, found, Survives.KEXEC)
             await upgrade.save_all.commit(self._scope, job)
 
@@ -80,13 +80,13 @@ class Transaction:
                 await self._rehearse(job, plan, findings)
                 return
             await self._save_for(job, plan, findings)
-        job.advance(1, 1, "the host restarts")
+        job.enter("the host restarts")
         job.parked.set()
         await self._fallen_through(job, await self._ports.kexec.start())
 
     async def _rehearse(self, job: Job, plan: Plan, findings: Findings) -> None:
         async with self._or_refused():
-            job.advance(0, 1, "checking")
+            job.enter("checking")
             upgrade.preflight.refuse(await findings())
             await upgrade.kernel.try_out(self._ports.kernels, job, plan)
         self._ledger.enter(Phase.CHECKED)
@@ -95,13 +95,13 @@ class Transaction:
         kernels, kexec = self._ports.kernels, self._ports.kexec
         async with AsyncExitStack() as until_committed:
             async with self._or_refused(), Undo() as undo:
-                job.advance(0, 1, "checking")
+                job.enter("checking")
                 upgrade.preflight.refuse(await findings())
                 await upgrade.kernel.load(kernels, job, plan)
                 undo.push(lambda: upgrade.kernel.unload(kernels))
                 await until_committed.enter_async_context(kexec.inhibit("guests are saved for a new kernel"))
                 await upgrade.uptime.wait(self._ports, job)
-                found = await upgrade.sort.prepare(self._scope, Survives.KEXEC, plan.policy)
+                found = await upgrade.sort.prepare(self._scope, job, Survives.KEXEC, plan.policy)
                 undo.done()
             await upgrade.stop_first.stop(self._scope, job)
             await upgrade.save_all.save(self._scope, job, found, Survives.KEXEC)
@@ -134,7 +134,7 @@ class Transaction:
 
     async def watch_kexec(self, job: Job) -> None:
         """While a kexec of somebody's is under way: if it does not come, take the save back. For a parked job."""
-        job.advance(1, 1, "waiting for the kexec")
+        job.enter("waiting for the kexec")
         await self._fallen_through(job, await self._ports.kexec.over())
 
     async def _fallen_through(self, job: Job, said: str) -> None:
@@ -162,18 +162,20 @@ class Transaction:
 
     async def load_all(self, job: Job, vms: Iterable[Vm]) -> None:
         """Load every live checkpoint; one that fails does not stop the others. Then start the VMs that were shut down
-        because they could not be saved. Raises LoadFailed, NothingToDo."""
+        because they could not be saved. Raises LoadFailed, NothingToDo, Busy."""
+        self._refuse_second()
         if not await self._load_all(job, vms, lambda vm: False):
             raise NothingToDo("no VM has a checkpoint")
 
     async def load_and_start_all(self, job: Job, vms: Iterable[Vm]) -> None:
-        """Likewise, then start the VMs whose definition has autostart."""
+        """Likewise, then start the VMs whose definition has autostart. Nobody else would do so after a boot: it waits for
+        what is under way, and finds the guests that this left."""
         if not await self._load_all(job, vms, lambda vm: bool(vm.definition and vm.definition.vm.autostart)):
             raise NothingToDo("no VM has a checkpoint, and none waits to be started")
 
     async def _load_all(self, job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool]) -> int:
         """Returns how many there were to load or to start. Raises LoadFailed."""
-        async with self._lock:  # a second load waits, and finds the guests that the first one left
+        async with self._lock:
             self.refuse_when_committed()
             of_a_boot = self._ledger.phase in (Phase.BOOTED, Phase.LOADING)
             loaded = await load_all(self._scope, job, vms, starts_too)

@@ -19,7 +19,7 @@ async def wait(ports: Ports, job: Job) -> None:
     left_s = await _left_s(ports)
     if left_s > 0:
         wait_s = min(left_s, PATIENCE_S)
-        job.advance(0, 1, f"waiting for {length(wait_s)}: systemd delays the shutdown of a host that has just started")
+        job.enter(f"waiting for {length(wait_s)}: systemd delays the shutdown of a host that has just started")
         await asyncio.sleep(wait_s)  # for a moment, and no event
 
 
