@@ -31,6 +31,7 @@
     │   ├── QemuUnreachable   it does not answer, or the connection to it is lost
     │   └── QemuEnded         its process has ended
     ├── StorageSilent         the storage of a VM's disks or firmware does not answer
+    ├── HostFailed            the host's kernel refused what the agent needs: a full disk, an I/O error
     ├── GuestAgentFailed      the QEMU guest agent hung, refused, or made no sense
     ├── SaveFailed
     │   └── SaveRefused       no guest was saved, because one of them can't be
@@ -43,6 +44,7 @@ A message names the VM, the failure, the state that it left, and the remedy. The
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -83,6 +85,16 @@ class CprError(Exception):
 
     def __str__(self) -> str:
         return self.text
+
+
+_ROOM = "Make room on that file system, and try again"
+_SEE_LOG = "See what was done: journalctl -u cpr-agent.service"
+_HOST_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EIO: "See the kernel's log (dmesg) for the device, and try again",
+    errno.EROFS: "See the kernel's log (dmesg) for why that file system can only be read, and try again",
+}
 
 
 class InvalidArgument(CprError):
@@ -230,6 +242,16 @@ class QemuEnded(QemuFailed):
 
 class StorageSilent(CprError):
     kind = "StorageSilent"
+
+
+class HostFailed(CprError):
+    kind = "HostFailed"
+
+    @classmethod
+    def of(cls, error: OSError, vm: str = "") -> HostFailed:
+        """What nobody nearer to it has given a meaning."""
+        where = f" ({error.filename})" if error.filename else ""
+        return cls(f"{error.strerror or error}{where}", vm=vm, remedy=_HOST_REMEDIES.get(error.errno or 0, _SEE_LOG))
 
 
 class GuestAgentFailed(CprError):

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.lab import Guest, Lab, refused, script
+from cpr_agent.bus.client import CallError
+from tests.lab import Guest, Lab, refused, script, until
 
 
 def test_a_missing_qemu_is_named(lab: Lab) -> None:
@@ -43,6 +45,37 @@ def test_a_user_that_does_not_exist(lab: Lab) -> None:
     lab.define(guest)
     text = refused(guest, "MemoryUnusable", "no-such-user", "does not exist", member="Start")
     assert "internal error" not in text
+
+
+def test_a_disk_that_is_full_is_named(lab: Lab) -> None:
+    """No record, no start. There is a remedy, and the VM can be started once the admin has made room."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    guest = lab.guest()
+    lab.end_agent()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=755", "tmpfs", lab.state], check=True)
+    filler = lab.state / "filler"
+    try:
+        lab.start_agent()
+        (lab.state / "journal.reserve").unlink()
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(bytes(1 << 10))
+        for _ in range(40):  # the journal's last page takes a few records more
+            try:
+                guest.start()
+                guest.call("Stop", "s", "hard")
+            except CallError:
+                break
+        until(lambda: guest.state == "stopped", "nothing runs")
+        text = refused(guest, "HostFailed", "No space left on device", "journal", "Make room", member="Start")
+        assert "internal error" not in text
+        assert guest.state == "stopped"
+        filler.unlink()
+        guest.start()
+    finally:
+        lab.close()
+        subprocess.run(["umount", "--lazy", lab.state], check=True)
 
 
 def test_a_qmp_socket_that_answers_garbage(lab: Lab, tmp_path: Path) -> None:

@@ -218,6 +218,7 @@ class VmObject(BusObject):
         self._caller = caller
         self._asking: asyncio.Task[list[str]] | None = None
         self.path = vm_path(vm.name)
+        self.name = vm.name
 
     async def call_CprSave(self, filename: str, mode: str, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"survives": "s"})

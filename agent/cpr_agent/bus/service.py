@@ -41,7 +41,7 @@ from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import VmState
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import AccessDenied, Busy, CprError, InvalidArgument, LimitsExceeded
+from cpr_agent.errors import AccessDenied, Busy, CprError, HostFailed, InvalidArgument, LimitsExceeded
 from cpr_agent.text import printable
 
 log = logging.getLogger(__name__)
@@ -170,9 +170,13 @@ class Service(Listener):
         except asyncio.CancelledError:
             self._reply(call, Message.new_error(call, ErrorType.NO_REPLY.value, "the agent is going away"))
             raise
-        except Exception:
+        except Exception as error:
             log.exception("%s.%s on %s", *map(_shown, (call.interface, call.member, call.path)))
             reply = _internal_error(call)
+            if isinstance(error, OSError):
+                target = self._objects.get(str(call.path))
+                failed = HostFailed.of(error, vm=target.name if isinstance(target, VmObject) else "")
+                reply = Message.new_error(call, failed.dbus_name, failed.text)
         self._reply(call, reply)
 
     async def _spend(self, uid: int, cost: float) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 import msgspec
 
 from cpr_agent.core.listener import Listener
-from cpr_agent.errors import CprError, NothingToDo, WrongState
+from cpr_agent.errors import CprError, HostFailed, NothingToDo, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,9 @@ class Jobs:
             job.state, job.result = JobState.CANCELLED, "cancelled"
         except Exception as error:
             job.state, job.result = JobState.FAILED, f"internal error: {error}"
+            if isinstance(error, OSError):
+                job.error = HostFailed.of(error)
+                job.result = job.error.text
             log.exception("job %d (%s)", job.id, job.kind)
         finally:
             if over:

@@ -82,9 +82,10 @@ class FileJournal:
     def _write(self, line: bytes) -> None:
         try:
             if os.write(self._fd, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._fd)
-        except OSError:
+        except OSError as error:
+            error.filename = str(self._path)
             # A half would make the next record's line damage.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)
