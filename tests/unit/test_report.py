@@ -23,6 +23,7 @@ from cpr_agent.report.phases import LOOKS, look_of
 from cpr_agent.report.picture import draw, ticks
 from cpr_agent.report.render import render, verdict
 from cpr_agent.report.story import Outcome, Story, list_stories, story_of
+from cpr_agent.store import history as store_history
 from cpr_agent.store.history import History
 from cpr_agent.words import exact_size, length, size
 from tests.stories import T0, UPGRADE, told, upgrade
@@ -180,6 +181,19 @@ def test_records_of_an_older_agent_are_read(tmp_path: Path) -> None:
     assert [name for name, _ in read.phases()][-2:] == ["devices", "load"]
     story = story_of("", [], [replace(read, upgrade="")], "host")
     render(story, "html")
+
+
+def test_the_oldest_timelines_make_room_for_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_history, "KEPT", 2)
+    (one,) = upgrade(1)[1]
+    for number in range(5):
+        History(tmp_path).add(replace(one, id=f"id-{number}", resumed_at=one.resumed_at + number))
+    again = History(tmp_path)
+    again.all()
+    for number in (6, 5):  # the first is newer than the second, which is added later
+        again.add(replace(one, id=f"id-{number}", resumed_at=one.resumed_at + number))
+    assert [timeline.id for timeline in again.all()] == ["id-5", "id-6"]
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["id-5", "id-6"]
 
 
 def test_a_clock_that_went_back_across_the_kexec_turns_no_phase_around() -> None:

@@ -10,6 +10,8 @@ import msgspec
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.files import make_private_directory, write_atomically
 
+KEPT = 10_000
+"""Timelines, of 1 KB each: those of 100 guests that are loaded twice a week, for a year."""
 _TIMELINE = msgspec.json.Decoder(GuestTimeline)
 """See store/schema.py, READ."""
 
@@ -28,6 +30,10 @@ class History:
         write_atomically(path, msgspec.json.encode(timeline))
         self._read[path.name] = timeline
         self._note(timeline)
+        if len(self._read) > KEPT:
+            for old in self.all()[:-KEPT]:
+                (self._root / f"{old.id}.json").unlink(missing_ok=True)
+                self._read.pop(f"{old.id}.json", None)
 
     def last(self, vm: str) -> GuestTimeline | None:
         return self._last.get(vm)
@@ -43,12 +49,12 @@ class History:
             if timeline := _decoded(paths[name]):
                 self._note(timeline)
             self._read[name] = timeline
-        there = [timeline for name in paths if (timeline := self._read[name])]
+        there = [timeline for name in paths if (timeline := self._read.get(name))]
         return sorted(there, key=lambda timeline: timeline.resumed_at)
 
 
 def _decoded(path: Path) -> GuestTimeline | None:
     try:
         return _TIMELINE.decode(path.read_bytes())
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, OSError):
         return None
