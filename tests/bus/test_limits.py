@@ -14,9 +14,9 @@ import pytest
 
 from cpr_agent.bus.client import CallError
 from cpr_agent.bus.contract import BUS_NAME, ROOT
+from cpr_agent.bus.frames import MAX_BODY_BYTES, FrameReader, lacks_arguments, parse
 from cpr_agent.bus.library import Message, MessageFlag, Variant, marshal
 from cpr_agent.bus.limits import BURST, CALLS_PER_S, UNDER_WAY, UNDER_WAY_PER_USER, Limits
-from cpr_agent.bus.wire import MAX_BODY_BYTES, FrameReader, lacks_arguments, parse
 from cpr_agent.errors import LimitsExceeded
 from tests.lab import PATIENCE_S, Guest, Lab, let_others_in
 
@@ -119,7 +119,7 @@ def test_megabytes_of_options_are_refused_at_once(lab: Lab) -> None:
 
 AS_NOBODY = """
 import asyncio, collections, os, sys
-from cpr_agent.bus.connection import ClientBus
+from cpr_agent.bus.wire import ClientBus
 from cpr_agent.bus.library import Message, MessageFlag, Variant
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 
@@ -129,7 +129,7 @@ def call(flags, size):
         body=body, flags=MessageFlag(flags))
 
 async def main(count, at_once, flags, size):
-    bus = await ClientBus.connect(sys.argv[1])
+    bus = await ClientBus(sys.argv[1]).connect()
     heard = collections.Counter()
     for _ in range(0, count, at_once):
         if flags & 1:

@@ -21,10 +21,10 @@ import msgspec
 import pytest
 
 from cpr_agent.bus.client import CallError
-from cpr_agent.bus.connection import ClientBus
 from cpr_agent.bus.contract import read_contract, standard_interfaces
+from cpr_agent.bus.frames import parse
 from cpr_agent.bus.library import Message, MessageFlag, SignatureTree, SignatureType, Variant, marshal
-from cpr_agent.bus.wire import parse
+from cpr_agent.bus.wire import ClientBus
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.settings import Settings
 from cpr_agent.core.upgrade.ledger import Ledger
@@ -321,7 +321,7 @@ def test_calls_of_any_shape(lab: Lab, good: Guest) -> None:
     campaign = Campaign()
 
     async def call_on() -> None:
-        bus = await ClientBus.connect(lab.address)
+        bus = await ClientBus(lab.address).connect()
         while campaign.goes_on():
             message = random_call(campaign.chance)
             campaign.inputs += 1

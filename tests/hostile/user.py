@@ -16,8 +16,8 @@ import sys
 from collections import Counter
 
 from cpr_agent.bus.client import plain
-from cpr_agent.bus.connection import ClientBus
 from cpr_agent.bus.library import Message, MessageFlag, MessageType
+from cpr_agent.bus.wire import ClientBus
 
 NAME, ROOT = "org.cpragent1", "/org/cpragent1"
 MANAGER, PROPERTIES = f"{NAME}.Manager", "org.freedesktop.DBus.Properties"
@@ -46,7 +46,7 @@ async def send(address: str, what: str, calls: int, connections: int) -> Counter
     path, interface, member, signature, body = CALLS[what.removesuffix(", interactively")]
     flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if what.endswith("interactively") else MessageFlag.NONE
     heard: Counter[str] = Counter()
-    buses = [await ClientBus.connect(address) for _ in range(connections)]
+    buses = [await ClientBus(address).connect() for _ in range(connections)]
 
     async def call(bus: ClientBus) -> None:
         message = Message(NAME, path, interface, member, signature=signature, body=body, flags=flags)
@@ -66,7 +66,7 @@ async def send(address: str, what: str, calls: int, connections: int) -> Counter
 async def storm(address: str, what: str, calls: int, connections: int) -> Counter[str]:
     """Make so many calls at a time again and again, as fast as they are answered, until stdin is closed."""
     heard: Counter[str] = Counter()
-    buses = [await ClientBus.connect(address) for _ in range(connections)]
+    buses = [await ClientBus(address).connect() for _ in range(connections)]
     over = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # nothing ends it but stdin's end
     path, interface, member, signature, body = CALLS[what]
 
@@ -83,7 +83,7 @@ async def storm(address: str, what: str, calls: int, connections: int) -> Counte
 
 
 async def listen(address: str) -> list[str]:
-    bus = await ClientBus.connect(address)
+    bus = await ClientBus(address).connect()
     heard: list[str] = []
 
     def on_message(message: Message) -> bool:

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpr_agent.bus.client import CallError, Client
+from cpr_agent.bus.frames import sendable
 from cpr_agent.bus.library import Message, Variant, marshal
 from cpr_agent.bus.limits import COSTS, HEAVY_IN_ALL, HEAVY_PER_USER, MAX_TEXT_BYTES, Limits, refuse_long_text
 from cpr_agent.bus.listeners import IN_ALL, PER_USER, Listeners
-from cpr_agent.bus.wire import sendable
 from cpr_agent.errors import InvalidArgument, LimitsExceeded
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=30)

@@ -72,7 +72,7 @@ SAME = r"""
 import json, random, sys
 from cpr_agent.bus.client import plain
 from cpr_agent.bus.library import Message, MessageFlag, Variant, marshal, name
-from cpr_agent.bus.wire import lacks_arguments, parse
+from cpr_agent.bus.frames import lacks_arguments, parse
 
 def told(frame):
     message = parse(bytearray(frame))
@@ -110,7 +110,7 @@ def test_both_write_the_same_bytes_and_read_the_same_values() -> None:
 FRAMES = r"""
 import struct
 from cpr_agent.bus.library import Message, Variant, marshal
-from cpr_agent.bus.wire import lacks_arguments, parse
+from cpr_agent.bus.frames import lacks_arguments, parse
 
 def framed(signature, body):
     texts = "s" * len(signature)
@@ -159,7 +159,7 @@ def test_lengths_and_types_that_do_not_fit_are_seen_before_the_library_reads_the
 DEEP = r"""
 import struct
 from cpr_agent.bus.library import Message, Variant, marshal
-from cpr_agent.bus.wire import MAX_BODY_BYTES, lacks_arguments, parse
+from cpr_agent.bus.frames import MAX_BODY_BYTES, lacks_arguments, parse
 
 def nested(levels):
     frame = marshal(Message("a.b", "/a", "a.b", "M", signature="v", body=[Variant("s", "x")], serial=1))

@@ -14,8 +14,8 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator
 
-from cpr_agent.bus.connection import DAEMON, Bus
 from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant
+from cpr_agent.bus.wire import DAEMON, AgentBus
 from cpr_agent.errors import AccessDenied, LimitsExceeded
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class TimedOutError(AccessDenied):
 class Authority:
     """Asks over ``bus``, the connection that the calls come from."""
 
-    def __init__(self, bus: Bus, interactive_timeout_s: float = INTERACTIVE_TIMEOUT_S) -> None:
+    def __init__(self, bus: AgentBus, interactive_timeout_s: float = INTERACTIVE_TIMEOUT_S) -> None:
         self._bus = bus
         self._interactive_timeout_s = interactive_timeout_s
         self._uids: dict[str, asyncio.Task[int]] = {}

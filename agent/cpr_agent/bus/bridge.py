@@ -15,7 +15,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 
-from cpr_agent.bus.connection import ClientBus
+from cpr_agent.bus.wire import ClientBus
 
 HOST = re.compile(r"(?P<who>(?:[^@\s]+@)?(?:\[[^\]\s]+\]|[^:\[\]\s@]+))(?::(?P<port>\d+))?")
 END_TIMEOUT_S = 5.0
@@ -35,7 +35,7 @@ async def bridge(host: str, timeout_s: float) -> AsyncIterator[ClientBus]:
     """
     async with contextlib.AsyncExitStack() as stack:
         near, far = socket.socketpair()
-        bus = ClientBus(near)
+        bus = ClientBus(sock=near)
         stack.callback(bus.disconnect)
         with far:
             ssh = await _ssh(host, far)
@@ -45,7 +45,7 @@ async def bridge(host: str, timeout_s: float) -> AsyncIterator[ClientBus]:
         stack.callback(bus.disconnect)  # first, so that ssh ends by itself
         try:
             async with asyncio.timeout(timeout_s):
-                await bus.say_hello()
+                await bus.connect()
         except (OSError, EOFError, TimeoutError) as error:
             bus.disconnect()
             raise BridgeError(await _reason(host, ssh, said, error)) from error

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cpr_agent.bus.bridge import BridgeError, bridge
-from cpr_agent.bus.connection import DAEMON, AddressError, ClientBus, error_text
 from cpr_agent.bus.contract import BUS_NAME, ROOT, escape
+from cpr_agent.bus.frames import UnsendableError, lacks_arguments
 from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant
-from cpr_agent.bus.wire import UnsendableError, lacks_arguments
+from cpr_agent.bus.wire import DAEMON, AddressError, ClientBus, error_text
 
 CALL_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 10.0
@@ -78,7 +78,7 @@ class Client:
                     bus = await stack.enter_async_context(bridge(host, BRIDGE_TIMEOUT_S))
                 else:
                     async with asyncio.timeout(timeout_s):
-                        bus = await ClientBus.connect(address)
+                        bus = await ClientBus(address).connect()
             except BridgeError as error:
                 raise CallError("NoBus", str(error)) from error
             except (OSError, TimeoutError, EOFError, AddressError) as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The D-Bus library: dbus-fast where it is installed, dbus-next elsewhere (ADR 28). The only importer of either.
 
-Messages, signatures and the forms in which they go over the wire are the library's; connections are ours (connection.py).
+Messages, signatures and the forms in which they go over the wire are the library's; connections are ours (wire.py).
 Two private members are in use, and both are wrapped here:
 
 - ``Message._marshall``: there is no other way to a message's bytes than a connection that sends them. The agent has to know
@@ -78,7 +78,8 @@ def name() -> str:
 
 
 def marshal(message: Message) -> bytearray:
-    """``message``, which has a serial, as it goes over the wire. It raises what the library likes."""
+    """``message``, which has a serial, as it goes over the wire. It may be the other library's, which then does the work.
+    Raises what the library likes."""
     frame: bytearray = message._marshall(False)  # noqa: FBT003 - without descriptors; dbus-fast takes it by position
     return frame
 

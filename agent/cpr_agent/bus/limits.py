@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cpr_agent.bus.frames import MAX_BODY_BYTES, lacks_arguments
 from cpr_agent.bus.library import Message, Variant
-from cpr_agent.bus.wire import MAX_BODY_BYTES, lacks_arguments
 from cpr_agent.errors import InvalidArgument, LimitsExceeded
 
 CALLS_PER_S = 50.0

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from cpr_agent.bus.authority import Authority, trusted
-from cpr_agent.bus.connection import DAEMON, Bus, error_text
 from cpr_agent.bus.contract import (
     BUS_NAME,
     INSPECT,
@@ -30,12 +29,13 @@ from cpr_agent.bus.contract import (
     read_contract,
     standard_interfaces,
 )
+from cpr_agent.bus.frames import UnsendableError
 from cpr_agent.bus.library import ErrorType, Message, MessageFlag, MessageType, NameFlag, RequestNameReply, Variant
 from cpr_agent.bus.limits import COSTS, Limits, refuse_excess, refuse_long_text
 from cpr_agent.bus.listeners import Listeners
 from cpr_agent.bus.logs import LogObject, LogSettings
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject, error_parts, job_path, vm_path
-from cpr_agent.bus.wire import UnsendableError
+from cpr_agent.bus.wire import DAEMON, AgentBus, error_text
 from cpr_agent.core.jobs import Job
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
@@ -69,7 +69,7 @@ _DEPARTURES = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChan
 class Service(Listener):
     """Publishes ``manager`` on a connected ``bus``."""
 
-    def __init__(self, bus: Bus, manager: Manager, run_dir: Path, logs: LogSettings | None = None) -> None:
+    def __init__(self, bus: AgentBus, manager: Manager, run_dir: Path, logs: LogSettings | None = None) -> None:
         self._bus = bus
         self._manager = manager
         self._run_dir = run_dir
@@ -98,13 +98,13 @@ class Service(Listener):
         bus.add_message_handler(self._on_message)
 
     @classmethod
-    async def connect(cls, address: str | None) -> Bus:
+    async def connect(cls, address: str | None) -> AgentBus:
         """A connection to ``address``, or to the system bus. Raises TimeoutError, OSError, EOFError, AddressError."""
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            return await Bus.connect(address)
+            return await AgentBus(address).connect()
 
     @staticmethod
-    async def own_name(bus: Bus) -> None:
+    async def own_name(bus: AgentBus) -> None:
         """Raises Busy if another agent has the name: a second one would act on the same guests; AccessDenied."""
         bus.send(Message(*DAEMON, "AddMatch", signature="s", body=[_DEPARTURES], flags=MessageFlag.NO_REPLY_EXPECTED))
         wanted = [BUS_NAME, NameFlag.DO_NOT_QUEUE.value]

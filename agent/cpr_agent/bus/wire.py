@@ -1,138 +1,268 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Messages as they go over the wire: what may be sent, and how much is read before anybody has looked at it.
+"""A connection to a message bus, the agent's and cprctl's. No message may end it, or keep its owner busy.
 
-dbus-daemon lets messages of 32 MiB through; dbus-next takes a minute to parse one, in which the agent does nothing else.
+It is our own (ADR 28). A library's would parse a whole message before anybody looks at it, take a message that it can't
+parse for the end of the connection, and a full socket, too: many messages at once to a busy bus would end the agent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any, Protocol
+import os
+import re
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Self
+from urllib.parse import unquote
 
-from cpr_agent.bus.library import Message, Variant, marshal, unmarshal
-from cpr_agent.bus.shape import FIXED_BYTES, check, lengths
-from cpr_agent.text import printable_lines
+from cpr_agent.bus.frames import MAX_BODY_BYTES, MAX_MESSAGE_BYTES, MAX_SENT_BYTES, FrameReader, frame_of, shown, unchanged
+from cpr_agent.bus.library import ErrorType, Message, MessageFlag, MessageType
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 10
-"""Of arguments. The longest are definitions and QEMU's command lines, of some KiB."""
-MAX_MESSAGE_BYTES = 32 << 20
-"""At more the bus hangs up (dbus-daemon(1), max_message_size of the system bus)."""
-MAX_SENT_BYTES = 16 << 20
-"""Of a message of the agent's."""
-MAX_SENT_CHARS = 8 << 20
-"""Of one text: the longest is a report."""
-_UNREAD: list[Any] = []
-"""The body of a message whose own was left out."""
+DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+"""Name, path and interface of the bus itself."""
+SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
+"""Unless $DBUS_SYSTEM_BUS_ADDRESS names another: as sd_bus_open_system(3) has it."""
+MESSAGES_PER_TURN = 8
+"""After so many the event loop gets its turn, however many more are waiting."""
+_MAX_LINE_BYTES = 16 << 10
+_MAX_SERIAL = (1 << 32) - 1
+
+Handler = Callable[[Message], bool]
 
 
-class UnsendableError(ValueError):
-    """A message that the bus would hang up on, or that is none."""
+class AddressError(ValueError):
+    """No address of a bus (D-Bus specification, "Server Addresses")."""
 
 
-Fit = Callable[[str], str]
-"""Makes a text fit to be sent, or raises UnsendableError: dbus-daemon hangs up at a NUL in it."""
+class AuthenticationError(ConnectionError):
+    """The bus does not let this user in."""
 
 
-def frame_of(message: Message, fit: Fit, max_bytes: int) -> bytearray:
-    """``message`` as it goes over the wire. Raises UnsendableError."""
-    message.body = sendable(message.body, fit)
-    try:
-        frame = marshal(message)
-    except Exception as error:  # it raises what it likes
-        raise UnsendableError(f"{message.interface}.{message.member} on {message.path}: {error!r}") from error
-    if len(frame) > max_bytes:
-        raise UnsendableError(f"{message.interface}.{message.member} on {message.path}: {len(frame)} bytes")
-    return frame
+class AgentBus:
+    """The agent's connection, in the shape of dbus-next's and dbus-fast's ``MessageBus``. It has no task: it reads and
+    writes when the event loop finds the socket ready."""
+
+    max_body_bytes: ClassVar[int] = MAX_BODY_BYTES
+    max_sent_bytes: ClassVar[int] = MAX_SENT_BYTES
+
+    def __init__(self, address: str | None = None, *, sock: socket.socket | None = None) -> None:
+        """To the bus at ``address``, by default the system bus; or over ``sock``, which it closes. Nothing can be sent
+        before ``connect``. Raises AddressError, OSError."""
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock or _connected(address or os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS)
+        self._sock.settimeout(0)
+        self._stream = self._sock.makefile("rb")
+        self._frames = FrameReader(self._stream, self.max_body_bytes)
+        self.unique_name = ""
+        """As the bus calls this connection, once it has said hello."""
+        self._serial = 0
+        self._calls: dict[int, asyncio.Future[Message]] = {}
+        self._handlers: list[Handler] = []
+        self._unsent: deque[tuple[memoryview, asyncio.Future[None]]] = deque()
+        self._end: asyncio.Future[None] = self._loop.create_future()
+
+    async def connect(self) -> Self:
+        """Come in, as the user that this process is (D-Bus specification, "Authentication Protocol"). Raises OSError,
+        EOFError."""
+        try:
+            await self._say_hello()
+        except BaseException:
+            self.disconnect()
+            raise
+        return self
+
+    async def _say_hello(self) -> None:
+        user = str(os.getuid()).encode().hex()
+        await self._loop.sock_sendall(self._sock, f"\0AUTH EXTERNAL {user}\r\n".encode())
+        answer = b""
+        while not answer.endswith(b"\r\n") and len(answer) < _MAX_LINE_BYTES:
+            more = await self._loop.sock_recv(self._sock, 1024)  # nothing else comes before BEGIN
+            if not more:
+                raise EOFError("it hung up")
+            answer += more
+        if not answer.startswith(b"OK "):
+            raise AuthenticationError(f"authentication failed: {answer.decode(errors='replace').strip()}")
+        await self._loop.sock_sendall(self._sock, b"BEGIN\r\n")
+        self._loop.add_reader(self._sock, self._read)
+        reply = await self.call(Message(*DAEMON, "Hello"))
+        if reply.message_type is MessageType.ERROR:
+            raise ConnectionRefusedError(error_text(reply))
+        self.unique_name = str(reply.body[0])
+
+    async def call(self, message: Message) -> Message:
+        """The answer to ``message``, which may be an error. Raises UnsendableError; OSError or EOFError if the connection
+        has ended, or ends before there is one."""
+        if self._end.done():
+            raise ConnectionResetError("the connection to the bus has ended")
+        answer: asyncio.Future[Message] = self._loop.create_future()
+        serial = message.serial = self._next_serial()
+        self._calls[serial] = answer
+        try:
+            self.send(message)
+            return await answer
+        finally:
+            self._calls.pop(serial, None)
+
+    def send(self, message: Message) -> asyncio.Future[None]:
+        """Without waiting for an answer. The future is done when the message has been written, and cancelled if the
+        connection ends before that. Raises UnsendableError."""
+        if not message.serial:
+            message.serial = self._next_serial()
+        frame = frame_of(message, self.fit, self.max_sent_bytes)
+        written: asyncio.Future[None] = self._loop.create_future()
+        if self._end.done():
+            written.cancel()
+            return written
+        self._unsent.append((memoryview(frame), written))
+        if len(self._unsent) == 1:
+            self._write()
+        return written
+
+    def add_message_handler(self, handler: Handler) -> None:
+        """``handler`` hears signals and calls. No handler after it hears of one for which it returns true."""
+        self._handlers.append(handler)
+
+    def disconnect(self) -> None:
+        """What has not been written is not sent."""
+        self._finish(None)
+
+    async def wait_for_disconnect(self) -> None:
+        """Returns after ``disconnect``. Raises OSError, EOFError if the connection was lost."""
+        await asyncio.shield(self._end)
+
+    @staticmethod
+    def fit(text: str) -> str:
+        """``text`` as it is sent. Raises UnsendableError."""
+        return shown(text)
+
+    # -- reading --------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                message = self._frames.next()
+                if message is None:
+                    return
+                self._hear(message)
+                if self._end.done():
+                    return
+        except (OSError, EOFError) as error:
+            self._finish(error)
+            return
+        self._loop.call_soon(self._read_on)  # the rest is in the stream's buffer, which wakes no reader
+
+    def _read_on(self) -> None:
+        if not self._end.done():
+            self._read()
+
+    def _hear(self, message: Message) -> None:
+        if message.message_type in (MessageType.METHOD_RETURN, MessageType.ERROR):
+            answer = self._calls.pop(message.reply_serial or 0, None)
+            if answer and not answer.done():
+                answer.set_result(message)
+            return
+        try:
+            if any(handler(message) for handler in self._handlers):
+                return
+        except Exception:  # a handler's trouble with one message is not that of the next
+            log.exception("a message on the bus was not understood")
+        if message.message_type is MessageType.METHOD_CALL and not message.flags & MessageFlag.NO_REPLY_EXPECTED:
+            self.send(Message.new_error(message, ErrorType.UNKNOWN_METHOD.value, "there is no such method here"))
+
+    # -- writing --------------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                rest, written = self._unsent[0]
+                sent = self._sock.send(rest)
+                if sent < len(rest):
+                    self._unsent[0] = rest[sent:], written
+                    continue
+                self._unsent.popleft()
+                if not written.done():
+                    written.set_result(None)
+        except BlockingIOError:
+            self._loop.add_writer(self._sock, self._write)
+        except OSError as error:
+            self._finish(error)
+        else:
+            self._loop.remove_writer(self._sock)
+
+    def _next_serial(self) -> int:
+        """Never 0 (D-Bus specification, "Message Format")."""
+        self._serial = self._serial % _MAX_SERIAL + 1
+        return self._serial
+
+    def _finish(self, error: Exception | None) -> None:
+        if self._end.done():
+            return
+        if error:
+            self._end.set_exception(error)
+            self._end.exception()  # known, then: whoever did not wait for it needs no traceback
+        else:
+            self._end.set_result(None)
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._stream.close()
+        self._sock.close()
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(error or ConnectionResetError("the connection to the bus was ended"))
+        for _, written in self._unsent:
+            written.cancel()
+        self._unsent.clear()
 
 
-def shown(text: str) -> str:
-    """Printable, line by line: the agent's texts are from everywhere."""
-    return printable_lines(text, MAX_SENT_CHARS)
+class ClientBus(AgentBus):
+    """cprctl's: the agent's answers may be long, and what the user typed is sent as it is."""
+
+    max_body_bytes = MAX_MESSAGE_BYTES
+    max_sent_bytes = MAX_MESSAGE_BYTES
+
+    @staticmethod
+    def fit(text: str) -> str:
+        return unchanged(text)
 
 
-def unchanged(text: str) -> str:
-    """An argument is what the user typed, or is not sent. Raises UnsendableError."""
-    if "\0" in text:
-        raise UnsendableError("a text with a NUL in it can't be sent")
-    return text
+def error_text(reply: Message) -> str:
+    """Of an answer that is an error: its text, or else its name."""
+    return str(reply.body[0]) if reply.body else str(reply.error_name)
 
 
-def sendable(value: Any, fit: Fit = shown) -> Any:
-    """``value`` with every text in it fit; the same object if it is so already."""
-    match value:
-        case str():
-            return fit(value)
-        case Variant():
-            inner = sendable(value.value, fit)
-            return value if inner is value.value else Variant(value.signature, inner)
-        case list() | tuple():
-            items = [sendable(item, fit) for item in value]
-            return value if all(new is old for new, old in zip(items, value, strict=True)) else items
-        case dict():
-            pairs = {sendable(key, fit): sendable(item, fit) for key, item in value.items()}
-            same = all(new is old for new, old in zip(pairs.values(), value.values(), strict=False))
-            return value if same and pairs.keys() == value.keys() else pairs
-        case _:
-            return value
+def _connected(address: str) -> socket.socket:
+    """The first of ``address``'s servers that is there. Raises AddressError, OSError."""
+    failure: OSError | None = None
+    for family, where in _servers(address):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.connect(where)  # without the loop's help, which takes a full backlog of an AF_UNIX socket for a connection
+        except OSError as error:
+            sock.close()
+            failure = error
+        else:
+            return sock
+    raise failure or AddressError(f"{address!r} names no server")
 
 
-class _Stream(Protocol):
-    def read(self, size: int, /) -> bytes | None: ...
-
-
-class FrameReader:
-    """Messages from ``stream``, which does not block; each whole before the library sees it."""
-
-    def __init__(self, stream: _Stream, max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        self._stream = stream
-        self._max_body_bytes = max_body_bytes
-        self._frame = bytearray()
-
-    def next(self) -> Message | None:
-        """None if it is not all there yet. Raises EOFError, OSError."""
-        while self._fill(FIXED_BYTES) and self._fill(sum(lengths(self._frame))):
-            frame, self._frame = self._frame, bytearray()
-            if message := parse(frame, self._max_body_bytes):
-                return message
-        return None
-
-    def _fill(self, length: int) -> bool:
-        while (missing := length - len(self._frame)) > 0:
-            data = self._stream.read(missing)
-            if data is None:
-                return False
-            if not data:
-                raise EOFError("the bus hung up")
-            self._frame += data
-        return True
-
-
-def parse(frame: bytearray, max_body_bytes: int = MAX_BODY_BYTES) -> Message | None:
-    """``frame`` as a message: without its body, if that is too large, too deep, or makes no sense; None if the rest makes
-    none."""
-    header_bytes, body_bytes = lengths(frame)
-    if body_bytes <= max_body_bytes and (message := _read(frame)):
-        return message
-    headless = frame[:header_bytes]
-    headless[4:8] = bytes(4)  # the length of the body (D-Bus specification, "Message Format")
-    message = _read(headless, whole=False)
-    if message:
-        message.body = _UNREAD
-    return message
-
-
-def lacks_arguments(message: Message) -> bool:
-    """Were they left out by ``parse``?"""
-    return message.body is _UNREAD
-
-
-def _read(frame: bytearray, *, whole: bool = True) -> Message | None:
-    try:
-        check(frame, whole=whole)
-        return unmarshal(frame)
-    except Exception as error:  # the library raises what it likes
-        log.warning("a message on the bus can't be read: %r", error)
-        return None
+def _servers(address: str) -> Iterator[tuple[socket.AddressFamily, str | tuple[str, int]]]:
+    for one in filter(None, address.split(";")):
+        transport, _, rest = one.partition(":")
+        options = {}
+        for key, equals, value in (option.partition("=") for option in rest.split(",") if option):
+            if not equals or not re.fullmatch(r"[-0-9A-Za-z_/.*\\%]*", value):
+                raise AddressError(f"{one!r} is no address of a bus")
+            options[key] = unquote(value)
+        match transport, options:
+            case "unix", {"path": path} if "\0" not in path:
+                yield socket.AF_UNIX, path
+            case "unix", {"abstract": name}:
+                yield socket.AF_UNIX, f"\0{name}"
+            case "tcp", {"host": host, "port": port} if port.isdecimal() and int(port) < 1 << 16:
+                yield socket.AF_INET, (host, int(port))
+            case _:
+                raise AddressError(f"{one!r} is no address of a bus that can be reached from here")
