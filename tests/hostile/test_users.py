@@ -55,11 +55,19 @@ def test_a_look_runs_no_program_of_roots(lab: Lab, good: Guest, polkit: Polkit) 
     ran = lab.root / "ran"
     script(hooks / "10-hook", f"#!/bin/sh\necho ran >>{ran}\n")
     polkit("looking")
-    for what in ("check", "check-good"):
+    for what in ("check", "check-good", "check of an upgrade"):
         assert User(lab, what).answers() == {"ok": 1}
     assert not ran.exists()
     good.call("Check")  # as root
     assert ran.exists()
+
+
+def test_a_look_at_an_upgrade_opens_no_file_that_its_caller_names(lab: Lab, good: Guest, polkit: Polkit) -> None:
+    """The kernel's initrd would be unpacked by root."""
+    polkit("looking")
+    for what in ("check of a kernel's file", "check of an initrd"):
+        assert User(lab, what).answers() == {"AccessDenied": 1}
+    assert_contained(lab, good)
 
 
 def test_questions_to_polkit_are_few_and_end_with_their_caller(lab: Lab, good: Guest, polkit: Polkit) -> None:

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 
 from cpr_agent.bus.client import plain
-from cpr_agent.bus.library import Message, MessageFlag, MessageType
+from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant
 from cpr_agent.bus.wire import ClientBus
 
 NAME, ROOT = "org.cpragent1", "/org/cpragent1"
@@ -26,6 +26,9 @@ SURROGATE = 'qemu-system-x86_64 -chardev \'{"id":"\\ud800","backend":"stdio"}\''
 CALLS: dict[str, tuple[str, str, str, str, list[object]]] = {
     "list": (ROOT, MANAGER, "ListVMs", "", []),
     "check": (ROOT, MANAGER, "Check", "a{sv}", [{}]),
+    "check of an upgrade": (ROOT, MANAGER, "Check", "a{sv}", [{"policy": Variant("s", "force")}]),
+    "check of a kernel's file": (ROOT, MANAGER, "Check", "a{sv}", [{"kernel-image": Variant("s", "/boot/vmlinuz")}]),
+    "check of an initrd": (ROOT, MANAGER, "Check", "a{sv}", [{"initrd": Variant("s", "/etc/shadow")}]),
     "check-good": (f"{ROOT}/vm/good", f"{NAME}.VM", "Check", "", []),
     "managed": (ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects", "", []),
     "properties": (f"{ROOT}/vm/good", PROPERTIES, "GetAll", "s", [""]),
