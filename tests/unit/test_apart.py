@@ -15,6 +15,7 @@ import pytest
 from cpr_agent.errors import InvalidArgument, InvalidDefinition
 from cpr_agent.vm import apart
 from cpr_agent.vm.definition import DefinitionDirectory
+from tests.lab import until
 
 GOOD = '[vm]\nqemu = "/usr/bin/qemu"\narguments = ["-nodefaults"]\n[memory]\nsize = "16M"\ndevice = "/dev/shm/x"\n'
 NUMA = """[[memory.node]]\nsize = "16M"\ndevice = "/dev/shm/x"\n[vm]\nqemu = "/usr/bin/qemu"\n"""
@@ -121,3 +122,25 @@ def test_a_command_line_is_read_or_refused_in_time(text: str) -> None:
     except InvalidArgument as error:
         assert str(error)
     assert time.monotonic() - began < apart.WALL_S
+
+
+NO_NICE = """
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 141, "aarch64": 140}[platform.machine()]  # setpriority
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | 1), (0x06, 0, 0, 0x7FFF0000)]
+rules = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(rules)))
+libc = ctypes.CDLL(None)
+assert not libc.prctl(38, 1, 0, 0, 0) and not libc.prctl(22, 2, program)
+os.execv(sys.executable, [sys.executable, "-m", "cpr_agent.vm.apart", "definition"])
+"""
+"""A filter of seccomp(2) by which setpriority(2) fails with EPERM."""
+
+
+def test_the_memory_of_a_text_is_bounded_where_the_unit_forbids_to_be_nice() -> None:
+    """SystemCallFilter= of the agent's unit has no @resources."""
+    with subprocess.Popen([sys.executable, "-c", NO_NICE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        limits = Path(f"/proc/{child.pid}/limits")
+        until(lambda: str(apart.MEMORY_BYTES) in limits.read_text() or child.poll() is not None, "the limit is set")
+        out, _ = child.communicate(b'{"text": "", "path": "/x/web1.toml"}', timeout=60)
+    assert b"refusal" in out

@@ -106,9 +106,10 @@ def _ask(what: str, request: Request, failure: type[CprError]) -> bytes:
 def main(arguments: list[str]) -> int:
     """Set the limits before anything else."""
     signal.setitimer(signal.ITIMER_PROF, CPU_S)  # SIGPROF ends the process, also within a regular expression
-    with contextlib.suppress(OSError, ValueError):  # the agent's unit forbids both to all that it starts (@resources)
-        os.nice(NICE)
+    with contextlib.suppress(ValueError):  # there is a lower one
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with contextlib.suppress(OSError):  # the agent's unit forbids it to all that it starts (@resources)
+        os.nice(NICE)
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
     try:
         reply = Reply(answer=msgspec.Raw(msgspec.json.encode(_read(arguments[1], request), enc_hook=_plain)))
