@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cpr_agent.core.paths import AllowedFiles, why_swappable
+from cpr_agent.core.paths import AllowedFiles, is_node_name, why_swappable
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.host.hooks import HookDirectory
 
@@ -90,3 +90,21 @@ def test_files_that_callers_name_are_below_a_directory_that_is_allowed(file: Pat
     file.chmod(0o666)
     with pytest.raises(InvalidArgument, match=r"can't be a kernel file: others may write to .*\(mode 0666\)"):
         allowed.check(file, fixed=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        *(("/dev/vdb", True), ("/dev/mapper/vg-root", True), ("/dev/disk/by-id/x", True)),
+        *(
+            ("/dev/../srv/link", False),
+            ("/dev/./vdb", False),
+            ("/dev//vdb", False),
+            ("/dev/vdb/", False),
+            ("/srv/disk", False),
+        ),
+        *(("/dev/shm/link", False), ("/dev/mqueue/link", False), ("dev/vdb", False), ("", False), ("/device", False)),
+    ],
+)
+def test_a_name_of_a_node_is_one_that_root_alone_makes(name: str, *, plain: bool) -> None:
+    assert is_node_name(name) is plain

@@ -29,6 +29,7 @@ from cpr_agent.core.model import (
     ram_of,
 )
 from cpr_agent.core.past import Past, VmEvent
+from cpr_agent.core.paths import is_node_name
 from cpr_agent.core.ports import Place, Ports, Qemu
 from cpr_agent.core.proof import naming
 from cpr_agent.core.run_states import RUN_STATES
@@ -272,9 +273,14 @@ class Machine:
             log.warning("VM %s: its next start has to wait: %s", self.name, error)
 
     def _devices_below(self, inventory: Inventory | None) -> tuple[str, ...]:
-        """Block devices that its QEMU had open, by QEMU's names where these still lead there. Blocking."""
+        """Block devices that its QEMU had open, by QEMU's names where these still lead there. Root looks at no name of
+        QEMU's outside of /dev, in which none but root makes nodes and links. Blocking."""
         nodes = inventory.nodes if inventory else ()
-        opened = {node.filename: node.file for node in nodes if node.file and node.file.kind == "device"}
+        opened = {
+            node.filename: node.file
+            for node in nodes
+            if node.file and node.file.kind == "device" and is_node_name(node.filename)
+        }
         look = self.ports.files.look_at
         return tuple(
             sorted(path for path, was in opened.items() if (now := look(path)) and was.same_as(now, rebooted=True))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def _why_foreign(place: Path, info: os.stat_result) -> str:
 def _why_writable(place: Path, info: os.stat_result) -> str:
     mode = stat.S_IMODE(info.st_mode)
     return f"others may write to {place} (mode {mode:04o})" if mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
+
+
+def is_node_name(path: str) -> bool:
+    """Whether it is a plain name of a device's node, or of a link of udev's to one: in /dev, and not in a part of /dev in
+    which any user may make names."""
+    return path.startswith("/dev/") and posixpath.normpath(path) == path and not path.startswith(_OPEN_TO_ALL)
+
+
+_OPEN_TO_ALL = ("/dev/shm/", "/dev/mqueue/")  # noqa: S108 - looked at
 
 
 class AllowedFiles(msgspec.Struct, frozen=True):
