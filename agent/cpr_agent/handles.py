@@ -110,9 +110,11 @@ def _only_ours(info: os.stat_result) -> bool:
 
 
 def uid_of(pid: int) -> int:
-    """The user whose files this process makes (proc(5), the last of "Uid:"). Raises OSError if there is no such process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("Uid:"):
+    """The user whose files this process makes (proc(5), the last of "Uid:"). Raises OSError if there is no such process.
+
+    The file has the process's own name in it, which may be any bytes."""
+    for line in Path(f"/proc/{pid}/status").read_bytes().split(b"\n"):
+        if line.startswith(b"Uid:"):
             return int(line.split()[-1])
     raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), str(pid))
 

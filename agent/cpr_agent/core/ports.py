@@ -463,7 +463,8 @@ class Files(Protocol):
         """``disk`` as it is now, by its path. Blocking."""
 
     def open_files(self, pid: int) -> list[OpenFile]:
-        """The files and block devices that the process has open. Blocking; empty if it has ended."""
+        """The files and block devices that the process has open, some thousands at most. Blocking; empty if it has
+        ended."""
 
     def working_directory(self, pid: int) -> str:
         """Of the process; "" if it has ended."""

@@ -152,15 +152,16 @@ def command_line(pid: int) -> tuple[str, ...]:
 
 
 def maps_whole(pid: int, file: int, offset: int, size: int) -> bool:
-    """Whether the process has these bytes of an open file or device mapped, shared, and in one piece (proc_pid_maps(5))."""
+    """Whether the process has these bytes of an open file or device mapped, shared, and in one piece (proc_pid_maps(5)).
+    A path there may be any bytes, and there may be many."""
     wanted = os.fstat(file)
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, flags, at, device, inode, *path = line.split(maxsplit=5)
-            begin, end = (int(number, 16) for number in span.split("-"))
-            if int(at, 16) == offset and end - begin >= size and flags[3] == "s":
-                major, minor = (int(number, 16) for number in device.split(":"))
-                if _is_mapped(pid, os.makedev(major, minor), int(inode), "".join(path), wanted):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as maps:  # noqa: PTH123 - line by line
+        for line in maps:
+            span, flags, at, device, inode, *path = line.rstrip(b"\n").split(maxsplit=5)
+            begin, end = (int(number, 16) for number in span.split(b"-"))
+            if int(at, 16) == offset and end - begin >= size and flags[3:4] == b"s":
+                major, minor = (int(number, 16) for number in device.split(b":"))
+                if _is_mapped(pid, os.makedev(major, minor), int(inode), os.fsdecode(b"".join(path)), wanted):
                     return True
     return False
 

@@ -83,9 +83,10 @@ class ProcessPlace(QemuPlace):
 
 
 def _start_time(pid: int) -> str:
-    """Field 22 of /proc/PID/stat (proc(5)): tells a process from a later one with the same number; "" for a dead one."""
+    """Field 22 of /proc/PID/stat (proc(5)): tells a process from a later one with the same number; "" for a dead one. The
+    second is the process's own name, which may be any bytes."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return ""
-    return "" if fields[0] == "Z" else fields[19]
+    return "" if fields[0] == b"Z" else fields[19].decode()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -32,6 +33,8 @@ _SAYS_VERSION = b"QEMU emulator version "
 _VERSION_BYTES = 200
 MAX_FIRMWARE_BYTES = 128 << 20
 """A guest stands still while they are read; the largest firmware in use has 16 MiB."""
+MAX_OPEN_FILES = 4096
+"""Of a process: a QEMU may open as many as its unit lets it, by names of 4 KiB."""
 BLOCK_DEVICES = Path("/sys/dev/block")
 BOOTLOADER_TYPE = Path("/proc/sys/kernel/bootloader_type")
 
@@ -108,18 +111,16 @@ class ThisHost:
         return replace(disk, kind="file", inode=info.st_ino, size_bytes=info.st_size, mtime_ns=info.st_mtime_ns)
 
     def open_files(self, pid: int) -> list[OpenFile]:
-        try:
-            links = list(Path(f"/proc/{pid}/fd").iterdir())
-        except OSError:
-            return []
         found: dict[tuple[str, int, int], OpenFile] = {}
-        for link in links:
-            try:
-                path, info = str(link.readlink()), link.stat()  # of the open file itself (proc(5))
-            except OSError:
-                continue  # it was closed meanwhile
-            if stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode):
-                found[path, info.st_dev, info.st_ino] = _open_file(path, info)
+        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as links:
+            for link in links:
+                with contextlib.suppress(OSError):  # it was closed meanwhile
+                    info = link.stat()  # of the open file itself (proc(5))
+                    if stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode):
+                        path = os.readlink(link.path)  # noqa: PTH115 - of hundreds
+                        found[path, info.st_dev, info.st_ino] = _open_file(path, info)
+                if len(found) >= MAX_OPEN_FILES:
+                    break
         return list(found.values())
 
     def working_directory(self, pid: int) -> str:

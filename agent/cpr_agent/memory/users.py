@@ -15,6 +15,8 @@ import msgspec
 from cpr_agent.memory.statx import Key, key_of, known_key
 
 PROC = Path("/proc")
+MAPS_BYTES = 1 << 20
+"""Of a process's maps at once. Most have a hundredth; there may be 65,530 lines (vm.max_map_count), with paths of 4 KiB."""
 
 Users = list[tuple[str, int]]
 """Name and PID."""
@@ -74,20 +76,22 @@ class Census:
 def find_users(wanted: Collection[Wanted], own: Collection[int]) -> dict[Wanted, Users]:
     """The users of each object but ``own``, as far as we may look (proc(5), fd, maps). Blocking. Raises OSError.
 
-    It makes bare system calls: guests wait, and there may be thousands of descriptors."""
+    It makes bare system calls: guests wait, and there may be thousands of descriptors. Any user's process may have as many
+    and as long as the kernel lets it: none is kept that is not wanted."""
     found: dict[Wanted, Users] = {one: [] for one in wanted}
+    keys = {one.key for one in wanted}
     for pid in os.listdir(PROC):  # noqa: PTH208
         if not pid.isdigit() or int(pid) in own:
             continue
         try:
             for place in _places(f"{PROC}/{pid}"):
-                if maps := _content(f"{place}/maps"):
+                if (mapped := _mapped(f"{place}/maps", wanted)) is not None:
                     break
             else:
                 continue  # a kernel thread, or one at its end: it has no memory
-            opened = set(_open_files(f"{place}/fd"))
-            users = [one for one in wanted if one.key in opened or one.mapping in maps]
-            name = _content(f"{PROC}/{pid}/comm").decode(errors="replace").strip() if users else ""
+            opened = keys.intersection(_open_files(f"{place}/fd"))
+            users = [one for one in wanted if one.key in opened or one in mapped]
+            name = Path(f"{PROC}/{pid}/comm").read_bytes().decode(errors="replace").strip() if users else ""
         except OSError:
             continue  # it has ended, or we may not look
         for one in users:
@@ -103,17 +107,33 @@ def _places(process: str) -> Iterator[str]:
         yield from (f"{process}/task/{thread}" for thread in threads)
 
 
-def _content(path: str) -> bytes:
+def _mapped(path: str, wanted: Collection[Wanted]) -> set[Wanted] | None:
+    """Those that are in these maps; None if there are no maps."""
+    mapped: set[Wanted] | None = None
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+        rest = b""
+        while pieces := list(_some(fd)):
+            maps = b"".join((rest, *pieces))
+            mapped = (mapped or set()).union(one for one in wanted if one.mapping in maps)
+            rest = maps[maps.rfind(b"\n") + 1 :]  # of a line
     finally:
         os.close(fd)
+    return mapped
+
+
+def _some(fd: int) -> Iterator[bytes]:
+    """The next MAPS_BYTES or so; the kernel gives a page at a time."""
+    read = 0
+    while read < MAPS_BYTES and (piece := os.read(fd, 1 << 16)):
+        read += len(piece)
+        yield piece
 
 
 def _open_files(directory: str) -> Iterator[Key]:
-    for descriptor in os.listdir(directory):  # noqa: PTH208
-        try:
-            yield known_key(f"{directory}/{descriptor}")
-        except OSError:
-            continue
+    with os.scandir(directory) as descriptors:
+        for descriptor in descriptors:
+            try:
+                yield known_key(f"{directory}/{descriptor.name}")
+            except OSError:
+                continue
