@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from msgspec.structs import replace
 from cpr_agent.core import inventory
 from cpr_agent.core.inventory import differences, plain_name
 from cpr_agent.core.model import BlockNode, Inventory, OpenFile, PluggedDevice
+from cpr_agent.errors import QemuFailed
 from cpr_agent.host import this_host
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.vm import replies
-from cpr_agent.vm.inventory import MAX_DEPTH, disk_name, walk
-from cpr_agent.vm.replies import BlockGraph, GraphEdge, GraphNode
+from cpr_agent.vm.inventory import MAX_DEPTH, MAX_DEVICES, Places, brief, disk_name, walk, whole
+from cpr_agent.vm.replies import BlockGraph, GraphEdge, GraphNode, UnreadableReplyError
+from tests.scripted_qmp import ScriptedQmp
 
 
 class Watched(ThisHost):
@@ -139,7 +143,7 @@ def test_roles_and_depth_are_told_from_the_top() -> None:
 def test_a_graph_that_leads_back_to_itself_comes_to_an_end() -> None:
     assert len(nodes_of((0, 1, "root"), (1, 2, "file"), (2, 1, "file"))) == MAX_DEPTH + 1
     everywhere = [(one, other, f"{other}") for one in range(20) for other in range(1, 20)]
-    assert len(nodes_of(*everywhere)) == replies.MAX_NODES
+    assert len(nodes_of(*everywhere)) == replies.MAX_LISTED
 
 
 @pytest.mark.parametrize(
@@ -274,3 +278,44 @@ def test_what_an_earlier_agent_did_not_ask_for_makes_no_difference() -> None:
     first, other = (Inventory(devices=(replace(nic, own=own),)) for own in ("mac 1", "mac 2"))
     assert differences(Inventory(devices=(nic,)), first) == ([], [])
     assert [one.what for one in differences(first, other)[1]] == ["device peripheral/nic0"]
+
+
+def test_a_way_that_gets_long_in_a_circle_is_not_followed() -> None:
+    """A few KB of an answer could else become gigabytes: thousands of nodes, each with the names of all above it."""
+    with pytest.raises(UnreadableReplyError, match="characters"):
+        nodes_of((0, 1, "root"), (1, 1, "x" * 4096), (1, 1, "y" * 4096))
+
+
+def test_more_devices_than_a_machine_has_are_not_asked_about() -> None:
+    def answers(command: str, arguments: dict[str, object]) -> object:
+        if command == "qom-list" and arguments["path"] == "/machine/peripheral":
+            return [{"name": f"d{number}", "type": "child<x>"} for number in range(MAX_DEVICES + 1)]
+        return {"x-debug-query-block-graph": {}, "human-monitor-command": ""}.get(command, [])
+
+    for ask in (brief, partial(whole, places=Places())):
+        qmp = ScriptedQmp(answers)
+        with pytest.raises(QemuFailed, match="devices"):
+            asyncio.run(ask(qmp))
+        assert len(qmp.asked) < 20
+
+
+class Steady(ScriptedQmp):
+    """One that tells of no device that has gone."""
+
+    unplugged = 0
+
+
+def test_the_places_of_devices_that_are_named_no_more_are_forgotten() -> None:
+    """A lying QEMU may name others each time."""
+    looks = 0
+
+    def answers(command: str, _: dict[str, object]) -> object:
+        if command == "qom-get":
+            raise LookupError
+        listed = [{"name": f"d{looks}", "type": "child<x>"}] if command == "qom-list" else []
+        return {"x-debug-query-block-graph": {}, "human-monitor-command": ""}.get(command, listed)
+
+    places, qmp = Places(), Steady(answers)
+    for looks in range(3):  # noqa: B007 - for the answers
+        found = asyncio.run(whole(qmp, places))
+    assert len(places.known(0)) == len(found.devices) == 2

@@ -24,7 +24,7 @@ from cpr_agent.vm.replies import (
     CHARDEVS,
     CPU_SLOTS,
     HUMAN_MONITOR,
-    MAX_NODES,
+    MAX_LISTED,
     MEMORY_DEVICES,
     QOM_LIMITS,
     QOM_LIST,
@@ -37,6 +37,7 @@ from cpr_agent.vm.replies import (
     Limits,
     MemoryDevice,
     QomProperty,
+    UnreadableReplyError,
 )
 
 Question = tuple[replies.Query[Any], dict[str, object]]
@@ -44,6 +45,10 @@ Question = tuple[replies.Query[Any], dict[str, object]]
 _ROOT = "/machine/"
 MAX_DEPTH = 256
 """Of a block graph: QEMU itself takes backing chains of at most 200 images."""
+MAX_TOLD = 4 << 20
+"""Characters of all nodes, each with its way from the disk: a node that is below itself has many ways, and long ones."""
+MAX_DEVICES = 2048
+"""Each is asked for several properties."""
 _ADDRESSES = {"scsi": ("scsi-id", "lun")}
 """The properties that say where a device of this kind is on its bus; ``addr`` of all others, which those of PCI have."""
 _OWN = ("mac", "serial")
@@ -91,7 +96,7 @@ async def brief(qmp: Qmp) -> Inventory:
     """Its disks, and the names and kinds of its devices: QEMU takes some 0.6 ms for each question, and a guest may wait.
     But for the files that it has open, which the kernel tells. Raises QemuFailed."""
     nodes, graph, *children = await qmp.ask_all([*_BLOCKS, *_PLUGGED])
-    found = _plugged(children)
+    found = _plugged(qmp, children)
     return Inventory(
         nodes=_disks(qmp, nodes, graph),
         devices=_sorted(PluggedDevice(name=device.path.removeprefix(_ROOT), kind=device.kind) for device in found),
@@ -107,7 +112,7 @@ async def whole(qmp: Qmp, places: Places) -> Inventory:
     drives = {backend.qdev.removeprefix(_ROOT): backend.device for backend in backends or ()}
     return Inventory(
         nodes=_disks(qmp, nodes, graph),
-        devices=_sorted(await _placed(qmp, _plugged(children), drives, known)),
+        devices=_sorted(await _placed(qmp, _plugged(qmp, children), drives, known)),
         cpus=tuple(sorted(_slot(cpu) for cpu in cpus or () if cpu.qom_path)),
         memory=tuple(sorted(_dimm(device) for device in memory or ())),
         parts=tuple(
@@ -191,13 +196,17 @@ async def throttle(qmp: Qmp, some: Iterable[Throttle]) -> None:
         await qmp.execute("block_set_io_throttle", {**dict.fromkeys(_NEEDED_LIMITS, 0), **one.limits, **place})
 
 
-def _plugged(children: Iterable[list[QomProperty] | None]) -> list[Device]:
-    return [
+def _plugged(qmp: Qmp, children: Iterable[list[QomProperty] | None]) -> list[Device]:
+    """Raises QemuFailed."""
+    found = [
         Device(f"{parent}/{child.name}", child.type.removeprefix("child<").removesuffix(">"))
         for parent, listed in zip(PLUGGED, children, strict=True)
         for child in listed or ()
         if child.type.startswith("child<")
     ]
+    if len(found) > MAX_DEVICES:
+        raise QemuFailed(f"QEMU says that it has {len(found)} devices, and {MAX_DEVICES} is the most", vm=qmp.vm)
+    return found
 
 
 def _sorted(devices: Iterable[PluggedDevice]) -> tuple[PluggedDevice, ...]:
@@ -217,6 +226,8 @@ async def _placed(
 ) -> list[PluggedDevice]:
     """Each with its bus, by the last part of its name: what is before that differs between versions of QEMU."""
     known |= await _ask_places(qmp, [device for device in devices if device not in known])
+    for gone in known.keys() - devices:  # a lying QEMU could name others each time
+        del known[gone]
     placed = []
     for device in devices:
         at, name = known[device], device.path.removeprefix(_ROOT)
@@ -249,12 +260,15 @@ def _disks(qmp: Qmp, nodes: list[replies.BlockNode] | None, graph: BlockGraph | 
     """Raises QemuFailed."""
     if nodes is None or graph is None:
         raise QemuFailed("QEMU does not tell what disks it has", vm=qmp.vm)
-    return tuple(walk(nodes, graph))
+    try:
+        return tuple(walk(nodes, graph))
+    except UnreadableReplyError as error:
+        raise QemuFailed(f"QEMU tells of disks in a way that makes no sense: {error}", vm=qmp.vm) from error
 
 
 def walk(nodes: Iterable[replies.BlockNode], graph: BlockGraph) -> Iterator[BlockNode]:
     """The nodes below each backend, the topmost first. QEMU may say anything of its graph: also that a node is below
-    itself."""
+    itself. Raises UnreadableReplyError."""
     by_name = {node.node_name: node for node in nodes}
     names = {node.id: node.name for node in graph.nodes}
     children: dict[int, list[tuple[str, int]]] = {}
@@ -266,11 +280,14 @@ def walk(nodes: Iterable[replies.BlockNode], graph: BlockGraph) -> Iterator[Bloc
         if backend.type == "block-backend" and backend.name
         for _, child in children.get(backend.id, ())
     ]
-    found = 0
-    while steps and found < MAX_NODES:
+    found, told = 0, 0
+    while steps and found < MAX_LISTED:
         disk, at, role = steps.pop()
         found += 1
         node = by_name.get(names.get(at, ""), replies.BlockNode())
+        told += sum(map(len, (disk, *role, node.node_name, node.drv, node.file)))
+        if told > MAX_TOLD:
+            raise UnreadableReplyError(f"its block nodes have more than {MAX_TOLD} characters")
         yield BlockNode(
             disk=disk,
             role=".".join(role),

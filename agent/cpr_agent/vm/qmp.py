@@ -369,20 +369,23 @@ class SocketQmp(Qmp):
         refuses. Raises QemuFailed."""
         try:
             async with asyncio.timeout(timeout_s), self._lock:
-                sent = (self._client.execute(query.command, arguments) for query, arguments in asked)
+                sent = (self._answer(query, arguments) for query, arguments in asked)
                 answers = await asyncio.gather(*sent, return_exceptions=True)
         except TimeoutError:
             raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=self.vm) from None
-        return [self._read(query, answer) for (query, _), answer in zip(asked, answers, strict=True)]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
 
-    def _read(self, query: Query[T], answer: object) -> T | None:
-        """Raises QemuFailed."""
-        if isinstance(answer, ExecuteError):
+    async def _answer(self, query: Query[T], arguments: dict[str, object]) -> T | None:
+        """Decoded as it comes: each may have MAX_MESSAGE_BYTES, of which little is kept. Raises QemuFailed."""
+        try:
+            answer = await self._client.execute(query.command, arguments)
+        except ExecuteError:
             return None
-        if isinstance(answer, (QMPError, OSError)):
-            raise QemuFailed(f"QEMU went away during {query.command}: {_reason(answer)}", vm=self.vm) from answer
-        if isinstance(answer, BaseException):
-            raise answer
+        except (QMPError, OSError) as error:
+            raise QemuFailed(f"QEMU went away during {query.command}: {_reason(error)}", vm=self.vm) from error
         return self._decode(query, answer if isinstance(answer, msgspec.Raw) else b"")
 
     async def _raw(

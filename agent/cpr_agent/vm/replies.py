@@ -23,8 +23,9 @@ MAX_SIZE = (1 << 63) - 1
 Number = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
 Small = Annotated[int, Meta(ge=0, le=0xFFFF)]
 Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
-MAX_NODES = 4096
-"""Of a block graph: no host comes near."""
+MAX_LISTED = 4096
+"""Of what a guest has of one kind, of each of which something is asked or said; no host comes near."""
+Listed = Annotated[list[T], Meta(max_length=MAX_LISTED)]
 
 
 class UnreadableReplyError(ValueError):
@@ -178,9 +179,9 @@ class PciBus(Reply, frozen=True):
 STATUS: Query[Status] = Query("query-status", Status)
 CPUS: Query[list[Cpu]] = Query("query-cpus-fast", Annotated[list[Cpu], Meta(min_length=1, max_length=8192)])
 MODEL_EXPANSION: Query[ModelExpansion] = Query("query-cpu-model-expansion", ModelExpansion)
-TPMS: Query[list[Tpm]] = Query("query-tpm", list[Tpm])
+TPMS: Query[list[Tpm]] = Query("query-tpm", Listed[Tpm])
 CURRENT_MACHINE: Query[CurrentMachine] = Query("query-current-machine", CurrentMachine)
-PCI: Query[list[PciBus]] = Query("query-pci", list[PciBus])
+PCI: Query[list[PciBus]] = Query("query-pci", Listed[PciBus])
 CPU_SLOTS: Query[list[CpuSlot]] = Query("query-hotpluggable-cpus", Annotated[list[CpuSlot], Meta(max_length=8192)])
 MEMORY_DEVICES: Query[list[MemoryDevice]] = Query(
     "query-memory-devices", Annotated[list[MemoryDevice], Meta(max_length=8192)]
@@ -223,7 +224,7 @@ class BlockNode(Reply, frozen=True):
     node_name: Text = ""
     ro: bool = False
     image: Image = Image()
-    dirty_bitmaps: Annotated[list[Bitmap], Meta(max_length=MAX_NODES)] = []
+    dirty_bitmaps: Listed[Bitmap] = []
 
 
 class Limits(Reply, frozen=True, rename=None):
@@ -293,25 +294,23 @@ class GraphEdge(Reply, frozen=True):
 class BlockGraph(Reply, frozen=True):
     """XDbgBlockGraph. A debugging command, which all of QEMU 4.0 to 11.1 have; nothing else tells the roles before 10.1."""
 
-    nodes: Annotated[list[GraphNode], Meta(max_length=MAX_NODES)] = []
-    edges: Annotated[list[GraphEdge], Meta(max_length=MAX_NODES)] = []
+    nodes: Listed[GraphNode] = []
+    edges: Listed[GraphEdge] = []
 
 
 class BlockJob(Reply, frozen=True):
     id: Text
 
 
-MEMORY_BACKENDS: Query[list[MemoryBackend]] = Query("query-memdev", list[MemoryBackend])
-BLOCK_NODES: Query[list[BlockNode]] = Query("query-named-block-nodes", list[BlockNode])
-BLOCK_BACKENDS: Query[list[BlockBackend]] = Query("query-block", list[BlockBackend])
+MEMORY_BACKENDS: Query[list[MemoryBackend]] = Query("query-memdev", Listed[MemoryBackend])
+BLOCK_NODES: Query[list[BlockNode]] = Query("query-named-block-nodes", Listed[BlockNode])
+BLOCK_BACKENDS: Query[list[BlockBackend]] = Query("query-block", Listed[BlockBackend])
 BLOCK_GRAPH: Query[BlockGraph] = Query("x-debug-query-block-graph", BlockGraph)
-BLOCK_EXPORTS: Query[list[BlockExport]] = Query(
-    "query-block-exports", Annotated[list[BlockExport], Meta(max_length=MAX_NODES)]
-)
-CHARDEVS: Query[list[Chardev]] = Query("query-chardev", Annotated[list[Chardev], Meta(max_length=MAX_NODES)])
+BLOCK_EXPORTS: Query[list[BlockExport]] = Query("query-block-exports", Listed[BlockExport])
+CHARDEVS: Query[list[Chardev]] = Query("query-chardev", Listed[Chardev])
 QOM_LIMITS: Query[dict[str, int]] = Query("qom-get", dict[str, Number])
 HUMAN_MONITOR: Query[str] = Query("human-monitor-command", Text)
-JOBS: Query[list[BlockJob]] = Query("query-jobs", list[BlockJob])
+JOBS: Query[list[BlockJob]] = Query("query-jobs", Listed[BlockJob])
 
 
 # -- migration ------------------------------------------------------------------------------------------------------------
