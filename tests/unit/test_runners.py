@@ -15,7 +15,7 @@ import pytest
 from cpr_agent.core.model import Launch, MemoryIdentity
 from cpr_agent.daemon import PROGRAMS
 from cpr_agent.host.processes import ProcessPlace
-from cpr_agent.host.runner import Programs, RunFiles
+from cpr_agent.host.runner import MAX_LOG_BYTES, Programs, RunFiles
 from cpr_agent.host.systemd import UnitPlace
 from cpr_agent.host.tickets import Offer
 from tests.samples import launch
@@ -135,3 +135,23 @@ def test_a_process_whose_start_is_cancelled_leaves_no_zombie(tmp_path: Path, mon
         assert not Path(f"/proc/{pid}").exists()
 
     asyncio.run(story())
+
+
+def test_a_directory_in_the_place_of_the_admin_s_socket_keeps_no_qemu_from_its_place(tmp_path: Path) -> None:
+    """The VM's user owns the directory that it is in."""
+    run_files = files(tmp_path)
+    (run_files.directory("web1") / "admin.sock/full").mkdir(parents=True)
+    run_files.adopt("web1")
+    assert run_files.own("web1") == "web1:b"
+    run_files.point_admin("web1")
+    run_files.adopt("web1")
+    assert run_files.own("web1") == "web1"
+
+
+def test_the_log_of_a_qemu_that_is_about_to_end_is_bounded_too(tmp_path: Path) -> None:
+    run_files = files(tmp_path)
+    run_files.log("web1").parent.mkdir()
+    for log in (run_files.log("web1"), Path(f"{run_files.log('web1')}.1")):
+        log.write_bytes(b"x" * (MAX_LOG_BYTES + 1))
+        run_files.trim_logs()
+        assert log.stat().st_size < MAX_LOG_BYTES

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cpr_agent.host import sockets
 from cpr_agent.host.sockets import keep, settle
 
 
@@ -122,3 +123,14 @@ def test_names_that_begin_alike_are_other_names(tmp_path: Path) -> None:
     with listening(tmp_path / "qga.of-7.of-8"), listening(tmp_path / "qga2.of-7"), listening(tmp_path / "qga.of-x"):
         settle([str(tmp_path / "qga")], os.getpid())
         assert names(tmp_path) == {"qga.of-7.of-8", "qga2.of-7", "qga.of-x"}
+
+
+def test_a_directory_that_its_owner_has_filled_is_not_gone_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything removed from it then: names that are left there do no harm."""
+    path = tmp_path / "qga"
+    monkeypatch.setattr(sockets, "MAX_ENTRIES", 0)
+    with listening(path):
+        keep([str(path)], os.getpid())
+        with listening(path):
+            settle([str(path)], os.getppid())
+    assert len(list(tmp_path.iterdir())) == 2

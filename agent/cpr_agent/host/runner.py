@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import marshal
 import os
 import pwd
@@ -26,6 +27,8 @@ from cpr_agent.host.tickets import Offer, offered
 from cpr_agent.host.users import SHARED_USER
 from cpr_agent.host.waiting import ended
 from cpr_agent.text import printable
+
+log = logging.getLogger(__name__)
 
 LOG_TAIL_BYTES = 2000
 READY_TIMEOUT_S = 60.0
@@ -201,8 +204,9 @@ class RunFiles:
         return self._log_dir / f"{name}.log"
 
     def trim_logs(self) -> None:
-        """A VM's QEMU may write to its log what it likes. It appends, so that it goes on at the new end."""
-        for path in self._log_dir.glob("*.log"):
+        """A VM's QEMU may write to its log what it likes, and one that is about to end to the log before. It appends, so
+        that it goes on at the new end."""
+        for path in self._log_dir.glob("*.log*"):
             with contextlib.suppress(OSError):
                 fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 with open(fd, "r+b", buffering=0) as log:  # noqa: PTH123 - a descriptor
@@ -212,12 +216,16 @@ class RunFiles:
                         log.write(b"... cpr-agentd has cut %d bytes off\n%b" % (size, tail))
 
     def point_admin(self, name: str) -> None:
-        """The admin's socket has one path, whichever place the VM is in; a link leads to the second one's."""
+        """The admin's socket has one path, whichever place the VM is in; a link leads to the second one's. The VM's user
+        owns the directory, and may have put something into its place: no act fails by that."""
         if name not in self._in_second:
             return
         path = self.directory(name) / "admin.sock"
-        path.unlink(missing_ok=True)
-        path.symlink_to(self.directory(name + SECOND) / "admin.sock")
+        try:
+            path.unlink(missing_ok=True)
+            path.symlink_to(self.directory(name + SECOND) / "admin.sock")
+        except OSError as error:
+            log.warning("VM %s: the admin's socket can't be reached by its path: %s", name, error)
 
     @contextlib.contextmanager
     def ticket(self, launch: Launch, place: str) -> Iterator[Offer]:

@@ -15,10 +15,13 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from cpr_agent.handles import directory_at, refuse_other_than_socket, uid_of
 
+MAX_ENTRIES = 4096
+"""Of a directory that are looked at: its owner may have filled it."""
 _KEPT = re.compile(r"(?P<name>.+)\.of-\d+")
 
 
@@ -34,7 +37,9 @@ def settle(paths: Iterable[str], pid: int) -> None:
     for directory, name, uid in _places(paths, pid):
         with contextlib.suppress(OSError):
             _rename(directory, _kept(name, pid), name, uid)
-        for other in os.listdir(directory):  # noqa: PTH208 - of a descriptor
+        with os.scandir(directory) as entries:
+            kept = [entry.name for entry in islice(entries, MAX_ENTRIES) if entry.name.startswith(f"{name}.of-")]
+        for other in kept:
             match = _KEPT.fullmatch(other)
             if match and match["name"] == name:
                 with contextlib.suppress(OSError):

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from msgspec.structs import replace as changed
 
@@ -27,7 +28,7 @@ from cpr_agent.core.ports import Qemu
 from cpr_agent.core.proof import refuse_lesser_machine, refuse_other_devices
 from cpr_agent.core.saveable import require_live
 from cpr_agent.core.undo import Undo, uninterrupted
-from cpr_agent.errors import CprError, LoadFailed, QemuFailed
+from cpr_agent.errors import CprError, LoadFailed, QemuFailed, StorageSilent
 
 log = logging.getLogger(__name__)
 
@@ -165,14 +166,14 @@ async def _keeping_old_qemu(machine: Machine, qemu: Qemu) -> AsyncIterator[None]
     """Whatever fails, the guest goes on in its old QEMU, unless the new one was adopted; or its memory is not what it was
     when it stopped, and then it is held where it is (invariant 1). Raises LoadFailed."""
     sockets = await qemu.listening()
-    names = machine.ports.sockets
     try:
         async with Undo() as undo:
             undo.push(lambda: _go_on_in_old_qemu(machine))
-            names.keep_sockets(sockets, machine.pid)
+            keep = partial(machine.ports.sockets.keep_sockets, sockets, machine.pid)
+            await uninterrupted(machine.ports.threads.run(machine.name, keep))  # else it goes on beside its undo
             yield
-            names.settle_sockets(sockets, machine.pid)
             undo.done()
+        await _settle(machine, sockets)
     except CprError as error:
         raise LoadFailed(
             f"could not get a new QEMU: {error.what}",
@@ -220,4 +221,11 @@ async def settle_sockets(machine: Machine) -> None:
     """The sockets' names belong to the QEMU that stayed."""
     if machine.qemu:
         with contextlib.suppress(QemuFailed):  # nothing else may fail by it
-            machine.ports.sockets.settle_sockets(await machine.qemu.listening(), machine.pid)
+            await _settle(machine, await machine.qemu.listening())
+
+
+async def _settle(machine: Machine, sockets: Sequence[str]) -> None:
+    """Their directories may be on storage that does not answer: nothing fails by that, either."""
+    settle = partial(machine.ports.sockets.settle_sockets, sockets, machine.pid)
+    with contextlib.suppress(StorageSilent):
+        await machine.ports.threads.run(machine.name, settle)
