@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from cpr_agent.bus.client import CallError
 from tests.hostile.conftest import Evil, agent_pid, assert_contained, figure, rss_mib
-from tests.lab import Guest, Lab, until
+from tests.lab import Guest, Lab, script, until
 
 DOCUMENTED = {
     *("Blocked", "QemuFailed", "SaveFailed", "LoadFailed", "WrongState", "AlreadyRunning", "AlreadySaved", "NoCheckpoint"),
@@ -28,6 +29,13 @@ def answer(command: str, text: str) -> dict[str, Any]:
     return {"on": command, "answer": text}
 
 
+IN_A_CIRCLE = {
+    "nodes": [{"id": 1, "type": "block-backend", "name": "d0"}, {"id": 2, "type": "block-driver", "name": "n"}],
+    "edges": [
+        {"parent": parent, "child": 2, "name": name} for parent, name in ((1, "root"), (2, "x" * 4096), (2, "y" * 4096))
+    ],
+}
+MANY = [{"name": f"d{number}", "type": "child<virtio-net-pci>"} for number in range(20_000)]
 LIES = {
     "a NUL in the run state": answer("query-status", '{"status": "running\\u0000"}'),
     "a surrogate in the run state": answer("query-status", '{"status": "\\ud800"}'),
@@ -60,6 +68,9 @@ LIES = {
     "a stop before time": {"on": "event:STOP", "timestamp": '{"seconds": 1, "microseconds": 0}'},
     "a stop without a time": {"on": "event:STOP", "timestamp": "[]"},
     "an end without a status": {"on": "event:MIGRATION", "timestamp": "{}"},
+    "a disk below itself": answer("x-debug-query-block-graph", json.dumps(IN_A_CIRCLE)),
+    "devices without number": answer("qom-list", json.dumps(MANY)),
+    "jobs without number": answer("query-jobs", json.dumps([{"id": "x" * 40}] * 20_000)),
     "lists in each other": answer("query-status", "[" * 5000 + "]" * 5000),
 }
 
@@ -310,6 +321,42 @@ def test_events_of_any_shape_are_that_vms_trouble(lab: Lab, evil: Evil, good: Gu
     assert lab.job("SaveAll", survives="qemu-restart", policy="force") in ("done", "nothing to do")
     good.load()
     assert_contained(lab, good)
+
+
+def test_looks_that_take_their_time_do_not_pile_up(lab: Lab, evil: Evil, good: Guest) -> None:
+    """Each look is slow, and brings events that ask for more looks. An act waits for one of them, and not for all."""
+    liar = evil()
+    stamp = f'{{"seconds": {int(time.time())}, "microseconds": 2}}'
+    said = [f'{{"timestamp": {stamp}, "event": "{event}", "data": {{}}}}\r\n' for event in EVENTS]
+    liar.lie({"on": "query-status", "slow": 2.0, "said": "".join(said)})
+    lab.client(lambda client: client.manager("Reload"))
+    deadline = time.monotonic() + 20
+    until(lambda: time.monotonic() > deadline, "twenty seconds of it")
+    began = time.monotonic()
+    with contextlib.suppress(CallError):
+        liar.guest.call("Stop", "s", "hard")
+    figure("the wait of its admin", time.monotonic() - began, 25, "s")
+    good.save()
+    good.load()
+    assert_contained(lab, good)
+
+
+def test_a_process_may_call_itself_what_it_likes(lab: Lab, good: Guest) -> None:
+    """By prctl(2), whenever QEMU likes; here by the name that it is started by, which is no UTF-8."""
+    named = lab.root / os.fsdecode(b"\xff) Z\nUid:\t1")
+    named.symlink_to(lab.qemu)
+    start = f"#!{sys.executable}\nimport os, sys\nos.execv({os.fsencode(named)!r}, sys.argv)\n"
+    guest = lab.guest("evil", qemu=script(lab.root / "evil-qemu", start))
+    guest.start()
+    guest.until_counts()
+    assert Path(f"/proc/{guest.pid}/comm").read_bytes().startswith(b"\xff) Z")
+    for _ in range(2):
+        guest.save()
+        guest.load()
+        assert lab.end_agent() == 0
+        lab.start_agent()
+    assert (guest.state, good.state) == ("running", "running")
+    assert_contained(lab, good, guest)
 
 
 def test_another_vms_socket_in_the_place_of_its_own_is_refused(lab: Lab, good: Guest) -> None:

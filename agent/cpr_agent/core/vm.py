@@ -76,6 +76,8 @@ class Vm:
         self._retry_s = RETRY_S
         self._outdated = False
         """Whether QEMU has told of something since the act's last look at it."""
+        self._due = False
+        """Whether a look at it waits for its turn."""
 
     # -- facts that others read -----------------------------------------------------------------------------------------
 
@@ -210,6 +212,7 @@ class Vm:
     async def refresh(self) -> None:
         """Derive the state anew, connecting to a QEMU that is there."""
         async with self._lock:
+            self._due = False
             await self.machine.derive()
             await wake_late_sleeper(self.machine)
 
@@ -412,7 +415,7 @@ class Vm:
             self._idle.set()
             self._plan_retry()
             if self._outdated:
-                self.machine.spawn(self.refresh())
+                self._look_soon()
 
     def _plan_retry(self) -> None:
         """Storage that failed may be well again soon. Not once this is closed."""
@@ -440,4 +443,10 @@ class Vm:
         if self._act:
             self._outdated = True
         else:
+            self._look_soon()
+
+    def _look_soon(self) -> None:
+        """Once for all that QEMU tells before that: a look may take seconds, and an act that comes then waits for it."""
+        if not self._due:
+            self._due = True
             self.machine.spawn(self.refresh())
