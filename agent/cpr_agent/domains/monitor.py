@@ -19,7 +19,8 @@ class Listening:
         self._listener = listener
 
     async def connection(self, pid: Callable[[], int]) -> socket.socket:
-        """That of the process ``pid``; any other is hung up on. Raises OSError."""
+        """That of the process ``pid``; any other is hung up on, however many there are: all domains' QEMUs may be of one
+        user. Raises OSError."""
         loop = asyncio.get_running_loop()
         while True:
             connection, _ = await loop.sock_accept(self._listener)
@@ -29,6 +30,7 @@ class Listening:
             except OSError:
                 pass
             connection.close()
+            await asyncio.sleep(0)  # sock_accept() takes no turn of its own while more are waiting
 
 
 @contextlib.contextmanager
