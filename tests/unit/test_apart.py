@@ -83,6 +83,18 @@ def test_what_is_no_file_is_not_waited_for(definitions: DefinitionDirectory, tmp
     assert set(bad) == {"fifo", "directory", "large", "zero"}
 
 
+@pytest.mark.parametrize("name", ["web 1", ".web1", "web1~", "x@y", "-x", "x" * 64, "\udce9", "a\nb", "\u202e"])
+def test_a_file_whose_name_is_no_vm_s_is_none(
+    definitions: DefinitionDirectory, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / f"{name}.toml").write_text(GOOD)
+    (tmp_path / "good.toml").write_text(GOOD)
+    good, bad = definitions.load_all()
+    assert (set(good), bad) == ({"good"}, {})
+    assert "is not read" in caplog.text
+    assert caplog.messages[0].isprintable()
+
+
 def test_an_error_comes_back_as_it_was(definitions: DefinitionDirectory) -> None:
     with pytest.raises(InvalidDefinition, match="memory.device 'x' is neither") as caught:
         definitions.parse("web1", GOOD.replace("/dev/shm/x", "x"))

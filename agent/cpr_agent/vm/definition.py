@@ -193,6 +193,9 @@ class DefinitionDirectory:
         good: dict[str, Definition] = {}
         bad: dict[str, Exception] = {}
         for path in sorted(self._root.glob("*.toml")):
+            if not VM_NAME.fullmatch(path.stem):  # no unit could have this name, and systemd's refusal would end the start
+                log.warning("%s is not read: its name is not that of a VM", printable(str(path)))
+                continue
             try:
                 good[path.stem] = read_definition(path, read_admins_file(path))
             except (CprError, OSError) as error:
