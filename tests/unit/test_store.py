@@ -125,6 +125,20 @@ def test_a_truncated_manifest_is_unreadable(store: CheckpointStore) -> None:
         assert store.checkpointed("web1")
 
 
+def test_what_is_no_file_or_can_t_be_read_is_unreadable_too(store: CheckpointStore) -> None:
+    """As on a disk with an error: the VM is held, and no question about all VMs fails by it."""
+    save(store)
+    for name in ("manifest.json", "held"):
+        (store.root / "web1" / name).unlink(missing_ok=True)
+        (store.root / "web1" / name).mkdir()
+    with pytest.raises(CheckpointUnreadable, match="Is a directory"):
+        store.live("web1")
+    assert store.checkpointed("web1")
+    held = store.held("web1")
+    assert held
+    assert "cannot be read" in held.reason
+
+
 def test_a_manifest_of_another_vm_is_unreadable(store: CheckpointStore) -> None:
     save(store, "web2")
     (store.root / "web2").rename(store.root / "web1")

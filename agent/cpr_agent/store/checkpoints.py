@@ -45,9 +45,6 @@ class CheckpointStore:
     def _read(self, vm: str, path: Path) -> Manifest | None:
         try:
             raw = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
             envelope = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
             body = bytes(envelope["manifest"])
             if hashlib.sha256(body).hexdigest() != msgspec.json.decode(envelope["sha256"], type=str):
@@ -55,7 +52,9 @@ class CheckpointStore:
             manifest = read_manifest(body)
             if manifest.vm != vm:
                 raise ValueError(f"it belongs to VM {manifest.vm}")
-        except (msgspec.MsgspecError, ValueError, KeyError) as error:
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, ValueError, KeyError) as error:
             raise CheckpointUnreadable(
                 f"the checkpoint manifest {path} cannot be read: {error}",
                 vm=vm,
@@ -174,7 +173,7 @@ class CheckpointStore:
             return _HELD.decode((self.root / vm / "held").read_bytes())
         except FileNotFoundError:
             return None
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (OSError, msgspec.MsgspecError, ValueError) as error:
             return Held(reason=f"it was held; the record of the reason cannot be read: {error}")
 
     def release(self, vm: str) -> None:
