@@ -36,6 +36,17 @@ def test_a_definition_is_the_same_by_either_way(definitions: DefinitionDirectory
 
 BAD = {
     "a size that is no number": GOOD.replace('"16M"', "inf"),
+    "a size beyond all machines": GOOD.replace('"16M"', '"99999999999999999T"'),
+    "a number of bytes beyond all machines": GOOD.replace('"16M"', "1e30"),
+    "an offset beyond all machines": GOOD + 'offset = "99999999999999999T"\n',
+    "a node beyond all machines": NUMA.replace('"16M"', "18446744073709551616") + "arguments = []\n",
+    "nodes beyond all machines": "[vm]\narguments = []\n"
+    + '[[memory.node]]\nsize = "1048576T"\ndevice = "/dev/shm/x"\n' * 17,
+    "a time that is none": GOOD + "[save]\ntimeout = nan\n",
+    "a time without end": GOOD + "[save]\ntimeout = inf\n",
+    "a time that never comes": GOOD + "[save]\ntimeout = 1e300\n",
+    "a time of many digits": GOOD + '[save]\ntimeout = "99999999999999999999h"\n',
+    "an order beyond all": GOOD + f"[save]\norder = {'9' * 30}\n",
     "no number at all": GOOD.replace('"16M"', "nan"),
     "a number of too many digits": f"a={'9' * 5000}",
     "nested lists": f"a={'[' * 3000}{']' * 3000}",
@@ -44,6 +55,9 @@ BAD = {
     "a key of many parts with spaces": f"{' . '.join('a' * 2000)}=1",
     "a table of many parts": f"[{'.'.join('a' * 4000)}]",
     "a NUL as an escape": GOOD.replace('"/usr/bin/qemu"', r'"/usr/bin/qemu\u0000"'),
+    "a NUL in the device": GOOD.replace("/dev/shm/x", r"/dev/shm/x\u0000y"),
+    "a NUL in a node's device": NUMA.replace("/dev/shm/x", r"/dev/shm/x\u0000y"),
+    "an escape in a list of words": GOOD + r'[save]\nwhen-blocked = ["\u001b"]'.replace(r"\n", "\n", 1),
     "a NUL in a key": r'"\u0000"=1',
     "an escape sequence": GOOD.replace("[vm]", r"[vm]" + "\n" + r'description="\u001b[2J"'),
     "a bidi mark": GOOD.replace("[vm]", "[vm]\ndescription='\u202e'"),

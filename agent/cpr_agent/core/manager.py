@@ -224,6 +224,8 @@ class Manager:
             return [_not_known(vm, QemuFailed(what, remedy=f"see its log; `cprctl stop {vm.name} --hard` ends it"))]
         except CprError as error:
             return [_not_known(vm, error)]
+        except OSError as error:
+            return [_not_known(vm, CprError(str(error)))]
 
     def plan(self, request: UpgradeRequest) -> Plan:
         """Raises InvalidArgument, KernelRefused."""

@@ -209,7 +209,7 @@ def _is_device(wanted: MemoryNode) -> bool:
 
 def _creatable(wanted: MemoryNode) -> bool:
     path = Path(wanted.device)
-    return not _is_device(wanted) and path.parent.is_dir() and not os.path.lexists(path)
+    return not _is_device(wanted) and os.path.isdir(path.parent) and not os.path.lexists(path)  # noqa: PTH112 - never raises
 
 
 def _create(path: Path, size: int, owner: tuple[int, int] | None) -> None:

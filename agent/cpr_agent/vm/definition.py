@@ -32,6 +32,7 @@ from cpr_agent.core.model import (
     Owner,
     Seconds,
 )
+from cpr_agent.core.model.units import MAX_BYTES
 from cpr_agent.core.paths import why_swappable
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition
 from cpr_agent.text import printable, printable_lines
@@ -74,14 +75,13 @@ _KEY_OR_NUMBER = re.compile(r"[^\s=,\[\]{}]+")
 
 
 def _decode(kind: type, value: Any) -> Any:
-    parse = {Bytes: Bytes.parse, Seconds: Seconds.parse}.get(kind)
-    if parse is None:
+    if kind is not Bytes and kind is not Seconds:
         raise NotImplementedError(kind)
     if isinstance(value, str):
-        return parse(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        return kind.parse(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{value!r} is not a {'size' if kind is Bytes else 'duration'}")
-    return kind(value)
+    return kind.of(value)
 
 
 READ = msgspec.json.Decoder(Definition, dec_hook=_decode)
@@ -95,7 +95,9 @@ def decode_toml(path: Path, into: type[T], raw: bytes | None = None, **extra: ob
     try:
         text = raw.decode()
         _refuse_excess(text, path)
-        tables = _known(tomllib.loads(text), into, path, "")
+        read = tomllib.loads(text)
+        _refuse_unshown(read, path)
+        tables = _known(read, into, path, "")
         return msgspec.convert({**tables, **extra}, into, dec_hook=_decode)
     except tomllib.TOMLDecodeError as error:
         raise InvalidDefinition(f"{path} is not TOML: {error}") from error
@@ -147,11 +149,12 @@ def _refuse_excess(text: str, path: Path) -> None:
         raise InvalidDefinition(f"{path} has a number of more than {MAX_DIGITS} digits")
 
 
-def _refuse_unshown(definition: Definition, path: Path) -> None:
-    """TOML writes a NUL as an escape. Raises InvalidDefinition."""
-    for text in (definition.vm.description, definition.vm.qemu, definition.vm.user, *definition.vm.arguments):
-        if printable_lines(text, len(text)) != text:
-            raise InvalidDefinition(f"{path} contains a character that does not show: {printable(text, 100)}")
+def _refuse_unshown(value: Any, path: Path) -> None:
+    """In any text of the file: TOML writes a NUL as an escape. Raises InvalidDefinition."""
+    if isinstance(value, str) and printable_lines(value, len(value)) != value:
+        raise InvalidDefinition(f"{path} contains a character that does not show: {printable(value, 100)}")
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_unshown(one, path)
 
 
 def _known(table: dict[str, Any], into: Any, path: Path, prefix: str) -> dict[str, Any]:
@@ -284,7 +287,6 @@ def read_definition(path: Path, raw: bytes | None = None) -> Definition:
         raise InvalidDefinition(f"{path}: {name!r} is not a VM name", remedy="use letters, digits, '-', '_' and '.'")
     raw = read_text_file(path) if raw is None else raw
     definition = decode_toml(path, Definition, raw, name=name, digest=hashlib.sha256(raw).hexdigest())
-    _refuse_unshown(definition, path)
     _refuse_bad_memory(path, name, definition.memory)
     try:
         found = collisions(definition.vm.arguments)
@@ -320,3 +322,5 @@ def _refuse_bad_memory(path: Path, name: str, memory: MemorySection) -> None:
         else:
             continue
         raise InvalidDefinition(f"{path}: {what}", vm=name)
+    if sum(one.size for one in memory.ranges) > MAX_BYTES:
+        raise InvalidDefinition(f"{path}: the NUMA nodes have more than {MAX_BYTES >> 40}T together", vm=name)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
 from cpr_agent.core.model.memory import RAM_ID
 from cpr_agent.core.model.units import Bytes, Seconds
 
+MAX_ORDER = 1_000_000
 VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
@@ -56,7 +57,7 @@ class SaveSection(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the guest is put to sleep first: auto if it has VFIO devices."""
     suspend_timeout: Seconds = Seconds(60)
     timeout: Seconds = Seconds(60)
-    order: int = 100
+    order: Annotated[int, msgspec.Meta(ge=-MAX_ORDER, le=MAX_ORDER)] = 100
     when_blocked: tuple[Literal["wait", "shut-down", "refuse"], ...] = ("refuse",)
     """What to do, one after the other, when CPR is blocked and the host is to be upgraded."""
     blocked_wait: Seconds = Seconds(60)

@@ -6,6 +6,10 @@ from __future__ import annotations
 import re
 from typing import Self
 
+MAX_BYTES = 1 << 60
+"""Beyond every machine; and a few of them fit into a number of the bus."""
+MAX_SECONDS = 366 * 86_400.0
+
 
 class Bytes(int):
     """A number of bytes, written in TOML as ``"4G"`` (powers of 1024) or a plain integer."""
@@ -16,7 +20,14 @@ class Bytes(int):
         match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
         if not match:
             raise ValueError(f"{text!r} is not a size such as 512M or 4G")
-        return cls(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()])
+        return cls.of(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()])
+
+    @classmethod
+    def of(cls, value: float) -> Self:
+        """Raises ValueError."""
+        if not 0 <= value <= MAX_BYTES:
+            raise ValueError(f"{value!r} is not a size of at most {MAX_BYTES >> 40}T")
+        return cls(value)
 
 
 class Seconds(float):
@@ -28,4 +39,11 @@ class Seconds(float):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h|)", text.strip())
         if not match:
             raise ValueError(f"{text!r} is not a duration such as 60s or 2min")
-        return cls(float(match[1]) * {"ms": 0.001, "s": 1, "": 1, "min": 60, "h": 3600}[match[2]])
+        return cls.of(float(match[1]) * {"ms": 0.001, "s": 1, "": 1, "min": 60, "h": 3600}[match[2]])
+
+    @classmethod
+    def of(cls, value: float) -> Self:
+        """Raises ValueError: a time that is no number would put the timers of others out of order."""
+        if not 0 <= value <= MAX_SECONDS:
+            raise ValueError(f"{value!r} is not a duration of at most {MAX_SECONDS / 3600:g}h")
+        return cls(value)
