@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpr_agent import daemon
 from cpr_agent.core.model import Bytes, Definition, Seconds
 from cpr_agent.core.settings import Settings
 from cpr_agent.errors import InvalidDefinition
@@ -193,8 +194,9 @@ def test_a_file_that_others_could_have_written_decides_nothing(tmp_path: Path, m
     assert list(found) == [good.stem]
     assert said in str(refused["web2"])
     assert f"chown root: {bad}" in str(refused["web2"])
-    with pytest.raises(InvalidDefinition, match=said):
-        read_admins_file(bad)
+    for read in (read_admins_file, daemon._settings):  # and so is agent.toml
+        with pytest.raises(InvalidDefinition, match=said):
+            read(bad)
 
 
 def test_neither_does_one_in_a_directory_of_others_or_behind_a_link(tmp_path: Path) -> None:

@@ -128,6 +128,9 @@ def test_a_process_whose_start_is_cancelled_leaves_no_zombie(tmp_path: Path, mon
         with pytest.raises(asyncio.CancelledError):
             await start
         pid = await place.pid()
+        record = files(tmp_path).pid_file("web1")
+        assert int(record.read_text().split()[0]) == pid
+        assert record.parent.stat().st_mode & 0o777 == 0o700  # root's, or a VM's user could name any process
         await place.kill()
         for _ in range(10):  # the loop reaps it, once it is told
             await asyncio.sleep(0)
