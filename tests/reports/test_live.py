@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -148,6 +149,53 @@ def test_a_finished_mirror_goes_along(each_lab: Lab) -> None:
     io(guest, "write -P 0x44 0 4096")
     assert [str(copy) in what for what in warned(guest)] == [True]
     assert_carried(guest, "0x44")
+
+
+def with_offset(_guest: Guest, path: Path) -> dict[str, Any]:
+    path.write_bytes(bytes(2 << 20))
+    return {"driver": "raw", "offset": 1 << 20, "size": 1 << 20}
+
+
+def encrypted(guest: Guest, path: Path) -> dict[str, Any]:
+    secret = ("--object", "secret,id=s0,data=abc")
+    options = ("-o", "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *secret, *options, path, "1M"], check=True)
+    guest.admin("object-add", id="s0", data="abc", **{"qom-type": "secret"})
+    return {"driver": "qcow2", "encrypt": {"format": "luks", "key-secret": "s0"}}
+
+
+@pytest.mark.parametrize("target", [with_offset, encrypted])
+def test_a_mirror_to_an_image_that_needs_more_than_its_format_is_told(each_lab: Lab, target: Any) -> None:
+    """An argument that named path and format alone would open other contents, or none."""
+    guest = with_disk(each_lab, image(each_lab.root / "disk.raw", "raw"), "raw")
+    copy = each_lab.root / "copy"
+    options = target(guest, copy)
+    guest.admin("blockdev-add", **options, **{"node-name": "copy", "file": {"driver": "file", "filename": str(copy)}})
+    guest.admin("blockdev-mirror", device="d0", target="copy", sync="full", **{"job-id": "mirror"})
+    until(lambda: guest.admin("query-jobs")[0]["status"] == "ready", "the mirror is ready")
+    assert_refused(guest, "block or snapshot job mirror is ready: job-complete")
+    guest.admin("job-complete", id="mirror")
+    until(lambda: guest.admin("query-jobs") == [], "the mirror has ended")
+    assert_refused(guest, "disk d0", str(copy))
+
+
+def test_a_job_that_ended_and_was_not_dismissed_is_told(each_lab: Lab) -> None:
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
+    copy = {"target": str(each_lab.root / "copy"), "sync": "full", "format": "qcow2"}
+    guest.admin("drive-backup", device="d0", **copy, **{"job-id": "backup", "auto-dismiss": False})
+    until(lambda: guest.admin("query-jobs")[0]["status"] == "concluded", "the backup has ended")
+    assert_refused(guest, "block or snapshot job backup is concluded: job-dismiss")
+    guest.admin("job-dismiss", id="backup")
+    assert_goes_on(guest)
+
+
+def test_another_part_of_the_same_image_is_told(each_lab: Lab) -> None:
+    path = each_lab.root / "disk.raw"
+    path.write_bytes(bytes(2 << 20))
+    node = {"driver": "raw", "node-name": "q0", "size": 1 << 20, "file": {"driver": "file", "filename": str(path)}}
+    guest = each_lab.running("web1", "-blockdev", json.dumps(node), "-device", "virtio-blk-pci,drive=q0,id=disk0")
+    guest.admin("blockdev-reopen", options=[{**node, "offset": 1 << 20}])
+    assert_refused(guest, "disk disk0", str(path), '"offset": 1048576')
 
 
 def replace(path: Path) -> None:

@@ -102,6 +102,24 @@ def test_a_node_that_no_disk_has_is_no_obstacle(each_lab: Lab, driver: str) -> N
     assert_goes_on(guest)
 
 
+@pytest.mark.parametrize("name", ["return-path", "pause-before-switchover", "dirty-bitmaps"])
+def test_a_capability_that_a_save_would_fail_with_is_told(each_lab: Lab, name: str) -> None:
+    """A migration that was given up has left it on."""
+    guest = each_lab.running("web1")
+    guest.admin("migrate-set-capabilities", capabilities=[{"capability": name, "state": True}])
+    assert_refused(guest, f"the migration capability {name} is on: turn it off")
+    guest.admin("migrate-set-capabilities", capabilities=[{"capability": name, "state": False}])
+    assert_goes_on(guest)
+
+
+def test_credentials_of_a_migration_that_were_left_are_told(each_lab: Lab) -> None:
+    guest = each_lab.running("web1")
+    guest.admin("migrate-set-parameters", **{"tls-creds": "tls0"})
+    assert_refused(guest, "tls-creds")
+    guest.admin("migrate-set-parameters", **{"tls-creds": ""})
+    assert_goes_on(guest)
+
+
 @pytest.mark.parametrize("kind", ["user", "socket"])
 def test_a_network_that_was_added_is_told_before_a_save(each_lab: Lab, kind: str) -> None:
     """That of QEMU's own NAT has a part in the state: the load would be refused for ever."""

@@ -45,6 +45,12 @@ def test_each_image_of_the_chain_is_named() -> None:
     )
 
 
+def test_a_chain_that_arguments_have_named_before_is_named_again() -> None:
+    """QEMU tells of it as JSON then."""
+    now = [replace(NOW[0], filename='json:{"driver": "qcow2", "file": {}, "backing": {"driver": "raw"}}'), *NOW[1:]]
+    assert rewritten(DRIVE, WAS, now) == rewritten(DRIVE, WAS, NOW)
+
+
 def test_the_last_image_has_none_below_it() -> None:
     assert rewritten(DRIVE, WAS, chain(("/m", "qcow2"))) == "if=none,id=d0,cache=none,file=/m,format=qcow2,backing="
 
@@ -84,6 +90,10 @@ def test_two_drives_of_one_name_are_not_chosen_from() -> None:
         [replace(NOW[0], read_only=True), *NOW[1:]],
         [*NOW, replace(NOW[1], role="data-file")],
         [replace(node, role=f"file.{node.role}") for node in NOW],
+        [replace(NOW[0], filename='json:{"driver": "qcow2", "encrypt.key-secret": "s0", "file": {}}'), *NOW[1:]],
+        [*NOW[:2], replace(NOW[2], filename='json:{"driver": "raw", "offset": 512, "file": {}}'), NOW[3]],
+        [replace(NOW[0], filename="json:{"), *NOW[1:]],
+        [replace(NOW[0], filename="json:[]"), *NOW[1:]],
     ],
 )
 def test_a_chain_of_anything_else_is_left_alone(now: list[BlockNode]) -> None:

@@ -203,6 +203,7 @@ def _layer(nodes: Sequence[BlockNode], *, exact: bool) -> str:
     if exact:
         details += ["read only" if first.read_only else "writable", f"{first.size_bytes} bytes"]
         details += [f"inode {last.file.inode} on {last.file.st_dev}"] if last.file else []
+        details += [f"opened as {first.filename}"] if first.filename.startswith("json:") else []
     return f"{path_of(last)} ({', '.join(details)})"
 
 

@@ -16,9 +16,11 @@ from cpr_agent.vm.replies import (
     JOBS,
     MEMORY_BACKENDS,
     MIGRATION,
+    PARAMETERS,
     QOM_FLAG,
     QOM_TEXT,
     REPLAY,
+    BlockJob,
     MemoryBackend,
     Migration,
     Mode,
@@ -26,18 +28,31 @@ from cpr_agent.vm.replies import (
 
 UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling")
 _NO_MODE = Mode(mode="none")
+_JOBS = {"ready": "job-complete or job-cancel", "pending": "job-finalize or job-cancel", "concluded": "job-dismiss"}
+"""What ends a job that waits for a command (JobStatus in qapi/job.json)."""
 
 
 async def save_blockers(qmp: Qmp, launch: Launch) -> list[str]:
     reasons = await memory_blockers(qmp, launch)
     capabilities = {one.capability for one in await qmp.ask(CAPABILITIES) if one.state}
-    reasons += [f"the migration capability {name} is on" for name in CONFLICTING if name in capabilities]
+    reasons += [
+        f"the migration capability {name} is on: turn it off (migrate-set-capabilities)"
+        for name in CONFLICTING
+        if name in capabilities
+    ]
+    if (await qmp.ask(PARAMETERS)).tls_creds:
+        reasons.append('the migration parameter tls-creds is set: set it to "" (migrate-set-parameters)')
     if (await qmp.ask(REPLAY)).mode != "none":
         reasons.append("QEMU records or replays the guest (-icount rr=), which a save would break")
     if (await qmp.ask_optional(COLO, _NO_MODE)).mode != "none":
         reasons.append("the VM is part of a COLO pair")
-    reasons += [f"block or snapshot job {job.id} is running" for job in await qmp.ask(JOBS)]
+    reasons += [_about_job(job) for job in await qmp.ask(JOBS)]
     return reasons + unsaveable(launch.base_argv) + migration_blockers(await qmp.ask(MIGRATION))
+
+
+def _about_job(job: BlockJob) -> str:
+    remedy = _JOBS.get(job.status, "wait for its end, or job-cancel")
+    return f"block or snapshot job {job.id} is {job.status or 'running'}: {remedy}"
 
 
 def migration_blockers(migration: Migration) -> list[str]:

@@ -8,6 +8,7 @@ chain, so that no header of an image decides what is opened.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 
@@ -51,13 +52,24 @@ def images(nodes: Sequence[BlockNode]) -> Iterator[Image]:
     for level in range(depth):
         above = ["backing"] * level
         node, file = by_role.get(".".join(above)), by_role.get(".".join([*above, "file"]))
-        if node is None or file is None or node.driver not in FORMATS or file.driver != "file":
+        if node is None or file is None or node.driver not in FORMATS or file.driver != "file" or not _plain(node):
             return
         if file.file is None or file.file.nameless or not file.file.path:
             return
         found.append(Image(file.file.path, node.driver))
     if len(nodes) == 2 * depth:
         yield from found
+
+
+def _plain(node: BlockNode) -> bool:
+    """Whether QEMU has opened the image without an option that decides on its contents, such as the offset of a raw one or
+    the key of an encrypted one: those are in its name then, as JSON (bdrv_refresh_filename in block.c)."""
+    if not node.filename.startswith("json:"):
+        return True
+    try:
+        return bool(json.loads(node.filename.removeprefix("json:")).keys() <= {"driver", "file", "backing"})
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _is_drive(option: str, value: str, disk: str, image: Image) -> bool:

@@ -19,7 +19,12 @@ from cpr_agent.vm.replies import ADD_FD, CAPABILITIES, COMMANDS, PARAMETERS, SCH
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
 _NO_CAPABILITIES = [{"capability": "x-ignore-shared", "state": False}]
-CONFLICTING = ("postcopy-ram", "background-snapshot", "x-colo", "multifd", "mapped-ram")
+CONFLICTING = (
+    *("postcopy-ram", "background-snapshot", "x-colo", "multifd", "mapped-ram"),
+    *("return-path", "pause-before-switchover", "dirty-bitmaps"),
+)
+"""Capabilities that a save fails with: QEMU refuses it, waits for an answer of the other side, or for ``migrate-continue``
+while its guest stands."""
 
 
 class Dialect(ABC):

@@ -299,7 +299,10 @@ class BlockGraph(Reply, frozen=True):
 
 
 class BlockJob(Reply, frozen=True):
+    """JobInfo."""
+
     id: Text
+    status: Text = ""
 
 
 MEMORY_BACKENDS: Query[list[MemoryBackend]] = Query("query-memdev", Listed[MemoryBackend])
@@ -330,6 +333,7 @@ class Capability(Reply, frozen=True):
 class Parameters(Reply, frozen=True):
     mode: Text | None = None
     """None where QEMU has no modes."""
+    tls_creds: Text | None = None
 
 
 class Migration(Reply, frozen=True):
