@@ -370,6 +370,34 @@ def test_roms_that_were_upgraded_under_their_guest_are_no_obstacle(each_lab: Lab
     assert_goes_on(guest)
 
 
+@UPGRADES
+def test_a_kernel_that_was_upgraded_under_its_guest_is_no_obstacle(each_lab: Lab, upgrade: Any) -> None:
+    """Of a guest that boots one of the host's, with data for its firmware from a file."""
+    kernel, data = each_lab.root / "vmlinuz", each_lab.root / "data"
+    shutil.copy(each_lab.tiny, kernel)
+    data.write_text("data")
+    guest = each_lab.guest("web1", "-fw_cfg", f"name=opt/org.example/data,file={data}")
+    arguments = guest.definition["vm"]["arguments"]
+    arguments[arguments.index("-kernel") + 1] = str(kernel)
+    each_lab.define(guest)
+    guest.start()
+    guest.until_counts()
+    upgrade(kernel)
+    upgrade(data)
+    assert_goes_on(guest)
+    assert_goes_on(guest)
+
+
+def test_a_file_without_which_no_qemu_starts_is_told(each_lab: Lab) -> None:
+    """No copy is made of a secret."""
+    secret = each_lab.root / "secret"
+    secret.write_text("abc")
+    guest = each_lab.running("web1", "-object", f"secret,id=s0,file={secret}")
+    assert_goes_on(guest)
+    secret.unlink()
+    assert_refused(guest, str(secret), "bring it back")
+
+
 def test_firmware_whose_copy_was_lost_too_holds_the_guest(each_lab: Lab) -> None:
     bios = each_lab.root / "bios.bin"
     shutil.copy("/usr/share/seabios/bios-256k.bin", bios)

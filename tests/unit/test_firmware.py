@@ -11,7 +11,7 @@ import pytest
 
 from cpr_agent.core.model import Firmware, KeptFile
 from cpr_agent.host.firmware import ROM_BYTES, KeptFirmware
-from cpr_agent.vm.cmdline import firmware_files, kept_firmware, with_firmware
+from cpr_agent.vm.cmdline import firmware_files, kept_firmware, read_at_start, with_firmware
 
 LIBVIRT = (
     *("-blockdev", '{"driver":"file","filename":"/CODE","node-name":"code-storage","auto-read-only":true}'),
@@ -35,6 +35,10 @@ LIBVIRT = (
         (("-drive", "if=pflash,file=/VARS"), (), ()),
         (("-drive", "if=virtio,file=/disk,readonly=on"), (), ()),
         (LIBVIRT, ("/CODE",), ()),
+        (("-kernel", "/vmlinuz", "-initrd", "initrd.img", "-dtb", "/tree"), ("/vmlinuz", "/tree"), ()),
+        (("-fw_cfg", "name=opt/x,file=/f", "-fw_cfg", "name=opt/y,string=/g", "-smbios", "type=1,serial=/h"), ("/f",), ()),
+        (("-acpitable", "file=/t", "-smbios", "file=/s", "-acpitable", "data=/a:/b"), ("/t", "/s"), ()),
+        (("-device", "loader,file=/l,addr=0", "-device", "nvme,file=/m", "-initrd", "/a x,/b y"), ("/l",), ()),
     ],
 )
 def test_what_qemu_reads_and_does_not_write_is_firmware(
@@ -47,6 +51,25 @@ def test_what_qemu_reads_and_does_not_write_is_firmware(
 
 def test_variables_are_among_the_files_that_are_proved() -> None:
     assert firmware_files(("qemu", *LIBVIRT)) == ["/CODE", "/VARS"]
+
+
+def test_files_that_are_read_at_each_start_are_known() -> None:
+    argv = (
+        *("qemu", "-bios", "/b", "-device", "e1000,romfile=/r", "-kernel", "/k", "-initrd", "i"),
+        *("-fw_cfg", "name=x,file=/f"),
+        *("-object", "secret,id=s0,file=/s", "-object", '{"qom-type":"secret","id":"s1","file":"/t"}'),
+        *(
+            "-fsdev",
+            "local,id=f0,path=/shared",
+            "-chardev",
+            "file,id=c0,path=/made",
+            "-chardev",
+            "serial,id=c1,path=/dev/ttyS9",
+        ),
+        *("-object", "memory-backend-file,id=m,mem-path=/m", "-object", "filter-dump,id=d,netdev=n,file=/made"),
+        *("-drive", "if=pflash,file=/CODE,readonly=on"),
+    )
+    assert read_at_start(argv) == ["/b", "/r", "/k", "/f", "/s", "/t", "/shared", "/dev/ttyS9"]
 
 
 def copy(path: str, to: str, *, rom: bool = False) -> KeptFile:

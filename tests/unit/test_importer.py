@@ -176,7 +176,8 @@ def test_the_name_of_an_interface_is_short_enough_for_the_kernel() -> None:
         ("socket,id=c0,path=/run/libvirt/x", "null,id=c0"),
         ("socket,id=c0,fd=21", "null,id=c0"),
         ("file,id=c0,path=/dev/fdset/3,append=on", "null,id=c0"),
-        ("stdio,id=c0,mux=on", "null,id=c0"),
+        ("stdio,id=c0,mux=on", "null,id=c0,mux=on"),
+        ("stdio,id=c0", "null,id=c0"),
     ],
 )
 def test_what_a_character_device_is_connected_to(chardev: str, now: str) -> None:

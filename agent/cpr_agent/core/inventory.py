@@ -289,13 +289,14 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
     live = await take(ports, qemu, launch)
     recorded = await asyncio.to_thread(recorded_of, ports, launch)
     images = [path for path in ports.definitions.images(launch.argv) if path not in kept]
-    wanted = {*(file.path for file in (recorded or live).named), *images}
+    read = [path for path in ports.definitions.read_at_start(launch) if path not in kept]
+    wanted = {*(file.path for file in (recorded or live).named), *images, *read}
     looked = await ports.threads.run(launch.vm, lambda: {path: ports.files.look_at(path) for path in wanted})
     disks = without(live, kept)
     lost, found = _lost_files(disks, looked), Lookup(disks, recorded and without(recorded, kept), looked)
     goes_along = carried(ports, launch, recorded, live).disks
     known = {*lost, *goes_along}
-    compared = [*lost.values()]
+    compared = [*lost.values(), *_unreadable(read, looked)]
     follows = ports.definitions.follows(launch)
     if recorded is None and not follows:
         below = ports.definitions.images_below(launch.argv)
@@ -452,6 +453,14 @@ def _lost_files(live: Inventory, now: Mapping[str, OpenFile | None]) -> dict[str
                 f"written would be lost. Copy the disk to a new file (drive-mirror), and have the definition name that one"
             )
     return out
+
+
+def _unreadable(paths: Iterable[str], now: Mapping[str, OpenFile | None]) -> list[str]:
+    return [
+        f"its command line names {path}, which is not there any more, and no QEMU could start without it: bring it back"
+        for path in paths
+        if not now[path]
+    ]
 
 
 def _compared(found: Lookup, lost: Collection[str]) -> list[str]:

@@ -271,6 +271,9 @@ class Definitions(Protocol):
     def images_below(self, arguments: Sequence[str]) -> list[str]:
         """Those of them that it puts below the first image of a disk."""
 
+    def read_at_start(self, launch: Launch) -> list[str]:
+        """The files that its QEMU reads as it starts, also for a load, and does not keep open."""
+
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch: ...
 
     def follows(self, launch: Launch) -> bool:

@@ -141,6 +141,9 @@ class BothDefinitions:
     def images_below(self, arguments: Sequence[str]) -> list[str]:
         return self._own.images_below(arguments)
 
+    def read_at_start(self, launch: Launch) -> list[str]:
+        return [] if launch.vm in self._domains else self._own.read_at_start(launch)  # libvirt makes its secrets anew
+
     def plan_transfer(self, draft: Manifest, located: Sequence[Located], directory: str) -> Launch:
         return self._own.plan_transfer(draft, located, directory)
 

@@ -308,6 +308,39 @@ def _asks(spice: Mapping[str, str]) -> bool:
     return not spice.get("password") and not _on(spice.get("disable-ticketing", "off") or "on")
 
 
+BOOT_FILES = ("-kernel", "-initrd", "-dtb", "-shim", "-option-rom")
+"""What a guest boots without a boot loader of its own."""
+_TABLES = {"-fw_cfg": ("file",), "-acpitable": ("file", "data"), "-smbios": ("file", "path")}
+_NOT_COPIED = {
+    "-object": (("secret", "file"), ("authz-list-file", "filename"), ("tls-creds-", "dir"), ("input-linux", "evdev")),
+    "-fsdev": (("local", "path"),),
+    "-virtfs": (("local", "path"),),
+    "-chardev": (("serial", "path"), ("parallel", "path")),
+}
+"""How the kinds begin of parts without which QEMU does not start, and their keys: secrets, directories and devices."""
+
+
+def read_at_start(argv: Sequence[str]) -> list[str]:
+    """Files that QEMU reads as it starts, also for a load, and does not keep open: whole paths."""
+    files = [*option(argv, "-bios"), *_option_roms(argv), *_boot_files(argv)]
+    for name, kinds in _NOT_COPIED.items():
+        for keys in map(keyed, option(argv, name)):
+            kind = keys.get("qom-type", next(iter(keys), ""))
+            files += [keys[key] for start, key in kinds if kind.startswith(start) and key in keys]
+    return [file for file in dict.fromkeys(files) if file.startswith("/")]
+
+
+def _boot_files(argv: Sequence[str]) -> list[str]:
+    """Kernels, and tables and data for the guest's firmware. A value that is several files is left out: modules of a
+    multiboot kernel, and tables that are put together."""
+    files = [path for path in option(argv, *BOOT_FILES) if " " not in path and "," not in path]
+    for name, known in _TABLES.items():
+        tables = map(keyed, option(argv, name))
+        files += [keys[key] for keys in tables for key in known if key in keys and ":" not in keys[key]]
+    loaders = map(keyed, option(argv, "-device"))
+    return files + [keys["file"] for keys in loaders if "loader" in (*keys, keys.get("driver")) and "file" in keys]
+
+
 def firmware_files(argv: Sequence[str]) -> list[str]:
     """Files of the VM's firmware and its variables that the admin named by their whole paths."""
     files = [*option(argv, "-bios", "-pflash"), *_option_roms(argv), *(path for path, _ in _flash(argv))]
@@ -338,14 +371,14 @@ def _on(flag: str | None) -> bool:
 
 
 def kept_firmware(argv: Sequence[str]) -> Firmware:
-    """What QEMU reads as firmware, and does not write. It looks for other ROMs in its data directories: those of ``-L``,
-    then those beside its program (get_relocated_path() in util/cutils.c; --firmwarepath of Debian's and Fedora's
-    packages)."""
+    """What QEMU reads as firmware, or as a kernel, and does not write. It looks for other ROMs in its data directories:
+    those of ``-L``, then those beside its program (get_relocated_path() in util/cutils.c; --firmwarepath of Debian's and
+    Fedora's packages)."""
     named = [*option(argv, "-bios"), *_option_roms(argv), *(path for path, read_only in _flash(argv) if read_only)]
     program = Path(argv[0]).resolve()
     directories = [path for path in option(argv, "-L") if path.startswith("/")]
     return Firmware(
-        files=tuple(name for name in dict.fromkeys(named) if name.startswith("/")),
+        files=tuple(name for name in dict.fromkeys([*named, *_boot_files(argv)]) if name.startswith("/")),
         names=tuple(name for name in named if name and "/" not in name),
         directories=(*directories, *(str(program.parent.parent / name) for name in ROM_DIRECTORIES)),
     )

@@ -49,6 +49,7 @@ from cpr_agent.vm.cmdline import (
     plan_probe,
     plan_start,
     plan_transfer,
+    read_at_start,
     tap_devices,
     with_firmware,
 )
@@ -258,6 +259,9 @@ class DefinitionDirectory:
 
     def images_below(self, arguments: Sequence[str]) -> list[str]:
         return files_below(arguments)
+
+    def read_at_start(self, launch: Launch) -> list[str]:
+        return read_at_start(launch.base_argv)
 
     def follows(self, launch: Launch) -> bool:  # noqa: ARG002 - the agent knows its command line alone
         return False

@@ -18,7 +18,7 @@ from cpr_agent.errors import InvalidArgument
 from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import OWN, WRITES_RAM, writes_ram
 from cpr_agent.vm.connections import DIES, Connections
-from cpr_agent.vm.foreign import CommandLine, Option, read_config, split
+from cpr_agent.vm.foreign import CommandLine, Option, make_option, read_config, split
 from cpr_agent.vm.networks import at_home
 from cpr_agent.vm.paths import whole_paths
 
@@ -36,11 +36,20 @@ _WHY = {
     "-loadstate": "loads are the agent's",
     "-full-screen": "there is no screen",
     "-id": "Proxmox VE's QEMU alone knows it",
+    "-D": "what QEMU logs is in the VM's log",
+    "-soundhw": "QEMU 7.1 and newer have no such option: -audiodev and -device say that; till then there is no sound",
+    **dict.fromkeys(
+        ("-writeconfig", "-enable-fips", "-async-teardown", "-portrait", "-rotate", "-singlestep", "-show-cursor"),
+        "newer QEMUs have no such option",
+    ),
 }
 """Options that are left out, and why."""
 
 _INSTEAD = {
     "-no-hpet": (("-machine", "hpet=off"), "QEMU 9 and newer have no such option"),
+    "-no-kvm-irqchip": (("-machine", "kernel-irqchip=off"), "newer QEMUs have no such option"),
+    "-nodefconfig": (("-no-user-config",), "newer QEMUs have no such option"),
+    "-localtime": (("-rtc", "base=localtime"), "newer QEMUs have no such option"),
     "-no-acpi": (("-machine", "acpi=off"), "QEMU 9 and newer have no such option"),
     "-nographic": (("-display", "none"), "there is no terminal: the serial port and the monitor on it are gone"),
     "-curses": (("-display", "none"), "there is no terminal"),
@@ -50,6 +59,21 @@ _INSTEAD = {
 _SCREENS = ("gtk", "sdl", "cocoa", "curses", "spice-app", "default")
 _SOUND = ("alsa", "coreaudio", "dsound", "jack", "oss", "pa", "pipewire", "sdl", "sndio")
 """Of a session at a screen. An audiodev that can't reach its server ends QEMU."""
+
+_NEEDS = {
+    "drive": ("-drive", "-blockdev"),
+    "netdev": ("-netdev", "-nic", "-net"),
+    "chardev": ("-chardev",),
+    "tpmdev": ("-tpmdev",),
+    "fsdev": ("-fsdev",),
+    "audiodev": ("-audiodev",),
+    **dict.fromkeys(("iothread", "rng", "cryptodev"), ("-object",)),
+}
+"""Keys that name a part which another option makes, and these options."""
+_MADE_UP = re.compile(r"[a-z]+\d+(?:-(?:hd|cd)\d+)?")
+"""How QEMU calls a drive that has no id (drive_new() in blockdev.c)."""
+_NAMES = ("id", "node-name", "name")
+_PORTS = ("-serial", "-parallel")
 
 _IN_PLACE = ("/dev/dax", "/dev/shm/")  # noqa: S108 - where RAM is that the agent can leave in place
 _UNIT = "vm.user and the VM's unit say that"
@@ -78,6 +102,7 @@ def import_command_line(text: str, wanted: Wanted | None = None, shared: Path = 
         draft.note("look", line.program, "the line has no quotes: words with spaces in them may not be what they were")
     draft.take_name(wanted.name)
     draft.take_options()
+    draft.leave_out_remains()
     draft.take_memory()
     draft.take_user()
     for word in (line.program, *(word for words in draft.arguments for word in words)):
@@ -107,6 +132,7 @@ class _Draft:
             id_ for id_, value in self._objects.items() if value.first("qom-type").startswith("memory-backend-")
         }
         self._monitors = {option.value.first("chardev") for option in self._options if option.name == "-mon"}
+        self._monitors -= {need[1] for option in self._options if option.name != "-mon" for need in _needs(option)}
         self._dead = {id_ for id_, value in self._objects.items() if DIES.search(value.keys.get("file", ""))}
         self._dead |= {id_ for id_, value in self._objects.items() if value.keys.get("keyid") in self._dead}
         self._connections = Connections(self._options)
@@ -174,6 +200,31 @@ class _Draft:
         if self.line.program.endswith("kvm") and not said:
             self.note("changed", self.line.program, "a QEMU of this name takes KVM; -accel says so, whatever it is called")
             self.arguments.append(("-accel", "kvm"))
+
+    def leave_out_remains(self) -> None:
+        """Without a part that they name, options would keep QEMU from starting."""
+        while lost := [(words, why) for words in self.arguments if (why := self._why_incomplete(words))]:
+            for words, why in lost:
+                self.note("left out", " ".join(words), why)
+                self.arguments.remove(words)
+
+    def _why_incomplete(self, words: tuple[str, ...]) -> str:
+        made = {name: self._made_by(_NEEDS[name]) for name in _NEEDS}
+        if len(words) != 2:
+            return ""
+        for key, name in _needs(make_option(*words)):
+            if name not in made[key] and not (key == "drive" and _MADE_UP.fullmatch(name)):
+                return f"there is no {key} {name}, which it needs"
+        if words[0] == "-set":
+            group, _, rest = words[1].partition(".")
+            if rest.partition(".")[0] not in self._made_by((f"-{group}",)):
+                return "what it sets a property of is not there"
+        return ""
+
+    def _made_by(self, options: tuple[str, ...]) -> set[str]:
+        """The names of what these options make."""
+        values = [make_option(*words).value for words in self.arguments if words[0] in options and len(words) == 2]
+        return {value.keys[key] for value in values for key in _NAMES if key in value.keys}
 
     def _kept(self, option: Option) -> tuple[str, ...]:
         """The words that go into the definition for an option: none, its own, or others."""
@@ -250,6 +301,12 @@ class _Draft:
             return self._changed(option, text, "there is no session whose sound it could be")
         return self._plain(option)
 
+    def _sound(self, option: Option) -> tuple[str, ...]:
+        driver, comma, rest = option.text.removeprefix("driver=").partition(",")
+        if driver in _SOUND:
+            return self._changed(option, f"none{comma}{rest}", "there is no session whose sound it could be")
+        return self._plain(option)
+
     def _watchdog(self, option: Option) -> tuple[str, ...]:
         self.note("changed", option, "QEMU 8 and newer have no such option")
         return ("-device", option.text)
@@ -300,7 +357,7 @@ class _Draft:
         peer = self._connections.peer(option)
         if kind == "stdio" or (peer.dies and (peer.client or kind != "socket")):
             why = "what it was connected to is not there: it leads nowhere now"
-            return self._changed(option, f"null,id={id_}", why)
+            return self._changed(option, f"null,id={id_}{',mux=on' * option.value.on('mux')}", why)
         if peer.dies:
             path = f"/run/cpr-agent/vm/{self.name}/{id_}.sock"
             why = f"its socket was made for who has started that QEMU: it is at {path} now"
@@ -374,6 +431,7 @@ _TAKE = {
     "-parallel": _Draft._port,
     "-display": _Draft._display,
     "-audiodev": _Draft._audio,
+    "-audio": _Draft._sound,
     "-watchdog": _Draft._watchdog,
     "-vnc": _Draft._vnc,
     "-machine": _Draft._machine,
@@ -386,6 +444,15 @@ _TAKE = {
     "-net": _Draft._network,
 }
 """Options that are more than words, and what makes of one what can be kept of it."""
+
+
+def _needs(option: Option) -> list[tuple[str, str]]:
+    """The parts that an option needs, by what it calls them: ``("chardev", "char0")``."""
+    if option.name in _PORTS and option.text.startswith("chardev:"):
+        return [("chardev", option.text.removeprefix("chardev:"))]
+    if option.name not in ("-device", "-object", "-mon"):
+        return []
+    return [(key, option.value.keys[key]) for key in _NEEDS if option.value.keys.get(key)]
 
 
 def _size(count: int) -> str:
