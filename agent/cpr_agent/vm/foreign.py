@@ -15,10 +15,11 @@ from cpr_agent.errors import InvalidArgument
 from cpr_agent.vm.cmdline import keyed, single_dash
 
 WITHOUT_VALUE = frozenset(
-    """S alt-grab audio-help ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile full-screen h help
-    localtime mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-kvm-irqchip no-quit no-reboot no-shutdown
-    async-teardown no-user-config nodefaults nodefconfig nographic old-param one-insn-per-tb only-migratable portrait preconfig s sdl
-    semihosting show-cursor singlestep snapshot std-vga usb version win2k-hack xen-attach xen-domid-restrict""".split()  # noqa: SIM905
+    """S alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm enable-sync-profile
+    full-screen h help localtime mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-kvm-irqchip no-quit
+    no-reboot no-shutdown no-user-config nodefaults nodefconfig nographic old-param one-insn-per-tb only-migratable
+    portrait preconfig s sdl semihosting show-cursor singlestep snapshot std-vga usb version win2k-hack xen-attach
+    xen-domid-restrict""".split()  # noqa: SIM905
 )
 """Options that take no argument (``DEF("...", 0, ...)`` in QEMU's qemu-options.hx, 5.0 to 11.1)."""
 
