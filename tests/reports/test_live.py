@@ -465,6 +465,25 @@ def test_another_disk_in_the_new_qemu_holds_the_guest(each_lab: Lab) -> None:
     assert guest.pid == 0
 
 
+def test_a_loop_device_with_another_file_of_its_name_holds_the_guest(each_lab: Lab, request: pytest.FixtureRequest) -> None:
+    """A restore has put a file in the place of the one that the guest had."""
+    path = image(each_lab.root / "disk.raw", "raw")
+    attached = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=False)
+    if attached.returncode:
+        pytest.skip(f"no loop devices: {attached.stderr}")
+    device = attached.stdout.strip()
+    request.addfinalizer(lambda: subprocess.run(["losetup", "--detach", device], check=False))
+    guest = with_disk(each_lab, Path(device), "raw")
+    assert_goes_on(guest)
+    guest.save()
+    guest.call("Stop", "s", "hard")
+    subprocess.run(["losetup", "--detach", device], check=True)
+    replace(path)
+    subprocess.run(["losetup", device, path], check=True)
+    refused(guest, "DiskChanged", device, str(path))
+    assert guest.state == "held"
+
+
 def test_a_guest_of_an_agent_that_recorded_nothing_is_compared_with_its_command_line(each_lab: Lab) -> None:
     guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"))
     record = each_lab.run / "launched/web1.inventory"

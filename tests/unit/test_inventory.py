@@ -227,6 +227,18 @@ def test_of_a_brief_inventory_names_and_kinds_are_compared() -> None:
         ),
         ("virtual/block/dm-3", {"dm/uuid": "LVM-x"}, "LVM-x"),
         ("virtual/block/zram0", {}, ""),
+        ("platform/host5/session2/target5:0:0/5:0:0:1/block/sdb", {}, ""),
+        ("platform/host5/session2/target5:0:0/5:0:0:1/block/sdb", {"device/wwid": "naa.5"}, "naa.5"),
+        ("pci0000:00/0000:00:04.0/host2/rport-2:0-1/target2:0:0/2:0:0:1/block/sdb", {}, ""),
+        ("LNXSYSTM:00/LNXSYBUS:00/ACPI0012:00/ndbus0/region1/namespace1.0/block/pmem1", {}, ""),
+        ("LNXSYSTM:00/LNXSYBUS:00/ACPI0012:00/ndbus0/region1/pfn1.0/block/pmem1", {"device/uuid": "21df"}, "21df"),
+        ("rbd/0/block/rbd0", {}, ""),
+        ("rbd/0/block/rbd0", {"device/image_id": "9a", "device/pool_id": "3"}, "rbd - 3 - 9a -"),
+        (
+            "virtual/block/loop0",
+            {"loop/backing_file": "/nowhere/disk.raw", "loop/offset": "512"},
+            "/nowhere/disk.raw from 512",
+        ),
     ],
 )
 def test_a_block_device_is_known_by_what_a_kexec_does_not_change(
@@ -241,6 +253,19 @@ def test_a_block_device_is_known_by_what_a_kexec_does_not_change(
     (part / "partition").write_text("1")
     assert this_host._device_id(device) == name
     assert this_host._device_id(part) == (f"{name}-part1" if name else "")
+
+
+def test_a_loop_device_is_the_file_that_it_has(tmp_path: Path) -> None:
+    """One that was put in the place of a file has its path."""
+    path, device = tmp_path / "disk.raw", tmp_path / "sys/devices/virtual/block/loop0"
+    (device / "loop").mkdir(parents=True)
+    (device / "loop/backing_file").write_text(str(path))
+    names = set()
+    for new in ("a", "b"):
+        (tmp_path / new).write_text(new)
+        (tmp_path / new).rename(path)
+        names.add(this_host._device_id(device))
+    assert len(names) == 2
 
 
 def test_a_device_without_a_name_is_told_and_never_taken_for_the_same_after_a_kexec() -> None:

@@ -26,6 +26,10 @@ from cpr_agent.text import printable
 
 _COUNTED = re.compile(r"^(?:virtio|host|nvme)\d+$|^target\d+(?=:)|^\d+(?=:\d+:\d+:\d+$)")
 """Parts of a device's way that are numbers in the order of discovery: those of virtio devices and SCSI hosts."""
+_NO_SLOT = re.compile(r"virtual$|rbd$|session\d|rport-|ndbus\d")
+"""What is in no slot: disks over a network, and persistent memory. They are numbered in the order of discovery, too."""
+_IMAGE_OF_RBD = ("cluster_fsid", "pool_id", "pool_ns", "image_id", "current_snap")
+"""Documentation/ABI/testing/sysfs-bus-rbd."""
 JOURNAL_TIMEOUT_S = 60.0
 MAX_PROGRAM_BYTES = 1 << 30
 _SAYS_VERSION = b"QEMU emulator version "
@@ -196,12 +200,25 @@ def _block_device(number: int) -> dict[str, Any]:
 
 
 def _device_id(sysfs: Path) -> str:
-    """Documentation/ABI, block and dm; "" if there is none."""
+    """Documentation/ABI, block and dm; "" if there is none. A loop device is the file that it has: a file that was put in
+    its place has the same path."""
     if number := _text(sysfs / "partition"):
         whole = _device_id(sysfs.resolve().parent)
         return whole and f"{whole}-part{number}"
-    names = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial", "loop/backing_file")
+    if path := _text(sysfs / "loop/backing_file"):
+        offset = _text(sysfs / "loop/offset")
+        return f"{path}{_inode_of(path)}" + (f" from {offset}" if offset not in ("", "0") else "")
+    if _text(sysfs / "device/image_id"):
+        return " ".join(["rbd", *(_text(sysfs / "device" / name) or "-" for name in _IMAGE_OF_RBD)])
+    names = ("dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial", "device/uuid")
     return next((text for name in names if (text := _text(sysfs / name))), "") or _slot_of(sysfs)
+
+
+def _inode_of(path: str) -> str:
+    try:
+        return f" inode {os.stat(path).st_ino}"  # noqa: PTH116 - as the kernel has it, also with "(deleted)" after it
+    except (OSError, ValueError):
+        return ""
 
 
 def _slot_of(sysfs: Path) -> str:
@@ -209,7 +226,7 @@ def _slot_of(sysfs: Path) -> str:
     without the numbers that the kernel gives in the order in which it finds things. "" for one that is in no slot."""
     parts = sysfs.resolve().parts
     way = parts[parts.index("devices") + 1 : -1] if "devices" in parts else ()
-    if not way or way[0] == "virtual":
+    if not way or any(map(_NO_SLOT.match, way)):
         return ""
     kept = [_COUNTED.sub("", part) for part in way if part != "block"]
     return f"path:{'/'.join(part for part in kept if part)}"
