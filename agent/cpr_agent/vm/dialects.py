@@ -21,10 +21,10 @@ _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability"
 _NO_CAPABILITIES = [{"capability": "x-ignore-shared", "state": False}]
 CONFLICTING = (
     *("postcopy-ram", "background-snapshot", "x-colo", "multifd", "mapped-ram"),
-    *("return-path", "pause-before-switchover", "dirty-bitmaps"),
+    *("return-path", "pause-before-switchover", "dirty-bitmaps", "compress", "block"),
 )
-"""Capabilities that a save fails with: QEMU refuses it, waits for an answer of the other side, or for ``migrate-continue``
-while its guest stands."""
+"""Capabilities that a save or its load fails with: QEMU refuses it, waits for an answer of the other side, or for
+``migrate-continue`` while its guest stands, or writes what no QEMU reads without them."""
 
 
 class Dialect(ABC):
