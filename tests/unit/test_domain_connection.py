@@ -114,7 +114,12 @@ def test_no_call_waits_behind_one_that_its_caller_has_given_up(daemon: Daemon) -
 def test_a_domain_is_started_once_libvirt_has_noted_the_end_of_its_qemu(daemon: Daemon) -> None:
     async def run() -> None:
         libvirt = Libvirt()
-        creating = asyncio.create_task(libvirt.create("web1"))
+
+        async def create() -> None:
+            await libvirt.until_off("web1")
+            await libvirt.create("web1")
+
+        creating = asyncio.create_task(create())
         await asyncio.to_thread(daemon.asked.wait, PATIENCE_S)
         for heard in tuple(libvirt.heard.ended):
             heard("web2")

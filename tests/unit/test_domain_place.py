@@ -105,6 +105,9 @@ class FakeLibvirt:
     async def until_there(self, timeout_s: float) -> None:
         """It is."""
 
+    async def until_off(self, domain: str) -> None:  # noqa: ARG002
+        await self._pass("until off")
+
     async def watch(self) -> None:
         """All is heard."""
 
@@ -699,6 +702,33 @@ def test_a_start_that_meets_another_one_is_none_the_worse(room: Room) -> None:
         room.libvirt.steps["create"] = other
         await room.place.start(room.launch)
         assert await (await room.place.connect(PATIENCE_S)).run_state() is RunState.RUNNING
+
+    run(room, work)
+
+
+def test_a_domain_that_somebody_else_has_started_and_ended_is_not_started_once_more(room: Room) -> None:
+    """libvirt notes only then that the QEMU before had ended."""
+
+    async def work() -> None:
+        waiting, off = asyncio.Event(), asyncio.Event()
+
+        async def until_off() -> None:
+            waiting.set()
+            await off.wait()
+
+        room.libvirt.steps["until off"] = until_off
+        starting = asyncio.create_task(room.place.start(room.launch))
+        await waiting.wait()
+        start = room.world.desk.start_of("web1")
+        assert start
+        assert start.creating
+        assert await room.libvirt.hook("prepare") == ""
+        await room.libvirt.run()
+        await starting
+        await room.libvirt.end()
+        off.set()
+        await start.creating
+        assert "create" not in room.libvirt.passed
 
     run(room, work)
 

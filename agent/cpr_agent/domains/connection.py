@@ -227,10 +227,8 @@ class Libvirt:
             else:
                 session.forget()
 
-    async def create(self, domain: str) -> None:
-        """Start the domain; it takes as long as the hook that libvirt asks meanwhile. Raises QemuRefused,
-        QemuUnreachable."""
-
+    async def until_off(self, domain: str) -> None:
+        """Wait until libvirt has noted that the domain has no QEMU any more. Raises QemuRefused, QemuUnreachable."""
         noted = asyncio.Event()
         forget = listen(self.heard.ended, lambda ended: noted.set() if ended == domain else None)
         try:
@@ -240,6 +238,10 @@ class Libvirt:
                         await noted.wait()
         finally:
             forget()
+
+    async def create(self, domain: str) -> None:
+        """Start the domain; it takes as long as the hook that libvirt asks meanwhile. Raises QemuRefused,
+        QemuUnreachable."""
         await self.aside(domain, "started it", lambda found: found.create(), None)
 
     async def monitor_commands(self, domain: str, what: str, messages: Sequence[str], timeout_s: float) -> list[str]:

@@ -207,20 +207,25 @@ class DomainPlace:
             allowed.cancel()
 
     async def _create(self, start: Start) -> None:
-        """At boot libvirt's daemon may start the domain by itself, as it comes: before it answers anybody. Raises
-        QemuRefused, QemuUnreachable."""
-        libvirt = self._world.libvirt
-        there = asyncio.ensure_future(libvirt.until_there(THERE_S))
+        """Unless somebody else starts the domain first: at boot libvirt's daemon may do so by itself, before it answers
+        anybody. Not after that either, when the domain may have been shut off again. Raises QemuRefused,
+        QemuUnreachable."""
+        startable = asyncio.ensure_future(self._until_startable())
         allowed = asyncio.ensure_future(start.allowed.wait())
         try:
-            await asyncio.wait({there, allowed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({startable, allowed}, return_when=asyncio.FIRST_COMPLETED)
             if not allowed.done():
-                await there
-                await libvirt.create(self._name)
+                await startable
+                await self._world.libvirt.create(self._name)
         finally:
-            for task in (there, allowed):
+            for task in (startable, allowed):
                 task.cancel()
-            await asyncio.gather(there, allowed, return_exceptions=True)
+            await asyncio.gather(startable, allowed, return_exceptions=True)
+
+    async def _until_startable(self) -> None:
+        """Raises QemuRefused, QemuUnreachable."""
+        await self._world.libvirt.until_there(THERE_S)
+        await self._world.libvirt.until_off(self._name)
 
     def _created(self, start: Start, creating: asyncio.Future[None]) -> None:
         """It may have failed because somebody else starts the domain just then, which is as good."""
