@@ -413,6 +413,13 @@ def test_a_name_that_is_another_one_s_is_refused() -> None:
         xml.read_domain("web1", b"\xff", PLACES)
 
 
+@pytest.mark.parametrize("more", ["<a><qemu:b/></a>", "<a qemu:b='c'/>"])
+def test_a_namespace_that_others_use_too_stays(more: str) -> None:
+    text = adopt(domain()).replace("<devices>", f"<devices>{more}")
+    assert more in xml.release(text)
+    assert not xml.is_touched(xml.release(text))
+
+
 @given(st.data())
 def test_no_change_of_an_adopted_domain_s_text_does_more_than_be_refused(data: st.DataObject) -> None:
     """Whatever is read as adopted has the arguments that the agent would give it, and no others of that name."""

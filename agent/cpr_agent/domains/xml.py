@@ -162,7 +162,7 @@ def release(text: str) -> str:
         edits += [tree.cut(vm) for vm in vms]
     if commandline is not None and own and len(commandline) == len(own):
         edits.append(tree.cut(commandline))
-        if not any(one.tag.startswith(f"{{{QEMU_NAMESPACE}}}") for one in root if one is not commandline):
+        if not any(_has_qemus(one) for other in root if other is not commandline for one in other.iter()):
             match = _DECLARED.search(tree.start_tag(root))
             begin = tree.spans[root].begin
             edits += [Edit(begin + match.start(), begin + match.end(), "")] if match else []
@@ -268,6 +268,11 @@ def _rest(root: Element) -> str:
     """An argument for QEMU that still names what is the agent's; "" if there is none."""
     values = (one.get("value", "") for one in root.iterfind(f"{_COMMANDLINE}/{_ARGUMENT}"))
     return next((word for word in values if re.search(rf"\b({RAM_ID}|{MONITOR_ID})\b", word)), "")
+
+
+def _has_qemus(element: Element) -> bool:
+    """Whether its name, or that of an attribute, is in QEMU's namespace."""
+    return any(name.startswith(f"{{{QEMU_NAMESPACE}}}") for name in (element.tag, *element.keys()))
 
 
 def _memory_bytes(root: Element) -> int:
