@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Domains as virt-install writes them."""
+"""Domains as virt-install writes them (tests/unit/libvirt/virt-install.xml), with a file for a console."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ _DOMAIN = """<domain type='{kind}'>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     {disks}
     <controller type='usb' model='qemu-xhci' ports='15'/>
+    <controller type='pci' model='pcie-root'/>
+    {ports}
     <interface type='user'>
       <mac address='52:54:00:{mac}'/>
       <model type='virtio'/>
@@ -43,6 +45,7 @@ _DOMAIN = """<domain type='{kind}'>
       <target type='isa-serial' port='0'/>
     </serial>
     <channel type='unix'>
+      <source mode='bind'/>
       <target type='virtio' name='org.qemu.guest_agent.0'/>
     </channel>
     <input type='tablet' bus='usb'/>
@@ -54,6 +57,7 @@ _DOMAIN = """<domain type='{kind}'>
   </devices>
 </domain>
 """
+ROOT_PORTS = 14
 QCOW2 = """<disk type='file' device='disk'>
       <driver name='qemu' type='qcow2' discard='unmap'/>
       <source file='{path}'/>
@@ -82,6 +86,7 @@ def domain_xml(  # noqa: PLR0913 - what differs between guests
         firmware=f" firmware='{firmware}'" if firmware else "",
         cpu="<cpu mode='host-passthrough' check='none' migratable='on'/>" if kind == "kvm" else "",
         disks=disks,
+        ports="\n    ".join(["<controller type='pci' model='pcie-root-port'/>"] * ROOT_PORTS),
         mac=f"{number >> 16 & 255:02x}:{number >> 8 & 255:02x}:{number & 255:02x}",
         console=console,
         more=more,

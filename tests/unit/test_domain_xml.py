@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -18,6 +19,7 @@ from cpr_agent.domains import refusals, tree, xml
 from cpr_agent.domains.names import NAMESPACE, QEMU_NAMESPACE, Places
 from cpr_agent.domains.part import OWN_ARGUMENTS, Adopted
 from cpr_agent.errors import InvalidDefinition
+from tests.libvirt.domains import QCOW2, domain_xml
 
 PLACES = Places(Path("/run/cpr-agent"))
 SIZE = Bytes(64 << 20)
@@ -446,3 +448,40 @@ def test_no_text_does_more_than_be_refused(text: str) -> None:
     for act in (xml.release, xml.is_touched, xml.reasons, xml.checkpoint_of):
         with pytest.raises(InvalidDefinition):
             act(f"<domain>{text}")
+
+
+# -- virt-install ----------------------------------------------------------------------------------------------------------
+
+SAMPLE = Path(__file__).with_name("libvirt")
+TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+SAMPLES: dict[str, dict[str, str]] = {"virt-install": {}, "virt-install-uefi": {"firmware": "efi", "more": TPM}}
+
+
+def shape(element: ElementTree.Element, path: str = "") -> Counter[str]:
+    """What there is, and of which kind; not how it is called, and where its files are."""
+    known = ("type", "model", "bus", "mode", "name")
+    kinds = sorted(f"{key}={value}" for key, value in element.attrib.items() if key in known)
+    path = " ".join([f"{path}/{element.tag}", *kinds])
+    return sum((shape(one, path) for one in element), Counter([path]))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_domains_of_the_tests_have_what_virt_install_writes(name: str) -> None:
+    wanted = ElementTree.fromstring((SAMPLE / f"{name}.xml").read_text())  # noqa: S314 - of the tests
+    disk = QCOW2.format(path="/var/lib/libvirt/images/web1.qcow2")
+    boot = "<boot dev='hd'/>"
+    ours = domain_xml("web1", 1024, boot, Path("/console"), disk, number=1, kind="kvm", **SAMPLES[name])
+    lacking = shape(wanted) - shape(ElementTree.fromstring(ours))  # noqa: S314 - likewise
+    # libvirt makes the one, and the other says nothing to the tests.
+    assert [path.rpartition("/")[2] for path in lacking] == ["uuid", "console type=pty"]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_virt_install_writes_can_be_adopted_and_released(name: str) -> None:
+    text = (SAMPLE / f"{name}.xml").read_text()
+    assert xml.reasons(text) == []
+    adopted = xml.adopt(text, Adopted(device="/dev/shm/web1", size=Bytes(1 << 30)), PLACES)
+    found = xml.read(adopted, PLACES)
+    assert found.adopted
+    assert found.problem == ""
+    assert xml.release(adopted) == text
