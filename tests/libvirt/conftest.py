@@ -64,6 +64,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         if report.passed:
             note("kept", item.name)
             callspec = getattr(item, "callspec", None)
-            release = callspec.params.get("each_lab", "13") if callspec else "13"
+            release = callspec.params.get("each_lab", callspec.params.get("lab", "13")) if callspec else "13"
             note("pair", RELEASES[release])
     return report

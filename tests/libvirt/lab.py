@@ -170,6 +170,13 @@ class LibvirtLab(Lab):
         domain.define_xml(domain_xml(name, size_mib, boot, console, disks, number=number, **more))
         return domain
 
+    def upgrade_libvirt(self) -> None:
+        """From Debian 13 to its backports, QEMU left as it is. libvirtd is not restarted."""
+        self.bed.install_from("backports", "libvirt*", "python3-libvirt")
+
+    def upgrade_qemu(self) -> None:
+        self.bed.install_from("backports", "qemu-*", "seabios")
+
     def running_domain(self, name: str = "web1", *, size_mib: int = 64, **options: str) -> Domain:
         """Adopted, started, and counting."""
         domain = self.domain(name, size_mib=size_mib, **options)

@@ -7,15 +7,23 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from cpr_agent.bus.client import CallError
 from tests.lab import PATIENCE_S, until
 from tests.libvirt.bed import HOOK
+from tests.libvirt.conftest import a_lab
 from tests.libvirt.lab import Domain, LibvirtLab
 
 STOPS = [signal.SIGTERM, signal.SIGKILL]
+
+
+@pytest.fixture(params=["13", "backports"])
+def lab(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path) -> Iterator[LibvirtLab]:
+    """libvirt 12.9 restores in another way than those before."""
+    yield from a_lab(request.param, tmp_path, tiny)
 
 
 @contextmanager
