@@ -11,23 +11,26 @@ from tests.host_vm import ROOT, run_scenario
 
 TIMEOUT_S = 2400
 BLOCK = re.compile(
-    r"^```(sh run(?P<kexec> kexec)?|toml definition file=(?P<file>\S+))\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL
+    r"^```(sh run(?: (?P<how>kexec|yes))?|(?:toml definition|conf (?P<append>append)) file=(?P<file>\S+))\n"
+    r"(?P<text>.*?)^```",
+    re.MULTILINE | re.DOTALL,
 )
 
 
-def write_steps(target: Path) -> int:
-    """Each marked block as a script of its own; returns how many of them end in a kexec."""
+def write_steps(target: Path, text: str) -> int:
+    """Each marked block as a script of its own, whose suffix says how it is run; returns how many of them end in a
+    kexec."""
     target.mkdir()
-    kexecs = 0
-    for number, block in enumerate(BLOCK.finditer((ROOT / "docs/quick-start.md").read_text()), 1):
-        kexecs += bool(block["kexec"])
-        text = f"cat >{block['file']} <<'END'\n{block['text']}END\n" if block["file"] else block["text"]
-        (target / f"{number:02}.{'kexec' if block['kexec'] else 'sh'}").write_text(text)
-    return kexecs
+    blocks = list(BLOCK.finditer(text))
+    for number, block in enumerate(blocks, 1):
+        into = ">>" if block["append"] else ">"
+        step = f"cat {into}{block['file']} <<'END'\n{block['text']}END\n" if block["file"] else block["text"]
+        (target / f"{number:02}.{block['how'] or 'sh'}").write_text(step)
+    return [block["how"] for block in blocks].count("kexec")
 
 
 def test_its_commands_do_what_they_say(tmp_path: Path) -> None:
-    kexecs = write_steps(tmp_path / "steps")
+    kexecs = write_steps(tmp_path / "steps", (ROOT / "docs/quick-start.md").read_text())
     assert kexecs == 2
     # Without the NVDIMM that this host has as well: the quick start's reader has none.
     options = ("--memory", "8G", "--append", "memmap=5G!4G module_blacklist=nfit", "--allow-reboot")
