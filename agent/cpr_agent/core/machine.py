@@ -249,16 +249,16 @@ class Machine:
     async def plan_load(self, manifest: Manifest, located: Sequence[Located], directory: str = "") -> Launch:
         """How to start a QEMU that takes the guest of ``manifest``, by cpr-transfer where it is to wait in ``directory``.
         Where its firmware is not what it was, with copies."""
-        definitions = self.ports.definitions
-        changed = await self.ports.threads.run(self.name, partial(self.ports.firmware.changed, self.name))
+        definitions, firmware = self.ports.definitions, self.ports.firmware
+        changed, opened = await self.ports.threads.run(
+            self.name, lambda: (firmware.changed(self.name), self._devices_below(manifest.inventory))
+        )
         plan = (
             definitions.plan_transfer(manifest, located, directory)
             if directory
             else definitions.plan_load(manifest, located)
         )
-        opened = await self.ports.threads.run(self.name, partial(self._devices_below, manifest.inventory))
-        plan = replace(plan, opened=opened)
-        return definitions.with_firmware(plan, changed)
+        return definitions.with_firmware(replace(plan, opened=opened), changed)
 
     async def prepare_next(self) -> None:
         """Have what the next QEMU of its guest needs of the host: an agent that knew less may have started this one."""

@@ -11,11 +11,20 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cpr_agent.errors import QemuFailed, QemuRefused, SaveFailed
 from cpr_agent.vm.qmp import Qmp
-from cpr_agent.vm.replies import ADD_FD, CAPABILITIES, COMMANDS, PARAMETERS, SCHEMA
+from cpr_agent.vm.replies import (
+    ADD_FD,
+    CAPABILITIES,
+    COMMANDS,
+    PARAMETERS,
+    SCHEMA,
+    Capability,
+    Parameters,
+    Query,
+)
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
 _NO_CAPABILITIES = [{"capability": "x-ignore-shared", "state": False}]
@@ -139,14 +148,23 @@ async def fdset(qmp: Qmp, fd: int) -> str:
 
 async def choose(qmp: Qmp) -> Dialect:
     """Raises QemuFailed if it has none."""
-    commands = {command.name for command in await qmp.ask(COMMANDS)}
-    return CprSave() if {"cpr-save", "cpr-load"} <= commands else await choose_migration(qmp)
+    listed, *migration = await qmp.ask_all([(COMMANDS, {}), *_MIGRATION])
+    commands = {command.name for command in listed or ()}
+    return CprSave() if {"cpr-save", "cpr-load"} <= commands else _by_migration(qmp.vm, *migration)
 
 
 async def choose_migration(qmp: Qmp) -> Dialect:
     """That of QEMU as it is without our patch. Raises QemuFailed if it has none."""
-    if "x-ignore-shared" not in {one.capability for one in await qmp.ask(CAPABILITIES)}:
+    return _by_migration(qmp.vm, *await qmp.ask_all(_MIGRATION))
+
+
+_MIGRATION: list[tuple[Query[Any], dict[str, object]]] = [(CAPABILITIES, {}), (PARAMETERS, {})]
+
+
+def _by_migration(vm: str, capabilities: list[Capability] | None, parameters: Parameters | None) -> Dialect:
+    """Raises QemuFailed."""
+    if "x-ignore-shared" not in {one.capability for one in capabilities or ()}:
         what = "this QEMU cannot leave RAM in place (no x-ignore-shared)"
-        raise QemuFailed(what, vm=qmp.vm, remedy="use QEMU 5.0 or newer")
+        raise QemuFailed(what, vm=vm, remedy="use QEMU 5.0 or newer")
     # The parameter came together with its value cpr-reboot (QEMU 8.2, migration/options.c).
-    return CprReboot() if (await qmp.ask(PARAMETERS)).mode is not None else IgnoreShared()
+    return CprReboot() if parameters and parameters.mode is not None else IgnoreShared()

@@ -23,6 +23,7 @@ from cpr_agent.vm.replies import (
     Cpu,
     ModelExpansion,
     Tpm,
+    Version,
 )
 
 _MACHINE_TYPE: dict[str, object] = {"path": "/machine", "property": "type"}
@@ -41,10 +42,11 @@ async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFac
     )
 
 
-async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> list[Difference]:
-    """Parts of its machine that a guest saved in ``was`` would miss. A guest waits for it."""
-    out = []
-    kind, tpms, cpus = await qmp.ask_all([(QOM_TEXT, _MACHINE_TYPE), (TPMS, {}), (CPUS, {})])
+async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> tuple[str, list[Difference]]:
+    """The version of this QEMU, and parts of its machine that a guest saved in ``was`` would miss. A guest waits for it."""
+    version, kind, tpms, cpus = await qmp.ask_all([(VERSION, {}), (QOM_TEXT, _MACHINE_TYPE), (TPMS, {}), (CPUS, {})])
+    is_now = _text_of(version) if version else ""
+    out = older(was.version, is_now)
     if (machine := _pinned(kind or "")) != was.machine_type:
         out.append(Difference("machine type", was.machine_type, machine))
     if (tpm := _named_tpms(tpms or [])) != was.tpm:
@@ -54,7 +56,7 @@ async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> list[
         out.append(Difference("number of CPUs", str(was.cpu.count), str(cpu.count)))
     if gone := _gone(was.cpu.words, cpu.words):
         out.append(Difference("CPU features", await _named(qmp, gone, was.cpu, launch), "they are gone"))
-    return out
+    return is_now, out
 
 
 async def remote_disk_differences(qmp: Qmp, was: QemuFacts) -> list[Difference]:
@@ -83,7 +85,10 @@ async def disks(qmp: Qmp) -> list[DiskIdentity]:
 
 
 async def version_of(qmp: Qmp) -> str:
-    version = await qmp.ask(VERSION)
+    return _text_of(await qmp.ask(VERSION))
+
+
+def _text_of(version: Version) -> str:
     package = f" ({version.package})" if version.package else ""
     return f"{version.qemu.major}.{version.qemu.minor}.{version.qemu.micro}{package}"
 

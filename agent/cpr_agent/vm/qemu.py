@@ -51,6 +51,8 @@ class LiveQemu:
         self._launch = launch
         self._pid = pid
         self._dialect: Dialect | None = None
+        self._prepared: Dialect | None = None
+        """The one for which QEMU has been told capabilities and mode, on this connection."""
         self._transfers: bool | None = None
         self._places = inventory.Places()
         self._version = ""
@@ -115,11 +117,8 @@ class LiveQemu:
         return await facts.facts(self._qmp, launch, await self.version(), (await self.dialect()).name)
 
     async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
-        return [
-            *facts.older(was.version, await self.version()),
-            *await facts.machine_differences(self._qmp, was, launch),
-            *await facts.remote_disk_differences(self._qmp, was),
-        ]
+        self._version, found = await facts.machine_differences(self._qmp, was, launch)
+        return [*found, *await facts.remote_disk_differences(self._qmp, was)]
 
     async def lacks(self, was: QemuFacts) -> list[Difference]:
         return facts.older(was.version, await self.version()) + await facts.missing_machine_type(self._qmp, was)
@@ -193,7 +192,8 @@ class LiveQemu:
     async def load(self, vmstate_fd: int, timeout_s: float, saved_as: str = "") -> float:
         """See the port. Raises LoadFailed, QemuFailed; this QEMU is of no use afterwards."""
         dialect = self._dialect = await self._reader(saved_as)
-        await dialect.prepare(self._qmp)
+        if self._prepared is not dialect:  # a QEMU that another client has told otherwise since refuses the state
+            await self._prepare()
         if dialect.load_runs_guest:
             return await self._load_and_run(dialect, vmstate_fd)
         await self._loaded(dialect.load, vmstate_fd, timeout_s)
@@ -221,7 +221,9 @@ class LiveQemu:
         return self._qmp.gone
 
     async def _prepare(self) -> None:
-        await (await self.dialect()).prepare(self._qmp)
+        dialect = await self.dialect()
+        await dialect.prepare(self._qmp)
+        self._prepared = dialect
 
     async def _loaded(self, act: Callable[[Qmp, int], Awaitable[None]], fd: int, timeout_s: float) -> None:
         ended = await self._migrate(act, fd, timeout_s)
@@ -305,10 +307,10 @@ class LiveQemu:
         dialect = await self._transferring()
         if dialect is None:
             return _NO_TRANSFER
-        await dialect.prepare_transfer(self._qmp)
+        await self._prepare_transfer()
         reasons = (await self._qmp.ask(MIGRATION)).blocked_reasons
         if reasons:
-            await dialect.prepare(self._qmp)
+            await self._prepare()
         return "; ".join(reasons)
 
     @contextlib.asynccontextmanager
@@ -375,19 +377,28 @@ class LiveQemu:
         dialect = await self._transferring()
         if dialect is None:
             raise QemuFailed(_NO_TRANSFER, vm=self._qmp.vm)
+        self._prepared = None
         await dialect.prepare_transfer(self._qmp)
 
     # -- the guest ------------------------------------------------------------------------------------------------------
 
     async def cont(self) -> float:
-        await self._free()
         with self._qmp.expecting("RESUME") as resumed:
-            if refused := await poll_until(self._refused_a_lock, lambda error: error is None, _LOCKS_S):
-                raise refused
+            try:
+                await self._let_run()
+            except QemuRefused:  # as in finish-migrate; whoever asks first makes each guest wait for that
+                if await self.run_state() is not RunState.FINISH_MIGRATE:
+                    raise
+                await self._free()
+                await self._let_run()
             state = await self.run_state()
             if state is RunState.SUSPENDED or (state is RunState.RUNNING and not resumed.done()):
                 return 0.0  # QEMU tells of no RESUME where another client has let the guest run before
             return await self._time_of(resumed, "resume the guest")
+
+    async def _let_run(self) -> None:
+        if refused := await poll_until(self._refused_a_lock, lambda error: error is None, _LOCKS_S):
+            raise refused
 
     async def _refused_a_lock(self) -> QemuRefused | None:
         """That of a QEMU which has just been killed lasts until the kernel has closed the files of its io_uring."""

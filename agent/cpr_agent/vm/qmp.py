@@ -367,10 +367,15 @@ class SocketQmp(Qmp):
     ) -> list[Any]:
         """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
         refuses. Raises QemuFailed."""
+        timeout_s = min(timeout_s, max(self._patience.left_s(), SHORTEST_S))
         try:
             async with asyncio.timeout(timeout_s), self._lock:
+                began = time.monotonic()
                 sent = (self._answer(query, arguments) for query, arguments in asked)
-                answers = await asyncio.gather(*sent, return_exceptions=True)
+                try:
+                    answers = await asyncio.gather(*sent, return_exceptions=True)
+                finally:
+                    self._patience.waited(time.monotonic() - began)
         except TimeoutError:
             raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=self.vm) from None
         for answer in answers:
