@@ -258,6 +258,14 @@ def test_a_witness_that_was_prepared_is_the_same(ram: Located, kind: str, pages:
             assert take() == take_witness([one], like)
 
 
+@pytest.mark.parametrize("filesystem", ["tmpfs", "hugetlbfs", "ext4"])
+def test_a_file_that_is_too_short_is_known_while_the_guest_runs(ram: Located, filesystem: str) -> None:
+    one = replace(ram, identity=replace(ram.identity, filesystem=filesystem))
+    os.truncate(ram.node, PAGE)
+    with pytest.raises(OSError, match="shorter than it was"), prepared_witness([one], new_witness("sampled")):
+        pass
+
+
 def test_preparing_takes_no_memory_that_the_guest_has_not_touched() -> None:
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
         file.truncate(64 << 20)

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import xxhash
 from msgspec.structs import replace
@@ -36,6 +37,9 @@ DEFAULT_PAGES = 4096
 MEASURED_BYTES = 1 << 30
 """Hashed to measure the cost of a full witness: a multiple of each alignment that device-dax has."""
 SHORTER = "it is shorter than it was"
+SWAPS = Path("/proc/swaps")
+_IN_RAM = ("tmpfs", "hugetlbfs")
+"""File systems whose pages are in memory all the time, but for those of tmpfs that are swapped out."""
 _CHUNK = 2 << 20
 _READ = 256 << 10
 """At once, of a file: each thread has a buffer of that size."""
@@ -75,10 +79,30 @@ def prepared_witness(located: Sequence[Located], like: Witness) -> Iterator[Call
     with _sample(located, like) as (head, parts):
         pieces = [*parts]
         try:
-            _digest(like.seed, head, pieces)  # so that pages are mapped and cached, and errors are known
+            if not _is_at_hand(located):
+                _digest(like.seed, head, pieces)  # so that pages are mapped and cached, and errors are known
             yield lambda: replace(like, digest=_digest(like.seed, head, pieces))
         finally:
             pieces.clear()  # a mapping can't end while slices of it live
+
+
+def _is_at_hand(located: Sequence[Located]) -> bool:
+    """Whether it is whole, and none of it has to be mapped or read from a disk. Raises OSError."""
+    for one in located:
+        if one.identity.filesystem not in _IN_RAM or _swaps():
+            return False
+        with _opened(one) as fd:
+            if os.fstat(fd).st_size < one.identity.offset_bytes + one.identity.size_bytes:
+                raise OSError(errno.ENODATA, SHORTER)
+    return True
+
+
+def _swaps() -> bool:
+    """Whether the host may have put any memory on a disk; /proc/swaps has a line for each place where it could."""
+    try:
+        return any(int(line.split()[-2]) for line in SWAPS.read_text().splitlines()[1:])
+    except (OSError, ValueError, IndexError):
+        return True
 
 
 def measure_witness(located: Sequence[Located], like: Witness) -> tuple[str, float]:
