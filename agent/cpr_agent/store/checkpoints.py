@@ -38,9 +38,26 @@ class CheckpointStore:
     def __init__(self, root: Path, file_directories: tuple[Path, ...]) -> None:
         self.root = root
         self.files = AllowedFiles("state file", file_directories, "directories")
+        self._known: dict[str, tuple[tuple[int, ...], Manifest]] = {}
+        """By VM: its live manifest as it was read last, and what stat(2) said of the file before."""
 
     def live(self, vm: str) -> Manifest | None:
-        return self._read(vm, self._manifest(vm))
+        """Each change of a VM that is told asks several times: a manifest is read once, as it is replaced as a whole or not
+        at all."""
+        path = self._manifest(vm)
+        try:
+            info = path.stat()
+        except FileNotFoundError:
+            self._known.pop(vm, None)
+            return None
+        version = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        known = self._known.get(vm)
+        if known is None or known[0] != version:
+            manifest = self._read(vm, path)
+            if manifest is None:
+                return None
+            known = self._known[vm] = version, manifest
+        return known[1]
 
     def _read(self, vm: str, path: Path) -> Manifest | None:
         try:
@@ -117,7 +134,7 @@ class CheckpointStore:
         for path in (self._manifest(manifest.vm), Path(manifest.vmstate.path)):
             with contextlib.suppress(OSError), path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if self.live(manifest.vm) != manifest:
+        if self._read(manifest.vm, self._manifest(manifest.vm)) != manifest:
             raise CheckpointUnreadable(
                 f"its manifest {self._manifest(manifest.vm)} is not what was written", vm=manifest.vm
             )
