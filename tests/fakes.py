@@ -454,6 +454,10 @@ class FakeQemu:
     async def brief_inventory(self) -> Inventory:
         return replace(await self.inventory(), placed=False)
 
+    async def parts(self) -> Inventory:
+        has = await self.inventory()
+        return Inventory(parts=has.parts, throttles=has.throttles)
+
     async def listening(self) -> list[str]:
         return []
 

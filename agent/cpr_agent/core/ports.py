@@ -82,6 +82,9 @@ class Qemu(Protocol):
     async def brief_inventory(self) -> Inventory:
         """Likewise, without the place of devices, CPUs and memory: while a guest waits."""
 
+    async def parts(self) -> Inventory:
+        """An inventory with its parts and throttles alone."""
+
     async def throttle(self, some: Iterable[Throttle]) -> None:
         """Give its disks these limits."""
 

@@ -7,7 +7,7 @@ Questions are sent together, and few before a loaded guest runs, which waits for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from cpr_agent.core.model import BlockNode, Inventory, Part, PluggedDevice, Throttle
@@ -108,27 +108,36 @@ async def whole(qmp: Qmp, places: Places) -> Inventory:
     """Likewise, with the place of each device, and CPUs and memory. Raises QemuFailed."""
     known = places.known(qmp.unplugged)
     asked = [*_BLOCKS, (BLOCK_BACKENDS, {}), (CPU_SLOTS, {}), (MEMORY_DEVICES, {}), *_PARTS, *_PLUGGED]
-    nodes, graph, backends, cpus, memory, objects, chardevs, exports, hmp, *children = await qmp.ask_all(asked)
+    nodes, graph, backends, cpus, memory, *more = await qmp.ask_all(asked)
+    others, children = more[: len(_PARTS)], more[len(_PARTS) :]
     drives = {backend.qdev.removeprefix(_ROOT): backend.device for backend in backends or ()}
     return Inventory(
         nodes=_disks(qmp, nodes, graph),
         devices=_sorted(await _placed(qmp, _plugged(qmp, children), drives, known)),
         cpus=tuple(sorted(_slot(cpu) for cpu in cpus or () if cpu.qom_path)),
         memory=tuple(sorted(_dimm(device) for device in memory or ())),
-        parts=tuple(
-            sorted(
-                (
-                    *await _objects(qmp, objects or ()),
-                    *_chardevs(chardevs or ()),
-                    *networks(hmp or ""),
-                    *(_part(f"export {one.id}", f"{one.type} of {one.node_name}") for one in exports or ()),
-                    *_bitmaps(nodes or ()),
-                ),
-                key=lambda part: part.name,
-            )
-        ),
+        parts=await _parts(qmp, nodes, others),
         throttles=tuple(throttles(backends or ())),
     )
+
+
+async def parts(qmp: Qmp) -> Inventory:
+    """Its parts and throttles alone. Raises QemuFailed."""
+    nodes, backends, *others = await qmp.ask_all([_BLOCKS[0], (BLOCK_BACKENDS, {}), *_PARTS])
+    return Inventory(parts=await _parts(qmp, nodes, others), throttles=tuple(throttles(backends or ())))
+
+
+async def _parts(qmp: Qmp, nodes: list[replies.BlockNode] | None, others: Sequence[Any]) -> tuple[Part, ...]:
+    """``others`` answers _PARTS."""
+    objects, chardevs, exports, hmp = others
+    found = (
+        *await _objects(qmp, objects or ()),
+        *_chardevs(chardevs or ()),
+        *networks(hmp or ""),
+        *(_part(f"export {one.id}", f"{one.type} of {one.node_name}") for one in exports or ()),
+        *_bitmaps(nodes or ()),
+    )
+    return tuple(sorted(found, key=lambda part: part.name))
 
 
 def networks(said: str) -> Iterator[Part]:

@@ -133,6 +133,9 @@ class LiveQemu:
     async def inventory(self) -> Inventory:
         return await inventory.whole(self._qmp, self._places)
 
+    async def parts(self) -> Inventory:
+        return await inventory.parts(self._qmp)
+
     async def throttle(self, some: Iterable[Throttle]) -> None:
         await inventory.throttle(self._qmp, some)
 

@@ -402,7 +402,7 @@ async def _record(machine: Machine, manifest: Manifest, has: Inventory) -> None:
     if launch and saved:
         proved = replace(saved, nodes=has.nodes, named=has.named, started_at=launch.created_at)
         with contextlib.suppress(QemuFailed):  # it has ended meanwhile
-            now = await machine.require_qemu().inventory()
+            now = await machine.require_qemu().parts()
             proved = replace(proved, parts=now.parts, throttles=now.throttles)
         await record(machine.ports, machine.name, proved)
 
