@@ -282,9 +282,11 @@ class Lookup(msgspec.Struct, frozen=True):
     now: Mapping[str, OpenFile | None]
 
 
-async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Survives.QEMU_RESTART) -> list[str]:
-    """Why a QEMU that is started by the recorded command line would not have what this one has: one for each difference,
-    with its remedy. A QEMU of which nothing was recorded is recorded now. Raises QemuFailed."""
+async def reasons(
+    ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Survives.QEMU_RESTART
+) -> tuple[Inventory, list[str]]:
+    """What this QEMU has, and why one that is started by the recorded command line would not have it: one reason for each
+    difference, with its remedy. A QEMU of which nothing was recorded is recorded now. Raises QemuFailed."""
     kept = await asyncio.to_thread(kept_paths, ports, launch.vm)
     live = await take(ports, qemu, launch)
     recorded = await asyncio.to_thread(recorded_of, ports, launch)
@@ -307,7 +309,7 @@ async def reasons(ports: Ports, qemu: Qemu, launch: Launch, need: Survives = Sur
         await record(ports, launch.vm, live)
         if not kept:
             await keep_firmware(ports, launch)
-    return compared + (unnamed_devices(live) if need is Survives.KEXEC else [])
+    return live, compared + (unnamed_devices(live) if need is Survives.KEXEC else [])
 
 
 class Carried(msgspec.Struct, frozen=True):

@@ -6,11 +6,13 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Literal
 
+import msgspec
+
 from cpr_agent.core import inventory
 from cpr_agent.core.acts.sleep import sleep_reasons
 from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.machine import Machine
-from cpr_agent.core.model import Launch, Policy, QemuFacts, Survives, VmState
+from cpr_agent.core.model import Inventory, Launch, Policy, QemuFacts, Survives, VmState
 from cpr_agent.core.run_states import RUN_STATES, SAVEABLE
 from cpr_agent.errors import AlreadySaved, Blocked, CprError, QemuFailed, QemuUnreachable, WrongState
 
@@ -36,31 +38,44 @@ def obstacle(machine: Machine) -> CprError | None:
     return None
 
 
+class Saveable(msgspec.Struct, frozen=True):
+    """How the QEMU of a guest that can be saved was started, and what it has; None for one that is saved."""
+
+    launch: Launch
+    has: Inventory | None
+
+
 async def blocked_reasons(machine: Machine, need: Survives = Survives.QEMU_RESTART) -> list[str]:
     """Why it can't be saved as it is now; empty also where there is nothing to save."""
-    launch = machine.launched()
-    if machine.qemu is None or launch is None or machine.run_state not in SAVEABLE:
-        return []
-    changed = await inventory.reasons(machine.ports, machine.qemu, launch, need)
-    return await machine.qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, machine.qemu)
+    _, reasons = await _look(machine, need)
+    return reasons
 
 
-async def require_live(machine: Machine, need: Survives) -> Launch:
-    """The command line of its QEMU, if its guest can be saved. Raises CprError."""
+async def _look(machine: Machine, need: Survives) -> tuple[Inventory | None, list[str]]:
+    launch, qemu = machine.launched(), machine.qemu
+    if qemu is None or launch is None or machine.run_state not in SAVEABLE:
+        return None, []
+    has, changed = await inventory.reasons(machine.ports, qemu, launch, need)
+    return has, await qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, qemu)
+
+
+async def require_live(machine: Machine, need: Survives) -> Saveable:
+    """Raises CprError if its guest can't be saved."""
     if machine.live_checkpoint():
         remedy = f"`cprctl resume {machine.name}` takes the save back"
         raise AlreadySaved("is already saved", vm=machine.name, remedy=remedy)
     return await require_saveable(machine, need)
 
 
-async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = True) -> Launch:
+async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = True) -> Saveable:
     """``hooks``: ask those of the admin too. Raises WrongState, QemuUnreachable, Blocked with every reason."""
     if error := obstacle(machine):
         raise error
     launch = machine.launched()
     if launch is None:
         raise Blocked(["the record of how its QEMU was started is gone"], vm=machine.name)
-    reasons = await blocked_reasons(machine, need) + (await vetoes(machine) if hooks else [])
+    has, reasons = await _look(machine, need)
+    reasons += await vetoes(machine) if hooks else []
     reasons += [
         f"its RAM in {one.place} ({one.filesystem}) does not survive a {need}"
         for one in launch.memory
@@ -68,7 +83,7 @@ async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = Tr
     ]
     if reasons:
         raise Blocked(reasons, vm=machine.name)
-    return launch
+    return Saveable(launch, has)
 
 
 async def until_saveable(machine: Machine) -> None:

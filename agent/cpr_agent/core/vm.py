@@ -272,10 +272,11 @@ class Vm:
             what = f"mode {request.mode!r} is not supported"
             raise InvalidArgument(what, vm=self.name, left="nothing was saved", remedy='use mode "reboot"')
         async with self._exclusive(Act.SAVE):
-            launch = await saveable.require_live(self.machine, request.need)
-            if not request.upgrade:  # an upgrade has run the hooks of all its guests, before the first of them stopped
-                await before_save(self.machine)
-            return await acts.save.save(self.machine, launch, request)
+            found = await saveable.require_live(self.machine, request.need)
+            if request.upgrade:  # it has run the hooks of all its guests, before the first of them stopped
+                return await acts.save.save(self.machine, found.launch, request, found.has)
+            await before_save(self.machine)  # a hook may change what its QEMU has
+            return await acts.save.save(self.machine, found.launch, request)
 
     async def load(self, request: LoadRequest) -> str:
         """Prove the memory and the state, and continue the guest in a new QEMU. Raises CprError; up to the moment at which

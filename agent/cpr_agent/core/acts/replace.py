@@ -38,7 +38,7 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
     on with it if anything fails. Any other guest gets it in turn, as does one for which that is ``wanted``: a failure then
     leaves it saved. Returns how. Raises CprError."""
     await machine.derive()
-    launch = await require_live(machine, Survives.QEMU_RESTART)
+    launch = (await require_live(machine, Survives.QEMU_RESTART)).launch
     _refuse_ending_companions(machine, launch)
     await before_save(machine)
     machine.record(VmEvent.REFRESH)

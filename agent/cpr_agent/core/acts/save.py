@@ -25,6 +25,7 @@ from cpr_agent.core.inventory import carried, kept_paths, recorded_of, take
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import (
     DiskIdentity,
+    Inventory,
     Launch,
     Located,
     Manifest,
@@ -59,11 +60,12 @@ class _Written(msgspec.Struct, frozen=True):
     written_at: float
 
 
-async def save(machine: Machine, launch: Launch, request: SaveRequest) -> Manifest:
-    """Raises SaveFailed; the guest is then what it was before."""
+async def save(machine: Machine, launch: Launch, request: SaveRequest, has: Inventory | None = None) -> Manifest:
+    """``has`` is what its QEMU has, where it was just asked. Raises SaveFailed; the guest is then what it was before."""
     qemu = machine.require_qemu()
     if not await must_sleep(machine, qemu):
-        return await save_drafted(machine, await draft_manifest(machine, launch, machine.run_state, request), request)
+        draft = await draft_manifest(machine, launch, machine.run_state, request, has)
+        return await save_drafted(machine, draft, request)
     with machine.hearing("WAKEUP") as woke:
         async with Undo() as undo:
             undo.push(lambda: end_sleep(machine))
@@ -75,14 +77,14 @@ async def save(machine: Machine, launch: Launch, request: SaveRequest) -> Manife
 
 
 async def draft_manifest(
-    machine: Machine, launch: Launch, run_state: RunState, request: SaveRequest, checkpoint: str = ""
+    machine: Machine, launch: Launch, run_state: RunState, request: SaveRequest, has: Inventory | None = None
 ) -> Manifest:
-    """The part of a manifest that is known before the guest stops. Raises QemuFailed."""
+    """The part of a manifest that is known before the guest stops; ``has`` as in ``save``. Raises QemuFailed."""
     ports, qemu = machine.ports, machine.require_qemu()
-    has = await take(ports, qemu, launch)
+    has = has or await take(ports, qemu, launch)
     recorded = await asyncio.to_thread(recorded_of, ports, launch)
     return Manifest(
-        id=checkpoint or uuid.uuid4().hex,
+        id=uuid.uuid4().hex,
         vm=machine.name,
         mode=request.mode,
         survives=survives(launch.memory),
@@ -127,7 +129,7 @@ async def save_drafted(machine: Machine, draft: Manifest, request: SaveRequest, 
 async def finish(machine: Machine, launch: Launch, begun: InterruptedSave) -> Manifest:
     """Store the state that QEMU has written for a save whose agent ended then. Raises SaveFailed."""
     request = SaveRequest(upgrade=begun.upgrade)
-    draft = await draft_manifest(machine, launch, begun.run_state, request, begun.checkpoint)
+    draft = replace(await draft_manifest(machine, launch, begun.run_state, request), id=begun.checkpoint)
     located = await machine.relocated(draft.memory)
     try:
         pending = machine.ports.store.reopen(machine.name, begun.path)
