@@ -114,6 +114,35 @@ def test_a_manifest_with_any_byte_changed_is_unreadable_or_equal(store: Checkpoi
     assert path.exists()
 
 
+def test_a_manifest_that_was_read_before_is_read_again_once_it_is_another(store: CheckpointStore) -> None:
+    saved = save(store)
+    assert store.live("web1") is store.live("web1")
+    path = store.root / "web1/manifest.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"web1", b"web2"))
+    with pytest.raises(CheckpointUnreadable):
+        store.live("web1")
+    path.write_bytes(content)
+    assert store.live("web1") == saved
+    store.consume(saved)
+    assert store.live("web1") is None
+    again = save(store, content=STATE + b"newer")
+    assert store.live("web1") == again != saved
+
+
+def test_a_sealed_state_is_found_by_the_next_agent_and_an_older_one_is_not(store: CheckpointStore) -> None:
+    (store.root / "web1").mkdir(parents=True)
+    (store.root / "web1/vmstate").write_bytes(STATE + b"older")
+    pending = store.begin("web1", "")
+    assert not Path(pending.path).exists()
+    os.write(pending.fd, STATE)
+    sealed = pending.seal()
+    again = store.reopen("web1", pending.path)
+    assert again.seal() == sealed
+    again.commit(manifest(vmstate=sealed))
+    os.close(store.open_vmstate(manifest(vmstate=sealed), ""))
+
+
 def test_a_truncated_manifest_is_unreadable(store: CheckpointStore) -> None:
     save(store)
     path = store.root / "web1/manifest.json"

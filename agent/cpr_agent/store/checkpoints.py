@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
 
 from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
 from cpr_agent.core.paths import AllowedFiles
@@ -30,6 +29,7 @@ _LOADED = "loaded"
 """The suffix of a checkpoint that was consumed."""
 _DISCARDED = "discarded"
 """The suffix of a checkpoint that was taken back or given up."""
+_WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class CheckpointStore:
@@ -97,6 +97,7 @@ class CheckpointStore:
             raise InvalidArgument(
                 f"{target} exists", vm=vm, left="nothing was saved", remedy="name a file that does not exist yet"
             )
+        target.unlink(missing_ok=True)  # of a spent checkpoint; an agent after this one could take it for the new state
         return PendingVmstate(vm, target, self._manifest(vm))
 
     def reopen(self, vm: str, path: str) -> PendingVmstate:
@@ -244,26 +245,30 @@ class PendingVmstate:
         self.manifest = manifest
         self.path = str(target)
         self._temporary = target.with_name(f".{target.name}.saving")
-        create = os.O_CREAT | os.O_EXCL if fresh else 0
         if fresh:
             self._temporary.unlink(missing_ok=True)
-        self.fd = os.open(self._temporary, os.O_WRONLY | create | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self.fd = os.open(self._temporary, _WRITE | os.O_CREAT | os.O_EXCL, 0o600)
+        else:
+            self.fd = self._open(_WRITE)
 
     def too_large(self) -> bool:
         return os.fstat(self.fd).st_size > vmstate.MAX_BYTES
 
     def seal(self) -> Vmstate:
-        """Make durable what QEMU has written, which it does not fsync itself. The file keeps its temporary name."""
+        """Make durable what QEMU has written, which it does not fsync itself, and its name. Without a manifest it is
+        nothing yet."""
         os.fsync(self.fd)
-        fd = os.open(self._temporary, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = self.reader()
         try:
-            return replace(vmstate.inspect(fd, str(self._temporary), self.vm), path=str(self.target))
+            found = vmstate.inspect(fd, self.path, self.vm)
         finally:
             os.close(fd)
+        with contextlib.suppress(FileNotFoundError):  # an agent before this one did so, and ended
+            self._temporary.rename(self.target)
+        sync_directory(self.target.parent)
+        return found
 
     def commit(self, manifest: Manifest) -> None:
-        self._temporary.rename(self.target)
-        sync_directory(self.target.parent)
         body = msgspec.json.encode(manifest)
         digest = hashlib.sha256(body).hexdigest()
         write_atomically(self.manifest, b'{"sha256":"%s","manifest":%s}\n' % (digest.encode(), body))
@@ -271,10 +276,13 @@ class PendingVmstate:
 
     def reader(self) -> int:
         """A descriptor to read the state with; it outlives an abort. Raises OSError."""
+        return self._open(os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def _open(self, flags: int) -> int:
         try:
-            return os.open(self._temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:  # a commit failed half way
-            return os.open(self.target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return os.open(self._temporary, flags)
+        except FileNotFoundError:  # it has been sealed
+            return os.open(self.target, flags)
 
     def abort(self) -> None:
         """Remove the state durably, also after a commit that failed half way. After an OSError the guest must not run."""

@@ -29,6 +29,7 @@ from cpr_agent.core.model import (
     Launch,
     Located,
     Manifest,
+    OpenFile,
     RunState,
     SaveTimes,
     VmState,
@@ -37,7 +38,7 @@ from cpr_agent.core.model import (
     survives,
 )
 from cpr_agent.core.past import InterruptedSave, VmEvent
-from cpr_agent.core.ports import PendingState
+from cpr_agent.core.ports import PendingState, Ports
 from cpr_agent.core.proof import digest_firmware, identify_open, refuse_foreign_state
 from cpr_agent.core.turns import Turn
 from cpr_agent.core.undo import Undo, uninterrupted
@@ -237,11 +238,18 @@ async def _disks(machine: Machine, draft: Manifest) -> list[DiskIdentity]:
     qemu = machine.require_qemu()
     try:
         async with asyncio.timeout(DISKS_S):
-            opening = machine.ports.threads.run(machine.name, partial(machine.ports.files.open_files, qemu.pid))
-            listed, opened = await asyncio.gather(qemu.disks(), opening)
+            looking = machine.ports.threads.run(
+                machine.name, partial(_opened_and_kept, machine.ports, machine.name, qemu.pid)
+            )
+            listed, (opened, kept) = await asyncio.gather(qemu.disks(), looking)
     except TimeoutError:
         raise QemuFailed(f"its QEMU has not named its disks within {DISKS_S:g} s", vm=machine.name) from None
-    return identify_open(listed, opened, draft, await asyncio.to_thread(kept_paths, machine.ports, machine.name))
+    return identify_open(listed, opened, draft, kept)
+
+
+def _opened_and_kept(ports: Ports, vm: str, pid: int) -> tuple[list[OpenFile], set[str]]:
+    """The files that its QEMU has open, and those of its firmware that are kept. Blocking."""
+    return ports.files.open_files(pid), kept_paths(ports, vm)
 
 
 async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, located: Sequence[Located]) -> str:
