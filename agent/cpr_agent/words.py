@@ -54,6 +54,11 @@ def exact_size(count: int) -> str:
     return str(count)
 
 
+def day(at: float) -> str:
+    """An epoch time in the host's own zone, to the minute."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
 def moment(at: float) -> str:
     """An epoch time in the host's own zone, with the zone's offset."""
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(at))

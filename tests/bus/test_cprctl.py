@@ -17,9 +17,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from cpr_agent.bus.contract import read_contract
-from cpr_agent.cli.main import cli
+from cpr_agent.cli.main import SECTIONS, cli
 from tests.kexec_lab import KexecLab
-from tests.lab import PATIENCE_S, ROOT, Guest, Lab, script
+from tests.lab import PATIENCE_S, ROOT, Guest, Lab, script, until
 from tests.terminal import Terminal
 
 SCHEMA = json.loads((ROOT / "docs/schema/cprctl.schema.json").read_text())
@@ -40,7 +40,7 @@ def test_the_schema_is_one() -> None:
     assert set(SCHEMA["$defs"]["vm"]["properties"]) == set(contract["org.cpragent1.VM"].properties)
     assert set(SCHEMA["$defs"]["job"]["properties"]) == set(contract["org.cpragent1.Job"].properties)
     commands = {name.partition(" ")[0] for name in SCHEMA["properties"]}
-    assert commands == set(cli.commands)
+    assert commands == set(cli.commands) - {"help"}
     assert set(SCHEMA["properties"]["status"]["properties"]) == {*contract["org.cpragent1.Manager"].properties, "VMs"}
 
 
@@ -56,7 +56,8 @@ def test_all_that_is_printed_as_json_is_in_the_schema(lab: Lab) -> None:
         ("status web1", 0),
         ("check", 4),
         ("check web1", 0),
-        ("save web1", 0),
+        ("save web1", 4),
+        ("save web1 --survives qemu-restart", 0),
         ("status web1", 0),
         ("load web1", 0),
         ("history", 0),
@@ -65,9 +66,9 @@ def test_all_that_is_printed_as_json_is_in_the_schema(lab: Lab) -> None:
         ("load --all", 0),
         ("refresh web1", 0),
         ("refresh --all", 0),
-        ("save web1", 0),
+        ("save web1 --survives qemu-restart", 0),
         ("resume web1", 0),
-        ("save web1", 0),
+        ("save web1 --survives qemu-restart", 0),
         ("stop web1", 0),
         ("discard web1 --yes", 0),
         ("start web1", 0),
@@ -110,6 +111,145 @@ def test_an_error_as_json_has_its_parts(lab: Lab) -> None:
         error = document(lab.cprctl(*arguments, "--json"), "")["error"]
         assert parts.items() <= error.items(), error
     assert "choose another policy" in document(lab.cprctl("save", "--all", "--json"), "")["error"]["remedy"]
+    assert document(lab.cprctl("--json", "cancel", "99"), "")["error"]["kind"] == "NoSuchJob"
+
+
+def test_several_names_are_acted_on_one_after_the_other(lab: Lab) -> None:
+    """Also behind one that fails, whose exit code it is; as JSON each has its place in a list."""
+    for name in ("web1", "db"):
+        lab.guest(name)
+    ended = lab.cprctl("start", "web1", "dv", "db")
+    assert ended.returncode == 3, ended
+    assert ended.stdout == "web1: started\ndb: started\n"
+    assert ended.stderr == "cprctl: no VM named dv; did you mean db?\n"
+    ended = lab.cprctl("--json", "stop", "web1", "dv", "db", "--hard")
+    first, missing, last = document(ended, "stop")
+    assert (first["State"], missing["error"]["kind"], last["State"]) == ("stopped", "NoSuchVM", "stopped")
+
+
+def test_a_refused_save_of_all_is_a_line_per_vm_and_one_remedy(lab: Lab) -> None:
+    for name in ("web1", "db"):
+        lab.guest(name).start()
+    lines = exits(lab, 4, "save", "--all").splitlines()
+    assert [line.partition(":")[0] for line in lines[-3:]] == ["db", "web1", "cprctl"], lines
+    assert all(line.count("does not survive a kexec") == 1 for line in lines[-3:-1])
+    assert lines[-1] == ("cprctl: No guest was stopped. Mend the cause, shut the VM down first, or choose another policy.")
+    one = exits(lab, 4, "save", "web1")
+    assert "--survives qemu-restart" in one
+    assert one.count("web1") == 2, "its name, and its memory's"
+
+
+def test_nobody_is_asked_for_what_can_not_be(lab: Lab, tmp_path: Path) -> None:
+    lab.guest("web1").start()
+    terminal = on_terminal(lab, tmp_path, "discard web1")
+    assert terminal.ended() == 3
+    assert "no checkpoint" in terminal.shown
+    assert "Go on?" not in terminal.shown
+    lab.cprctl("save", "web1", "--survives", "qemu-restart")
+    ended = lab.cprctl("stop", "web1")
+    assert "its guest stays saved: cprctl load web1" in ended.stdout
+    assert exits(lab, 3, "cancel", "99") == "cprctl: no job 99. See: cprctl status\n"
+
+
+def test_history_is_a_row_a_load(lab: Lab) -> None:
+    for name in ("web1", "db"):
+        guest = lab.running(name)
+        guest.save()
+        guest.load()
+    rows = lab.cprctl("history").stdout.splitlines()
+    assert rows[0].split() == ["DATE", "VM", "PAUSE", "KERNEL", "REPORT", "PHASES"]
+    assert [row.split()[2] for row in rows[2:]] == ["web1", "db"]
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d ", rows[2])
+    assert "save " in rows[2]
+    assert [row.split()[2] for row in lab.cprctl("history", "-n", "1").stdout.splitlines()[2:]] == ["db"]
+    assert [row.split()[2] for row in lab.cprctl("history", "web1").stdout.splitlines()[2:]] == ["web1"]
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "120"])
+def test_what_is_wrong_stands_in_a_list_that_fits(lab: Lab, tmp_path: Path, columns: str) -> None:
+    """Of real VMs on terminals: no line is longer, and the first words of each row are whole."""
+    for name in ("web1", "gone-but-running-1", "a-customer-s-database-with-a-long-name"):
+        lab.guest(name).start()
+    lab.guest("off")
+    (lab.definitions / "gone-but-running-1.toml").unlink()
+    (lab.definitions / "broken.toml").write_text("[vm]\nqemv = 1\n")
+    lab.cprctl("reload")
+    terminal = on_terminal(lab, tmp_path, "list", COLUMNS=columns)
+    assert terminal.ended() == 0
+    lines = [line.rstrip() for line in terminal.shown.splitlines() if "script" not in line.lower()]
+    assert max(map(len, lines)) <= int(columns), lines
+    rows = {line.split()[0]: line for line in lines if line.split()}
+    assert "running" in rows["web1"]
+    assert ("bad definition" if int(columns) < 100 else "qemv") in rows["broken"]
+    assert any("no definition" in line or "definition is gone" in line for line in lines)
+    assert ("QEMU" in lines[0]) == (int(columns) > 100)
+    assert any("…" in line.split()[0] for line in lines if line.split())
+
+
+def test_long_texts_wrap_at_words_with_a_hanging_indent(lab: Lab, tmp_path: Path) -> None:
+    lab.guest("web1").start()
+    terminal = on_terminal(lab, tmp_path, "check web1", COLUMNS="60")
+    assert terminal.ended() == 0
+    lines = [line.rstrip() for line in terminal.shown.splitlines()]
+    at = next(number for number, line in enumerate(lines) if line.startswith("    why: "))
+    assert lines[at + 1].startswith(" " * len("    why: ")), lines
+    words = " ".join(lab.cprctl("check", "web1").stdout.split())
+    assert " ".join(" ".join(lines).split()).replace("Script done", "") in words or words in " ".join(
+        " ".join(lines).split()
+    )
+
+
+@pytest.mark.parametrize("answer", ["n", "y"])
+def test_an_upgrade_asks_on_a_terminal(lab: Lab, tmp_path: Path, answer: str) -> None:
+    kexec = KexecLab(lab, 1)
+    terminal = on_terminal(lab, tmp_path, "drill")
+    terminal.until_shows("guest")
+    terminal.until_shows("[y/N]")
+    assert re.search(r"Restart \S+ into \S+ with 1 guest", " ".join(terminal.shown.split())), terminal.shown
+    assert kexec.guests[0].state == "running"
+    terminal.type(f"{answer}\n")
+    if answer == "n":
+        assert terminal.ended() == 1
+        assert kexec.guests[0].state == "running"
+        assert json.loads(lab.cprctl("status", "--json").stdout)["LastUpgrade"] == {}
+    else:
+        until(lambda: json.loads(lab.cprctl("status", "--json").stdout)["LastUpgrade"], "it has begun")
+        terminal.type("\x03")
+        terminal.ended()
+
+
+def test_a_terminal_without_utf8_is_no_failure(lab: Lab, tmp_path: Path) -> None:
+    lab.guest("a-customer-s-database-with-a-long-name")
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    terminal = on_terminal(lab, tmp_path, "list", **environment)
+    assert terminal.ended() == 0, terminal.shown
+    assert "a-custom?ng-name" in terminal.shown or "a-custom" in terminal.shown
+    assert "Traceback" not in terminal.shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("destroy", "web1"), "`cprctl stop --hard VM`"),
+        (("dumpxml", "web1"), "cprctl edit"),
+        (("lst",), "did you mean list?"),
+        (("report", "--html", "--svg"), "choose one of"),
+        (("--json", "report", "--svg"), "choose one of"),
+        (("save", "web1", "--before-kexec"), "--before-kexec is for --all"),
+    ],
+)
+def test_wrong_usage_is_told_what_is_meant(arguments: tuple[str, ...], said: str, lab: Lab) -> None:
+    assert said in exits(lab, 64, *arguments)
+
+
+def test_help_has_every_command_in_a_group_and_cuts_nothing(lab: Lab) -> None:
+    shown = exits(lab, 0, "--help")
+    assert exits(lab, 0, "help") == shown
+    assert exits(lab, 0, "help", "save") == exits(lab, 0, "save", "--help")
+    assert "..." not in shown.partition("\n")[2]
+    assert max(map(len, shown.splitlines())) <= 80
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(set(cli.commands) - {"help"})
+    assert "[default: kexec]" in exits(lab, 0, "save", "--help")
 
 
 def exits(lab: Lab, code: int, *arguments: str) -> str:
@@ -129,14 +269,14 @@ def test_exit_codes_are_as_documented(lab: Lab) -> None:
     lab.guest("web2")
     exits(lab, 0, "start", "web1")
     assert "already" in exits(lab, 1, "start", "web1")
-    assert "there is no such VM" in exits(lab, 3, "stop", "none")
+    assert "no VM named none" in exits(lab, 3, "stop", "none")
     assert "has no checkpoint" in exits(lab, 3, "load", "web2")
     assert "a kexec" in exits(lab, 4, "save", "--all")
     assert "does not run under systemd" in exits(lab, 4, "upgrade")
     exits(lab, 5, "--bus-address", "unix:path=/nonexistent/bus", "list")
     exits(lab, 64, "nonsense")
     exits(lab, 64, "save", "--survives", "doomsday", "web1")
-    assert "web1: saved" in exits(lab, 0, "save", "--all", "--survives", "qemu-restart")
+    assert "1 guest saved in" in exits(lab, 0, "save", "--all", "--survives", "qemu-restart")
     assert "nothing to do" in exits(lab, 2, "save", "--all", "--survives", "qemu-restart")
     lab.end_agent()
     assert "the agent is not there" in exits(lab, 5, "list")
@@ -150,7 +290,7 @@ def test_a_pipe_gets_each_change_on_a_line_and_no_colour(lab: Lab) -> None:
     for name in ("web1", "web2"):
         assert lines.index(f"{name}: saving") < lines.index(f"{name}: saved"), lines
     assert len(lines) == len(set(lines))
-    assert ended.stdout == "done\n"
+    assert re.fullmatch(r"2 guests saved in [\d.]+ m?s\n", ended.stdout)
     assert "\x1b" not in ended.stderr + lab.cprctl("list").stdout
 
 
@@ -213,7 +353,7 @@ def test_ctrl_c_leaves_the_job_to_the_agent(lab: Lab, slow: Guest, tmp_path: Pat
     terminal = on_terminal(lab, tmp_path, "load --all")
     terminal.until_shows("loading web1")
     terminal.type("\x03")
-    terminal.until_shows("Cancel the job")
+    terminal.until_shows("Cancel job 1?")
     assert terminal.raw.rfind("\x1b[?25h") > terminal.raw.rfind("\x1b[?25l"), "the cursor is back"
     terminal.type("n\n")
     assert terminal.ended() == 130
@@ -230,7 +370,7 @@ def test_ctrl_c_and_yes_cancels_it(lab: Lab, slow: Guest, tmp_path: Path) -> Non
     terminal = on_terminal(lab, tmp_path, "load --all")
     terminal.until_shows("loading web1")
     terminal.type("\x03")
-    terminal.until_shows("Cancel the job")
+    terminal.until_shows("Cancel job 1?")
     terminal.type("y\n")
     assert terminal.ended() == 1, terminal.shown
     assert "cancelled" in terminal.shown

@@ -60,7 +60,7 @@ def says_where_it_is(guest: Guest, said: str) -> None:
     assert run_state(guest) == "finish-migrate"
 
 
-@pytest.mark.parametrize("act", [("save",), ("refresh",), ("refresh", "--in-turn")])
+@pytest.mark.parametrize("act", [("save", "--survives", "qemu-restart"), ("refresh",), ("refresh", "--in-turn")])
 def test_a_guest_whose_disk_fails_at_its_stop_goes_on_when_that_is_well(each_lab: Lab, act: tuple[str, ...]) -> None:
     guest = with_failing_flush(each_lab)
     ran = each_lab.cprctl(*act, "web1")

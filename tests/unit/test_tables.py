@@ -81,7 +81,9 @@ def test_words_of_a_guest_or_a_file_are_no_markup(capsys: pytest.CaptureFixture[
         ("RunState", "Description", "Owner", "Qemu", "Unit", "User", "AdminSocket", "Problem"), MARKUP
     )
     vm |= {"Name": "web1", "State": "held", "MainPID": 1, "Memory": memory, "BlockedReasons": [MARKUP], "Checkpoint": {}}
-    vm |= {"Held": {"at": 1.0, "error": MARKUP, "evidence": [[MARKUP, MARKUP, MARKUP]]}}
+    vm |= {"Held": {"at": 1.0, "error": MARKUP, "reason": MARKUP, "evidence": [[MARKUP, MARKUP, MARKUP]]}}
+    vm |= {"Since": 0.0, "Cpus": 0, "LastPause": 0.0, "DefinitionState": "ok", "QemuRunning": MARKUP}
+    vm |= {"QemuOutdated": True, "QemuInstalled": MARKUP}
     upgrade: dict[str, Any] = dict.fromkeys(("kind", "phase", "reason", "kernel-from", "kernel-to"), MARKUP)
     upgrade |= {"started-at": 1.0, "loaded": [], "cold-started": [MARKUP], "failures": [MARKUP]}
     job = {"Id": 1, "Kind": "save-all", "Progress": 0.5, "Step": MARKUP}
@@ -90,7 +92,7 @@ def test_words_of_a_guest_or_a_file_are_no_markup(capsys: pytest.CaptureFixture[
     tables.findings([{"vm": "web1", "severity": "error", "what": MARKUP, "why": MARKUP, "remedy": MARKUP}])
     tables.memory(memory)
     out = capsys.readouterr().out
-    assert out.count(MARKUP) == 30
+    assert out.count(MARKUP) == 33
     assert "\x1b]8" not in out
 
 

@@ -33,6 +33,16 @@ _ALLOW_INTERACTION = 1
 """org.freedesktop.PolicyKit1.CheckAuthorizationFlags, AllowUserInteraction."""
 
 
+_RIGHTS = {
+    "org.cpragent1.inspect": "see the virtual machines of this host",
+    "org.cpragent1.manage-vms": "start, stop or change virtual machines",
+    "org.cpragent1.save": "save virtual machines",
+    "org.cpragent1.load": "let saved virtual machines go on",
+    "org.cpragent1.upgrade": "restart this host, or replace the QEMU of its virtual machines",
+}
+"""What each action is to who may not do it."""
+
+
 class TimedOutError(AccessDenied):
     """A question without an answer."""
 
@@ -95,10 +105,11 @@ class Authority:
             reply = await self._question(str(call.sender), action, interactive=interactive)
         authorized, challenge, _ = reply.body[0]
         if not authorized:
+            as_root = "use sudo, or have an administrator give you the right: /usr/share/doc/cpr-agent/access.md"
             raise AccessDenied(
-                f"not authorized for {action}",
+                f"you are not authorized to {_RIGHTS.get(action, action)}",
                 left="nothing was done",
-                remedy="call again with interactive authorization" if challenge else "ask your administrator, or use sudo",
+                remedy="call again with interactive authorization" if challenge and not interactive else as_root,
             )
 
     @contextlib.asynccontextmanager

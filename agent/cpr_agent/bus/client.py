@@ -117,17 +117,20 @@ class Client:
         reply = await self._send(message)
         return reply.body[0] if reply.body else None
 
-    async def vm_names(self, timeout_s: float) -> list[str]:
-        """Of an agent that runs: none is started for it. Raises CallError, TimeoutError."""
+    async def quietly(self, interface: str, member: str, signature: str = "", *body: Any, timeout_s: float) -> Any:
+        """Ask an agent that runs, at its root: none is started for it, and nobody is asked for a password. Raises
+        CallError, TimeoutError."""
         message = Message(
             destination=BUS_NAME,
             path=ROOT,
-            interface=f"{BUS_NAME}.Manager",
-            member="ListVMs",
+            interface=interface,
+            member=member,
+            signature=signature,
+            body=list(body),
             flags=MessageFlag.NO_AUTOSTART,
         )
         async with asyncio.timeout(timeout_s):
-            return [name for name, _, _ in (await self._send(message)).body[0]]
+            return plain((await self._send(message)).body[0])
 
     async def run_job(self, member: str, options: dict[str, Variant] | None, watcher: Watcher | None = None) -> JobEnd:
         """Start a job and follow it to its end. Raises CallError. The job goes on if this process goes away."""

@@ -5,28 +5,59 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Callable, Collection
+from typing import Any
 
 import click
 
 from cpr_agent.bus.client import CallError, Client
+from cpr_agent.core.states import VmState
 
 TIMEOUT_S = 1.0
+REPORTS = 20
+MANAGER = "org.cpragent1.Manager"
+SAVED = (VmState.SAVED, VmState.HELD)
+Complete = Callable[[click.Context, click.Parameter, str], list[str]]
 
 
-def vm_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 - click's
-    """Names of VMs, if an agent runs on this host. Those of another host would take too long for a Tab."""
+def _ask(context: click.Context, interface: str, member: str, signature: str = "", *body: Any) -> Any:
+    """What an agent of this host says; None without one. That of another host would take too long for a Tab."""
     target = context.find_root().params
     if target.get("host"):
-        return []
+        return None
 
-    async def names() -> list[str]:
+    async def asked() -> Any:
         async with Client.connected(target.get("bus_address"), timeout_s=TIMEOUT_S) as client:
-            return await client.vm_names(TIMEOUT_S)
+            return await client.quietly(interface, member, signature, *body, timeout_s=TIMEOUT_S)
 
     try:
-        return [name for name in asyncio.run(names()) if name.startswith(incomplete)]
+        return asyncio.run(asked())
     except (CallError, TimeoutError):
-        return []
+        return None
+
+
+def vm_names(states: Collection[str] = ()) -> Complete:
+    """Names of VMs: of those alone that are in one of ``states``, where there are any. None comes twice."""
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 - click's
+        given = context.params.get("names") or ()
+        known = _ask(context, MANAGER, "ListVMs") or []
+        wanted = [name for name, state, _ in known if not states or state in states]
+        return [name for name in wanted if name.startswith(incomplete) and name not in given]
+
+    return complete
+
+
+def job_ids(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 - click's
+    """Of jobs that are under way."""
+    jobs = _ask(context, "org.freedesktop.DBus.Properties", "Get", "ss", MANAGER, "Jobs") or []
+    return [number for path in jobs if (number := path.rpartition("/")[2]).startswith(incomplete)]
+
+
+def report_ids(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 - click's
+    """The beginnings of the newest reports' ids, as `history` shows them."""
+    found = _ask(context, MANAGER, "ListReports", "ud", REPORTS, 0.0) or []
+    return [one for entry in found if (one := entry["id"][:8]).startswith(incomplete)]
 
 
 def domain_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001 - click's
@@ -41,6 +72,13 @@ def domain_names(context: click.Context, parameter: click.Parameter, incomplete:
     return [name for name in listed.stdout.decode(errors="replace").split("\n") if name and name.startswith(incomplete)]
 
 
+def vms_argument(states: Collection[str] = (), *, required: bool = True) -> Callable[[Any], Any]:
+    """One VM or several."""
+    return click.argument("names", metavar="VM...", nargs=-1, required=required, shell_complete=vm_names(states))
+
+
 domain_argument = click.argument("vm", metavar="DOMAIN", shell_complete=domain_names)
-vm_argument = click.argument("vm", shell_complete=vm_names)
-some_vm_argument = click.argument("vm", required=False, shell_complete=vm_names)
+vm_argument = click.argument("vm", metavar="VM", shell_complete=vm_names())
+some_vm_argument = click.argument("vm", metavar="[VM]", required=False, shell_complete=vm_names())
+job_argument = click.argument("job", metavar="JOB", type=click.IntRange(min=1), shell_complete=job_ids)
+report_argument = click.argument("wanted", metavar="[ID]", default="", shell_complete=report_ids)

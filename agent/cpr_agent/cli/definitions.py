@@ -21,6 +21,7 @@ import click
 from cpr_agent.bus.client import CallError, Client, options, plain
 from cpr_agent.cli.completion import vm_argument
 from cpr_agent.cli.session import EXIT_FAILED, Output, Work, command, complain, require_this_host
+from cpr_agent.cli.terminal import wrapped
 from cpr_agent.files import write_atomically
 
 NEW_MODE = 0o644
@@ -74,7 +75,7 @@ def edit(vm: str) -> Work:
             return EXIT_FAILED
         state = (await client.vm_properties(vm))["State"]
         later = "" if state == "stopped" else f"; VM {vm} is {state}, and takes it from its next start on"
-        output.show({"vm": vm, "file": str(path)}, lambda _: click.echo(f"{path} was written{later}"))
+        output.show({"vm": vm, "file": str(path)}, lambda _: click.echo(wrapped(f"{path} was written{later}")))
         return 0
 
     return work
@@ -160,6 +161,8 @@ def import_(*, pid: int | None, cmdline: TextIO | None, file: str | None, instal
     if pid is not None and cmdline is None:
         text = _command_line(pid)
         wanted["user"] = wanted["user"] or _user(pid)
+        if not wanted["user"]:
+            click.echo(f"changed: user: {_AS_WHOM}", err=True)
     elif cmdline is not None and pid is None:
         text = cmdline.read()
         text = shlex.join(_words(text)) if "\0" in text else text  # a copy of /proc/PID/cmdline
@@ -170,12 +173,15 @@ def import_(*, pid: int | None, cmdline: TextIO | None, file: str | None, instal
         found = plain(await client.manager("Import", "sa{sv}", text, options(**wanted)))
         found["notes"] = [dict(zip(("outcome", "argument", "why"), note, strict=True)) for note in found["notes"]]
         for note in found["notes"]:
-            click.echo(f"{note['outcome']}: {note['argument']}: {note['why']}", err=True)
+            click.echo(wrapped(f"{note['argument']}: {note['why']}", f"{note['outcome']}: ", sys.stderr), err=True)
         if install:
             return await _install(client, output, found)
         return _export(output, found, Path(file) if file else None)
 
     return work
+
+
+_AS_WHOM = "it runs as root there, or as a user without a name; here the VM gets a user of its own"
 
 
 async def _install(client: Client, output: Output, found: dict[str, Any]) -> int:

@@ -27,7 +27,8 @@ BELOW = 2
 
 @dataclass
 class Row:
-    """``began`` is when the VM left its last resting state; ``took_s`` how long it was on its way since."""
+    """``began`` is when the VM left its last resting state, or was seen first; ``took_s`` how long it was on its way
+    since."""
 
     state: str
     began: float = 0.0
@@ -50,7 +51,7 @@ class Screen:
 
     def vm(self, name: str, state: str) -> None:
         now = time.monotonic()
-        row = self.rows.setdefault(name, Row(state))
+        row = self.rows.setdefault(name, Row(state, now))
         if row.state != state:
             row.changed = True
             if row.state not in MOVING:
@@ -75,7 +76,7 @@ class Screen:
         table.add_column(justify="right")
         for name, row in sorted(listed):
             moving = row.state in MOVING
-            seconds = f"{now - row.began if moving else row.took_s:.1f} s" if row.changed else ""
+            seconds = f"{now - row.began if moving else row.took_s:.1f} s" if row.changed or moving else ""
             table.add_row(name, Text(row.state, STYLES.get(row.state, "bold" if moving else "")), seconds)
         yield table
         if rest:
@@ -88,11 +89,13 @@ class Screen:
         line = Table.grid(padding=(0, 1))
         line.add_column()
         line.add_column(width=20)
+        line.add_column(justify="right", width=4)
         line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         line.add_column(justify="right")
         minutes, seconds = divmod(int(now - self.began), 60)
         line.expand = True
-        line.add_row(self._spinner, ProgressBar(completed=self.done * 100, width=20), self.what, f"{minutes}:{seconds:02}")
+        bar = ProgressBar(completed=self.done * 100, width=20)
+        line.add_row(self._spinner, bar, f"{self.done:.0%}", self.what, f"{minutes}:{seconds:02}")
         return line
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from cpr_agent.bus.client import CallError, Client
+from cpr_agent.cli.terminal import DOCUMENTS, nearest, without_paths, wrapped
 from cpr_agent.errors import Blocked, KernelRefused, NotAdoptable, NothingToDo, ProofFailed, SaveRefused, UpgradeRefused
 
 EXIT_FAILED = 1
@@ -28,11 +29,13 @@ EXIT_DENIED = 77
 EXIT_INTERRUPTED = 130
 """The status that a shell reports for a program that SIGINT ended."""
 
+_AS_ROOT = f"Use sudo, or have an administrator give you the right: {DOCUMENTS}/access.md"
 _UNKNOWN_OBJECT = "org.freedesktop.DBus.Error.UnknownObject"
 _EXITS = {
     NothingToDo.kind: EXIT_NOTHING,
     "NoSuchVM": EXIT_NOT_FOUND,
     "NoSuchReport": EXIT_NOT_FOUND,
+    "NoSuchJob": EXIT_NOT_FOUND,
     "NoCheckpoint": EXIT_NOT_FOUND,
     **{
         error.kind: EXIT_REFUSED
@@ -51,10 +54,12 @@ _EXITS = {
 
 @dataclass(frozen=True)
 class Target:
-    """The agent to talk to: on the bus at ``address`` (None: the system bus), or that of ``host``."""
+    """The agent to talk to: on the bus at ``address`` (None: the system bus), or that of ``host``. ``as_json``: --json
+    stood before the command."""
 
     address: str | None = None
     host: str = ""
+    as_json: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,18 @@ class Output:
     def error(self, kind: str, message: str, *, vm: str = "", remedy: str = "", **more: Any) -> int:
         """``more`` joins the error in the JSON document. Returns the exit code."""
         if self.as_json:
-            error = {"kind": kind.rpartition(".")[2], "message": message, "vm": vm, "remedy": remedy}
-            self.show({**more, "error": error}, complain)
+            self.show({**more, **error_document(kind, message, vm, remedy)}, complain)
         complain(message)
-        return _EXITS.get(kind, EXIT_FAILED)
+        return exit_code(kind)
+
+
+def error_document(kind: str, message: str, vm: str, remedy: str = "") -> dict[str, Any]:
+    return {"error": {"kind": kind.rpartition(".")[2], "message": message, "vm": vm, "remedy": remedy}}
+
+
+def exit_code(kind: str) -> int:
+    """Of an error."""
+    return _EXITS.get(kind, EXIT_FAILED)
 
 
 Work = Callable[[Client, Output], Awaitable[int]]
@@ -84,7 +97,7 @@ Work = Callable[[Client, Output], Awaitable[int]]
 
 
 def complain(text: str) -> None:
-    click.echo(f"cprctl: {text}", err=True)
+    click.echo(wrapped(text, "cprctl: ", sys.stderr), err=True)
 
 
 def command(name: str | None = None) -> Callable[[Callable[..., Work]], click.Command]:
@@ -93,10 +106,10 @@ def command(name: str | None = None) -> Callable[[Callable[..., Work]], click.Co
     def decorate(callback: Callable[..., Work]) -> click.Command:
         @wraps(callback)
         def call(*, as_json: bool, **arguments: Any) -> NoReturn:
-            _run(callback(**arguments), Output(as_json), arguments.get("vm") or "")
+            _run(callback(**arguments), Output(as_json or target().as_json), arguments.get("vm") or "")
 
         made = click.command(name)(call)
-        wants_json = click.Option(["--json", "as_json"], is_flag=True, help="Print JSON (docs/cprctl.md has its schema).")
+        wants_json = click.Option(["--json", "as_json"], is_flag=True, help="Print JSON.")
         made.params.append(wants_json)
         return made
 
@@ -120,7 +133,10 @@ def _run(work: Work, output: Output, vm: str) -> NoReturn:
 
     async def connected() -> int:
         async with Client.connected(agent.address, agent.host) as client:
-            return await work(client, output)
+            try:
+                return await work(client, output)
+            except CallError as error:
+                raise await in_words(client, error, vm) from None
 
     try:
         sys.exit(asyncio.run(connected()))
@@ -130,14 +146,55 @@ def _run(work: Work, output: Output, vm: str) -> NoReturn:
         sys.exit(output.error("Interrupted", "interrupted; the agent finishes what it has begun"))
 
 
+async def in_words(client: Client, error: CallError, vm: str) -> CallError:
+    """An error about ``vm`` ("" for none) as people want it: of a name that is none, with those that are like it."""
+    if error.kind not in (_UNKNOWN_OBJECT, "NoSuchVM") or not vm:
+        return error
+    try:
+        known = [name for name, _, _ in await client.manager("ListVMs")]
+    except CallError:
+        known = []
+    return CallError("NoSuchVM", f"no VM named {vm}{nearest(vm, known) or '. See: cprctl list'}")
+
+
+async def each(
+    client: Client,
+    output: Output,
+    names: Sequence[str],
+    act: Callable[[str], Awaitable[Any]],
+    table: Callable[[Any], object],
+) -> int:
+    """Act on one VM after the other, and show each result. The failure of one keeps no other from its turn. As JSON, one
+    result, or a list of them. Returns the first failure's exit code."""
+    shown, code = [], 0
+    for name in names:
+        try:
+            data = await act(name)
+        except CallError as failed:
+            if len(names) == 1:
+                raise
+            error = await in_words(client, failed, name)
+            text = without_paths(str(error))
+            complain(text)
+            code = code or exit_code(error.kind)
+            shown.append(error_document(error.kind, text, name))
+        else:
+            if not output.as_json:
+                table(data)
+            shown.append(data)
+    if output.as_json:
+        output.show(shown[0] if len(names) == 1 else shown, table)
+    return code
+
+
 def _call_error(output: Output, error: CallError, host: str, vm: str) -> int:
-    kind, text = error.kind, str(error)
-    if kind == _UNKNOWN_OBJECT:
-        kind, text = "NoSuchVM", f"there is no such VM ({text}). See: cprctl list"
-    elif _EXITS.get(kind) == EXIT_NO_AGENT:
+    text = without_paths(str(error))
+    if exit_code(error.kind) == EXIT_NO_AGENT:
         where = f" on {host}" if host else ""
         text = f"the agent is not there: {text}. See{where}: systemctl status cpr-agent.service"
-    return output.error(kind, text, vm=vm)
+    elif exit_code(error.kind) == EXIT_DENIED:
+        text = f"{text} {_AS_ROOT}" if "sudo" not in text else text
+    return output.error(error.kind, text, vm=vm)
 
 
 class _Tables:

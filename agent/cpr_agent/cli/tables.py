@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -13,10 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cpr_agent.cli.terminal import of_vm, wrapped
 from cpr_agent.core.states import VmState
-from cpr_agent.words import counted, exact_size, moment
+from cpr_agent.words import counted, day, exact_size, length, moment
 
 WIDE = 1 << 16
+HEIGHT = 25
+ROOMY = 110
+"""Columns from which on tables have more than what matters at once."""
+VERY_ROOMY = 140
+NARROW = 78
+"""Columns below which a list has what matters most alone."""
+LONGEST_DEVICE = 28
 STYLES: Mapping[str, str] = {
     VmState.RUNNING: "green",
     VmState.SAVED: "cyan",
@@ -31,6 +41,10 @@ STYLES: Mapping[str, str] = {
 """VMs' states, outcomes of an upgrade, severities of findings."""
 
 
+_WHOLE = frozenset({"VM", "STATE", "SINCE", "MEMORY", "SURVIVES", "DEVICE", "PAUSE", "QEMU", "OWNER", "DATE", "REPORT"})
+"""Columns that give nothing up for others."""
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
@@ -40,7 +54,8 @@ def _table(*columns: str) -> Table:
 
 def _print(what: object) -> None:
     """As wide as the terminal; in a file or a pipe each row is one whole line. No word of a guest or a file is markup."""
-    console = Console(width=None if sys.stdout.isatty() else WIDE, markup=False, emoji=False, highlight=False)
+    # With a width alone rich takes a terminal that is called "dumb" for one of 80 columns.
+    console = Console(width=_width(), height=HEIGHT, markup=False, emoji=False, highlight=False)
     console.print(what, soft_wrap=isinstance(what, str | Text))
 
 
@@ -57,37 +72,117 @@ def _styled(word: str) -> Text:
 
 
 def vms(data: list[dict[str, Any]]) -> None:
+    """What is wrong with each stands in its row, as far as there is room; `status VM` has all of it."""
     if not data:
         _print("No VMs are defined. Definitions go to /etc/cpr-agent/vms/NAME.toml.")
         return
-    table = _table("VM", "STATE", "OWNER", "MEMORY", "DEVICE", "SURVIVES", "DESCRIPTION")
+    roomy, problems = _width() >= ROOMY, any(map(wrong, data))
+    columns: dict[str, Callable[[dict[str, Any]], str | Text]] = {
+        "VM": lambda vm: _middle(vm["Name"], _longest_name()),
+        "STATE": lambda vm: _styled(vm["State"]),
+        "SINCE": lambda vm: since(vm["Since"]),
+        "MEMORY": lambda vm: exact_size(vm["Memory"].get("size", 0)),
+        "SURVIVES": lambda vm: vm["Memory"].get("survives", "?"),
+    }
+    if roomy and (not problems or _width() >= VERY_ROOMY):
+        columns |= {
+            "DEVICE": lambda vm: _middle(", ".join(one.get("device", "") for one in _ranges(vm["Memory"])), LONGEST_DEVICE)
+        }
+    if roomy:
+        columns |= {
+            "PAUSE": lambda vm: length(vm["LastPause"]) if vm["LastPause"] else "",
+            "QEMU": lambda vm: Text(_version(vm["QemuRunning"]), "yellow" if vm["QemuOutdated"] else ""),
+        }
+    if any(vm["Owner"] != "agent" for vm in data):
+        columns["OWNER"] = lambda vm: vm["Owner"]
+    if problems:
+        columns["PROBLEM"] = lambda vm: Text((wrong if roomy else _in_a_word)(vm), "red", no_wrap=True, overflow="ellipsis")
+    if roomy and (not problems or _width() >= VERY_ROOMY) and any(vm["Description"] for vm in data):
+        columns["DESCRIPTION"] = lambda vm: _short(vm["Description"])
+    if _width() < NARROW:
+        columns = {name: cell for name, cell in columns.items() if name in ("VM", "STATE", "PROBLEM")}
+    table = _table(*columns)
+    for column in table.columns:
+        column.no_wrap = column.header in _WHOLE
     for entry in data:
-        memory = entry["Memory"]
-        table.add_row(
-            entry["Name"],
-            _styled(entry["State"]),
-            entry.get("Owner", "agent"),  # an earlier agent has none but its own
-            exact_size(memory.get("size", 0)),
-            _short(", ".join(one.get("device", "") for one in _ranges(memory))),
-            memory.get("survives", "?"),
-            _short(entry["Description"]),
-        )
+        table.add_row(*(cell(entry) for cell in columns.values()))
     _print(table)
+
+
+def _in_a_word(vm: dict[str, Any]) -> str:
+    """The same where there is no room; `status` has the rest."""
+    if word := {"gone": "no definition", "invalid": "bad definition"}.get(vm["DefinitionState"]):
+        return word
+    if vm["Held"]:
+        return str(vm["Held"]["error"])
+    if vm["Problem"]:
+        return "no answer" if vm["State"] == VmState.UNREACHABLE else "see status"
+    return "save blocked" if vm["BlockedReasons"] else ""
+
+
+def wrong(vm: dict[str, Any]) -> str:
+    """What is wrong with a VM, in a few words; "" if nothing is."""
+    about = of_vm(vm["Name"], vm["Problem"])
+    said = {
+        "gone": "its definition is gone",
+        "invalid": f"its definition can't be used: {about}" if about else "its definition can't be used",
+    }
+    parts = [said[vm["DefinitionState"]]] if vm["DefinitionState"] in said else []
+    if vm["Held"]:
+        parts.append(f"held: {of_vm(vm['Name'], vm['Held']['reason'])}")
+    elif about and vm["DefinitionState"] != "invalid":
+        parts.append(about)
+    if vm["BlockedReasons"]:
+        parts.append(f"can't be saved: {'; '.join(vm['BlockedReasons'])}")
+    return "; ".join(parts)
+
+
+def since(at: float) -> str:
+    """Today a time, else a day; "" for a moment that is not known."""
+    if not at:
+        return ""
+    then = time.localtime(at)
+    today = time.localtime()[:3] == then[:3]
+    return time.strftime("%H:%M:%S" if today else "%Y-%m-%d", then)
+
+
+def _longest_name() -> int:
+    width = _width()
+    return 24 if width >= ROOMY else 16 if width >= NARROW else 11
+
+
+def _version(words: str) -> str:
+    """Without that of its package."""
+    return words.partition(" ")[0]
+
+
+def _middle(words: str, most: int) -> str:
+    """Both ends of a long name, which tell it from others."""
+    if len(words) <= most or _width() >= WIDE:
+        return words
+    half = (most - 1) // 2
+    return f"{words[: most - 1 - half]}…{words[-half:]}"
+
+
+def _width() -> int:
+    """Of the terminal; in a file or a pipe there is room for all."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
 
 
 def agent(data: dict[str, Any]) -> None:
     newer = [f"newest of its flavour: {version}" for version in data["Kernels"][:1] if version != data["Kernel"]]
     kernel = ", ".join([f"kernel {data['Kernel']}", *newer])
     known, under_way = counted(len(data["VMs"]), "VM"), counted(len(data["Jobs"]), "job")
-    _print(f"cpr-agent {data['Version']}, {known}, {under_way} under way; {kernel}")
+    _print(wrapped(f"cpr-agent {data['Version']}, {known}, {under_way} under way; {kernel}"))
     for job in data["Jobs"]:
-        _print(f"job {job['Id']}: {job['Kind']}, {job['Progress']:.0%}, {job['Step']}")
+        _print(wrapped(f"{job['Kind']}, {job['Progress']:.0%}, {job['Step']}", f"job {job['Id']}: "))
     vms(data["VMs"])
     if data["LastUpgrade"]:
-        _print(_upgrade(data["LastUpgrade"]))
+        last = _upgrade(data["LastUpgrade"])
+        _print(_coloured(wrapped(last.plain), data["LastUpgrade"]["phase"]))
     for entry in data["VMs"]:
         if entry["Problem"]:
-            _print(_line((entry["Name"], "red"), f": {entry['Problem']}"))
+            _said(entry["Name"], of_vm(entry["Name"], entry["Problem"]), "red")
 
 
 def _upgrade(data: dict[str, Any]) -> Text:
@@ -107,18 +202,24 @@ def _upgrade(data: dict[str, Any]) -> Text:
 def vm(data: dict[str, Any]) -> None:
     memory, checkpoint = data["Memory"], data["Checkpoint"]
     rows = {
-        "State": _line(_styled(data["State"]), f" (run state {data['RunState']})" if data["RunState"] else ""),
+        "State": data["State"]
+        + (f" since {moment(data['Since'])}" if data["Since"] else "")
+        + (f" (run state {data['RunState']})" if data["RunState"] else ""),
         "Description": data["Description"],
         "Memory": ", ".join(map(_range, _ranges(memory)))
         + (f", survives a {memory['survives']}" if "survives" in memory else ""),
-        "QEMU": data["Qemu"] + (f", PID {data['MainPID']}" if data["MainPID"] else ""),
-        "Owner": data.get("Owner", ""),  # an earlier agent has none
+        "CPUs": str(data["Cpus"] or ""),
+        "QEMU": _qemu(data),
+        "Owner": data["Owner"],
         "Unit": data["Unit"],
-        "User": data.get("User", ""),  # likewise
+        "User": data["User"],
         "Admin's QMP": data["AdminSocket"],
         "Blocked by": "; ".join(data["BlockedReasons"]),
-        "Problem": data["Problem"],
+        "Definition": _DEFINITIONS.get(data["DefinitionState"], ""),
+        "Problem": "" if data["Held"] else of_vm(data["Name"], data["Problem"]),
     }
+    if data["LastPause"]:
+        rows["Last pause"] = length(data["LastPause"])
     if "id" in checkpoint:
         stopped = moment(checkpoint["stopped-at"])
         rows["Checkpoint"] = (
@@ -130,9 +231,39 @@ def vm(data: dict[str, Any]) -> None:
     _print(Text(data["Name"], "bold"))
     for name, value in rows.items():
         if value:
-            _print(_line(f"  {name + ':':<13} ", value))
+            _print(_coloured(wrapped(value, f"  {name + ':':<13} "), data["State"] if name == "State" else ""))
     if data["Held"]:
         _held(data["Held"])
+
+
+_DEFINITIONS = {
+    "changed": "changed since its QEMU was started; a fresh start takes it",
+    "gone": "gone; the VM is here as long as it runs or is saved",
+    "invalid": "can't be used: cprctl edit",
+}
+
+
+def _qemu(vm: dict[str, Any]) -> str:
+    words = [vm["Qemu"], *([vm["QemuRunning"]] if vm["QemuRunning"] else [])]
+    words += [f"PID {vm['MainPID']}"] if vm["MainPID"] else []
+    if vm["QemuOutdated"]:
+        words.append(f"installed is {vm['QemuInstalled'] or 'another one'}: cprctl refresh {vm['Name']}")
+    return ", ".join(words)
+
+
+def _coloured(text: str, word: str) -> Text:
+    """``text`` with its first ``word`` in the colour that it has everywhere."""
+    out = Text(text)
+    if word:
+        out.highlight_words([word], STYLES.get(word, ""))
+    return out
+
+
+def _said(name: str, words: str, style: str = "bold") -> None:
+    """What is said of a VM, behind its name."""
+    text = Text(wrapped(words, f"{name}: "))
+    text.stylize(style, 0, len(name))
+    _print(text)
 
 
 def _ranges(memory: dict[str, Any]) -> list[dict[str, Any]]:
@@ -147,7 +278,10 @@ def _range(memory: dict[str, Any]) -> str:
 def _held(data: dict[str, Any]) -> None:
     """Since when and why the VM is held, with expected and found values side by side."""
     since = moment(data["at"])
-    _print(_line("  ", ("Held", "bold red"), f" since {since} ({data['error']}): left as it is until an admin decides"))
+    words = f"since {since} ({data['error']}): left as it is until an admin decides"
+    text = Text(wrapped(words, "  Held "))
+    text.stylize("bold red", 2, 6)
+    _print(text)
     if data["evidence"]:
         table = _table("  PROOF", "EXPECTED", "FOUND")
         for what, expected, found in data["evidence"]:
@@ -155,11 +289,10 @@ def _held(data: dict[str, Any]) -> None:
         _print(table)
 
 
-def saved(name: str, data: dict[str, Any]) -> None:
-    checkpoint = data["Checkpoint"]
-    _print(
-        f"{name}: saved, {checkpoint['size']} bytes in {checkpoint['vmstate']}; its RAM survives a {checkpoint['survives']}"
-    )
+def saved(data: dict[str, Any]) -> None:
+    name, checkpoint = data["Name"], data["Checkpoint"]
+    words = f"saved, {checkpoint['size']} bytes in {checkpoint['vmstate']}; its RAM survives a {checkpoint['survives']}"
+    _print(wrapped(words, f"{name}: "))
 
 
 def findings(data: list[dict[str, Any]]) -> None:
@@ -167,10 +300,14 @@ def findings(data: list[dict[str, Any]]) -> None:
         _print("No findings.")
         return
     for entry in data:
-        _print(_line((entry["vm"] or "host", "bold"), " ", _styled(entry["severity"]), f": {entry['what']}"))
+        whose, severity = entry["vm"] or "host", entry["severity"]
+        head = Text(wrapped(entry["what"], f"{whose} {severity}: "))
+        head.stylize("bold", 0, len(whose))
+        head.stylize(STYLES.get(severity, ""), len(whose) + 1, len(whose) + 1 + len(severity))
+        _print(head)
         for label, text in (("why", entry["why"]), ("remedy", entry["remedy"])):
             if text:
-                _print(f"    {label}: {text}")
+                _print(wrapped(text, f"    {label}: "))
 
 
 def devices(data: list[dict[str, Any]]) -> None:
@@ -208,19 +345,30 @@ def _section(data: dict[str, Any]) -> dict[str, str]:
 
 
 def history(data: list[dict[str, Any]]) -> None:
+    """A row a load; in wide terminals with its phases. `report` shows one in full."""
     if not data:
-        _print("No VM was loaded yet.")
+        _print("No load is on record.")
         return
+    roomy = _width() >= ROOMY
+    table = _table("DATE", "VM", "PAUSE", "KERNEL", "REPORT", *(["PHASES"] if roomy else []))
+    table.columns[2].justify = "right"
+    for column in table.columns:
+        column.no_wrap = column.header in _WHOLE
     for entry in data:
-        table = _table("PHASE", "SECONDS")
-        table.columns[1].justify = "right"
-        for name, length_s in entry["phases"]:
-            table.add_row(name, f"{length_s:.3f}")
-        table.add_row(Text("total pause", "bold"), Text(f"{entry['pause']:.3f}", "bold"))
-        kernels = f": kernel {entry['kernel-before']} -> {entry['kernel-after']}"
-        _print(_line((entry["vm"], "bold"), f"{kernels}; report {(entry['upgrade'] or entry['id'])[:8]}"))
-        if "clock-behind" in entry:
-            _print(f"its clock was {entry['clock-behind']:.3f} s behind, and was set")
+        before, after = entry["kernel-before"], entry["kernel-after"]
+        cells: list[str | Text] = [
+            day(entry["stopped-at"]),
+            _middle(entry["vm"], _longest_name()),
+            length(entry["pause"]),
+            _short(after if before == after else f"{before} -> {after}" if roomy else f"-> {after}"),
+            (entry["upgrade"] or entry["id"])[:8],
+        ]
+        if roomy:
+            said = [f"{name} {length(length_s)}" for name, length_s in entry["phases"]]
+            said += [f"clock set, {length(entry['clock-behind'])} behind"] if "clock-behind" in entry else []
+            cells.append(_short(", ".join(said)))
+        table.add_row(*cells)
+    _print(table)
+    for entry in data:
         if entry["clock-problem"]:
-            _print(_line(("its clock was not set:", "yellow"), f" {entry['clock-problem']}"))
-        _print(table)
+            _said(entry["vm"], f"its clock was not set: {entry['clock-problem']}", "yellow")

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Commands about VMs: list and show them, and act on one or all of them."""
+"""Commands about VMs: list and show them, and act on one, some or all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
 from cpr_agent.bus.client import CallError, Client, options, plain
-from cpr_agent.cli.completion import some_vm_argument, vm_argument
+from cpr_agent.cli.completion import SAVED, some_vm_argument, vms_argument
 from cpr_agent.cli.jobs import follow
-from cpr_agent.cli.session import EXIT_REFUSED, Output, Work, command, tables
-from cpr_agent.core.states import Survives
+from cpr_agent.cli.session import EXIT_REFUSED, Output, Work, command, each, tables
+from cpr_agent.core.states import Survives, VmState
 
 
-async def _all_vms(client: Client) -> list[dict[str, Any]]:
+async def all_vms(client: Client) -> list[dict[str, Any]]:
     return [await client.properties(path, "VM") for _, _, path in await client.manager("ListVMs")]
 
 
@@ -28,10 +29,10 @@ async def _job(client: Client, path: str) -> dict[str, Any] | None:
 
 @command("list")
 def list_vms() -> Work:
-    """List all VMs and their states."""
+    """List all VMs, their states, and what is wrong with them."""
 
     async def work(client: Client, output: Output) -> int:
-        output.show(await _all_vms(client), tables.vms)
+        output.show(await all_vms(client), tables.vms)
         return 0
 
     return work
@@ -48,51 +49,78 @@ def status(vm: str | None) -> Work:
         else:
             about = await client.properties("/org/cpragent1", "Manager")
             jobs = [job for path in about["Jobs"] if (job := await _job(client, path))]
-            output.show({**about, "Jobs": jobs, "VMs": await _all_vms(client)}, tables.agent)
+            output.show({**about, "Jobs": jobs, "VMs": await all_vms(client)}, tables.agent)
         return 0
 
     return work
 
 
 @command()
-@vm_argument
-def start(vm: str) -> Work:
-    """Start a VM afresh. Refused while it has a live checkpoint."""
-    return _act(vm, "started", "Start")
+@vms_argument()
+def start(names: Sequence[str]) -> Work:
+    """Start VMs afresh. Refused while one has a live checkpoint."""
+    return _act(names, _said("started"), "Start")
 
 
 @command()
-@vm_argument
+@vms_argument()
 @click.option("--hard", is_flag=True, help="Quit QEMU at once instead of pressing the power button.")
-def stop(*, vm: str, hard: bool) -> Work:
-    """Shut a VM down in order; after its shutdown-timeout, quit its QEMU."""
-    return _act(vm, "stopped", "Stop", "s", "hard" if hard else "acpi")
+def stop(*, names: Sequence[str], hard: bool) -> Work:
+    """Shut VMs down in order; after its shutdown-timeout, quit a VM's QEMU."""
+
+    def said(vm: dict[str, Any]) -> None:
+        name = vm["Name"]
+        if vm["Checkpoint"]:
+            stays = f"its guest stays saved: cprctl load {name} lets it go on, cprctl discard {name} gives it up"
+            click.echo(f"{name}: its QEMU has ended; {stays}")
+        else:
+            click.echo(f"{name}: stopped")
+
+    return _act(names, said, "Stop", "s", "hard" if hard else "acpi")
 
 
 @command()
-@vm_argument
-def resume(vm: str) -> Work:
+@vms_argument((*SAVED, VmState.PAUSED))
+def resume(names: Sequence[str]) -> Work:
     """Take a save back, or let a paused guest go on."""
-    return _act(vm, "resumed", "Resume")
+    return _act(names, _said("resumed"), "Resume")
 
 
 @command()
-@vm_argument
+@vms_argument(SAVED)
 @click.option("--yes", is_flag=True, help="Don't ask.")
-def discard(*, vm: str, yes: bool) -> Work:
+def discard(*, names: Sequence[str], yes: bool) -> Work:
     """Give a VM's checkpoint up: the saved guest is lost."""
-    if not yes:
-        click.confirm(f"The saved guest of {vm} will be lost. Go on?", abort=True, err=True)
-    return _act(vm, "checkpoint discarded", "Discard")
-
-
-def _act(vm: str, done: str, member: str, signature: str = "", *body: Any) -> Work:
-    """Call ``member`` of the VM, and then print ``done``, or all about the VM as JSON."""
 
     async def work(client: Client, output: Output) -> int:
-        await client.vm(vm, member, signature, *body)
-        output.show(await client.vm_properties(vm), lambda _: click.echo(f"{vm}: {done}"))
-        return 0
+        async def act(name: str) -> dict[str, Any]:
+            if not (await client.vm_properties(name))["Checkpoint"]:
+                raise CallError("NoCheckpoint", f"VM {name}: has no checkpoint that could be discarded. Nothing was done.")
+            if not yes:
+                click.confirm(f"The saved guest of {name} will be lost. Go on?", abort=True, err=True)
+            await client.vm(name, "Discard")
+            return await client.vm_properties(name)
+
+        return await each(client, output, names, act, _said("checkpoint discarded"))
+
+    return work
+
+
+def _said(words: str) -> Callable[[dict[str, Any]], None]:
+    return lambda vm: click.echo(f"{vm['Name']}: {words}")
+
+
+def _act(
+    names: Sequence[str], said: Callable[[dict[str, Any]], object], member: str, signature: str = "", *body: Any
+) -> Work:
+    """Call ``member`` of each VM, and then print what is ``said`` of it, or all about it as JSON."""
+
+    async def work(client: Client, output: Output) -> int:
+        async def act(name: str) -> dict[str, Any]:
+            await client.vm(name, member, signature, *body)
+            return await client.vm_properties(name)
+
+        return await each(client, output, names, act, said)
 
     return work
 
@@ -111,62 +139,80 @@ def check(vm: str | None) -> Work:
 
 
 @command()
-@some_vm_argument
+@vms_argument(required=False)
 @click.option("--all", "every", is_flag=True, help="Save every VM that has a live guest: all, or none.")
 @click.option("--file", "filename", default="", help="State file (default: the agent's own place).")
 @click.option(
-    "--survives", type=click.Choice([need.value for need in Survives]), help="Refuse RAM that would not outlive this."
+    "--survives",
+    type=click.Choice([need.value for need in Survives]),
+    default=Survives.KEXEC.value,
+    show_default=True,
+    help="What the RAM must outlive: another is refused.",
 )
 @click.option(
     "--before-kexec",
     is_flag=True,
     help="With --all: save for a kexec in progress; roll back if the kexec is cancelled.",
 )
-def save(*, vm: str | None, every: bool, filename: str, survives: str | None, before_kexec: bool) -> Work:
-    """Save a VM's device state and leave its RAM where it is. The guest is stopped after."""
-    _require_one_or_all(vm, every=every)
-    wanted = options(survives=survives)
-    if vm is None:
-        return follow("SaveAll", {**wanted, **options(before_kexec=before_kexec or None)})
+def save(*, names: Sequence[str], every: bool, filename: str, survives: str, before_kexec: bool) -> Work:
+    """Save VMs' device states and leave their RAM where it is. The guests are stopped after."""
+    _require_some_or_all(names, every=every)
+    if filename and len(names) != 1:
+        raise click.UsageError("--file is for one VM")
+    if before_kexec and not every:
+        raise click.UsageError("--before-kexec is for --all")
+    if every:
+        return follow("SaveAll", options(survives=survives, before_kexec=before_kexec or None))
 
     async def work(client: Client, output: Output) -> int:
-        await client.vm(vm, "CprSave", "ssa{sv}", filename, "reboot", wanted)
-        output.show(await client.vm_properties(vm), lambda data: tables.saved(vm, data))
-        return 0
+        async def act(name: str) -> dict[str, Any]:
+            try:
+                await client.vm(name, "CprSave", "ssa{sv}", filename, "reboot", options(survives=survives))
+            except CallError as error:
+                if "does not survive a kexec" not in str(error):
+                    raise
+                raise CallError(error.kind, f"{error} For a restart of QEMU alone: --survives qemu-restart.") from None
+            return await client.vm_properties(name)
+
+        return await each(client, output, names, act, tables.saved)
 
     return work
 
 
 @command()
-@some_vm_argument
+@vms_argument(SAVED, required=False)
 @click.option("--all", "every", is_flag=True, help="Load every VM that has a live checkpoint.")
 @click.option("--autostart", is_flag=True, help="With --all: then start the VMs that have autostart and no checkpoint.")
 @click.option("--file", "filename", default="", help="State file (default: where the save put it).")
-def load(*, vm: str | None, every: bool, autostart: bool, filename: str) -> Work:
-    """Prove a saved VM's memory and state, and let its guest go on in a new QEMU."""
-    _require_one_or_all(vm, every=every)
-    if vm is None:
+def load(*, names: Sequence[str], every: bool, autostart: bool, filename: str) -> Work:
+    """Prove saved VMs' memory and states, and let their guests go on in new QEMUs."""
+    _require_some_or_all(names, every=every)
+    if filename and len(names) != 1:
+        raise click.UsageError("--file is for one VM")
+    if autostart and not every:
+        raise click.UsageError("--autostart is for --all")
+    if every:
         return follow("LoadAll", options(autostart=autostart))
-    return _act(vm, "loaded", "CprLoad", "sa{sv}", filename, {})
+    return _act(names, _said("loaded"), "CprLoad", "sa{sv}", filename, {})
 
 
 @command()
-@some_vm_argument
+@vms_argument((VmState.RUNNING, VmState.PAUSED, VmState.SUSPENDED), required=False)
 @click.option("--all", "every", is_flag=True, help="Every VM that has a live guest, one after the other.")
 @click.option(
     "--in-turn", is_flag=True, help="End the old QEMU before the new one starts: both can't have the same tap device."
 )
-def refresh(*, vm: str | None, every: bool, in_turn: bool) -> Work:
-    """Give a guest a new QEMU, of the program that is installed now, without a reboot of the host."""
-    _require_one_or_all(vm, every=every)
+def refresh(*, names: Sequence[str], every: bool, in_turn: bool) -> Work:
+    """Give guests a new QEMU, of the program that is installed now, without a reboot of the host."""
+    _require_some_or_all(names, every=every)
     wanted = options(in_turn=in_turn or None)
-    return follow("RefreshAll", wanted) if vm is None else _act(vm, "has a new QEMU", "Refresh", "a{sv}", wanted)
+    return follow("RefreshAll", wanted) if every else _act(names, _said("has a new QEMU"), "Refresh", "a{sv}", wanted)
 
 
-def _require_one_or_all(vm: str | None, *, every: bool) -> None:
+def _require_some_or_all(names: Sequence[str], *, every: bool) -> None:
     """Raises UsageError."""
-    if (vm is not None) == every:
-        raise click.UsageError("name one VM, or give --all")
+    if bool(names) == every:
+        raise click.UsageError("name VMs, or give --all")
 
 
 COMMANDS = (list_vms, status, start, stop, resume, discard, check, save, load, refresh)
