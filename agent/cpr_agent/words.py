@@ -20,6 +20,29 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
+_HEADLESS = ("is", "has", "had", "can't", "cannot", "could", "was", "were", "takes", "does", "did", "will", "needs", "may")
+"""Verbs with which errors go on behind their subject, as in "VM web1: is stopped"."""
+_COMMANDS = ("chmod", "chown", "cprctl", "echo", "setfacl", "systemctl", "virsh")
+_SETTING = re.compile(r"[A-Za-z_]+ ?= ?\S")
+
+
+def sentence(text: str) -> str:
+    """``text``, which an error or a finding has as a part of one, as a sentence of its own about "it"."""
+    first = text.partition(" ")[0]
+    if first in _HEADLESS:
+        text = f"It {text}"
+    elif first.removesuffix(",").isalpha() and first not in _COMMANDS:
+        text = text[0].upper() + text[1:]
+    return text if not text or text.endswith((".", "!", "?", "…")) else f"{text}."
+
+
+def advice(text: str) -> str:
+    """Likewise of a remedy; a command stands behind a colon, and has no full stop that would be copied with it."""
+    if text.partition(" ")[0] in _COMMANDS:
+        return f"Run: {text}"
+    return f"Set: {text}" if _SETTING.match(text) else sentence(text)
+
+
 def length(seconds: float) -> str:
     """Three digits or so: ``12 ms``, ``4.31 s``, ``42.1 s``, ``1 min 12 s``, ``2 h 03 min``, ``3 d 04 h``."""
     if seconds < 0.9995:

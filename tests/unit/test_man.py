@@ -167,6 +167,28 @@ def test_each_option_that_a_method_takes_is_in_its_page() -> None:
     assert {name for name in names if f'"{name}"' not in told} == set()
 
 
+def test_each_code_of_a_finding_is_in_its_page() -> None:
+    """And no other. Codes are literals where findings are made."""
+    sources = [path.read_text() for path in (ROOT / "agent/cpr_agent").rglob("*.py")]
+    forms = [
+        r'\bcode ?= ?"([a-z-]+)"',
+        r'\b_(?:error|warning)\(\s*"([a-z-]+)"',
+        r'\b_lacks\([^"]*"([a-z-]+)"',
+        r'\b_finding\(cost, "([a-z-]+)"',
+    ]
+    codes = {code for text in sources for form in forms for code in re.findall(form, text)} - {"error"}
+    constants = (ROOT / "agent/cpr_agent/core/separation.py").read_text()
+    codes |= {"memory-survives", *re.findall(r'"([a-z]+-(?:user|device|image))"', constants)}
+    assert len(codes) > 50
+    check = interface_page().partition("*Check*(a{sv} _options_)")[2].partition("Action:")[0].partition("The codes are")[2]
+    told = {
+        code
+        for head in re.findall(r'^\s*- (("[\w-]+"(?:, )?)+):', check, re.MULTILINE)
+        for code in re.findall(r'"([\w-]+)"', head[0])
+    }
+    assert told == codes
+
+
 def interface_page() -> str:
     command = [PAGES / "interface", ROOT / "agent/cpr_agent/bus/org.cpragent1.xml", ROOT / "docs/operations.md"]
     made = subprocess.run([str(word) for word in command], check=False, capture_output=True, text=True)

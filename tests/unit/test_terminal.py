@@ -15,6 +15,7 @@ from cpr_agent.bus.client import JobEnd
 from cpr_agent.cli import jobs, screen, tables, terminal
 from cpr_agent.cli.main import HABITS, SECTIONS, cli
 from cpr_agent.cli.session import Output
+from cpr_agent.words import advice, sentence
 
 G = 1 << 30
 
@@ -171,6 +172,40 @@ def test_a_guest_that_is_on_its_way_already_has_its_own_time(
     assert "25%" in err
     row = next(line for line in err.splitlines() if line.startswith("web1"))
     assert float(row.split()[-2]) < 60, row
+
+
+@pytest.mark.parametrize(
+    ("part", "whole"),
+    [
+        ("its RAM is in /dev/shm", "Its RAM is in /dev/shm."),
+        ("is stopped and can't be saved", "It is stopped and can't be saved."),
+        ("cannot be saved: it moves", "It cannot be saved: it moves."),
+        ("VM db: its memory is lost.", "VM db: its memory is lost."),
+        ("/etc/x.toml: unknown key", "/etc/x.toml: unknown key."),
+        ("`cprctl drill` measures it", "`cprctl drill` measures it."),
+        ("cpr-save.service is not enabled", "cpr-save.service is not enabled."),
+        ("", ""),
+    ],
+)
+def test_a_part_of_a_sentence_becomes_one(part: str, whole: str) -> None:
+    assert sentence(part) == whole
+
+
+@pytest.mark.parametrize(
+    ("remedy", "whole"),
+    [
+        ("chmod o= /srv/a.img", "Run: chmod o= /srv/a.img"),
+        (
+            'user = "libvirt-qemu", then: systemctl restart libvirtd',
+            'Set: user = "libvirt-qemu", then: systemctl restart libvirtd',
+        ),
+        ("mend the cause, or shut it down first", "Mend the cause, or shut it down first."),
+        ("see `cprctl devices`", "See `cprctl devices`."),
+        ("", ""),
+    ],
+)
+def test_an_advice_has_no_full_stop_behind_a_command(remedy: str, whole: str) -> None:
+    assert advice(remedy) == whole
 
 
 def test_help_has_every_command_in_a_group_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from cpr_agent.core.model import DaxDevice, Finding, Policy, Survives, survives
 from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import AccessDenied, CheckpointUnreadable, CprError, InvalidArgument
+from cpr_agent.words import advice, sentence
 
 if TYPE_CHECKING:
     from cpr_agent.core.adoption import Outcome, Wanted
@@ -514,9 +515,9 @@ def _finding(finding: Finding) -> dict[str, Variant]:
     return vardict(
         severity=finding.severity,
         code=finding.code,
-        what=finding.what,
-        why=finding.why,
-        remedy=finding.remedy,
+        what=sentence(finding.what),
+        why=sentence(finding.why),
+        remedy=advice(finding.remedy),
         vm=finding.vm,
         seconds=finding.seconds,
     )

@@ -53,7 +53,7 @@ async def check_hooks(vm: Vm) -> list[Finding]:
     """Reasons that the admin's hooks have against a save."""
     if not _has_live_guest(vm):
         return []
-    why, remedy = "an upgrade or a save would be refused", "see docs/insight.md, hooks"
+    why, remedy = "an upgrade or a save would be refused", "see /usr/share/doc/cpr-agent/insight.md, hooks"
     return [
         Finding(severity="error", code="hook", what=said, why=why, remedy=remedy, vm=vm.name)
         for said in await vetoes(vm.machine)
@@ -79,7 +79,7 @@ def _definition_findings(vm: Vm) -> list[Finding]:
         what, why = str(vm.problem or "its definition is gone"), "it could not be started again"
         found.append(Finding(severity="error", code="definition", what=what, why=why, vm=vm.name))
     if held := vm.held():
-        why, remedy = "the guest waits in its memory", f"cprctl status {vm.name}"
+        why, remedy = "the guest waits in its memory", f"see `cprctl status {vm.name}`"
         found.append(Finding(severity="error", code="held", what=held.reason, why=why, remedy=remedy, vm=vm.name))
     return found
 
@@ -119,13 +119,17 @@ async def _lost_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
     said = [str(one) for one in await lost(ports, vm.qemu, launch)]
     said += [f"its password for {display} was set on the monitor" for display in ports.definitions.passwords(launch)]
     why = "its guest sees nothing of it, and a load has what its QEMU was started with"
-    remedy = "let the definition say so, or do it again after the load: a hook can (docs/insight.md, hooks)"
+    remedy = (
+        "let the definition say so, or do it again after the load: a hook can (/usr/share/doc/cpr-agent/insight.md, hooks)"
+    )
     return [Finding(severity="warning", code="not-carried", what=what, why=why, remedy=remedy, vm=vm.name) for what in said]
 
 
 def _companion_findings(vm: Vm, companions: list[Companion]) -> list[Finding]:
     """Programs of this host that must be there before a load, and after a kexec are not by themselves."""
-    remedy = "have a unit start it before cpr-load.service, and again whenever it ends: docs/companions.md"
+    remedy = (
+        "have a unit start it before cpr-load.service, and again whenever it ends: /usr/share/doc/cpr-agent/companions.md"
+    )
     return [
         Finding(
             severity="warning",

@@ -41,12 +41,12 @@ def sharing_findings(
     if sharing := sorted(other for other, theirs in users.items() if theirs == user != ""):
         what = f"it shares its user {user} with {', '.join(sharing)}"
         why = "the QEMU of each can reach what belongs to the others: RAM in files, disks, sockets"
-        remedy = "see docs/confinement.md, A user for each VM"
+        remedy = "see /usr/share/doc/cpr-agent/confinement.md, A user for each VM"
         found.append(Finding(severity="info", code=SHARED_USER, what=what, why=why, remedy=remedy, vm=vm))
     devices = {one.uuid for one in ram if one.kind == "devdax"}
     if sharing := sorted({other for other, one in claims if one.kind == "devdax" and one.uuid in devices}):
         what = f"it shares its dax device with {', '.join(sharing)}"
         why = "a device is open to a QEMU as a whole: that of each can reach the RAM of the others"
-        remedy = "give each a namespace of its own: docs/memory.md"
+        remedy = "give each a namespace of its own: /usr/share/doc/cpr-agent/memory.md"
         found.append(Finding(severity="info", code=SHARED_DEVICE, what=what, why=why, remedy=remedy, vm=vm))
     return found

@@ -307,7 +307,8 @@ def read_definition(path: Path, raw: bytes | None = None) -> Definition:
         raise InvalidDefinition(
             f"{path}: vm.arguments have QEMU start programs, which its sandbox forbids: {'; '.join(programs)}",
             vm=name,
-            remedy="have the interface made at boot, and say tap,ifname=…,script=no,downscript=no: docs/confinement.md",
+            remedy="have the interface made at boot, and say tap,ifname=…,script=no,downscript=no: "
+            "/usr/share/doc/cpr-agent/confinement.md",
         )
     return definition
 

@@ -76,7 +76,7 @@ async def _triage(vms: Collection[Vm], need: Survives, policy: Policy, check: Ch
     for vm in vms:
         if saved_in_volatile(vm.machine, need):
             what = f"is saved already, in RAM that does not survive a {need}"
-            out.refused.append((vm, SaveFailed(what, vm=vm.name, remedy=f"cprctl load {vm.name}")))
+            out.refused.append((vm, SaveFailed(what, vm=vm.name, remedy=f"`cprctl load {vm.name}` lets it go on")))
     live = [vm for vm in vms if vm.run_state in SAVEABLE]
     failures = await on_each(live, lambda vm: in_time(vm, check))
     unlike = [vm for vm in vms if vm.pid and vm not in live and not vm.machine.powered_off and not vm.checkpointed]
