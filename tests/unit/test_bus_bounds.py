@@ -17,6 +17,8 @@ from cpr_agent.bus.frames import sendable
 from cpr_agent.bus.library import Message, Variant, marshal
 from cpr_agent.bus.limits import COSTS, HEAVY_IN_ALL, HEAVY_PER_USER, MAX_TEXT_BYTES, Limits, refuse_long_text
 from cpr_agent.bus.listeners import IN_ALL, PER_USER, Listeners
+from cpr_agent.bus.objects import BusObject
+from cpr_agent.bus.service import answered
 from cpr_agent.errors import InvalidArgument, LimitsExceeded
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
@@ -36,6 +38,22 @@ def test_whatever_is_said_can_be_sent(value: object, key: str, text: str) -> Non
 
 def leaves(value: object) -> list[str]:
     return [value] if isinstance(value, str) else [leaf for item in value for leaf in leaves(item)]  # type: ignore[attr-defined]
+
+
+class OneOfMany(BusObject):
+    interface = "org.cpragent1.VM"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+def test_an_object_that_fails_is_left_out_of_all(caplog: pytest.LogCaptureFixture) -> None:
+    name = {"Name": Variant("s", "web1")}
+    found = dict(answered([(OneOfMany("/a"), ValueError("liar")), (OneOfMany("/b"), name)]))
+    assert found == {"/b": {"org.cpragent1.VM": name}}
+    assert "/a is left out" in caplog.text
+    with pytest.raises(asyncio.CancelledError):
+        list(answered([(OneOfMany("/a"), asyncio.CancelledError())]))
 
 
 def test_what_can_be_sent_is_sent_as_it_is() -> None:

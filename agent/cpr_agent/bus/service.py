@@ -13,7 +13,7 @@ import contextlib
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -251,8 +251,8 @@ class Service(Listener):
                 return [Path("/etc/machine-id").read_text().strip()]
             case "GetManagedObjects":
                 objects = [o for path, o in self._objects.items() if _below_root(path) and path not in self._unknown]
-                values = await asyncio.gather(*map(self._values, objects))
-                return [{one.path: {one.interface: its} for one, its in zip(objects, values, strict=True)}]
+                values = await asyncio.gather(*map(self._values, objects), return_exceptions=True)
+                return [dict(answered(zip(objects, values, strict=True)))]
             case _:
                 target = self._objects[path]
                 if body[0] not in ("", target.interface):
@@ -428,6 +428,19 @@ class Service(Listener):
             except UnsendableError:
                 log.exception("%s of %s can't be sent", member, path)
                 return
+
+
+def answered(
+    found: Iterable[tuple[BusObject, dict[str, Variant] | BaseException]],
+) -> Iterator[tuple[str, dict[str, dict[str, Variant]]]]:
+    """Those whose values could be told: the fault of one leaves no caller without the others."""
+    for one, values in found:
+        if isinstance(values, Exception):
+            log.error("%s is left out", one.path, exc_info=values)
+        elif isinstance(values, BaseException):
+            raise values
+        else:
+            yield one.path, {one.interface: values}
 
 
 def _internal_error(call: Message) -> Message:
