@@ -201,21 +201,22 @@ def test_long_texts_wrap_at_words_with_a_hanging_indent(lab: Lab, tmp_path: Path
 
 @pytest.mark.parametrize("answer", ["n", "y"])
 def test_an_upgrade_asks_on_a_terminal(lab: Lab, tmp_path: Path, answer: str) -> None:
+    """Which host, into which kernel, with how many guests. A kexec that is called off takes everything back."""
     kexec = KexecLab(lab, 1)
-    terminal = on_terminal(lab, tmp_path, "drill")
-    terminal.until_shows("guest")
+    terminal = on_terminal(lab, tmp_path, "upgrade", COLUMNS="200")
     terminal.until_shows("[y/N]")
-    assert re.search(r"Restart \S+ into \S+ with 1 guest", " ".join(terminal.shown.split())), terminal.shown
+    assert re.search(rf"Restart {re.escape(os.uname().nodename)} into \S+ with 1 guest", terminal.shown), terminal.shown
     assert kexec.guests[0].state == "running"
     terminal.type(f"{answer}\n")
     if answer == "n":
         assert terminal.ended() == 1
-        assert kexec.guests[0].state == "running"
         assert json.loads(lab.cprctl("status", "--json").stdout)["LastUpgrade"] == {}
     else:
-        until(lambda: json.loads(lab.cprctl("status", "--json").stdout)["LastUpgrade"], "it has begun")
-        terminal.type("\x03")
-        terminal.ended()
+        until(lambda: kexec.under_way, "the kexec begins")
+        kexec.call_off()
+        assert terminal.ended() != 0
+        assert "the kexec did not happen" in " ".join(terminal.shown.split())
+    kexec.guests[0].assert_unbroken()
 
 
 def test_a_terminal_without_utf8_is_no_failure(lab: Lab, tmp_path: Path) -> None:
