@@ -10,12 +10,15 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from cpr_agent.bus.client import plain
 from cpr_agent.bus.frames import FrameReader, UnsendableError
 from cpr_agent.bus.library import Message, MessageType, Variant, marshal
+from cpr_agent.bus.service import Service
 from cpr_agent.bus.wire import DAEMON, AddressError, AgentBus, AuthenticationError, ClientBus
 
 WAIT_S = 60.0
@@ -287,6 +290,23 @@ def test_what_is_too_large_is_not_sent() -> None:
             await bus.call(call())
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("body", [("ay", bytes(17 << 20)), ("t", 1 << 70)])
+def test_an_answer_that_can_t_be_sent_becomes_an_error(body: tuple[str, object]) -> None:
+    """So that its caller does not wait for ever."""
+    heard: list[Message] = []
+    asked = call()
+    asked.serial, asked.sender = 77, ":1.8"
+    signature, value = body
+
+    async def main() -> None:
+        async with talking(lambda peer: heard.append(peer.heard())) as bus:
+            service = cast("Service", SimpleNamespace(_bus=bus))
+            Service._reply(service, asked, Message.new_method_return(asked, signature, [value]))
+
+    asyncio.run(main())
+    assert (heard[0].reply_serial, heard[0].error_name) == (77, "org.cpragent1.Error.Internal")
 
 
 @pytest.mark.parametrize(
