@@ -26,7 +26,7 @@ from cpr_agent.core.upgrade.ledger import Ledger, Phase
 from cpr_agent.core.upgrade.scope import names
 from cpr_agent.core.upgrade.transaction import Transaction
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition, NoSuchVM, QemuFailed
+from cpr_agent.errors import CprError, HostFailed, InvalidArgument, InvalidDefinition, NoSuchVM, QemuFailed
 
 if TYPE_CHECKING:
     from cpr_agent.core.adoption import Adoption
@@ -225,7 +225,7 @@ class Manager:
         except CprError as error:
             return [_not_known(vm, error)]
         except OSError as error:
-            return [_not_known(vm, CprError(str(error)))]
+            return [_not_known(vm, HostFailed.of(error, vm=vm.name))]
 
     def plan(self, request: UpgradeRequest) -> Plan:
         """Raises InvalidArgument, KernelRefused."""

@@ -32,7 +32,7 @@ from cpr_agent.core.model import (
     Owner,
     Seconds,
 )
-from cpr_agent.core.model.units import MAX_BYTES
+from cpr_agent.core.model.units import MAX_MEMORY_BYTES
 from cpr_agent.core.paths import why_swappable
 from cpr_agent.errors import CprError, InvalidArgument, InvalidDefinition
 from cpr_agent.text import printable, printable_lines
@@ -327,5 +327,5 @@ def _refuse_bad_memory(path: Path, name: str, memory: MemorySection) -> None:
         else:
             continue
         raise InvalidDefinition(f"{path}: {what}", vm=name)
-    if sum(one.size for one in memory.ranges) > MAX_BYTES:
-        raise InvalidDefinition(f"{path}: the NUMA nodes have more than {MAX_BYTES >> 40}T together", vm=name)
+    if sum(one.size for one in memory.ranges) > MAX_MEMORY_BYTES:
+        raise InvalidDefinition(f"{path}: the NUMA nodes have more than {MAX_MEMORY_BYTES >> 40}T together", vm=name)

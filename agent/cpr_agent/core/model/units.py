@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Self
 
-MAX_BYTES = 1 << 60
+MAX_MEMORY_BYTES = 1 << 60
 """Beyond every machine; and a few of them fit into a number of the bus."""
 MAX_SECONDS = 366 * 86_400.0
 
@@ -25,8 +25,8 @@ class Bytes(int):
     @classmethod
     def of(cls, value: float) -> Self:
         """Raises ValueError."""
-        if not 0 <= value <= MAX_BYTES:
-            raise ValueError(f"{value!r} is not a size of at most {MAX_BYTES >> 40}T")
+        if not 0 <= value <= MAX_MEMORY_BYTES:
+            raise ValueError(f"{value!r} is not a size of at most {MAX_MEMORY_BYTES >> 40}T")
         return cls(value)
 
 
