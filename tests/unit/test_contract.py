@@ -181,6 +181,9 @@ def test_the_socket_of_the_guest_agent_is_that_of_the_command_line() -> None:
         ((), 0),
         (("qemu", "-smp", "cpus=many"), 0),
         (("qemu", "-smp", "{"), 0),
+        (("qemu", "-smp", "99999999999"), 0),
+        (("qemu", "-smp", "cpus=-1"), 0),
+        (("qemu", "-smp", "sockets=99999,cores=99999"), 0),
     ],
 )
 def test_how_many_cpus_a_guest_has_is_read_from_its_command_line(argv: tuple[str, ...], count: int) -> None:

@@ -254,6 +254,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
+MAX_CPUS = 1 << 16
+"""No machine type of QEMU has as many (hw/i386/pc_q35.c: 4096)."""
 _TOPOLOGY = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 
 
@@ -264,8 +266,10 @@ def cpus(argv: Sequence[str]) -> int:
         words = {key: word for one in given for key, word in one.items()}
         bare = [int(key) for one in given for key, word in one.items() if not word and key.isdecimal()]
         if bare or "cpus" in words:
-            return bare[-1] if bare else int(words["cpus"])
-        return prod(int(words.get(name, 1)) for name in _TOPOLOGY) if argv else 0
+            found = bare[-1] if bare else int(words["cpus"])
+        else:
+            found = prod(int(words.get(name, 1)) for name in _TOPOLOGY) if argv else 0
+        return found if 0 <= found <= MAX_CPUS else 0
     except (InvalidArgument, ValueError):
         return 0
 
