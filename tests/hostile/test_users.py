@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from tests.bus.conftest import qemu_of
 from tests.hostile.conftest import Polkit, User, assert_contained
 from tests.hostile.test_qemus import saved_in_s
 from tests.lab import Guest, Lab, script, until
@@ -47,6 +48,19 @@ def test_many_calls_cost_roots_save_little(lab: Lab, good: Guest, polkit: Polkit
     assert sum(answers.values()) == calls * connections
     assert "Internal" not in answers
     assert_contained(lab, good)
+
+
+def test_questions_change_nothing_in_a_qemu_that_hands_its_guest_over(lab: Lab, polkit: Polkit) -> None:
+    """A question for blockers once set the mode of a migration, also in the middle of one."""
+    polkit("looking")
+    guest = lab.guest("good", "-machine", "aux-ram-share=on", qemu=qemu_of("10.0"))
+    guest.start()
+    guest.until_counts()
+    how = guest.call("Refresh", "a{sv}", {})
+    user = User(lab, "storm of properties", calls=2)
+    assert [guest.call("Refresh", "a{sv}", {}) for _ in range(3)] == [how] * 3
+    assert set(user.answers()) <= {"ok", "LimitsExceeded"}
+    assert_contained(lab, guest)
 
 
 def test_a_look_runs_no_program_of_roots(lab: Lab, good: Guest, polkit: Polkit) -> None:
