@@ -118,11 +118,11 @@ def test_several_names_are_acted_on_one_after_the_other(lab: Lab) -> None:
     """Also behind one that fails, whose exit code it is; as JSON each has its place in a list."""
     for name in ("web1", "db"):
         lab.guest(name)
-    ended = lab.cprctl("start", "web1", "dv", "db")
+    ended = lab.cprctl("start", "web1", "wbe1", "db")
     assert ended.returncode == 3, ended
     assert ended.stdout == "web1: started\ndb: started\n"
-    assert ended.stderr == "cprctl: no VM named dv; did you mean db?\n"
-    ended = lab.cprctl("--json", "stop", "web1", "dv", "db", "--hard")
+    assert ended.stderr == "cprctl: no VM named wbe1; did you mean web1?\n"
+    ended = lab.cprctl("--json", "stop", "web1", "wbe1", "db", "--hard")
     first, missing, last = document(ended, "stop")
     assert (first["State"], missing["error"]["kind"], last["State"]) == ("stopped", "NoSuchVM", "stopped")
 
@@ -180,7 +180,7 @@ def test_what_is_wrong_stands_in_a_list_that_fits(lab: Lab, tmp_path: Path, colu
     assert max(map(len, lines)) <= int(columns), lines
     rows = {line.split()[0]: line for line in lines if line.split()}
     assert "running" in rows["web1"]
-    assert ("bad definition" if int(columns) < 100 else "qemv") in rows["broken"]
+    assert ("bad definition" if int(columns) < 100 else "bad definition: unknown key") in rows["broken"]
     assert any("no definition" in line or "definition is gone" in line for line in lines)
     assert ("QEMU" in lines[0]) == (int(columns) > 100)
     assert any("…" in line.split()[0] for line in lines if line.split())
@@ -193,10 +193,10 @@ def test_long_texts_wrap_at_words_with_a_hanging_indent(lab: Lab, tmp_path: Path
     lines = [line.rstrip() for line in terminal.shown.splitlines()]
     at = next(number for number, line in enumerate(lines) if line.startswith("    why: "))
     assert lines[at + 1].startswith(" " * len("    why: ")), lines
-    words = " ".join(lab.cprctl("check", "web1").stdout.split())
-    assert " ".join(" ".join(lines).split()).replace("Script done", "") in words or words in " ".join(
-        " ".join(lines).split()
-    )
+    shown = [line for line in lines if line and "Script" not in line]
+    assert all(len(line) <= 60 or "/" in line for line in shown), "but for a path, which is no word to break"
+    whole = [line for line in lab.cprctl("check", "web1").stdout.splitlines() if line.startswith("    why: ")]
+    assert any(len(line) > 60 for line in whole), "a pipe gets whole lines"
 
 
 @pytest.mark.parametrize("answer", ["n", "y"])

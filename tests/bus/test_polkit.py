@@ -72,7 +72,7 @@ def test_who_is_authorized_may(lab: Lab, polkit: Callable[[str], subprocess.Pope
     authority = polkit("yes")
     for arguments, action in (
         (("list",), "inspect"),
-        (("save", "web1"), "save"),
+        (("save", "web1", "--survives", "qemu-restart"), "save"),
         (("load", "web1"), "load"),
     ):
         ended = cprctl_as_nobody(lab, *arguments, "--json")  # rich would import more while it draws, and nobody may read it

@@ -74,7 +74,7 @@ def test_a_list_fits_and_says_what_is_wrong(
     if columns >= 110:
         words = {
             "db": "held: the",
-            "broken": "its definition",
+            "broken": "bad definition: ",
             "old": "its definition",
             "gpu": "can't be",
             "mute": "QEMU has",

@@ -106,7 +106,9 @@ def command(name: str | None = None) -> Callable[[Callable[..., Work]], click.Co
     def decorate(callback: Callable[..., Work]) -> click.Command:
         @wraps(callback)
         def call(*, as_json: bool, **arguments: Any) -> NoReturn:
-            _run(callback(**arguments), Output(as_json or target().as_json), arguments.get("vm") or "")
+            names: Sequence[str] = arguments.get("names") or ()
+            vm = arguments.get("vm") or (names[0] if len(names) == 1 else "")
+            _run(callback(**arguments), Output(as_json or target().as_json), vm)
 
         made = click.command(name)(call)
         wants_json = click.Option(["--json", "as_json"], is_flag=True, help="Print JSON.")

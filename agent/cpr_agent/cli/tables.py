@@ -123,9 +123,10 @@ def _in_a_word(vm: dict[str, Any]) -> str:
 def wrong(vm: dict[str, Any]) -> str:
     """What is wrong with a VM, in a few words; "" if nothing is."""
     about = of_vm(vm["Name"], vm["Problem"])
+    about = about.partition(f"/{vm['Name']}.toml: ")[2] or about  # its file is told by its name
     said = {
         "gone": "its definition is gone",
-        "invalid": f"its definition can't be used: {about}" if about else "its definition can't be used",
+        "invalid": f"bad definition: {about}" if about else "bad definition",
     }
     parts = [said[vm["DefinitionState"]]] if vm["DefinitionState"] in said else []
     if vm["Held"]:
