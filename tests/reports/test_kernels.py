@@ -178,6 +178,54 @@ def test_alpine_calls_kernels_by_their_flavour(tmp_path: Path) -> None:
     assert wrong(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["kernel-genkernel-x86_64-{}", "vmlinuz-generic-{}"])
+def test_gentoo_and_slackware_say_more_before_the_version(tmp_path: Path, name: str) -> None:
+    version = "6.12.58-gentoo"
+    host(tmp_path, version)
+    modules(tmp_path, version)
+    image = write(tmp_path / "boot" / name.format(version), bzimage())
+    made = write(
+        tmp_path / "boot" / name.format(version).replace(name.split("-")[0], "initramfs", 1), initrd(version, "gzip")
+    )
+    write(tmp_path / "boot" / f"{image.name}.old", bzimage("6.18.1-gentoo"))
+    assert chosen(tmp_path) == Kernel(version=version, image=str(image), initrd=str(made))
+    assert wrong(tmp_path) == []
+
+
+def test_a_kernel_of_another_deployment_is_refused(tmp_path: Path) -> None:
+    """Fedora CoreOS: the entry names a deployment (ostree=) that has the modules, and the command line that runs names
+    another one."""
+    running, newer, place = "6.16.3-200.fc42.x86_64", "6.17.8-300.fc43.x86_64", "ostree/fedora-coreos-0a1b"
+    host(tmp_path, running)
+    modules(tmp_path, running)
+    write(tmp_path / f"boot/{place}/vmlinuz-{newer}", bzimage(newer))
+    write(tmp_path / f"boot/{place}/initramfs-{newer}.img", initrd(newer))
+    write(
+        tmp_path / "boot/loader/entries/ostree-2.conf",
+        f"title Fedora CoreOS\nversion 2\noptions root=UUID=4c4f ostree=/ostree/boot.1/fedora-coreos/0a1b/0\n"
+        f"linux /{place}/vmlinuz-{newer}\ninitrd /{place}/initramfs-{newer}.img\n",
+    )
+    assert chosen(tmp_path).version == newer
+    assert ("error", "modules-incomplete") in wrong(tmp_path)
+
+
+def test_a_kernel_without_modules_where_the_one_that_runs_has_some_is_refused(tmp_path: Path) -> None:
+    """On NixOS they are in a place that the agent does not know."""
+    version = "6.12.58"
+    host(tmp_path, version)
+    write(tmp_path / "proc/modules", "ext4 1 1 - Live 0x0\n")
+    write(tmp_path / f"boot/EFI/nixos/2b0l-linux-{version}-bzImage.efi", bzimage(version))
+    write(tmp_path / f"boot/EFI/nixos/3c1m-initrd-linux-{version}-initrd.efi", initrd(version))
+    write(
+        tmp_path / "boot/loader/entries/nixos-generation-42.conf",
+        f"title NixOS\nversion Generation 42 NixOS 25.05, Linux Kernel {version}\n"
+        f"linux /EFI/nixos/2b0l-linux-{version}-bzImage.efi\n"
+        f"initrd /EFI/nixos/3c1m-initrd-linux-{version}-initrd.efi\noptions init=/nix/store/x/init\n",
+    )
+    assert chosen(tmp_path).version == version
+    assert ("error", "modules-incomplete") in wrong(tmp_path)
+
+
 # -- several at once --------------------------------------------------------------------------------------------------
 
 

@@ -139,7 +139,8 @@ class KernelsOnDisk:
     def _about_modules(self, kernel: Kernel, own: Drivers, others: list[Kernel]) -> Iterator[Finding]:
         if not is_version(kernel.version):
             return
-        wanted = any(self._modules(one.version) for one in others)
+        versions = {self._running(), *(one.version for one in others)} - {kernel.version}
+        wanted = bool(self._text("proc/modules")) or any(map(self._modules, versions))
         yield from about_modules(kernel, self._layout.module_directories(kernel.version), own, wanted=wanted)
         yield from about_packages(kernel, self._root / "var/lib/dpkg/status")
 

@@ -3,6 +3,7 @@
 
 /boot/vmlinuz-VERSION            Debian, Ubuntu, Fedora, RHEL, openSUSE; with initrd.img-, initramfs-….img, initrd-
 /boot/vmlinuz-linux              Arch, Alpine: the version is in the image, or is that of the package (pkgbase)
+/boot/vmlinuz-generic-VERSION    Slackware; kernel-genkernel-x86_64-VERSION of an older Gentoo
 BOOT/loader/entries/*.conf       Fedora, RHEL (GRUB), systemd-boot: the entry names image and initrd
 BOOT/TOKEN/VERSION/linux         kernel-install(8) for systemd-boot
 BOOT/EFI/Linux/*.efi             unified kernel images, which bring their initrd
@@ -21,7 +22,7 @@ from cpr_agent.core.model import Kernel
 from cpr_agent.host.kernels.entries import Entry, read_entries, tries_left
 from cpr_agent.host.kernels.files import children, exists, text
 from cpr_agent.host.kernels.images import is_uki, version_inside
-from cpr_agent.host.kernels.versions import VERSION, is_version
+from cpr_agent.host.kernels.versions import VERSION, is_leftover, is_version
 
 BOOTS = ("boot", "efi", "boot/efi")
 """Where the boot partition ($BOOT) and the EFI system partition are mounted."""
@@ -98,12 +99,13 @@ class Layout:
                 yield _candidate(version, image, self._initrds(name, version))
 
     def _version_of(self, image: Path, name: str) -> str:
-        """Of an image that is named for its package: what it says, or the modules whose pkgbase is the package's name."""
-        if not re.fullmatch(r"[A-Za-z][\w-]*", name) or "rescue" in name:
+        """Of an image that is named for its package: what it says, or the modules whose pkgbase is the package's name, or
+        the end of its name."""
+        if not name[0].isalpha() or is_leftover(name):
             return ""
         directories = (path.parent for top in MODULES for path in children(self._root / top, "*/pkgbase"))
         packages = [directory.name for directory in directories if text(directory / "pkgbase", 256).strip() == name]
-        return version_inside(image) or next(iter(packages), "")
+        return version_inside(image) or next(iter(packages), "") or _version_in(name)
 
     def _initrds(self, *names: str) -> list[Path]:
         """Where an initrd of one of these names may be."""

@@ -167,7 +167,8 @@ def read_config(path: str) -> dict[str, str] | None:
 
 
 def about_modules(kernel: Kernel, directories: list[Path], drivers: Drivers, *, wanted: bool) -> Iterator[Finding]:
-    """What of the kernel's modules is not there. ``wanted`` says that other kernels of this host have some."""
+    """What of the kernel's modules is not there. ``wanted`` says that other kernels of this host have some, such as
+    the one that runs."""
     if not drivers.modules:
         half = next((directory for directory in directories if exists(directory)), None)
         if half or drivers.modular or (wanted and drivers.config is None):

@@ -23,7 +23,11 @@ _SPECIAL = frozenset(
 
 def is_version(word: str) -> bool:
     """Whether a kernel can be called so; files that are left over from an earlier one can't."""
-    return bool(VERSION.fullmatch(word)) and not _LEFTOVER.search(word)
+    return bool(VERSION.fullmatch(word)) and not is_leftover(word)
+
+
+def is_leftover(name: str) -> bool:
+    return bool(_LEFTOVER.search(name))
 
 
 def version_key(version: str) -> tuple[list[tuple[int, int, str]], list[tuple[int, int, str]]]:
