@@ -363,6 +363,11 @@ def refused(guest: Guest, kind: str, *words: str, member: str = "CprLoad", filen
     return text
 
 
+def without_capital(sentence: str) -> str:
+    """A finding's sentence, as an error has it as a part of one."""
+    return (sentence[:1].lower() + sentence[1:]).removesuffix(".")
+
+
 def let_others_in(lab: Lab) -> None:
     """Let other users reach the lab's bus, below a directory that pytest keeps private."""
     lab.root.chmod(0o755)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import Guest, Lab
+from tests.lab import Guest, Lab, without_capital
 from tests.reports.test_live import assert_goes_on, assert_refused, blocks, image, warned, with_disk
 
 UNLIMITED = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
@@ -20,7 +20,7 @@ def limits(guest: Guest) -> dict[str, Any]:
 
 
 def lost(guest: Guest) -> list[str]:
-    return [found["what"] for found in guest.call("Check") if found["code"] == "not-carried"]
+    return [without_capital(found["what"]) for found in guest.call("Check") if found["code"] == "not-carried"]
 
 
 @pytest.mark.parametrize("by", ["drive", "blockdev"])
