@@ -443,6 +443,19 @@ def test_a_device_that_came_back_as_another_one_is_told(each_lab: Lab) -> None:
     assert_refused(guest, "device peripheral/disk0", "serial one", "serial two")
 
 
+def test_a_port_that_came_back_at_another_place_is_told(each_lab: Lab) -> None:
+    """As a network card that came back at another network: its guest would be at the first one again."""
+    places = ("-chardev", "null,id=c0", "-chardev", "null,id=c1", "-device", "virtio-serial-pci,id=vs0")
+    port = {"driver": "virtserialport", "id": "port0", "bus": "vs0.0", "name": "org.example.port"}
+    words = ",".join(f"{key}={word}" for key, word in port.items()).removeprefix("driver=")
+    guest = each_lab.running("web1", *places, "-device", f"{words},nr=1,chardev=c0")
+    assert_goes_on(guest)
+    guest.admin("device_del", id="port0")
+    until(lambda: "port0" not in peripherals(guest), "it is unplugged")
+    guest.admin("device_add", **port, nr=1, chardev="c1")
+    assert_refused(guest, "device peripheral/port0", "chardev c0", "chardev c1")
+
+
 def test_a_hotplugged_cpu_is_told(each_lab: Lab) -> None:
     guest = each_lab.running("web1", "-smp", "1,maxcpus=2")
     slot = next(cpu for cpu in guest.admin("query-hotpluggable-cpus") if "qom-path" not in cpu)

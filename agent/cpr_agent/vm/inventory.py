@@ -51,8 +51,9 @@ MAX_DEVICES = 2048
 """Each is asked for several properties."""
 _ADDRESSES = {"scsi": ("scsi-id", "lun")}
 """The properties that say where a device of this kind is on its bus; ``addr`` of all others, which those of PCI have."""
-_OWN = ("mac", "serial")
-"""Properties by which a guest knows a device. Not every device has them in its state, and none after a reset."""
+_OWN = ("mac", "serial", "netdev", "chardev")
+"""Properties by which a guest knows a device, and the parts of QEMU behind it. Not every device has them in its state, and
+none after a reset."""
 _BRIDGES = ("pcie-root-port", "pcie-pci-bridge", "pci-bridge")
 """How kinds begin that have neither: libvirt gives a domain a dozen."""
 
