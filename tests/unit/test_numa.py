@@ -40,6 +40,7 @@ from cpr_agent.memory.witness import PAGE, chosen_pages, measure_witness, new_wi
 from cpr_agent.vm.blockers import memory_blockers
 from cpr_agent.vm.cmdline import plan_load, plan_start
 from cpr_agent.vm.definition import read_definition
+from cpr_agent.vm.replies import MEMORY_BACKENDS
 from tests.bench import RAM_BYTES, Bench
 from tests.fakes import FakeDevices
 from tests.processes import holding
@@ -152,7 +153,11 @@ def reasons(*backends: dict[str, Any]) -> list[str]:
             return backends
         return "memory-backend-file" if arguments["property"] == "type" else False
 
-    return asyncio.run(memory_blockers(ScriptedQmp(answers), launch(memory=BOTH)))
+    async def asked() -> list[str]:
+        qmp = ScriptedQmp(answers)
+        return await memory_blockers(qmp, launch(memory=BOTH), await qmp.ask(MEMORY_BACKENDS))
+
+    return asyncio.run(asked())
 
 
 def test_each_backend_must_be_there_shared_and_as_large_as_it_was() -> None:

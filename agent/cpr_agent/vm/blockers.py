@@ -6,9 +6,11 @@ from __future__ import annotations
 import tenacity  # noqa: F401 - a save waits by it (vm/retry.py), and imports nothing while its guest stands still
 
 from cpr_agent.core.model import Launch
+from cpr_agent.errors import QemuFailed
 from cpr_agent.vm.cmdline import replaced_backends
 from cpr_agent.vm.companions import unsaveable
 from cpr_agent.vm.dialects import CONFLICTING
+from cpr_agent.vm.inventory import Question
 from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import (
     CAPABILITIES,
@@ -30,24 +32,37 @@ UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "canc
 _NO_MODE = Mode(mode="none")
 _JOBS = {"ready": "job-complete or job-cancel", "pending": "job-finalize or job-cancel", "concluded": "job-dismiss"}
 """What ends a job that waits for a command (JobStatus in qapi/job.json)."""
+_ASKED: list[Question] = [
+    (COLO, {}),
+    (MEMORY_BACKENDS, {}),
+    (CAPABILITIES, {}),
+    (PARAMETERS, {}),
+    (REPLAY, {}),
+    (JOBS, {}),
+    (MIGRATION, {}),
+]
 
 
 async def save_blockers(qmp: Qmp, launch: Launch) -> list[str]:
-    reasons = await memory_blockers(qmp, launch)
-    capabilities = {one.capability for one in await qmp.ask(CAPABILITIES) if one.state}
+    colo, *known = await qmp.ask_all(_ASKED)
+    if None in known:
+        raise QemuFailed("QEMU does not say all that a save depends on", vm=qmp.vm)
+    backends, capabilities, parameters, replay, jobs, migration = known
+    reasons = await memory_blockers(qmp, launch, backends)
+    on = {one.capability for one in capabilities if one.state}
     reasons += [
         f"the migration capability {name} is on: turn it off (migrate-set-capabilities)"
         for name in CONFLICTING
-        if name in capabilities
+        if name in on
     ]
-    if (await qmp.ask(PARAMETERS)).tls_creds:
+    if parameters.tls_creds:
         reasons.append('the migration parameter tls-creds is set: set it to "" (migrate-set-parameters)')
-    if (await qmp.ask(REPLAY)).mode != "none":
+    if replay.mode != "none":
         reasons.append("QEMU records or replays the guest (-icount rr=), which a save would break")
-    if (await qmp.ask_optional(COLO, _NO_MODE)).mode != "none":
+    if (colo or _NO_MODE).mode != "none":
         reasons.append("the VM is part of a COLO pair")
-    reasons += [_about_job(job) for job in await qmp.ask(JOBS)]
-    return reasons + unsaveable(launch.base_argv) + migration_blockers(await qmp.ask(MIGRATION))
+    reasons += [_about_job(job) for job in jobs]
+    return reasons + unsaveable(launch.base_argv) + migration_blockers(migration)
 
 
 def _about_job(job: BlockJob) -> str:
@@ -60,9 +75,8 @@ def migration_blockers(migration: Migration) -> list[str]:
     return ["a migration is already under way"] if migration.status in UNDER_WAY else list(migration.blocked_reasons)
 
 
-async def memory_blockers(qmp: Qmp, launch: Launch) -> list[str]:
+async def memory_blockers(qmp: Qmp, launch: Launch, backends: list[MemoryBackend]) -> list[str]:
     """RAM that a save would lose or copy: private, unnamed, or freed by a clean exit."""
-    backends = await qmp.ask(MEMORY_BACKENDS)
     sizes = {one.object_id: one.size_bytes for one in launch.memory}
     there = {backend.id for backend in backends}
     reasons = [f"its RAM is not in the memory backend {name}" for name in sizes if name not in there]

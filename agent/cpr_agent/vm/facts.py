@@ -8,6 +8,7 @@ import re
 from msgspec.structs import replace
 
 from cpr_agent.core.model import CpuFacts, Difference, DiskIdentity, FileDigest, Launch, QemuFacts
+from cpr_agent.errors import QemuFailed
 from cpr_agent.vm.cmdline import cpu_model, firmware_files
 from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import (
@@ -31,13 +32,16 @@ _MACHINE_TYPE: dict[str, object] = {"path": "/machine", "property": "type"}
 
 async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFacts:
     """All but its disks; of firmware files the paths alone, which are those of its command line."""
-    cpu = await _cpu(qmp, await qmp.ask(CPUS))
+    cpus, kind, tpms = await qmp.ask_all([(CPUS, {}), (QOM_TEXT, _MACHINE_TYPE), (TPMS, {})])
+    if cpus is None or kind is None:
+        raise QemuFailed("QEMU does not say what its machine and its CPUs are", vm=qmp.vm)
+    cpu = await _cpu(qmp, cpus)
     return QemuFacts(
         version=version,
-        machine_type=_pinned(await qmp.ask(QOM_TEXT, _MACHINE_TYPE)),
+        machine_type=_pinned(kind),
         dialect=dialect,
         cpu=replace(cpu, features=await _features(qmp, launch)) if cpu.words else cpu,
-        tpm=_named_tpms(await qmp.ask_optional(TPMS, [])),
+        tpm=_named_tpms(tpms or []),
         firmware=tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.base_argv)),
     )
 

@@ -89,6 +89,7 @@ class _Client(QMPClient):
         self.unplugged = 0
         """The number of DEVICE_DELETED among them."""
         self._heard = heard
+        self._unsent = bytearray()
         self._in_turn = 0
         self.logger.disabled = True  # its errors reach us as exceptions
 
@@ -102,6 +103,14 @@ class _Client(QMPClient):
         """Hang up, whether or not the peer has read what was sent."""
         if self._writer:
             self._writer.transport.abort()
+
+    def _do_send(self, msg: Message) -> None:
+        """Commands that wait go in one write(2): each wakes QEMU, which may take the processor at once."""
+        self._unsent += bytes(msg)
+        if self.runstate is not Runstate.RUNNING or self._outgoing.empty():
+            assert self._writer
+            self._writer.write(bytes(self._unsent))
+            self._unsent.clear()
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg  # the parent formats each for a log, which takes as long as all else that is done for it
