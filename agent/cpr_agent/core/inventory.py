@@ -42,9 +42,12 @@ async def take_brief(ports: Ports, qemu: Qemu, launch: Launch) -> Inventory:
 
 
 async def _with_files(ports: Ports, qemu: Qemu, launch: Launch, asked: Awaitable[Inventory]) -> Inventory:
-    """The kernel is asked while QEMU answers."""
-    said, opened = await asyncio.gather(asked, ports.threads.run(launch.vm, partial(ports.files.open_files, qemu.pid)))
+    """The kernel is asked while QEMU answers, if there is anything to ask it."""
     images = ports.definitions.images(launch.argv)
+    looking = partial(ports.threads.run, launch.vm, partial(ports.files.open_files, qemu.pid))
+    said, opened = await asyncio.gather(asked, looking()) if images else (await asked, [])
+    if said.nodes and not images:
+        opened = await looking()
     if said.nodes or images:
         said = await ports.threads.run(launch.vm, partial(match, ports.files, qemu.pid, said, opened, images))
     return replace(said, started_at=launch.created_at)

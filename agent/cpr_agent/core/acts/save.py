@@ -235,6 +235,8 @@ async def _store_state(
 
 async def _disks(machine: Machine, draft: Manifest) -> list[DiskIdentity]:
     """As QEMU has them open, now that the guest has stopped. Raises SaveFailed, QemuFailed."""
+    if draft.inventory and not draft.inventory.nodes:  # a node that no disk has is lost with its QEMU
+        return []
     qemu = machine.require_qemu()
     try:
         async with asyncio.timeout(DISKS_S):
