@@ -139,8 +139,7 @@ def test_a_guest_stays_stopped_while_its_half_written_checkpoint_can_not_be_remo
         with pytest.raises(SaveFailed, match="could not be removed .* so the guest stays stopped"):
             await saving
 
-    with pytest.raises(OSError, match="directory"):
-        bench.vm(obstruct)
+    bench.vm(obstruct)
     assert bench.qemu().status == "postmigrate"
 
 

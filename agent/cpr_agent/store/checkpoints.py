@@ -47,9 +47,9 @@ class CheckpointStore:
         path = self._manifest(vm)
         try:
             info = path.stat()
-        except FileNotFoundError:
+        except OSError:  # the reader says what is wrong, if anything
             self._known.pop(vm, None)
-            return None
+            return self._read(vm, path)
         version = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
         known = self._known.get(vm)
         if known is None or known[0] != version:
