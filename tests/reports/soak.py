@@ -36,8 +36,8 @@ from tests.reports.sequences import STANDS, STEPS, Seen, Step, Subject, harms, l
 
 GUESTS = 8
 FAULTS_AN_HOUR = 1000
-STATE_BYTES = 16 << 20
-"""Of the file system that the agent keeps its state on."""
+STATE_BYTES = 96 << 20
+"""Of the file system that the agent keeps its state on: it has room for as many timelines as the agent keeps."""
 SETTLED_S = 180.0
 LOADS = 20
 """Nothing stands in the way any more when a round ends; a few may meet a QEMU that hangs still."""
