@@ -69,8 +69,9 @@ def test_a_look_runs_no_program_of_roots(lab: Lab, good: Guest, polkit: Polkit) 
     ran = lab.root / "ran"
     script(hooks / "10-hook", f"#!/bin/sh\necho ran >>{ran}\n")
     polkit("looking")
-    for what in ("check", "check-good", "check of an upgrade"):
-        assert User(lab, what).answers() == {"ok": 1}
+    refused = "KernelRefused"  # without systemd there is no kexec
+    for what, answer in (("check", "ok"), ("check-good", "ok"), ("check of an upgrade", refused)):
+        assert User(lab, what).answers() == {answer: 1}
     assert not ran.exists()
     good.call("Check")  # as root
     assert ran.exists()
