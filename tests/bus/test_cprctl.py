@@ -168,7 +168,7 @@ def test_history_is_a_row_a_load(lab: Lab) -> None:
 @pytest.mark.parametrize("columns", ["40", "80", "120"])
 def test_what_is_wrong_stands_in_a_list_that_fits(lab: Lab, tmp_path: Path, columns: str) -> None:
     """Of real VMs on terminals: no line is longer, and the first words of each row are whole."""
-    for name in ("web1", "gone-but-running-1", "a-customer-s-database-with-a-long-name"):
+    for name in ("web1", "gone-but-running-1", "customer-database-long-one"):
         lab.guest(name).start()
     lab.guest("off")
     (lab.definitions / "gone-but-running-1.toml").unlink()

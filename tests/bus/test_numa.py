@@ -52,7 +52,7 @@ def test_it_is_shown_as_it_is(lab: Lab) -> None:
     for ram in guest.rams:
         assert f"8M of {ram} from 0" in shown
         assert str(ram) in lab.cprctl("list").stdout
-        assert f"its RAM is in {ram} (tmpfs), which a kexec erases" in lab.cprctl("check", "web1").stdout
+        assert f"Its RAM is in {ram} (tmpfs), which a kexec erases" in lab.cprctl("check", "web1").stdout
 
 
 def test_neither_may_be_anothers(lab: Lab) -> None:
