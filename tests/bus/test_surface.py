@@ -17,7 +17,7 @@ import pytest
 from cpr_agent.bus.client import CallError, Client
 from cpr_agent.bus.contract import read_contract
 from cpr_agent.bus.library import Message, Variant
-from tests.lab import DAEMON, PATIENCE_S, Lab, let_others_in, private_bus
+from tests.lab import DAEMON, PATIENCE_S, Lab, let_others_in, private_bus, until
 
 ROOT = "/org/cpragent1"
 SAMPLES = {"s": "x", "a{sv}": {}}
@@ -175,8 +175,11 @@ def test_what_a_page_shows_of_a_vm(lab: Lab) -> None:
     guest.save()
     assert before <= guest.properties["Since"] <= time.time()
     guest.load()
-    shown = guest.properties
+    # A timeline is written once the guest runs, and nobody waits for it.
+    until(lambda: lab.client(lambda client: client.manager("ListHistory", "a{sv}", {})), "the load is in the history")
     (loaded,) = lab.client(lambda client: client.manager("ListHistory", "a{sv}", {}))
+    until(lambda: guest.properties["LastPause"] > 0, "the pause is told")
+    shown = guest.properties
     assert shown["LastPause"] == loaded["pause"] > 0
     assert shown["Since"] >= loaded["stopped-at"]
     assert (shown["DefinitionState"], shown["QemuOutdated"]) == ("ok", False)
