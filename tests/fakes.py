@@ -349,6 +349,7 @@ class FakeQemu:
         self.loaded = False
         self.offered = False
         self._slept = False
+        self._halved = False
         self._runner = runner
         self._callbacks: list[Callable[[str], None]] = []
         if launch.kind == "start":
@@ -478,10 +479,16 @@ class FakeQemu:
             raise SaveFailed("VFIO device only supports cpr-reboot for runstate suspended", vm=self.launch.vm)
         self._slept = self.status == "suspended"
         state = {"vm": self.launch.vm, "count": self.count, "was": was}
-        os.write(vmstate_fd, HEADER + json.dumps(state).encode())
+        self._halved = (self.launch.vm, "half-written") in self._runner.faults
+        os.write(vmstate_fd, HEADER + (b"{" if self._halved else json.dumps(state).encode()))
         self.status = "postmigrate"
+        await self._step("half-written")
         await self._step("after-save")
         return 0.0
+
+    async def has_saved(self) -> bool:
+        await self._step("has_saved")
+        return not self._halved
 
     async def load_runs_guest(self, saved_as: str = "") -> bool:  # noqa: ARG002
         return self._runner.load_runs_guest

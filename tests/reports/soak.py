@@ -213,6 +213,9 @@ class Run:
         if not self.pid(name) and name in self.killed:
             return state in ("stopped", "failed")
         with contextlib.suppress(*UNHEARD):
+            if state == "paused" and self.subjects[name].status == "postmigrate":  # its save failed, and it stands there
+                guest.call("Resume")
+                guest.admin("stop")
             return state in STANDS and self.subjects[name].status in STANDS
         return False
 

@@ -27,6 +27,7 @@ from cpr_agent.errors import (
     QemuRefused,
     QemuUnreachable,
     SaveFailed,
+    WrongState,
 )
 from tests.bench import Bench
 from tests.fakes import Gate
@@ -89,6 +90,69 @@ def test_a_save_that_fails_leaves_a_paused_guest_paused(bench: Bench) -> None:
     assert bench.qemu().status == "paused"
     assert bench.files() == []
     bench.vm(lambda vm: vm.resume())
+    assert bench.runner.violations == []
+
+
+@pytest.mark.parametrize("status", ["paused", "suspended"])
+def test_a_guest_whose_state_was_not_written_whole_stays_in_its_qemu(bench: Bench, status: str) -> None:
+    """QEMU 7.2 says postmigrate all the same: no other QEMU could read what was written (it was lost to a full disk)."""
+    bench.qemu().by_hand(status)
+    bench.runner.faults["web1", "half-written"] = SaveFailed("no room", vm="web1")
+    before = bench.qemu()
+    with pytest.raises(SaveFailed, match=rf"The guest was {status}; it stands in its QEMU .* postmigrate now"):
+        bench.vm(save)
+    assert bench.qemu() is before
+    assert bench.files() == []
+
+
+def test_a_paused_guest_that_its_save_left_standing_can_go_on(bench: Bench) -> None:
+    bench.qemu().by_hand("paused")
+    bench.runner.faults["web1", "half-written"] = SaveFailed("no room", vm="web1")
+
+    async def fail_and_resume(vm: Vm) -> None:
+        with pytest.raises(SaveFailed):
+            await save(vm)
+        assert vm.state is VmState.PAUSED
+        with pytest.raises(WrongState, match="its guest stands where a migration has left it"):
+            await save(vm)
+        await vm.resume()
+
+    bench.vm(fail_and_resume)
+    assert bench.qemu().status == "running"
+    bench.runner.faults.clear()
+    bench.vm(save)
+    bench.vm(lambda vm: vm.load(LoadRequest()))
+    assert bench.runner.violations == []
+
+
+def test_a_sleeping_guest_that_its_save_left_standing_is_not_let_run(bench: Bench) -> None:
+    """QEMU would abort (measured)."""
+    bench.qemu().by_hand("suspended")
+    bench.runner.faults["web1", "half-written"] = SaveFailed("no room", vm="web1")
+    with pytest.raises(SaveFailed):
+        bench.vm(save)
+    with pytest.raises(WrongState, match="was asleep when its save failed, and QEMU has no way back for it"):
+        bench.vm(lambda vm: vm.resume())
+    assert bench.qemu().status == "postmigrate"
+
+
+@pytest.mark.parametrize("fault", ["load", "differences", "connect"])
+def test_a_paused_guest_that_gets_no_other_qemu_stays_in_its_own(bench: Bench, fault: str) -> None:
+    bench.qemu().by_hand("paused")
+    bench.runner.faults["web1", "after-save"] = SaveFailed("no room", vm="web1")
+    before = bench.qemu()
+
+    async def fail(vm: Vm) -> None:
+        bench.runner.faults["web1", fault] = LoadFailed("it does not", vm="web1")
+        with pytest.raises(SaveFailed, match="which is postmigrate now"):
+            await save(vm)
+        bench.runner.faults.clear()
+        await vm.resume()
+
+    bench.vm(fail)
+    assert bench.qemu() is before
+    assert before.status == "running"
+    assert bench.runner.beside == {}
     assert bench.runner.violations == []
 
 

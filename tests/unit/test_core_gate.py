@@ -30,9 +30,11 @@ CALLERS = {
     ("core/acts/recover.py", "_finish_resume", "let_run"): "Unbroken.RESUME_ANNOUNCED",
     ("core/acts/replace.py", "undo_transfer", "let_run"): "Unbroken.TRANSFER_UNDONE",
     ("core/acts/resume.py", "_unpause", "let_run"): "Unbroken.PAUSED",
+    ("core/acts/resume.py", "_go_on_after_failed_save", "let_run"): "Unbroken.SAVE_INTERRUPTED",
     ("core/acts/resume.py", "take_back", "let_run"): "proven",
+    ("core/acts/save.py", "_go_on", "let_run"): "Unbroken.SAVE_UNDONE",
+    ("core/acts/save.py", "_go_on", "let_run_by_load"): "Unbroken.SAVE_UNDONE",
     ("core/acts/save.py", "_run_again", "let_run"): "Unbroken.SAVE_UNDONE",
-    ("core/acts/save.py", "_run_again", "let_run_by_load"): "Unbroken.SAVE_UNDONE",
     ("core/acts/save.py", "run_after_interrupted_save", "let_run"): "Unbroken.SAVE_INTERRUPTED",
     ("core/acts/sleep.py", "_try_to_wake", "wake"): "Unbroken.ASLEEP",
 }
@@ -41,7 +43,6 @@ GOING_ON = {
     ("core/acts/load.py", "load_into", "go_on"): "proven",
     ("core/acts/load.py", "load_into", "load_and_go_on"): "proven",
     ("core/acts/replace.py", "_transfer", "go_on"): "Unbroken.HANDED_OVER",
-    ("core/acts/save.py", "_run_again", "go_on"): "Unbroken.SAVE_UNDONE",
 }
 """The callers of ``go_on``, which hands their proof to the gate."""
 

@@ -25,7 +25,7 @@ class Unbroken(enum.StrEnum):
     PAUSED = "paused in the QEMU that it runs in, and never saved"
     ASLEEP = "asleep in the QEMU that it runs in, and never saved"
     SAVE_UNDONE = "stopped by a save that failed in the same act; no checkpoint was left that a load could use"
-    SAVE_INTERRUPTED = "stopped by a save whose agent ended; no checkpoint was live, and no other process has its memory"
+    SAVE_INTERRUPTED = "stopped by a save that came to no end; no checkpoint was live, and no other process has its memory"
     RESUME_ANNOUNCED = "proved by the load that announced its resume; no other process has its memory"
     HANDED_OVER = "handed from one QEMU to the other by cpr-transfer; one of them had its memory all the time (ADR 9)"
     TRANSFER_UNDONE = "stopped by a transfer that failed; the QEMU that was to take it over has ended, and never ran it"

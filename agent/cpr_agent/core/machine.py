@@ -469,6 +469,12 @@ class Machine:
         if old:
             await old.close()
 
+    async def give_back(self) -> None:
+        """To the QEMU that was the VM's own before ``adopt``."""
+        self.ports.runner.adopt(self.name)
+        self.pid = await self.own.pid()
+        await self.disconnect()
+
     async def end(self) -> None:
         """Quit QEMU, then kill it; its process is gone when this returns."""
         place = self.own

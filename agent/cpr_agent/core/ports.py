@@ -98,6 +98,9 @@ class Qemu(Protocol):
         """Write device state to a fresh descriptor, for the checkpoint of this id; the guest is stopped after. Returns when
         it stopped (epoch s)."""
 
+    async def has_saved(self) -> bool:
+        """Whether its last save came to its end: what it wrote is whole only then, whatever its run state is."""
+
     async def load_runs_guest(self, saved_as: str = "") -> bool:
         """Whether ``load`` lets a guest that did not stand still go on by itself: its checkpoint must be spent before.
         ``saved_as`` is the dialect of the QEMU that saved it, by default this one's."""

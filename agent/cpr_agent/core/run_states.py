@@ -33,6 +33,7 @@ class Row(msgspec.Struct, frozen=True):
 _RESUME = "mend the cause, then `cprctl resume {vm}`"
 _WAIT = "wait for its end, and try again"
 _ANEW = "`cprctl stop --hard {vm}`, then `cprctl start {vm}`: it boots anew"
+_STANDS = "`cprctl resume {vm}` lets it go on if that was a save that failed; else `cont` does, on the admin's QMP socket"
 _ADMIN = "see `cprctl status {vm}`; on the admin's QMP socket `cont` lets it go on"
 
 RUN_STATES: Mapping[RunState, Row] = {
@@ -64,7 +65,7 @@ RUN_STATES: Mapping[RunState, Row] = {
         "`cprctl resume {vm}` lets it go on once no migration is under way",
         resumes=True,
     ),
-    RunState.POSTMIGRATE: Row(VmState.PAUSED, "its guest stands where a migration has left it", _ADMIN, loads=True),
+    RunState.POSTMIGRATE: Row(VmState.PAUSED, "its guest stands where a migration has left it", _STANDS, loads=True),
     RunState.INTERNAL_ERROR: Row(
         VmState.PAUSED, "QEMU can't run its guest any further (an internal error; see its log)", _ANEW
     ),

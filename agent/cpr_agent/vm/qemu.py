@@ -183,6 +183,11 @@ class LiveQemu:
                 raise SaveFailed(f"QEMU wrote its state but is {state}, not postmigrate", vm=vm)
             return stopped.result().at if stopped.done() else 0.0
 
+    async def has_saved(self) -> bool:
+        if (await self.dialect()).synchronous:
+            return await self.run_state() is RunState.POSTMIGRATE
+        return await self._migration_status() == "completed"
+
     async def load_runs_guest(self, saved_as: str = "") -> bool:
         return (await self._reader(saved_as)).load_runs_guest
 

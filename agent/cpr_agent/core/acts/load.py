@@ -21,7 +21,7 @@ from cpr_agent.core.inventory import record, take_brief, throttle
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Definition, Held, Inventory, Launch, Located, Manifest, RunState, VmState, ram_of
 from cpr_agent.core.past import VmEvent
-from cpr_agent.core.ports import Place, Qemu
+from cpr_agent.core.ports import Place, Ports, Qemu
 from cpr_agent.core.proof import (
     Proven,
     naming,
@@ -318,10 +318,7 @@ async def _load_located(
             undo.push(vessel.fail)
             try:
                 qemu, proven = await vessel.start(plan, proving, proven)
-                await refuse_lesser_machine(qemu, manifest)
-                has = await take_brief(ports, qemu, plan)
-                await refuse_other_devices(ports, manifest, has)
-                await throttle(qemu, manifest)
+                has = await require_alike(ports, qemu, manifest, plan)
                 if not await runs_by_load(qemu, manifest):
                     await qemu.load(fd, machine.settings.agent.load_timeout, manifest.qemu.dialect)
             except BaseException as error:
@@ -334,6 +331,16 @@ async def _load_located(
             raise
         raise _failed(manifest, error, said, vessel.remedy) from error
     return qemu, proven, has
+
+
+async def require_alike(ports: Ports, qemu: Qemu, manifest: Manifest, plan: Launch) -> Inventory:
+    """What a QEMU that was started by ``plan`` has, if the guest of ``manifest`` can go on there; its disks get the limits
+    that they had. Raises MachineChanged, ProofFailed, QemuFailed."""
+    await refuse_lesser_machine(qemu, manifest)
+    has = await take_brief(ports, qemu, plan)
+    await refuse_other_devices(ports, manifest, has)
+    await throttle(qemu, manifest)
+    return has
 
 
 def _failed(manifest: Manifest, error: CprError | TimeoutError, words: LastWords, remedy: str) -> LoadFailed:
@@ -390,13 +397,13 @@ async def finish_load(
 
     async def run() -> None:
         resumed_at = await going_on
-        machine.spawn(_record(machine, manifest, has))
+        machine.spawn(record_loaded(machine, manifest, has))
         machine.spawn(report(machine, manifest, times, resumed_at))
 
     await uninterrupted(run())
 
 
-async def _record(machine: Machine, manifest: Manifest, has: Inventory) -> None:
+async def record_loaded(machine: Machine, manifest: Manifest, has: Inventory) -> None:
     """The places of devices are those that were saved: QEMU refuses a state whose devices are elsewhere."""
     launch, saved = machine.launched(), manifest.inventory
     if launch and saved:

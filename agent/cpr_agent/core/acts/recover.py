@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from cpr_agent.core import acts
 from cpr_agent.core.acts.load import put_back
-from cpr_agent.core.acts.resume import take_back, take_back_again
+from cpr_agent.core.acts.resume import refuse_strangers, take_back, take_back_again
 from cpr_agent.core.acts.sleep import end_sleep
+from cpr_agent.core.beside import settle_sockets
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.machine import BEFORE_IT_RUNS, Machine
 from cpr_agent.core.model import Launch, Manifest, RunState
 from cpr_agent.core.past import VmEvent
-from cpr_agent.core.proof import refuse_other_users
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Recovery(enum.Enum):
     """A save of a guest that ran was interrupted."""
     FINISH_SAVE = enum.auto()
     """Likewise of one that did not run: ``cont`` would change what it is, and QEMU does not save twice without
-    it. But a QEMU in postmigrate has written its whole state: it is stored now."""
+    it. But QEMU may have written its whole state: it is stored now."""
     PUT_BACK = enum.auto()
     """The checkpoint was spent for a load that would have let the guest go on, and has not (ADR 18)."""
     NOTE_RESUMED = enum.auto()
@@ -73,6 +73,8 @@ class Facts(NamedTuple):
     resume_interrupted: bool = False
     """Likewise, and it is to run."""
     has_launch: bool = True
+    has_saved: bool = True
+    """By QEMU's word: what it has written is whole."""
 
 
 def decide(facts: Facts) -> Recovery:
@@ -93,7 +95,11 @@ def decide(facts: Facts) -> Recovery:
         (stands and facts.interrupted_save is RunState.RUNNING and facts.proved_before, Recovery.TAKE_BACK_AGAIN),
         ((stands or failed or stopped) and facts.interrupted_save is RunState.RUNNING, Recovery.RUN_ON),
         (
-            stands and facts.interrupted_save is not None and not facts.save_was_taken_back and facts.has_launch,
+            stands
+            and facts.interrupted_save is not None
+            and not facts.save_was_taken_back
+            and facts.has_launch
+            and facts.has_saved,
             Recovery.FINISH_SAVE,
         ),
         (stands, Recovery.LEAVE),
@@ -122,11 +128,14 @@ async def recover(machine: Machine) -> None:
         await machine.qemu.withdraw()
         await machine.derive()
     if past.in_refresh:
-        await acts.replace.settle_sockets(machine)
+        await settle_sockets(machine)
     if past.awaits_cold_start:
         machine.record(VmEvent.COLD_STARTED)
     launch, manifest = machine.launched(), machine.readable_checkpoint()
-    recovery = decide(_facts(machine, launch, manifest))
+    facts = _facts(machine, launch, manifest)
+    if facts.interrupted_save:
+        facts = facts._replace(has_saved=await machine.require_qemu().has_saved())
+    recovery = decide(facts)
     await _carry_out(machine, recovery, launch, manifest)
     if not (recovery is Recovery.NOTHING and machine.checkpointed):
         await end_sleep(machine)
@@ -200,7 +209,7 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
             log.warning("VM %s: a refresh was interrupted; the guest goes on in the QEMU that it has", machine.name)
             await acts.replace.undo_transfer(machine)
         case Recovery.RUN_ON if begun:
-            await _refuse_strangers(machine, launch)
+            await refuse_strangers(machine)
             await acts.save.run_after_interrupted_save(machine, begun.checkpoint)
         case Recovery.FINISH_SAVE if begun and launch:
             state = begun.run_state
@@ -211,7 +220,11 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
         case Recovery.NOTHING if begun and begun.last is VmEvent.SAVE_BEGIN and not machine.stands_saved:
             machine.record(VmEvent.SAVE_UNDONE, checkpoint=begun.checkpoint)
         case Recovery.LEAVE:
-            machine.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+            machine.error = (
+                f"its save has failed, and left the guest standing: `cprctl resume {machine.name}` lets it go on"
+                if begun
+                else "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+            )
 
 
 async def _settle_resume(machine: Machine, recovery: Recovery, launch: Launch) -> None:
@@ -222,7 +235,7 @@ async def _settle_resume(machine: Machine, recovery: Recovery, launch: Launch) -
     elif recovery is Recovery.NOTE_RESUMED:
         machine.record(VmEvent.RESUMED, checkpoint=launch.checkpoint)
     else:
-        await _refuse_strangers(machine, launch)
+        await refuse_strangers(machine)
         await _finish_resume(machine, launch.checkpoint)
 
 
@@ -230,11 +243,3 @@ async def _finish_resume(machine: Machine, checkpoint: str) -> None:
     log.warning("VM %s: its resume was interrupted; the guest goes on", machine.name)
     await let_run(machine, machine.require_qemu(), Unbroken.RESUME_ANNOUNCED)
     machine.record(VmEvent.RESUMED, checkpoint=checkpoint)
-
-
-async def _refuse_strangers(machine: Machine, launch: Launch | None) -> None:
-    """While no agent was there another process may have opened the memory. Raises MemoryInUse, DeviceMissing."""
-    if launch:
-        located = await machine.relocated(launch.memory)
-        own = {machine.pid, *machine.neighbours.live_pids()}
-        await refuse_other_users(machine.ports, machine.name, located, own)

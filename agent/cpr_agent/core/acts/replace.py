@@ -6,21 +6,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
-from functools import partial
+from collections.abc import AsyncIterator
 
 from msgspec.structs import replace as changed
 
 from cpr_agent.core.acts.afterwards import LoadTimes
-from cpr_agent.core.acts.load import Beside, announce_resume, finish_load, go_on, holding, load_by_either, load_into
+from cpr_agent.core.acts.load import (
+    Beside,
+    announce_resume,
+    finish_load,
+    go_on,
+    holding,
+    load_by_either,
+    load_into,
+    require_alike,
+)
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.acts.resume import take_back
 from cpr_agent.core.acts.save import draft_manifest, save, save_drafted
 from cpr_agent.core.acts.sleep import must_sleep
+from cpr_agent.core.beside import keeping_sockets
 from cpr_agent.core.endings import last_words
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.hooks import before_save
-from cpr_agent.core.inventory import take, take_brief, throttle
+from cpr_agent.core.inventory import take
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Launch, Manifest, RunState, Survives
 from cpr_agent.core.past import VmEvent
@@ -28,7 +37,7 @@ from cpr_agent.core.ports import Qemu
 from cpr_agent.core.proof import refuse_lesser_machine, refuse_other_devices
 from cpr_agent.core.saveable import require_live
 from cpr_agent.core.undo import Undo, uninterrupted
-from cpr_agent.errors import CprError, LoadFailed, QemuFailed, StorageSilent
+from cpr_agent.errors import CprError, LoadFailed, QemuFailed
 
 log = logging.getLogger(__name__)
 
@@ -141,10 +150,7 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
         await spare.start(machine.stamped(plan))
         async with qemu.handing_over(spare.directory, lives, agent.qemu_start_timeout) as handed_over:
             new = await spare.connect(agent.qemu_start_timeout)
-            await refuse_lesser_machine(new, draft)
-            has = await take_brief(machine.ports, new, plan)
-            await refuse_other_devices(machine.ports, draft, has)
-            await throttle(new, draft)
+            has = await require_alike(machine.ports, new, draft, plan)
             await new.take_over(spare.directory, agent.load_timeout)
             stopped_at = await handed_over()
     except (QemuFailed, LoadFailed) as error:
@@ -165,15 +171,11 @@ async def _transfer(machine: Machine, qemu: Qemu, launch: Launch) -> None:
 async def _keeping_old_qemu(machine: Machine, qemu: Qemu) -> AsyncIterator[None]:
     """Whatever fails, the guest goes on in its old QEMU, unless the new one was adopted; or its memory is not what it was
     when it stopped, and then it is held where it is (invariant 1). Raises LoadFailed."""
-    sockets = await qemu.listening()
     try:
-        async with Undo() as undo:
+        async with keeping_sockets(machine, qemu), Undo() as undo:
             undo.push(lambda: _go_on_in_old_qemu(machine))
-            keep = partial(machine.ports.sockets.keep_sockets, sockets, machine.pid)
-            await uninterrupted(machine.ports.threads.run(machine.name, keep))  # else it goes on beside its undo
             yield
             undo.done()
-        await _settle(machine, sockets)
     except CprError as error:
         raise LoadFailed(
             f"could not get a new QEMU: {error.what}",
@@ -193,8 +195,6 @@ async def _go_on_in_old_qemu(machine: Machine) -> str:
         await machine.derive()
         held = machine.held() is not None
         return "it stays saved, and stands still in the QEMU that it had" if held else error.text
-    finally:
-        await settle_sockets(machine)
     return "its guest goes on in the QEMU that it had" if machine.run_state is RunState.RUNNING else ""
 
 
@@ -215,17 +215,3 @@ async def undo_transfer(machine: Machine) -> None:
     machine.record(VmEvent.TRANSFER_UNDONE, checkpoint=checkpoint)
     await let_run(machine, machine.require_qemu(), Unbroken.TRANSFER_UNDONE)
     machine.record(VmEvent.RESUMED, checkpoint=checkpoint)
-
-
-async def settle_sockets(machine: Machine) -> None:
-    """The sockets' names belong to the QEMU that stayed."""
-    if machine.qemu:
-        with contextlib.suppress(QemuFailed):  # nothing else may fail by it
-            await _settle(machine, await machine.qemu.listening())
-
-
-async def _settle(machine: Machine, sockets: Sequence[str]) -> None:
-    """Their directories may be on storage that does not answer: nothing fails by that, either."""
-    settle = partial(machine.ports.sockets.settle_sockets, sockets, machine.pid)
-    with contextlib.suppress(StorageSilent):
-        await machine.ports.threads.run(machine.name, settle)

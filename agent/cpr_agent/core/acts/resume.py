@@ -11,7 +11,8 @@ from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Manifest, RunState
 from cpr_agent.core.past import VmEvent
-from cpr_agent.core.proof import prove_stopped
+from cpr_agent.core.ports import Qemu
+from cpr_agent.core.proof import prove_stopped, refuse_other_users
 from cpr_agent.core.run_states import RUN_STATES
 from cpr_agent.errors import NoCheckpoint, WrongState
 
@@ -34,19 +35,37 @@ async def resume(machine: Machine) -> None:
 async def _unpause(machine: Machine) -> None:
     if machine.pid:
         machine.require_qemu()
-    row = RUN_STATES.get(machine.run_state)
-    if machine.qemu is None or row is None or not row.resumes:
+    row, begun = RUN_STATES.get(machine.run_state), machine.past.interrupted_save
+    failed = begun if machine.stands_saved else None
+    if machine.qemu is None or row is None or not (row.resumes or failed):
         remedy = row.remedy.format(vm=machine.name) if row and row.problem else ""
         raise WrongState(f"is {machine.state}, there is nothing to resume", vm=machine.name, remedy=remedy)
-    begun = machine.past.interrupted_save
-    if machine.run_state is RunState.FINISH_MIGRATE and begun and begun.run_state is RunState.SUSPENDED:
+    if machine.stands_still and begun and begun.run_state is RunState.SUSPENDED:
         raise WrongState(
-            "was asleep when its save failed at the flush of its disks, and QEMU has no way back for it",
+            "was asleep when its save failed, and QEMU has no way back for it",
             vm=machine.name,
             left=f"the guest stands in its QEMU (PID {machine.pid})",
             remedy=f"`cprctl stop --hard {machine.name}` gives it up",
         )
-    await let_run(machine, machine.qemu, Unbroken.PAUSED)
+    if failed:
+        await _go_on_after_failed_save(machine, machine.qemu, failed.checkpoint)
+    else:
+        await let_run(machine, machine.qemu, Unbroken.PAUSED)
+
+
+async def _go_on_after_failed_save(machine: Machine, qemu: Qemu, checkpoint: str) -> None:
+    await refuse_strangers(machine)
+    await let_run(machine, qemu, Unbroken.SAVE_INTERRUPTED)
+    machine.record(VmEvent.RESUMED, checkpoint=checkpoint)
+
+
+async def refuse_strangers(machine: Machine) -> None:
+    """While no agent was there, or its guest stood, another process may have opened the memory. Raises MemoryInUse,
+    DeviceMissing."""
+    if launch := machine.launched():
+        located = await machine.relocated(launch.memory)
+        own = {machine.pid, *machine.neighbours.live_pids()}
+        await refuse_other_users(machine.ports, machine.name, located, own)
 
 
 async def take_back(machine: Machine, manifest: Manifest) -> None:

@@ -16,9 +16,10 @@ import msgspec
 from msgspec.structs import replace
 
 from cpr_agent.core.acts.afterwards import entry
-from cpr_agent.core.acts.load import Fresh, announce_resume, go_on, runs_by_load
+from cpr_agent.core.acts.load import record_loaded, require_alike, runs_by_load
 from cpr_agent.core.acts.requests import SaveRequest
 from cpr_agent.core.acts.sleep import Sleep, end_sleep, fall_asleep, must_sleep
+from cpr_agent.core.beside import keeping_sockets
 from cpr_agent.core.events import Event, about
 from cpr_agent.core.gate import Unbroken, let_run, let_run_by_load
 from cpr_agent.core.inventory import carried, kept_paths, recorded_of, take
@@ -38,11 +39,11 @@ from cpr_agent.core.model import (
     survives,
 )
 from cpr_agent.core.past import InterruptedSave, VmEvent
-from cpr_agent.core.ports import PendingState, Ports
+from cpr_agent.core.ports import PendingState, Ports, Qemu
 from cpr_agent.core.proof import digest_firmware, identify_open, refuse_foreign_state
 from cpr_agent.core.turns import Turn
 from cpr_agent.core.undo import Undo, uninterrupted
-from cpr_agent.errors import CprError, QemuFailed, SaveFailed
+from cpr_agent.errors import CprError, LoadFailed, QemuFailed, SaveFailed
 
 log = logging.getLogger(__name__)
 
@@ -259,21 +260,22 @@ async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, lo
     checkpoint can't be removed the guest stays stopped: a load could use it."""
     run_state = was.run_state
     _record_if_possible(machine, VmEvent.SAVE_UNDONE, was)
-    try:
-        with contextlib.ExitStack() as at_end:
-            state = -1
+    with contextlib.ExitStack() as at_end:
+        state = -1
+        try:
             if run_state != RunState.RUNNING:
                 state = await asyncio.to_thread(pending.reader)
                 at_end.callback(os.close, state)
             await asyncio.to_thread(pending.abort)
+        except OSError as error:
+            return f"the half-written checkpoint could not be removed ({error}), so the guest stays stopped"
+        try:
             now = await _run_again(machine, was, located, state)
-    except OSError as error:
-        return f"the half-written checkpoint could not be removed ({error}), so the guest stays stopped"
-    except QemuFailed as error:
-        where = error if error.left else await machine.locating_guest(error)
-        return f"{where.left}: {where.what}. {where.remedy[0].upper()}{where.remedy[1:]}"
-    except CprError as error:
-        return f"the guest stays stopped: {error.what}"
+        except QemuFailed as error:
+            where = error if error.left else await machine.locating_guest(error)
+            return f"{where.left}: {where.what}. {where.remedy[0].upper()}{where.remedy[1:]}"
+        except (CprError, OSError) as error:
+            return f"the guest stays stopped: {error.what if isinstance(error, CprError) else error}"
     if now == run_state:
         return f"the guest is {now}, as before; no checkpoint was left"
     return f"the guest was {run_state}; it stands in its QEMU (PID {machine.pid}), which is {now} now"
@@ -281,33 +283,85 @@ async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, lo
 
 async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located], state: int) -> RunState:
     """``cont`` is right for a guest that ran. It would let a paused one run, and abort QEMU for one that sleeps
-    (measured): a new QEMU reads the state that was written. Returns the run state then. Raises CprError."""
+    (measured): a new QEMU reads the ``state`` that was written, if that is whole (QEMU 7.2 is in postmigrate also after a
+    write that failed). Returns the run state then. Raises CprError."""
     qemu = await machine.answering_qemu()
     now = RunState(await qemu.run_state())
     if was.run_state == RunState.RUNNING:
         if now is not RunState.RUNNING:
             await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
         _record_if_possible(machine, VmEvent.RESUMED, was)
-    elif now is RunState.POSTMIGRATE and not machine.own.delegated:  # a new QEMU could have no other state
-        await machine.end()
-        await machine.await_companions(was.launch)
-        qemu = await machine.launch(machine.stamped(await machine.plan_load(was, located)))
-        if await runs_by_load(qemu, was):
-            await let_run_by_load(machine, qemu, Unbroken.SAVE_UNDONE, state)
-            machine.record(VmEvent.RESUMED, checkpoint=was.id)
-        else:
-            await qemu.load(state, machine.settings.agent.load_timeout, was.qemu.dialect)
-            announce_resume(machine, was)
-            await go_on(machine, qemu, was, Unbroken.SAVE_UNDONE, Fresh(machine, was))
-    else:
-        return now
+    elif now is RunState.POSTMIGRATE and not machine.own.delegated and await qemu.has_saved():
+        alone = machine.ports.definitions.unshareable(was.launch) or await qemu.vfio_devices()
+        if not alone:
+            await _move_over(machine, qemu, was, located, state)
+        elif was.run_state != RunState.PAUSED:  # `resume` lets a paused one go on where it is
+            await _start_over(machine, was, located, state)
+        qemu = await machine.answering_qemu()
     return RunState(await qemu.run_state())
 
 
-def _record_if_possible(machine: Machine, event: VmEvent, was: Manifest) -> None:
+async def _move_over(machine: Machine, old: Qemu, was: Manifest, located: Sequence[Located], state: int) -> None:
+    """Into a QEMU beside the ``old`` one, which keeps the guest until the other has shown that it has it: no checkpoint
+    would tell the next agent of it. Where that fails the guest stays in the old one, if it has certainly not run."""
+    plan = machine.stamped(await machine.plan_load(was, located))
+    try:
+        async with keeping_sockets(machine, old):
+            try:
+                new = await machine.launch_spare(plan)
+                has, runs = await _read_state(machine, new, was, plan, state)
+                await machine.refuse_resumed_by_hand(was)
+                await machine.adopt(new)
+                await _go_on(machine, new, was, state, runs=runs)
+            except LoadFailed:
+                if machine.qemu is not old:
+                    await machine.give_back()
+                raise
+            finally:
+                await machine.spare.kill()
+    except CprError as error:
+        log.warning("VM %s: it gets no other QEMU: %s", machine.name, error.what)
+    else:
+        machine.spawn(record_loaded(machine, was, has))
+
+
+async def _start_over(machine: Machine, was: Manifest, located: Sequence[Located], state: int) -> None:
+    """Likewise in turn, for a guest that sleeps where two QEMUs can't have the same of the host: nothing else leads back
+    for it. Raises CprError."""
+    plan = machine.stamped(await machine.plan_load(was, located))
+    await machine.end()
+    await machine.await_companions(was.launch)
+    new = await machine.launch(plan)
+    has, runs = await _read_state(machine, new, was, plan, state)
+    await _go_on(machine, new, was, state, runs=runs)
+    machine.spawn(record_loaded(machine, was, has))
+
+
+async def _read_state(machine: Machine, qemu: Qemu, was: Manifest, plan: Launch, state: int) -> tuple[Inventory, bool]:
+    """What it has, and whether it is still to read the state, and to let the guest go on by that. Raises CprError."""
+    has = await require_alike(machine.ports, qemu, was, plan)
+    runs = await runs_by_load(qemu, was)
+    if not runs:
+        await qemu.load(state, machine.settings.agent.load_timeout, was.qemu.dialect)
+    return has, runs
+
+
+async def _go_on(machine: Machine, qemu: Qemu, was: Manifest, state: int, *, runs: bool) -> None:
+    """``qemu`` is the VM's own now. Raises LoadFailed if the guest has certainly not run; QemuFailed, ProofFailed."""
+    if was.run_state != RunState.PAUSED:
+        _record_if_possible(machine, VmEvent.RESUME, was, run_state=was.run_state)
+        if runs:
+            await let_run_by_load(machine, qemu, Unbroken.SAVE_UNDONE, state)
+        else:
+            await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
+    _record_if_possible(machine, VmEvent.RESUMED, was)
+    await end_sleep(machine)
+
+
+def _record_if_possible(machine: Machine, event: VmEvent, was: Manifest, **facts: object) -> None:
     """A full disk must not keep the guest stopped: without these records the run state of its QEMU tells as much."""
     try:
-        machine.record(event, checkpoint=was.id)
+        machine.record(event, checkpoint=was.id, **facts)
     except OSError as error:
         log.error("VM %s: the journal can't be told of %s: %s", machine.name, event, error)
 
