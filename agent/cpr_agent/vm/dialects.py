@@ -8,9 +8,11 @@ was run for real is in docs/dialects.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
 from cpr_agent.errors import QemuFailed, QemuRefused, SaveFailed
@@ -77,10 +79,12 @@ class CprReboot(Dialect):
         await qmp.execute("migrate-set-parameters", {"mode": "cpr-transfer"})
 
     async def save(self, qmp: Qmp, fd: int) -> None:
-        await qmp.execute("migrate", {"uri": f"file:{await fdset(qmp, fd)}"})
+        async with fdset_for(qmp, fd) as path:
+            await qmp.execute("migrate", {"uri": f"file:{path}"})
 
     async def load(self, qmp: Qmp, fd: int) -> None:
-        await qmp.execute("migrate-incoming", {"uri": f"file:{await fdset(qmp, fd)}"})
+        async with fdset_for(qmp, fd) as path:
+            await qmp.execute("migrate-incoming", {"uri": f"file:{path}"})
 
 
 class IgnoreShared(Dialect):
@@ -126,12 +130,14 @@ class CprSave(Dialect):
 
     async def save(self, qmp: Qmp, fd: int) -> None:
         try:
-            await qmp.execute("cpr-save", {"filename": await fdset(qmp, fd), "mode": "reboot"})
+            async with fdset_for(qmp, fd) as path:
+                await qmp.execute("cpr-save", {"filename": path, "mode": "reboot"})
         except QemuRefused as error:
             raise SaveFailed(f"QEMU could not write its state: {with_cause(error.what)}", vm=qmp.vm) from error
 
     async def load(self, qmp: Qmp, fd: int) -> None:
-        await qmp.execute("cpr-load", {"filename": await fdset(qmp, fd)})
+        async with fdset_for(qmp, fd) as path:
+            await qmp.execute("cpr-load", {"filename": path})
 
 
 def with_cause(what: str) -> str:
@@ -141,9 +147,21 @@ def with_cause(what: str) -> str:
 
 
 async def fdset(qmp: Qmp, fd: int) -> str:
-    """A path by which QEMU opens ``fd``, also where it may not open the file itself."""
+    """A path by which QEMU opens ``fd``, also where it may not open the file itself, until the connection ends."""
     added = await qmp.ask(ADD_FD, fd=fd)
     return f"/dev/fdset/{added.fdset_id}"
+
+
+@contextlib.asynccontextmanager
+async def fdset_for(qmp: Qmp, fd: int) -> AsyncIterator[str]:
+    """Likewise for the one command in the block. QEMU lets go of it once it has read or written: a file that was removed
+    would take up its room on the disk for as long as the guest lives."""
+    path = await fdset(qmp, fd)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(QemuFailed):  # it has ended, or the connection has
+            await qmp.execute("remove-fd", {"fdset-id": int(path.rpartition("/")[2])})
 
 
 async def choose(qmp: Qmp) -> Dialect:
