@@ -568,7 +568,7 @@ class FakeQemu:
         await self._step("set_guest_clock")
         return None
 
-    async def vfio_devices(self) -> list[str]:
+    async def vfio_devices(self, some: Sequence[PluggedDevice]) -> list[str]:  # noqa: ARG002
         return self._runner.vfio.get(self.launch.vm, [])
 
     async def sleep_problem(self) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cpr_agent.core.model import Inventory
+from cpr_agent.core.model import Inventory, PluggedDevice
+from cpr_agent.vm.devices import devices as find_devices
 from cpr_agent.vm.devices import vfio_devices
 from cpr_agent.vm.inventory import Places, whole
 from tests.scripted_qmp import ScriptedQmp
@@ -40,7 +41,13 @@ REPLIES: dict[str, Any] = {
 
 def devices(replies: dict[str, Any]) -> list[str]:
     """Of a QEMU with VFIO devices, which can't be had here."""
-    return asyncio.run(vfio_devices(ScriptedQmp(lambda command, arguments: replies[str(arguments.get("path", command))])))
+    qmp = ScriptedQmp(lambda command, arguments: replies[str(arguments.get("path", command))])
+
+    async def listed() -> list[str]:
+        found = await find_devices(qmp)
+        return await vfio_devices(qmp, [PluggedDevice(name=f"peripheral/{one.name}", kind=one.kind) for one in found])
+
+    return asyncio.run(listed())
 
 
 @pytest.mark.parametrize("pci_is_known", [True, False])

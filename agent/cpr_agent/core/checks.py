@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from functools import partial
 
@@ -102,7 +101,7 @@ async def _guest_findings(vm: Vm, launch: Launch) -> list[Finding]:
 
 
 async def _disk_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Finding]:
-    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    recorded = recorded_of(ports, launch)
     found = await _carried_findings(vm, ports, launch)
     why = "it can be saved for a restart of QEMU, but an upgrade of the host will refuse it"
     remedy = "give it a serial number, or have the disk in a logical volume"

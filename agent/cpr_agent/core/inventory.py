@@ -246,7 +246,8 @@ def _set_differences(what: str, was: Collection[str], now: Collection[str]) -> l
 
 
 def kept_paths(ports: Ports, vm: str) -> set[str]:
-    """Firmware of which there are copies, and these: a QEMU may have either. Blocking."""
+    """Firmware of which there are copies, and these: a QEMU may have either. One small file
+    is read for it, as for a manifest; a thread costs more than that, and other guests wait."""
     return {path for file in ports.firmware.kept(vm) if not file.rom for path in (file.path, file.copy)}
 
 
@@ -290,9 +291,9 @@ async def reasons(
 ) -> tuple[Inventory, list[str]]:
     """What this QEMU has, and why one that is started by the recorded command line would not have it: one reason for each
     difference, with its remedy. A QEMU of which nothing was recorded is recorded now. Raises QemuFailed."""
-    kept = await asyncio.to_thread(kept_paths, ports, launch.vm)
+    kept = kept_paths(ports, launch.vm)
     live = await take(ports, qemu, launch)
-    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    recorded = recorded_of(ports, launch)
     images = [path for path in ports.definitions.images(launch.argv) if path not in kept]
     read = [path for path in ports.definitions.read_at_start(launch) if path not in kept]
     wanted = {*(file.path for file in (recorded or live).named), *images, *read}
@@ -364,7 +365,7 @@ def _is_stateless(part: Difference) -> bool:
 async def lost(ports: Ports, qemu: Qemu, launch: Launch) -> list[Difference]:
     """What no device of the guest is, and was made or changed since its QEMU was started: a load has what the command line
     says. Raises QemuFailed."""
-    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    recorded = recorded_of(ports, launch)
     if recorded is None:
         return []
     live = await qemu.inventory()
@@ -406,7 +407,7 @@ async def throttle(qemu: Qemu, manifest: Manifest) -> None:
 
 async def carried_now(ports: Ports, qemu: Qemu, launch: Launch) -> Carried:
     """Likewise of a live QEMU, and with the throttles of disks. Raises QemuFailed."""
-    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    recorded = recorded_of(ports, launch)
     live = await take(ports, qemu, launch)
     found = carried(ports, launch, recorded, live)
     changed = _changes(_throttled(recorded), _throttled(live)) if recorded else []
@@ -414,7 +415,7 @@ async def carried_now(ports: Ports, qemu: Qemu, launch: Launch) -> Carried:
 
 
 def recorded_of(ports: Ports, launch: Launch) -> Inventory | None:
-    """Of just the QEMU that was started by ``launch``. Blocking."""
+    """Of just the QEMU that was started by ``launch``. One file in memory is read for it."""
     recorded = ports.runner.inventory(launch.vm)
     return recorded if recorded and recorded.started_at == launch.created_at else None
 

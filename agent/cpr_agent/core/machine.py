@@ -99,6 +99,8 @@ class Machine:
         self.run_state = RunState.NONE
         self.pid = 0
         self.error = ""
+        self._told: object = None
+        """What was last said to have changed."""
         self.qemu: Qemu | None = None
         self.ports = ports
         self.settings = settings
@@ -292,7 +294,11 @@ class Machine:
         if state is not self.state:
             self.since = self._on_record(state) if self.state is VmState.RECOVERING else self.ports.clock.now()
         self.state = state
-        self.neighbours.changed(self.name)
+        manifest = self.readable_checkpoint()
+        told = (state, self.run_state, self.pid, self.error, manifest and manifest.id)
+        if told != self._told:  # a look at all of its properties costs other guests time
+            self._told = told
+            self.neighbours.changed(self.name)
 
     def _on_record(self, state: VmState) -> float:
         """Since when it has been in a state that it was in before this agent looked (epoch s); 0 if no record tells."""

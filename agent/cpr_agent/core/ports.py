@@ -33,6 +33,7 @@ from cpr_agent.core.model import (
     MemorySection,
     OpenFile,
     Owner,
+    PluggedDevice,
     QemuFacts,
     Ram,
     Throttle,
@@ -134,8 +135,8 @@ class Qemu(Protocol):
         """Set it to ``now()`` (epoch s) by the guest agent; returns by how much it was behind (s), None where the VM has no
         port for a guest agent. Raises GuestAgentFailed."""
 
-    async def vfio_devices(self) -> list[str]:
-        """Devices of the host that the guest has, each fit for an admin. They are saved in a sleeping guest only."""
+    async def vfio_devices(self, some: Sequence[PluggedDevice]) -> list[str]:
+        """Those of these that are devices of the host, each fit for an admin. They are saved in a sleeping guest only."""
 
     async def sleep_problem(self) -> str:
         """Why the agent could not put the guest to sleep and wake it again, "" if it could. Asks the guest agent."""

@@ -272,7 +272,7 @@ async def refuse_other_devices(ports: Ports, manifest: Manifest, found: Inventor
     MachineChanged."""
     if manifest.inventory is None:
         return
-    kept = await asyncio.to_thread(kept_paths, ports, manifest.vm)  # firmware is proved by its contents
+    kept = kept_paths(ports, manifest.vm)  # firmware is proved by its contents
     rebooted = manifest.boot_id != ports.boot.boot_id()
     disks, devices = differences(without(manifest.inventory, kept), without(found, kept), anew=True, rebooted=rebooted)
     remedy = "bring back what it had, and load again"

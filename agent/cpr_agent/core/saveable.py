@@ -56,7 +56,7 @@ async def _look(machine: Machine, need: Survives) -> tuple[Inventory | None, lis
     if qemu is None or launch is None or machine.run_state not in SAVEABLE:
         return None, []
     has, changed = await inventory.reasons(machine.ports, qemu, launch, need)
-    return has, await qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, qemu)
+    return has, await qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, qemu, has)
 
 
 async def require_live(machine: Machine, need: Survives) -> Saveable:

@@ -195,7 +195,8 @@ class Vm:
 
     async def must_sleep(self) -> bool:
         """Whether a save has to put the guest to sleep before. Raises QemuFailed."""
-        return await must_sleep(self.machine, self.machine.require_qemu())
+        qemu = self.machine.require_qemu()
+        return await must_sleep(self.machine, qemu, await qemu.brief_inventory())
 
     def load_interrupted(self) -> bool:
         """Whether an earlier agent's load of the live checkpoint came to no end, and may be repeated."""

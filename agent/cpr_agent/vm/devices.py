@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from cpr_agent.core.model import PluggedDevice
 from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import CURRENT_MACHINE, PCI, QOM_LIST, QOM_NUMBER, QOM_TEXT, CurrentMachine, PciDevice
 
@@ -34,13 +35,13 @@ async def devices(qmp: Qmp, parents: Iterable[str] = PLUGGED) -> list[Device]:
     ]
 
 
-async def vfio_devices(qmp: Qmp) -> list[str]:
-    found = [device for device in await devices(qmp) if device.kind.startswith("vfio-")]
+async def vfio_devices(qmp: Qmp, some: Iterable[PluggedDevice]) -> list[str]:
+    found = [(device.name.rpartition("/")[2], device.kind) for device in some if device.kind.startswith("vfio-")]
     if not found:
         return []
     buses = await qmp.ask_optional(PCI, [])
     places = {device.qdev_id: _place(device) for bus in buses for device in _with_bridged(bus.devices)}
-    return [f"{one.name} ({' '.join(filter(None, (one.kind, places.get(one.name, ''))))})" for one in found]
+    return [f"{name} ({' '.join(filter(None, (kind, places.get(name, ''))))})" for name, kind in found]
 
 
 def _place(device: PciDevice) -> str:

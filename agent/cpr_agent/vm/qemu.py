@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cpr_agent import vm
-from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, QemuFacts, RunState, Throttle
+from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, PluggedDevice, QemuFacts, RunState, Throttle
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import GuestAgentFailed, LoadFailed, QemuEnded, QemuFailed, QemuRefused, QemuUnreachable, SaveFailed
@@ -439,8 +439,8 @@ class LiveQemu:
         with self._at(path) as address:
             return await vm.guest_agent.set_clock(self._qmp.vm, address, now)
 
-    async def vfio_devices(self) -> list[str]:
-        return await devices.vfio_devices(self._qmp)
+    async def vfio_devices(self, some: Sequence[PluggedDevice]) -> list[str]:
+        return await devices.vfio_devices(self._qmp, some)
 
     async def sleep_problem(self) -> str:
         if not await self._keeps_suspended():

@@ -65,7 +65,8 @@ class _Written(msgspec.Struct, frozen=True):
 async def save(machine: Machine, launch: Launch, request: SaveRequest, has: Inventory | None = None) -> Manifest:
     """``has`` is what its QEMU has, where it was just asked. Raises SaveFailed; the guest is then what it was before."""
     qemu = machine.require_qemu()
-    if not await must_sleep(machine, qemu):
+    has = has or await take(machine.ports, qemu, launch)
+    if not await must_sleep(machine, qemu, has):
         draft = await draft_manifest(machine, launch, machine.run_state, request, has)
         return await save_drafted(machine, draft, request)
     with machine.hearing("WAKEUP") as woke:
@@ -84,7 +85,7 @@ async def draft_manifest(
     """The part of a manifest that is known before the guest stops; ``has`` as in ``save``. Raises QemuFailed."""
     ports, qemu = machine.ports, machine.require_qemu()
     has = has or await take(ports, qemu, launch)
-    recorded = await asyncio.to_thread(recorded_of, ports, launch)
+    recorded = recorded_of(ports, launch)
     return Manifest(
         id=uuid.uuid4().hex,
         vm=machine.name,
@@ -292,7 +293,8 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
             await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
         _record_if_possible(machine, VmEvent.RESUMED, was)
     elif now is RunState.POSTMIGRATE and not machine.own.delegated and await qemu.has_saved():
-        alone = machine.ports.definitions.unshareable(was.launch) or await qemu.vfio_devices()
+        devices = was.inventory.devices if was.inventory else ()
+        alone = machine.ports.definitions.unshareable(was.launch) or await qemu.vfio_devices(devices)
         if not alone:
             await _move_over(machine, qemu, was, located, state)
         elif was.run_state != RunState.PAUSED:  # `resume` lets a paused one go on where it is

@@ -11,7 +11,7 @@ import msgspec
 
 from cpr_agent.core.gate import Unbroken, wake
 from cpr_agent.core.machine import Machine
-from cpr_agent.core.model import RunState
+from cpr_agent.core.model import Inventory, RunState
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import GuestAgentFailed, ProofFailed, QemuFailed, SaveFailed
@@ -29,9 +29,9 @@ class Sleep(msgspec.Struct, frozen=True):
     woke: asyncio.Event
 
 
-async def must_sleep(machine: Machine, qemu: Qemu) -> bool:
-    """Whether a save has to put the guest to sleep before."""
-    return _must_sleep_with(machine, await qemu.vfio_devices())
+async def must_sleep(machine: Machine, qemu: Qemu, has: Inventory) -> bool:
+    """Whether a save has to put the guest to sleep before, whose QEMU ``has`` this."""
+    return _must_sleep_with(machine, await qemu.vfio_devices(has.devices))
 
 
 def _must_sleep_with(machine: Machine, devices: list[str]) -> bool:
@@ -39,9 +39,9 @@ def _must_sleep_with(machine: Machine, devices: list[str]) -> bool:
     return machine.run_state is RunState.RUNNING and (wanted == "always" or (wanted == "auto" and bool(devices)))
 
 
-async def sleep_reasons(machine: Machine, qemu: Qemu) -> list[str]:
+async def sleep_reasons(machine: Machine, qemu: Qemu, has: Inventory) -> list[str]:
     """Why a guest that must sleep for a save would not."""
-    devices = await qemu.vfio_devices()
+    devices = await qemu.vfio_devices(has.devices)
     if _must_sleep_with(machine, devices):
         problem = await qemu.sleep_problem()
         return [f"it must sleep while it is saved (save.suspend), and can't: {problem}"] if problem else []
