@@ -302,6 +302,16 @@ def test_a_pipe_gets_whole_lines(lab: Lab) -> None:
     assert words in lab.cprctl("list").stdout.splitlines()[-1]
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(lab: Lab) -> None:
+    lab.guest()
+    with lab.cprctl_started("list") as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 @pytest.fixture
 def slow(lab: Lab, tmp_path: Path) -> Iterator[Guest]:
     """Saved, and its next QEMU waits for a writer at the FIFO "gate"."""

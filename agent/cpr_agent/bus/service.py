@@ -170,14 +170,18 @@ class Service(Listener):
         except asyncio.CancelledError:
             self._reply(call, Message.new_error(call, ErrorType.NO_REPLY.value, "the agent is going away"))
             raise
-        except Exception as error:
-            log.exception("%s.%s on %s", *map(_shown, (call.interface, call.member, call.path)))
+        except OSError as error:
+            self._log_failure(call)
+            target = self._objects.get(str(call.path))
+            failed = HostFailed.of(error, vm=target.name if isinstance(target, VmObject) else "")
+            reply = Message.new_error(call, failed.dbus_name, failed.text)
+        except Exception:
+            self._log_failure(call)
             reply = _internal_error(call)
-            if isinstance(error, OSError):
-                target = self._objects.get(str(call.path))
-                failed = HostFailed.of(error, vm=target.name if isinstance(target, VmObject) else "")
-                reply = Message.new_error(call, failed.dbus_name, failed.text)
         self._reply(call, reply)
+
+    def _log_failure(self, call: Message) -> None:
+        log.exception("%s.%s on %s", *map(_shown, (call.interface, call.member, call.path)))
 
     async def _spend(self, uid: int, cost: float) -> None:
         """Who goes on to call although he is refused gets each answer late: an answer at once would bring the next call.

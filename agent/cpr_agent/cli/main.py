@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 
@@ -109,7 +110,12 @@ def main() -> None:
     fit_for_any_terminal()
     output = Output(as_json="--json" in sys.argv)
     try:
-        sys.exit(cli.main(prog_name="cprctl", standalone_mode=False))
+        code = cli.main(prog_name="cprctl", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever reads has seen enough, as head(1) has; click does likewise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except click.UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and newer; older ones exit with 0 here
             error.show()

@@ -156,9 +156,7 @@ def check(vm: str | None) -> Work:
 )
 def save(*, names: Sequence[str], every: bool, filename: str, survives: str, before_kexec: bool) -> Work:
     """Save VMs' device states and leave their RAM where it is. The guests are stopped after."""
-    _require_some_or_all(names, every=every)
-    if filename and len(names) != 1:
-        raise click.UsageError("--file is for one VM")
+    _require_some_or_all(names, every=every, filename=filename)
     if before_kexec and not every:
         raise click.UsageError("--before-kexec is for --all")
     if every:
@@ -186,9 +184,7 @@ def save(*, names: Sequence[str], every: bool, filename: str, survives: str, bef
 @click.option("--file", "filename", default="", help="State file (default: where the save put it).")
 def load(*, names: Sequence[str], every: bool, autostart: bool, filename: str) -> Work:
     """Prove saved VMs' memory and states, and let their guests go on in new QEMUs."""
-    _require_some_or_all(names, every=every)
-    if filename and len(names) != 1:
-        raise click.UsageError("--file is for one VM")
+    _require_some_or_all(names, every=every, filename=filename)
     if autostart and not every:
         raise click.UsageError("--autostart is for --all")
     if every:
@@ -209,10 +205,12 @@ def refresh(*, names: Sequence[str], every: bool, in_turn: bool) -> Work:
     return follow("RefreshAll", wanted) if every else _act(names, _said("has a new QEMU"), "Refresh", "a{sv}", wanted)
 
 
-def _require_some_or_all(names: Sequence[str], *, every: bool) -> None:
+def _require_some_or_all(names: Sequence[str], *, every: bool, filename: str = "") -> None:
     """Raises UsageError."""
     if bool(names) == every:
         raise click.UsageError("name VMs, or give --all")
+    if filename and len(names) != 1:
+        raise click.UsageError("--file is for one VM")
 
 
 COMMANDS = (list_vms, status, start, stop, resume, discard, check, save, load, refresh)

@@ -192,11 +192,12 @@ class Jobs:
         except asyncio.CancelledError:
             over = not job.parked.is_set()  # else the agent goes down with the host, which is no end of the job
             job.state, job.result = JobState.CANCELLED, "cancelled"
+        except OSError as error:
+            job.error = HostFailed.of(error)
+            job.state, job.result = JobState.FAILED, job.error.text
+            log.exception("job %d (%s)", job.id, job.kind)
         except Exception as error:
             job.state, job.result = JobState.FAILED, f"internal error: {error}"
-            if isinstance(error, OSError):
-                job.error = HostFailed.of(error)
-                job.result = job.error.text
             log.exception("job %d (%s)", job.id, job.kind)
         finally:
             if over:
