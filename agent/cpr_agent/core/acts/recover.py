@@ -133,7 +133,7 @@ async def recover(machine: Machine) -> None:
         machine.record(VmEvent.COLD_STARTED)
     launch, manifest = machine.launched(), machine.readable_checkpoint()
     facts = _facts(machine, launch, manifest)
-    if facts.interrupted_save:
+    if facts.interrupted_save not in (None, RunState.RUNNING):
         facts = facts._replace(has_saved=await machine.require_qemu().has_saved())
     recovery = decide(facts)
     await _carry_out(machine, recovery, launch, manifest)
