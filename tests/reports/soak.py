@@ -172,11 +172,19 @@ class Run:
             if in_peace:
                 return ends
 
-    def live(self, name: str, steps: list[Step]) -> Seen:
+    def live(self, name: str, steps: list[Step]) -> Seen | None:
+        """None if a command has ended its QEMU, which is then as good as killed."""
         on = self.subjects[name]
-        for step in steps:
-            on.take(step)
-        return look(on)
+        try:
+            for step in steps:
+                on.take(step)
+            return look(on)
+        except (OSError, ValueError):
+            until(lambda: not self.pid(name), f"{name} is gone")
+            self.killed.add(name)
+            said = (self.lab.root / f"var/log/cpr-agent/{name}.log").read_text()[-1000:]
+            print(f"the QEMU of {name} has ended by itself ({steps}): {said}", flush=True)
+            return None
 
     def revive_if_gone(self) -> None:
         (self.lab.state / "filler").unlink(missing_ok=True)
@@ -184,12 +192,12 @@ class Run:
         if agent and agent.poll() is not None:
             self.lab.start_agent()
 
-    def judge(self, name: str, before: Seen) -> list[Problem]:
+    def judge(self, name: str, before: Seen | None) -> list[Problem]:
         on = self.subjects[name]
         try:
             self.loads[name] = 0
             until(lambda: self.settled(name), f"{name} stands or runs", SETTLED_S)
-            if name in self.killed and not self.pid(name):
+            if before is None or (name in self.killed and not self.pid(name)):
                 return []
             return harms(on, before)
         except UNHEARD as error:
