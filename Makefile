@@ -10,7 +10,10 @@ PYTHON = $(VENV)/bin/python
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' agent/cpr_agent/__init__.py)
 DEB := build/cpr-agent_$(VERSION)_all.deb
 RPM := build/cpr-agent-$(VERSION)-1.noarch.rpm
+PAGE_DEB := build/cockpit-cpr-agent_$(VERSION)_all.deb
+PAGE_RPM := build/cockpit-cpr-agent-$(VERSION)-1.noarch.rpm
 SOURCES = $(shell git ls-files --cached --others --exclude-standard agent units policies packaging docs Makefile NEWS.md COPYING 2>/dev/null)
+PAGE_SOURCES = $(shell git ls-files --cached --others --exclude-standard cockpit)
 MAN_PAGES := $(patsubst packaging/man/%.scd,build/man/%,$(wildcard packaging/man/*.scd)) build/man/org.cpragent1.5
 
 .PHONY: help
@@ -68,7 +71,7 @@ test-corruption: bootstrap host-root $(DEB) ## Everything that can happen to a s
 	@$(PYTHON) -m tests.corruption.tally
 
 .PHONY: test-packages
-test-packages: bootstrap host-root $(DEB) $(RPM) ## Packages: lint, files, same bytes twice; upgrade and removal under guests
+test-packages: bootstrap host-root $(DEB) $(RPM) page ## Packages: lint, files, same bytes twice; upgrade and removal under guests
 	$(PYTHON) -m pytest -s tests/packages
 	$(MAKE) --no-print-directory reproducible
 
@@ -92,6 +95,14 @@ test-original: bootstrap host-root qemu-cpr $(DEB) ## A QEMU with cpr-save and c
 .PHONY: test-pause
 test-pause: bootstrap host-root $(DEB) ## Who costs the pause of a real host, and units that stop before its guests
 	$(PYTHON) -m pytest -s tests/pause
+
+.PHONY: test-cockpit
+test-cockpit: bootstrap host-root build/cockpit/index.html ## The Cockpit page in a real browser, with two real Cockpits
+	@scripts/bootstrap --cockpit
+	@for release in 12 13; do scripts/cockpit build $$release >/dev/null; done
+	rm -rf build/pages
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/cockpit || true
+	@$(PYTHON) -m tests.cockpit.tally
 
 .PHONY: test-fleet
 test-fleet: bootstrap host-root $(DEB) ## Two host VMs upgraded by the Ansible role, three kexecs in all
@@ -171,7 +182,17 @@ deb: $(DEB) ## Build the Debian package
 .PHONY: rpm
 rpm: $(RPM) ## Build the RPM package
 
-$(DEB) $(RPM): $(SOURCES) scripts/build-package
+.PHONY: page
+page: build/cockpit/index.html ## Bundle the Cockpit page and build its packages, .deb and .rpm
+	@$(MAKE) --no-print-directory $(PAGE_DEB) $(PAGE_RPM)
+
+build/cockpit/index.html: $(PAGE_SOURCES) scripts/build-page
+	@scripts/bootstrap --page
+	scripts/build-page build/cockpit
+
+$(PAGE_DEB) $(PAGE_RPM): build/cockpit/index.html
+
+$(DEB) $(RPM) $(PAGE_DEB) $(PAGE_RPM): $(SOURCES) scripts/build-package
 	@scripts/bootstrap
 	scripts/build-package $(VENV) $@
 
@@ -180,8 +201,8 @@ lint-deb: $(DEB) ## Build the Debian package; any error or warning of lintian fa
 	lintian --allow-root --pedantic --fail-on error,warning $(DEB)
 
 .PHONY: reproducible
-reproducible: bootstrap ## Build both packages twice, under other circumstances; the same bytes
-	scripts/reproducible $(VENV) $(DEB) $(RPM)
+reproducible: bootstrap page ## Build all packages twice, under other circumstances; the same bytes
+	scripts/reproducible $(VENV) $(DEB) $(RPM) $(PAGE_DEB) $(PAGE_RPM)
 
 .PHONY: man
 man: $(MAN_PAGES) ## Make the man pages, in build/man (try: man -l build/man/cprctl.1)
@@ -236,6 +257,11 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	for page in $(MAN_PAGES); do \
 	    install -D -m 644 $$page -t $(DESTDIR)/usr/share/man/man$${page##*.}; \
 	done
+
+.PHONY: install-page
+install-page: ## Install the Cockpit page into DESTDIR (for packages; needs build/cockpit)
+	install -D -m 644 -t $(DESTDIR)/usr/share/cockpit/cpr-agent build/cockpit/*
+	install -D -m 644 -t $(DESTDIR)/usr/share/metainfo cockpit/org.cpragent1.cockpit.metainfo.xml
 
 .PHONY: clean
 clean: ## Remove build/

@@ -34,8 +34,8 @@ def _said(*command: object) -> str:
     return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
 
 
-def in_deb() -> dict[str, Packed]:
-    deb = built("cpr-agent_*_all.deb")
+def in_deb(name: str = "cpr-agent_*_all.deb") -> dict[str, Packed]:
+    deb = built(name)
     kept = _said("dpkg-deb", "--info", deb, "conffiles").split()
     rows = (line.split(maxsplit=5) for line in _said("dpkg-deb", "--contents", deb).splitlines())
     entries = {row[5].removeprefix(".").rstrip("/"): (row[0], row[1]) for row in rows}
@@ -43,9 +43,9 @@ def in_deb() -> dict[str, Packed]:
     return {path: Packed(mode, path in kept) for path, (mode, _) in entries.items()}
 
 
-def in_rpm() -> dict[str, Packed]:
+def in_rpm(name: str = "cpr-agent-*.rpm") -> dict[str, Packed]:
     query = "[%{FILEMODES:perms} %{FILEUSERNAME}/%{FILEGROUPNAME} %{FILENAMES} |%{FILEFLAGS:fflags}\\n]"
-    rows = [line.split() for line in _said("rpm", "-qp", "--queryformat", query, built("cpr-agent-*.rpm")).splitlines()]
+    rows = [line.split() for line in _said("rpm", "-qp", "--queryformat", query, built(name)).splitlines()]
     assert {owner for _, owner, *_ in rows} == {"root/root"}
     return {path: Packed(mode, flags == "|cn") for mode, _, path, flags in rows}
 
