@@ -26,11 +26,12 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from cpr_agent.bus.service import Service
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Located, MemoryNode, Seconds, Survives, Unit
+from cpr_agent.core.model import DaxDevice, Located, MemoryNode, Seconds, Survives, Unit
 from cpr_agent.core.settings import Settings, UpgradeSection
 from cpr_agent.core.vm import Vm
 from cpr_agent.daemon import Paths, build
@@ -74,6 +75,17 @@ class KeptMemory(HostMemory):
     async def _locate(self, object_id: str, wanted: MemoryNode, timeout_s: float) -> Located:
         located = await super()._locate(object_id, wanted, timeout_s)
         return replace(located, identity=replace(located.identity, survives=Survives.KEXEC))
+
+
+class LabDevices(UdevDevices):
+    """Dax devices as the file DIR/devices lists them, where there is one: they can be looked at alone."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._file = root / "devices"
+
+    def list(self) -> list[DaxDevice]:
+        return msgspec.json.decode(self._file.read_bytes(), type=list[DaxDevice]) if self._file.exists() else super().list()
 
 
 class LabKexec(FakeKexec):
@@ -233,7 +245,7 @@ async def serve(paths: Paths, files: Path, address: str, point: str) -> None:
     host = LabHost(files)
     ports = replace(
         manager.ports,
-        memory=KeptMemory(UdevDevices()) if (files / "kexec-said").exists() else manager.ports.memory,
+        memory=(KeptMemory if (files / "kexec-said").exists() else HostMemory)(LabDevices(files)),
         journal=MortalJournal(paths.state / "journal", host, pass_by),
         clock=host,
         boot=host,
