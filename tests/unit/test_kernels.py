@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from cpr_agent.core.model import Finding, Kernel
 from cpr_agent.errors import KernelRefused
-from cpr_agent.host.kernels import InstalledKernels
-from cpr_agent.host.kernels.versions import flavour, version_key
+from cpr_agent.host.kernels import InstalledKernels, version_key
+from cpr_agent.host.kernels.versions import flavour
 from tests.kernel_trees import (
     CONFIG,
     DEPENDS,

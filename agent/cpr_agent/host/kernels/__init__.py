@@ -10,13 +10,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cpr_agent.core.model import Finding, Kernel
     from cpr_agent.host.kernels.installed import KernelsOnDisk
 
 LOAD_TIMEOUT_S = 60.0
+
+
+def __getattr__(name: str) -> Any:
+    """``version_key``, for whoever orders versions as these are: imported when it is asked for, like all below."""
+    if name != "version_key":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cpr_agent.host.kernels.versions import version_key
+
+    return version_key
 
 
 class InstalledKernels:
