@@ -349,6 +349,32 @@ def test_the_wait_for_ones_turn_counts(tmp_path: Path) -> None:
     asyncio.run(act())
 
 
+def test_a_command_after_the_end_of_the_connection_fails_at_once(tmp_path: Path) -> None:
+    """A guest may stand still while an undo looks whether its QEMU is there."""
+
+    async def act() -> None:
+        hang_up, gone = asyncio.Event(), asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(raw(GREETING))
+            await reader.read(65536)
+            writer.write(raw({"return": {}}))
+            await hang_up.wait()
+            writer.close()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
+            qmp = await SocketQmp.connect("web1", tmp_path / "qmp", 20.0)
+            qmp.on_event(lambda name: gone.set() if name == module.GONE else None)
+            hang_up.set()
+            await gone.wait()
+            for _ in range(2):  # the first may find the connection as it ends
+                with pytest.raises(QemuFailed, match="the connection to QEMU was lost during query-status"):
+                    await qmp.ask(replies.STATUS, timeout_s=1.0)
+            await qmp.close()
+
+    asyncio.run(act())
+
+
 def test_a_peer_that_reads_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection would go on to be read, and each connection after it, too."""
     monkeypatch.setattr(module, "CLOSE_TIMEOUT_S", 0.1)

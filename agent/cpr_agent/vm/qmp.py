@@ -20,6 +20,7 @@ import msgspec
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
 from qemu.qmp.models import ErrorResponse
+from qemu.qmp.protocol import require
 from qemu.qmp.qmp_client import BadReplyError, GreetingError, NegotiationError
 
 from cpr_agent.errors import QemuFailed, QemuRefused, QemuUnreachable
@@ -105,13 +106,15 @@ class _Client(QMPClient):
         if self._writer:
             self._writer.transport.abort()
 
+    @require(Runstate.RUNNING)
     async def execute(
         self,
         cmd: str,
         arguments: Mapping[str, object] | None = None,
         oob: bool = False,  # noqa: FBT001, FBT002, ARG002 - the parent's
     ) -> object:
-        """As the parent's, which encodes each message three times."""
+        """As the parent's, which encodes each message three times. Raises StateError at once if the connection has
+        ended: no answer would come."""
         message = Message({"execute": cmd, "arguments": arguments or {}}, eager=False)
         reply = await self._execute(message)
         if "error" in reply:
