@@ -14,6 +14,7 @@ from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
 from cpr_agent.core.upgrade.ledger import Phase
+from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Busy, LoadFailed, QemuFailed, QemuRefused, SaveFailed, WrongState
 from tests.bench import Bench, ended
 from tests.fakes import Gate
@@ -288,6 +289,23 @@ def test_two_loads_of_all_do_not_meet(bench: Bench) -> None:
     assert (first.result, last.result) == ("done", "nothing to do")
     assert isinstance(second.error, Busy)
     assert sorted(bench.runner.started) == sorted((name, "load") for name in NAMES)
+
+
+def test_a_reload_tells_of_a_definition_that_has_changed(bench: Bench) -> None:
+    """Its VM is in the state that it was in, and has another Description, Autostart or DefinitionState on the bus."""
+    told: list[tuple[str, str]] = []
+
+    class Watching(Listener):
+        def vm_changed(self, vm: Vm) -> None:
+            told.append((vm.name, vm.definition_state))
+
+    async def change(manager: Manager) -> None:
+        manager.listeners.add(Watching())
+        bench.define("first", "uuid:uuid-of-first", order=ORDERS["first"], autostart=True)
+        await manager.reload()
+
+    bench.run(change)
+    assert ("first", "changed") in told
 
 
 def test_a_job_tells_of_each_of_its_guests(bench: Bench) -> None:
