@@ -184,10 +184,14 @@ def test_a_guest_survives_an_agent_that_is_killed_anywhere_in(act: str, *, pause
 
 @pytest.mark.parametrize("status", ["paused", "suspended"])
 @pytest.mark.parametrize("fault", ["after-save", "half-written"])
-def test_a_guest_that_stands_survives_an_agent_killed_anywhere_in_a_save_that_fails(status: str, fault: str) -> None:
+@pytest.mark.parametrize("by_load", [False, True], ids=["by cont", "by the load"])
+def test_a_guest_that_stands_survives_an_agent_killed_anywhere_in_a_save_that_fails(
+    status: str, fault: str, *, by_load: bool
+) -> None:
     """No checkpoint is left of it: one of its QEMUs must have it at any time."""
     for points in range(1, 200):
         with a_guest(witness="off") as bench:
+            bench.runner.load_runs_guest = by_load
             bench.qemu().by_hand(status)
             live(bench, Life(["save"], [fault], points))
             lived = bench.runner.agent_lives

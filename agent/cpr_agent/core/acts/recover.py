@@ -119,8 +119,9 @@ def decide(facts: Facts) -> Recovery:
 
 async def recover(machine: Machine) -> None:
     """Finish or take back what an earlier agent was in the middle of. Raises CprError."""
-    await machine.spare.kill()  # no guest has run in it, or has stopped there for good
     await machine.derive()
+    await _give_back(machine)
+    await machine.spare.kill()  # no guest has run in it, or has stopped there for good
     if machine.qemu is None:
         return
     past = machine.past
@@ -142,6 +143,18 @@ async def recover(machine: Machine) -> None:
         end_refresh(machine)
     if machine.qemu and not machine.has_only_loaded:
         await machine.own.settle()
+
+
+async def _give_back(machine: Machine) -> None:
+    """The undo of a save had made a QEMU the VM's own that was to let the guest go on by its load, and it has read nothing:
+    no checkpoint is left, and the guest is still in the QEMU that was saved."""
+    launch = machine.launched()
+    waits = machine.run_state is RunState.INMIGRATE and not machine.checkpointed
+    if launch and waits and await machine.spare.pid():
+        log.warning("VM %s: it goes back to the QEMU that it was saved in", machine.name)
+        machine.record(VmEvent.SAVE_UNDONE, checkpoint=launch.checkpoint)
+        await machine.give_back()
+        await machine.derive()
 
 
 async def resume_unfinished(machine: Machine) -> bool:
