@@ -156,6 +156,25 @@ def test_a_paused_guest_that_gets_no_other_qemu_stays_in_its_own(bench: Bench, f
     assert bench.runner.violations == []
 
 
+def test_a_guest_that_a_hand_let_go_on_after_a_save_was_interrupted_is_not_resumed_once_it_has_left(bench: Bench) -> None:
+    """Its QEMU stands in postmigrate again, and the guest runs where the admin has migrated it to."""
+    bench.qemu().by_hand("paused")
+    bench.runner.faults["web1", "half-written"] = SaveFailed("no room", vm="web1")
+    bench.dies("before save-undone", save)
+    bench.runner.faults.clear()
+
+    async def leave(vm: Vm) -> None:
+        assert "left the guest standing" in vm.error
+        bench.qemu().by_hand("running")
+        await vm.refresh()
+        bench.qemu().by_hand("postmigrate")
+        with pytest.raises(WrongState, match="there is nothing to resume"):
+            await vm.resume()
+
+    bench.vm(leave)
+    assert bench.qemu().status == "postmigrate"
+
+
 def test_a_save_whose_qemu_dies_says_so(bench: Bench) -> None:
     async def die(vm: Vm) -> None:
         gate = bench.runner.gates["web1", "save"] = Gate()

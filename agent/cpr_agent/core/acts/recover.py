@@ -15,7 +15,7 @@ from cpr_agent.core.beside import settle_sockets
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.machine import BEFORE_IT_RUNS, Machine
 from cpr_agent.core.model import Launch, Manifest, RunState
-from cpr_agent.core.past import VmEvent
+from cpr_agent.core.past import InterruptedSave, VmEvent
 
 log = logging.getLogger(__name__)
 
@@ -233,11 +233,17 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
         case Recovery.NOTHING if begun and begun.last is VmEvent.SAVE_BEGIN and not machine.stands_saved:
             machine.record(VmEvent.SAVE_UNDONE, checkpoint=begun.checkpoint)
         case Recovery.LEAVE:
-            machine.error = (
-                f"its save has failed, and left the guest standing: `cprctl resume {machine.name}` lets it go on"
-                if begun
-                else "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
-            )
+            _leave(machine, begun)
+
+
+def _leave(machine: Machine, begun: InterruptedSave | None) -> None:
+    machine.error = (
+        f"its save has failed, and left the guest standing: `cprctl resume {machine.name}` lets it go on"
+        if begun
+        else "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+    )
+    if begun and begun.last is VmEvent.SAVE_BEGIN:  # should it run again, by whoever's hand, that save is over
+        machine.record(VmEvent.SAVE_UNDONE, checkpoint=begun.checkpoint)
 
 
 async def _settle_resume(machine: Machine, recovery: Recovery, launch: Launch) -> None:
