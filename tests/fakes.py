@@ -460,7 +460,7 @@ class FakeQemu:
         return Inventory(parts=has.parts, throttles=has.throttles)
 
     async def listening(self) -> list[str]:
-        return []
+        return self._runner.listening.get(self.launch.vm, [])
 
     async def disks(self) -> list[DiskIdentity]:
         disk = self._runner.disks.get(self.launch.vm)
@@ -694,6 +694,8 @@ class FakeRunner:
         self.gates: dict[tuple[str, str], Gate] = {}
         self.blocked: dict[str, list[str]] = {}
         self.vfio: dict[str, list[str]] = {}
+        self.listening: dict[str, list[str]] = {}
+        """By VM: the names of sockets, which the test has bound."""
         self.lacking: list[Difference] = []
         self.transfers = False
         self.load_runs_guest = False

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -173,6 +174,20 @@ def test_a_guest_that_a_hand_let_go_on_after_a_save_was_interrupted_is_not_resum
 
     bench.vm(leave)
     assert bench.qemu().status == "postmigrate"
+
+
+def test_an_agent_killed_as_it_undoes_a_save_leaves_no_socket_without_its_name(bench: Bench, tmp_path: Path) -> None:
+    address = tmp_path / "qga"
+    with socket.socket(socket.AF_UNIX) as agents:
+        agents.bind(str(address))
+        bench.runner.listening["web1"] = [str(address)]
+        bench.qemu().by_hand("paused")
+        bench.runner.faults["web1", "after-save"] = SaveFailed("no room", vm="web1")
+        bench.dies("adopt", save)
+        bench.runner.faults.clear()
+        address.rename(f"{address}.of-{os.getpid()}")  # a killed agent gives no name back, as this one's end did
+        bench.vm(lambda vm: vm.idle())
+        assert address.is_socket()
 
 
 def test_a_save_whose_qemu_dies_says_so(bench: Bench) -> None:

@@ -128,7 +128,7 @@ async def recover(machine: Machine) -> None:
     if past.in_transfer or past.interrupted_save:  # QEMU may still be at it
         await machine.qemu.withdraw()
         await machine.derive()
-    if past.in_refresh:
+    if past.in_refresh or past.interrupted_save:
         await settle_sockets(machine)
     if past.awaits_cold_start:
         machine.record(VmEvent.COLD_STARTED)
