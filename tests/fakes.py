@@ -568,8 +568,9 @@ class FakeQemu:
         await self._step("set_guest_clock")
         return None
 
-    async def vfio_devices(self, some: Sequence[PluggedDevice]) -> list[str]:  # noqa: ARG002
-        return self._runner.vfio.get(self.launch.vm, [])
+    async def vfio_devices(self, some: Sequence[PluggedDevice]) -> list[str]:
+        plugged = [one.name for one in some if one.kind.startswith("vfio-")]
+        return [*self._runner.vfio.get(self.launch.vm, []), *plugged]
 
     async def sleep_problem(self) -> str:
         await self._step("sleep_problem")

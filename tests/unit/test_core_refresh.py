@@ -13,7 +13,7 @@ import pytest
 
 from cpr_agent.core.acts.requests import LoadRequest, Replacement, SaveRequest
 from cpr_agent.core.manager import Manager
-from cpr_agent.core.model import Difference, VmState
+from cpr_agent.core.model import Difference, PluggedDevice, VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import AlreadySaved, LoadFailed, QemuFailed, WrongState
 from tests.bench import Bench
@@ -46,6 +46,18 @@ def state(bench: Bench) -> VmState:
         return vm.state
 
     return bench.vm(look)
+
+
+def test_a_device_that_a_hook_has_unplugged_puts_no_guest_to_sleep(tmp_path: Path) -> None:
+    """It is asked for after the hooks: its guest gets its new QEMU beside the old one."""
+    bench = Bench(tmp_path)
+    bench.define("web1")
+    bench.runner.plugged["web1"] = [PluggedDevice(name="peripheral/vf0", kind="vfio-pci")]
+    bench.vm(lambda vm: vm.start())
+    bench.runner.at["hook pre-save"] = bench.runner.plugged.clear
+    assert bench.vm(refresh) == "beside"
+    assert bench.qemu().status == "running"
+    assert bench.runner.violations == []
 
 
 def test_the_guest_goes_on_in_another_qemu(bench: Bench) -> None:

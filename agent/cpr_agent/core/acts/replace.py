@@ -35,7 +35,7 @@ from cpr_agent.core.model import Launch, Manifest, RunState, Survives
 from cpr_agent.core.past import VmEvent
 from cpr_agent.core.ports import Qemu
 from cpr_agent.core.proof import refuse_lesser_machine, refuse_other_devices
-from cpr_agent.core.saveable import Saveable, require_live
+from cpr_agent.core.saveable import require_live
 from cpr_agent.core.undo import Undo, uninterrupted
 from cpr_agent.errors import CprError, LoadFailed, QemuFailed
 
@@ -47,14 +47,13 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
     on with it if anything fails. Any other guest gets it in turn, as does one for which that is ``wanted``: a failure then
     leaves it saved. Returns how. Raises CprError."""
     await machine.derive()
-    found = await require_live(machine, Survives.QEMU_RESTART)
-    launch = found.launch
+    launch = (await require_live(machine, Survives.QEMU_RESTART)).launch
     _refuse_ending_companions(machine, launch)
     await before_save(machine)
     machine.record(VmEvent.REFRESH)
     try:
         qemu = machine.require_qemu()
-        how = wanted or await _choose(machine, qemu, found)
+        how = wanted or await _choose(machine, qemu, launch)
         if how is Replacement.IN_TURN:
             await _in_turn(machine, launch)
             return how
@@ -79,13 +78,13 @@ def _refuse_ending_companions(machine: Machine, launch: Launch) -> None:
         )
 
 
-async def _choose(machine: Machine, qemu: Qemu, found: Saveable) -> Replacement:
-    """Raises LoadFailed where two QEMUs can't have the same resources."""
-    has = found.has or await take(machine.ports, qemu, found.launch)
+async def _choose(machine: Machine, qemu: Qemu, launch: Launch) -> Replacement:
+    """By what QEMU has after the hooks. Raises LoadFailed where two QEMUs can't have the same resources."""
+    has = await qemu.brief_inventory()
     in_turn = machine.run_state is not RunState.RUNNING or machine.own.delegated or await must_sleep(machine, qemu, has)
     if in_turn or await qemu.load_runs_guest():  # ADR 18: its checkpoint is spent before the new QEMU has shown that it can
         return Replacement.IN_TURN
-    if both := machine.ports.definitions.unshareable(found.launch):
+    if both := machine.ports.definitions.unshareable(launch):
         raise LoadFailed(
             f"could not get a new QEMU: two at once can't have {', '.join(both)}",
             vm=machine.name,
