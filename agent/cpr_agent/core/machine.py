@@ -99,6 +99,8 @@ class Machine:
         self.run_state = RunState.NONE
         self.pid = 0
         self.error = ""
+        self.left_standing = ""
+        """The checkpoint of a save of this agent's life that failed, and by which its guest stands in postmigrate since."""
         self._told: object = None
         """What was last said to have changed."""
         self.qemu: Qemu | None = None
@@ -333,6 +335,8 @@ class Machine:
             self.enter(VmState.UNREACHABLE)
             self.spawn(self._after_end())
             return
+        if not self.stands_saved:
+            self.left_standing = ""
         await self._retire_if_resumed_by_hand()
         self._end_save_that_was_taken_back()
         self.enter(self._state_with_qemu())

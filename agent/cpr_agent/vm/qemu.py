@@ -171,7 +171,7 @@ class LiveQemu:
         await self._prepare()  # another client may have changed the mode since
         with self._qmp.expecting("STOP") as stopped:
             dialect, was = await self.dialect(), await self.run_state()
-            self._resumed = False
+            self._resumed, self._stands_in = False, ""
             ended = await self._migrate(dialect.save, vmstate_fd, timeout_s)
             if ended != "completed":
                 await uninterrupted(self._let_go_of())

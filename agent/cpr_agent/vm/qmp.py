@@ -254,7 +254,7 @@ class Qmp(ABC):
                 for query, arguments in asked:
                     answers.append(await self.ask_optional(query, None, arguments))
         except TimeoutError:
-            raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=self.vm) from None
+            raise QemuFailed(f"QEMU did not answer within {timeout_s:.3g} s", vm=self.vm) from None
         return answers
 
     async def ask_optional(self, query: Query[T], absent: T, arguments: dict[str, object] | None = None) -> T:
@@ -359,7 +359,7 @@ class SocketQmp(Qmp):
                 qmp = await _connected(vm, path, pid)
         except TimeoutError:
             raise QemuUnreachable(
-                f"QEMU did not greet on {path} within {timeout_s:.0f} s", vm=vm, remedy="another client may hold it"
+                f"QEMU did not greet on {path} within {timeout_s:.3g} s", vm=vm, remedy="another client may hold it"
             ) from None
         except (ConnectError, QMPError, OSError) as error:
             raise QemuUnreachable(f"no QMP on {path}: {_reason(error)}", vm=vm) from error
@@ -376,7 +376,7 @@ class SocketQmp(Qmp):
             async with asyncio.timeout(timeout_s):
                 await qmp.negotiate(connection)
         except TimeoutError:
-            raise QemuUnreachable(f"QEMU did not greet within {timeout_s:.0f} s", vm=vm) from None
+            raise QemuUnreachable(f"QEMU did not greet within {timeout_s:.3g} s", vm=vm) from None
         except (ConnectError, QMPError, OSError) as error:
             raise QemuUnreachable(f"no QMP where QEMU has connected: {_reason(error)}", vm=vm) from error
         return qmp
@@ -405,7 +405,7 @@ class SocketQmp(Qmp):
                 finally:
                     self._patience.waited(time.monotonic() - began)
         except TimeoutError:
-            raise QemuFailed(f"QEMU did not answer within {timeout_s:.0f} s", vm=self.vm) from None
+            raise QemuFailed(f"QEMU did not answer within {timeout_s:.3g} s", vm=self.vm) from None
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
@@ -438,7 +438,7 @@ class SocketQmp(Qmp):
         except ExecuteError as error:
             raise QemuRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
         except TimeoutError:
-            raise QemuUnreachable(f"QEMU did not answer {command} within {timeout_s:.0f} s", vm=self.vm) from None
+            raise QemuUnreachable(f"QEMU did not answer {command} within {timeout_s:.3g} s", vm=self.vm) from None
         except (QMPError, OSError) as error:
             raise QemuUnreachable(
                 f"the connection to QEMU was lost during {command}: {_reason(error)}", vm=self.vm

@@ -10,7 +10,7 @@ from cpr_agent.core.acts.requests import LoadRequest
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Manifest, RunState
-from cpr_agent.core.past import VmEvent
+from cpr_agent.core.past import InterruptedSave, VmEvent
 from cpr_agent.core.ports import Qemu
 from cpr_agent.core.proof import prove_stopped, refuse_other_users
 from cpr_agent.core.run_states import RUN_STATES
@@ -36,7 +36,7 @@ async def _unpause(machine: Machine) -> None:
     if machine.pid:
         machine.require_qemu()
     row, begun = RUN_STATES.get(machine.run_state), machine.past.interrupted_save
-    failed = begun if machine.stands_saved else None
+    failed = begun if await _stands_by_failed_save(machine, begun) else None
     if machine.qemu is None or row is None or not (row.resumes or failed):
         remedy = row.remedy.format(vm=machine.name) if row and row.problem else ""
         raise WrongState(f"is {machine.state}, there is nothing to resume", vm=machine.name, remedy=remedy)
@@ -51,6 +51,14 @@ async def _unpause(machine: Machine) -> None:
         await _go_on_after_failed_save(machine, machine.qemu, failed.checkpoint)
     else:
         await let_run(machine, machine.qemu, Unbroken.PAUSED)
+
+
+async def _stands_by_failed_save(machine: Machine, begun: InterruptedSave | None) -> bool:
+    """Whether nothing but the save that ``begun`` has the guest stand in postmigrate. After an earlier agent's save only
+    QEMU tells: a migration that is completed may be an admin's, by which the guest runs elsewhere (invariant 2)."""
+    if begun is None or machine.qemu is None or not machine.stands_saved:
+        return False
+    return machine.left_standing == begun.checkpoint or not await machine.qemu.has_saved()
 
 
 async def _go_on_after_failed_save(machine: Machine, qemu: Qemu, checkpoint: str) -> None:

@@ -300,7 +300,9 @@ async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located]
         elif was.run_state != RunState.PAUSED:  # `resume` lets a paused one go on where it is
             await _start_over(machine, was, located, state)
         qemu = await machine.answering_qemu()
-    return RunState(await qemu.run_state())
+    now = RunState(await qemu.run_state())
+    machine.left_standing = was.id if now is RunState.POSTMIGRATE else ""
+    return now
 
 
 async def _move_over(machine: Machine, old: Qemu, was: Manifest, located: Sequence[Located], state: int) -> None:
@@ -312,7 +314,8 @@ async def _move_over(machine: Machine, old: Qemu, was: Manifest, located: Sequen
             try:
                 new = await machine.launch_spare(plan)
                 has, runs = await _read_state(machine, new, was, plan, state)
-                await machine.refuse_resumed_by_hand(was)
+                if await machine.own.pid():  # else the new one alone has the guest
+                    await machine.refuse_resumed_by_hand(was)
                 await machine.adopt(new)
                 await _go_on(machine, new, was, state, runs=runs)
             except LoadFailed:
