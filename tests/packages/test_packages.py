@@ -36,7 +36,8 @@ def _said(*command: object) -> str:
 
 def in_deb(name: str = "cpr-agent_*_all.deb") -> dict[str, Packed]:
     deb = built(name)
-    kept = _said("dpkg-deb", "--info", deb, "conffiles").split()
+    listed = subprocess.run(["dpkg-deb", "--info", deb, "conffiles"], check=False, capture_output=True, text=True)
+    kept = listed.stdout.split()  # of a package without any dpkg-deb says that there is no such list
     rows = (line.split(maxsplit=5) for line in _said("dpkg-deb", "--contents", deb).splitlines())
     entries = {row[5].removeprefix(".").rstrip("/"): (row[0], row[1]) for row in rows}
     assert {owner for _, owner in entries.values()} == {"root/root"}
