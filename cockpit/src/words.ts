@@ -133,6 +133,6 @@ export function trouble(vm: Vm): string {
     if (vm.blocked.length)
         return cockpit.format(_("Cannot be saved now: $0"), vm.blocked.join("; "));
     if (vm.qemuOutdated)
-        return cockpit.format(_("Runs QEMU $0; $1 is installed"), vm.qemuRunning, vm.qemuInstalled);
+        return cockpit.format(_("Runs QEMU $0; $1 is installed"), vm.qemuRunning, vm.qemuInstalled || _("another one"));
     return "";
 }
