@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpr_agent.bus.client import CallError, Client, NullWatcher, options
+from cpr_agent.host.runner import SECOND
 from tests.bus.conftest import QEMUS
 from tests.faults.judge import Harm, Problem
 from tests.kexec_lab import kill_and_wait
@@ -72,8 +73,9 @@ class Run:
 
     def pid(self, name: str) -> int:
         """As the agent has it, without asking it; 0 if no QEMU is there."""
+        place = f"{name}{SECOND}" if (self.lab.run / "second" / name).exists() else name
         with contextlib.suppress(OSError, ValueError, IndexError):
-            pid = int((self.lab.run / "vm" / name / "pid").read_text().split()[0])
+            pid = int((self.lab.run / "launched" / f"{place}.pid").read_text().split()[0])
             return pid if Path(f"/proc/{pid}").exists() else 0
         return 0
 
