@@ -155,7 +155,7 @@ def test_one_that_hangs(each_lab: Lab, named: tuple[str, ...]) -> None:
         checked = until_answered(each_lab, "check", *named)
         assert checked.returncode == 4, checked
         assert "does not answer" in checked.stdout
-        assert named or "web2 info: the witness of its RAM" in checked.stdout, checked
+        assert named or "web2 info: The witness of its RAM" in checked.stdout, checked
         other.assert_unbroken()
     finally:
         os.kill(guest.pid, signal.SIGCONT)
