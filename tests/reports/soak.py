@@ -76,7 +76,8 @@ class Run:
         place = f"{name}{SECOND}" if (self.lab.run / "second" / name).exists() else name
         with contextlib.suppress(OSError, ValueError, IndexError):
             pid = int((self.lab.run / "launched" / f"{place}.pid").read_text().split()[0])
-            return pid if Path(f"/proc/{pid}").exists() else 0
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            return pid if f"guest={name}".encode() in words else 0  # else another process has its number now
         return 0
 
     def kill_agent(self) -> bool:
