@@ -297,7 +297,7 @@ class Machine:
             self.since = self._on_record(state) if self.state is VmState.RECOVERING else self.ports.clock.now()
         self.state = state
         manifest = self.readable_checkpoint()
-        told = (state, self.run_state, self.pid, self.error, manifest and manifest.id)
+        told = (state, self.run_state, self.pid, self.error, manifest and manifest.id, self.definition, self.problem)
         if told != self._told:  # a look at all of its properties costs other guests time
             self._told = told
             self.neighbours.changed(self.name)

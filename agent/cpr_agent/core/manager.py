@@ -74,8 +74,6 @@ class Manager:
         await self.read_definitions()
         await self._on_each(self._assign_user, "it has no user of its own")
         await self._on_each(Vm.refresh, "its state could not be derived")
-        for vm in self.vms.values():  # a look at its state tells of no other definition
-            self.listeners.vm_changed(vm)
 
     async def read_definitions(self) -> None:
         """A VM without a usable one stays, as long as it runs or is saved: it is somebody's guest."""
