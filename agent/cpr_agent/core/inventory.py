@@ -246,8 +246,8 @@ def _set_differences(what: str, was: Collection[str], now: Collection[str]) -> l
 
 
 def kept_paths(ports: Ports, vm: str) -> set[str]:
-    """Firmware of which there are copies, and these: a QEMU may have either. One small file
-    is read for it, as for a manifest; a thread costs more than that, and other guests wait."""
+    """Firmware of which there are copies, and these: a QEMU may have either. One small file is read for it, as for a
+    manifest: a thread costs more than that, and other guests wait."""
     return {path for file in ports.firmware.kept(vm) if not file.rom for path in (file.path, file.copy)}
 
 

@@ -237,11 +237,11 @@ async def _carry_out(machine: Machine, recovery: Recovery, launch: Launch | None
 
 
 def _leave(machine: Machine, begun: InterruptedSave | None) -> None:
-    what = "its save has failed, and left the guest standing"
-    machine.error = (
-        what if begun else "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
-    )
-    if begun and begun.last is VmEvent.SAVE_BEGIN:  # should it run again, by whoever's hand, that save is over
+    if begun is None:
+        machine.error = "QEMU has stopped after a save that this agent knows nothing of; its guest was left as it is"
+        return
+    machine.error = "its save has failed, and left the guest standing"
+    if begun.last is VmEvent.SAVE_BEGIN:  # should it run again, by whoever's hand, that save is over
         machine.record(VmEvent.SAVE_UNDONE, checkpoint=begun.checkpoint)
 
 

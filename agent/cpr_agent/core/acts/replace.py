@@ -80,8 +80,8 @@ def _refuse_ending_companions(machine: Machine, launch: Launch) -> None:
 
 async def _choose(machine: Machine, qemu: Qemu, launch: Launch) -> Replacement:
     """By what QEMU has after the hooks. Raises LoadFailed where two QEMUs can't have the same resources."""
-    has = await qemu.brief_inventory()
-    in_turn = machine.run_state is not RunState.RUNNING or machine.own.delegated or await must_sleep(machine, qemu, has)
+    in_turn = machine.run_state is not RunState.RUNNING or machine.own.delegated
+    in_turn = in_turn or await must_sleep(machine, qemu, await qemu.brief_inventory())
     if in_turn or await qemu.load_runs_guest():  # ADR 18: its checkpoint is spent before the new QEMU has shown that it can
         return Replacement.IN_TURN
     if both := machine.ports.definitions.unshareable(launch):

@@ -313,11 +313,11 @@ async def _move_over(machine: Machine, old: Qemu, was: Manifest, located: Sequen
         async with keeping_sockets(machine, old):
             try:
                 new = await machine.launch_spare(plan)
-                has, runs = await _read_state(machine, new, was, plan, state)
+                has = await _read_state(machine, new, was, plan, state)
                 if await machine.own.pid():  # else the new one alone has the guest
                     await machine.refuse_resumed_by_hand(was)
                 await machine.adopt(new)
-                await _go_on(machine, new, was, state, runs=runs)
+                await _go_on(machine, new, was, state)
             except LoadFailed:
                 if machine.qemu is not old:
                     await machine.give_back()
@@ -337,25 +337,24 @@ async def _start_over(machine: Machine, was: Manifest, located: Sequence[Located
     await machine.end()
     await machine.await_companions(was.launch)
     new = await machine.launch(plan)
-    has, runs = await _read_state(machine, new, was, plan, state)
-    await _go_on(machine, new, was, state, runs=runs)
+    has = await _read_state(machine, new, was, plan, state)
+    await _go_on(machine, new, was, state)
     machine.spawn(record_loaded(machine, was, has))
 
 
-async def _read_state(machine: Machine, qemu: Qemu, was: Manifest, plan: Launch, state: int) -> tuple[Inventory, bool]:
-    """What it has, and whether it is still to read the state, and to let the guest go on by that. Raises CprError."""
+async def _read_state(machine: Machine, qemu: Qemu, was: Manifest, plan: Launch, state: int) -> Inventory:
+    """What it has. The state is read, unless that would let the guest go on (``runs_by_load``). Raises CprError."""
     has = await require_alike(machine.ports, qemu, was, plan)
-    runs = await runs_by_load(qemu, was)
-    if not runs:
+    if not await runs_by_load(qemu, was):
         await qemu.load(state, machine.settings.agent.load_timeout, was.qemu.dialect)
-    return has, runs
+    return has
 
 
-async def _go_on(machine: Machine, qemu: Qemu, was: Manifest, state: int, *, runs: bool) -> None:
+async def _go_on(machine: Machine, qemu: Qemu, was: Manifest, state: int) -> None:
     """``qemu`` is the VM's own now. Raises LoadFailed if the guest has certainly not run; QemuFailed, ProofFailed."""
     if was.run_state != RunState.PAUSED:
         _record_if_possible(machine, VmEvent.RESUME, was, run_state=was.run_state)
-        if runs:
+        if await runs_by_load(qemu, was):
             await let_run_by_load(machine, qemu, Unbroken.SAVE_UNDONE, state)
         else:
             await let_run(machine, qemu, Unbroken.SAVE_UNDONE)
