@@ -97,10 +97,10 @@ def each_qemu(request: pytest.FixtureRequest) -> str:
     return qemu_of(request.param)
 
 
-def _lab(tmp_path: Path, tiny: Path, qemu: str) -> Iterator[Lab]:
+def running_lab(tmp_path: Path, tiny: Path, qemu: str, kind: type[Lab] = Lab) -> Iterator[Lab]:
     shm = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
     with private_bus(tmp_path) as bus:
-        lab = Lab(tmp_path / "root", shm, bus, tiny, qemu)
+        lab = kind(tmp_path / "root", shm, bus, tiny, qemu)
         try:
             lab.start_agent()
             yield lab
@@ -114,13 +114,13 @@ def _lab(tmp_path: Path, tiny: Path, qemu: str) -> Iterator[Lab]:
 @pytest.fixture
 def lab(tmp_path: Path, tiny: Path, any_qemu: str) -> Iterator[Lab]:
     """A running agent, and any QEMU."""
-    yield from _lab(tmp_path, tiny, any_qemu)
+    yield from running_lab(tmp_path, tiny, any_qemu)
 
 
 @pytest.fixture
 def each_lab(tmp_path: Path, tiny: Path, each_qemu: str) -> Iterator[Lab]:
     """The same once for each QEMU, that is, for each dialect."""
-    yield from _lab(tmp_path, tiny, each_qemu)
+    yield from running_lab(tmp_path, tiny, each_qemu)
 
 
 @pytest.fixture

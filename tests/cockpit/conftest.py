@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from cpr_agent.bus.client import Client
-from tests.bus.conftest import any_qemu, interruptible, tiny
+from tests.bus.conftest import any_qemu, interruptible, running_lab, tiny
 from tests.cockpit.cockpit_ws import VERSIONS, Cockpit, start_cockpit
 from tests.cockpit.tally import PAGES, note_axe, note_case
-from tests.lab import PATIENCE_S, ROOT, Lab, private_bus, script
+from tests.lab import PATIENCE_S, ROOT, Lab, script
 
 __all__ = ["any_qemu", "interruptible", "tiny"]
 
@@ -133,16 +132,7 @@ def version(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def lab(tmp_path: Path, tiny: Path, any_qemu: str) -> Iterator[Lab]:
-    shm = Path(tempfile.mkdtemp(prefix="cpr-agent-test-", dir="/dev/shm"))
-    with private_bus(tmp_path) as bus:
-        running = PageLab(tmp_path / "root", shm, bus, tiny, any_qemu)
-        try:
-            running.start_agent()
-            yield running
-        finally:
-            running.close()
-            shutil.rmtree(shm)
-            print(f"--- {running.log}\n{running.log.read_text()}")
+    yield from running_lab(tmp_path, tiny, any_qemu, PageLab)
 
 
 @pytest.fixture

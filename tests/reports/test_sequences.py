@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from cpr_agent.bus.client import CallError
-from tests.bus.conftest import QEMUS, _lab, tiny
+from tests.bus.conftest import QEMUS, running_lab, tiny
 from tests.lab import Lab
 from tests.reports.sequences import STEPS, Step, Subject, harms, look, subject
 from tests.reports.tally import note_sequence
@@ -37,7 +37,7 @@ def labs(tmp_path: Path, tiny: Path) -> Iterator[dict[str, Lab]]:
         found = {}
         for version, qemu in QEMUS.items():
             (tmp_path / version).mkdir()
-            found[version] = stack.enter_context(contextmanager(_lab)(tmp_path / version, tiny, qemu))
+            found[version] = stack.enter_context(contextmanager(running_lab)(tmp_path / version, tiny, qemu))
         yield found
 
 
@@ -111,7 +111,7 @@ def count_again(on: Subject) -> None:
 @pytest.mark.parametrize("change", [wrong_medium, write, grow, plug, plug_cpu, pause, reset, count_again])
 def test_the_judge_tells_a_guest_from_another(tmp_path: Path, tiny: Path, change: Callable[[Subject], None]) -> None:
     version, qemu = next(iter(QEMUS.items()))
-    with contextmanager(_lab)(tmp_path, tiny, qemu) as lab:
+    with contextmanager(running_lab)(tmp_path, tiny, qemu) as lab:
         on = subject(lab, f"web{version}")
         before = look(on)
         assert harms(on, before) == []
