@@ -364,8 +364,9 @@ def refused(guest: Guest, kind: str, *words: str, member: str = "CprLoad", filen
 
 
 def without_capital(sentence: str) -> str:
-    """A finding's sentence, as an error has it as a part of one."""
-    return (sentence[:1].lower() + sentence[1:]).removesuffix(".")
+    """A finding's sentence, as an error has it as a part of one: an abbreviation has its capitals there, too."""
+    first = sentence[:1] if sentence[1:2].isupper() else sentence[:1].lower()
+    return f"{first}{sentence[1:]}".removesuffix(".")
 
 
 def let_others_in(lab: Lab) -> None:

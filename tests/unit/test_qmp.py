@@ -141,7 +141,7 @@ def test_a_peer_that_says_nothing_is_given_up_in_time(tmp_path: Path) -> None:
             done.set()
 
         async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
-            with pytest.raises(QemuFailed, match="did not greet on .* within 0[.0-9]* s"):
+            with pytest.raises(QemuFailed, match="did not greet on .* within 0.2 s"):
                 await SocketQmp.connect("web1", tmp_path / "qmp", 0.2)
             await done.wait()  # and hung up on
 
@@ -340,7 +340,7 @@ def test_the_wait_for_ones_turn_counts(tmp_path: Path) -> None:
             qmp = await SocketQmp.connect("web1", tmp_path / "qmp", 20.0)
             first = asyncio.create_task(qmp.execute("stop", timeout_s=20.0))
             await asyncio.sleep(0)
-            with pytest.raises(QemuFailed, match="did not answer query-status within 0[.0-9]* s"):
+            with pytest.raises(QemuFailed, match="did not answer query-status within 0.1 s"):
                 await qmp.ask(replies.STATUS, timeout_s=0.1)
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
