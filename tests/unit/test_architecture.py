@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.source import parsed
+
 ROOT = Path(__file__).parent.parent.parent
 AGENT = ROOT / "agent/cpr_agent"
 ADR = ROOT / "docs/adr/0015-imports-point-one-way.md"
@@ -42,7 +44,7 @@ def imports(root: Path) -> list[Import]:
     for path in sorted(root.rglob("*.py")):
         file = path.relative_to(root)
         package = ["cpr_agent", *file.parent.parts]
-        for module in (name for node in ast.walk(ast.parse(path.read_text())) for name in _modules(node, package)):
+        for module in (name for node in ast.walk(parsed(path)) for name in _modules(node, package)):
             first, _, rest = module.partition(".")
             if first == "cpr_agent":
                 found.append(Import(str(file), _existing(root, rest), ours=True))

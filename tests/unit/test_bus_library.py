@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.source import parsed
 from tests.unit.test_architecture import AGENT, imports
 
 ROOT = AGENT.parent.parent
@@ -37,7 +38,7 @@ def test_one_module_imports_either_library() -> None:
 
 def private_of_others(path: Path) -> Iterator[str]:
     """Private names that the module uses of what it does not define."""
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")]
     own = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")}
     yield from (one.attr for one in attributes if one.attr not in own and not one.attr.endswith("__"))

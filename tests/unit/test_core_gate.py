@@ -20,6 +20,7 @@ from cpr_agent.core.proof import Proven
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import CprError, DiskChanged, MemoryChanged, ProofFailed, WrongState
 from tests.bench import Bench
+from tests.source import parsed
 
 AGENT = Path(__file__).parent.parent.parent / "agent/cpr_agent"
 
@@ -60,7 +61,7 @@ def places(root: Path) -> list[Place]:
     """Every node of the source below ``root``."""
     found: list[Place] = []
     for path in sorted(root.rglob("*.py")):
-        _collect(ast.parse(path.read_text()), str(path.relative_to(root)), "", found)
+        _collect(parsed(path), str(path.relative_to(root)), "", found)
     return found
 
 

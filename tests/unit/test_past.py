@@ -19,6 +19,7 @@ from cpr_agent.core.upgrade.ledger import EVENT, IN_FLIGHT, Phase
 from cpr_agent.report.story import story_of as tell
 from cpr_agent.store import compaction
 from tests.journals import Numbered, act, many_upgrades, numbered, renumbered, replayed
+from tests.source import parsed
 
 AGENT = Path(__file__).parents[2] / "agent/cpr_agent"
 EXAMPLES = int(os.environ.get("CPR_TEST_EXAMPLES", "100"))
@@ -449,7 +450,7 @@ def test_each_event_that_core_appends_is_in_the_vocabulary() -> None:
     for path in AGENT.glob("core/**/*.py"):
         if path.name == "past.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             match node:
                 case ast.Call(func=ast.Attribute(attr="append", value=ast.Attribute(attr="journal"))):
                     if isinstance(node.args[0], ast.Constant):
