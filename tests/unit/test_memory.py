@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -100,7 +101,7 @@ class Sysfs:
 
     def __init__(self, root: Path, name: str, parent: Sysfs | None, **attributes: str) -> None:
         self.sys_name, self.sys_path, self.parent = name, str(root / name), parent
-        self.subsystem, self.device_node, self.is_initialized = "nd", f"/dev/{name}", True
+        self.subsystem, self.device_node = "nd", f"/dev/{name}"
         self.attributes = self
         self._attributes = attributes
 
@@ -434,3 +435,14 @@ def test_a_node_that_is_gone_is_no_matter_of_the_others(tmp_path: Path) -> None:
     gone, here = asyncio.run(ask())
     assert isinstance(gone, FileNotFoundError)
     assert here == []
+
+
+def test_a_node_counts_once_its_driver_is_there(tmp_path: Path) -> None:
+    """A socket can't be opened either, with the same error."""
+    node = tmp_path / "dax0.0"
+    with socket.socket(socket.AF_UNIX) as nobody:
+        nobody.bind(str(node))
+        assert not devices.has_driver(str(node))
+    node.unlink()
+    node.touch()
+    assert devices.has_driver(str(node))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Device-DAX devices by uuid, from udev: those that are there, and those that appear.
+"""Device-DAX devices by uuid, from sysfs and the kernel's own events: those that are there, and those that appear.
+
+udevd has no part in that, which at boot comes to a device long after the kernel has made its node: the agent opens the node
+for QEMU, and lets its user in (ADR 24).
 
 A namespace's node can have another name after a kexec: /dev/dax1.0 was /dev/dax0.0 then. The uuid stays. It is that of the
 parent nd device, which ``ndctl list`` shows; udev has no property for it, so it is read from sysfs.
@@ -8,6 +11,8 @@ parent nd device, which ``ndctl list`` shows; udev has no property for it, so it
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +22,12 @@ import pyudev
 
 from cpr_agent.core.model import DaxDevice
 
-UDEVD = Path("/run/udev/control")
-"""It exists while systemd-udevd runs: not in a container."""
-
 MEMORY_BUSES = frozenset({"dax", "nd", "cxl"})
 """The buses of drivers/dax, drivers/nvdimm and drivers/cxl."""
 
 
 class Devices(Protocol):
-    """The port of backends.py to udev. Unit tests have a fake, because a machine need not have a dax device."""
+    """The port of backends.py to sysfs and udev. Unit tests have a fake, because a machine need not have a dax device."""
 
     def list(self) -> list[DaxDevice]: ...
 
@@ -73,7 +75,7 @@ class UdevDevices:
                     while True:
                         changed.clear()
                         for device in self.list():
-                            if good(device):
+                            if good(device) and (device.system_ram or has_driver(device.node)):
                                 return device
                         await changed.wait()
             except TimeoutError:
@@ -82,8 +84,9 @@ class UdevDevices:
     @contextmanager
     def _monitor(self, changed: Callable[[], None]) -> Any:
         """Call ``changed`` after any change of a dax device. The events themselves are not used: a listing follows, which
-        also covers events that the kernel had to drop (ENOBUFS)."""
-        monitor = pyudev.Monitor.from_netlink(self._context)
+        also covers events that the kernel had to drop (ENOBUFS). The kernel tells when a driver has bound the device, too
+        (KOBJ_BIND in drivers/base/dd.c)."""
+        monitor = pyudev.Monitor.from_netlink(self._context, source="kernel")
         monitor.filter_by("dax")
         monitor.start()
         loop = asyncio.get_running_loop()
@@ -104,10 +107,9 @@ class UdevDevices:
 
 
 def _read(device: Any) -> DaxDevice | None:
-    """Read from sysfs. None for a device that is going away, that has no node (kmem), or for which udev's rules have not
-    run: until then the VM's user may not open it."""
+    """Read from sysfs. None for a device that is going away, or that has no node (kmem)."""
     parent = device.parent
-    if not device.device_node or parent is None or (UDEVD.exists() and not device.is_initialized):
+    if not device.device_node or parent is None:
         return None
     size = _text(device, "size")
     if not size:
@@ -125,6 +127,15 @@ def _read(device: Any) -> DaxDevice | None:
         drivers=_drivers(device),
         system_ram="kmem" in _bound_to(device),
     )
+
+
+def has_driver(node: str) -> bool:
+    """The node is there a moment before its driver is: it can't be opened until then (ENXIO)."""
+    try:
+        os.close(os.open(node, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno not in (errno.ENXIO, errno.ENODEV)
+    return True
 
 
 def _bound_to(device: Any) -> tuple[str, str]:
