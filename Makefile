@@ -227,7 +227,7 @@ install: man ## Install into DESTDIR (for packages; needs build/vendor)
 	find $(DESTDIR)/usr/lib/cpr-agent -name __pycache__ -prune -exec rm -r {} +
 	install -D packaging/bin/cprctl $(DESTDIR)/usr/bin/cprctl
 	install -D packaging/bin/cpr-agentd $(DESTDIR)/usr/sbin/cpr-agentd
-	install units/save-before-kexec units/gate units/before-removal units/set-up-vm units/keep-users $(DESTDIR)/usr/libexec/cpr-agent/
+	install units/save-before-kexec units/gate units/before-removal units/set-up-vm units/start-early units/renew-early units/keep-users $(DESTDIR)/usr/libexec/cpr-agent/
 	install -D -m 644 packaging/completions/cprctl.bash $(DESTDIR)/usr/share/bash-completion/completions/cprctl
 	install -D -m 644 packaging/completions/_cprctl -t $(DESTDIR)/usr/share/zsh/vendor-completions
 	install -D -m 644 packaging/completions/cprctl.fish -t $(DESTDIR)/usr/share/fish/vendor_completions.d

@@ -197,8 +197,9 @@ class Bench:
             surroundings=self.surroundings,
         )
 
-    def run(self, work: Callable[[Manager], Awaitable[T]]) -> T:
-        """Start an agent, let it recover, do ``work`` with it, and end it; what it left in the loop is cancelled."""
+    def run(self, work: Callable[[Manager], Awaitable[T]], *, early: bool = False) -> T:
+        """Start an agent, let it recover, do ``work`` with it, and end it; what it left in the loop is cancelled.
+        ``early``: it starts before the host's services, and ``work`` begins while it loads."""
 
         async def life() -> T:
             self.runner.agent_lives = True
@@ -210,7 +211,9 @@ class Bench:
             manager = Manager(ports, self.settings)
             with contextlib.closing(ports.journal):  # type: ignore[type-var]  # it is a FileJournal
                 await manager.read_definitions()
-                await manager.recover()
+                await manager.recover(early=early)
+                if early:
+                    return await work(manager)
                 await manager.jobs.drain(PATIENCE_S)
                 point("recovered")
                 await manager.jobs.drain(PATIENCE_S)  # loads that were interrupted go on as a job

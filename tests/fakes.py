@@ -167,7 +167,7 @@ class FakeKexec:
         finally:
             self.inhibited -= 1
 
-    def promise(self) -> None:
+    def promise(self, drivers: Collection[str]) -> None:  # noqa: ARG002
         self._runner.point("promise")
         self.promised = True
 
@@ -225,6 +225,8 @@ class FakeUnits:
         self.acts: list[tuple[str, str]] = []
         self.statuses: list[set[str]] = []
         self.shutdown: list[UnitStop] = []
+        self.gate: Gate | None = None
+        """At which each act waits."""
         self.times = BootTimes()
         self._runner = runner
 
@@ -246,12 +248,26 @@ class FakeUnits:
     async def start(self, name: str) -> str:
         return await self._act("start", name)
 
+    def lacking(self, paths: Collection[str], devices: Collection[str], interfaces: Collection[str]) -> list[str]:
+        """Mounts of ``there`` that are on the way to a path, and devices, by their units' names."""
+        self._runner.point()
+        named = {*devices, *interfaces}
+        return [
+            unit.name
+            for unit in self.there.values()
+            if unit.active_state != "active"
+            and (unit.name in named or any(unit.mount_point and path.startswith(f"{unit.mount_point}/") for path in paths))
+        ]
+
     async def _act(self, act: str, name: str) -> str:
         self._runner.point(f"{act} {name}")
         self.acts.append((act, name))
         self.statuses.append({qemu.status for qemu in self._runner.qemus.values()})
         if act == "stop" and name in self.stuck:
             await asyncio.Event().wait()
+        if self.gate:
+            self.gate.entered.set()
+            await self.gate.go.wait()
         if said := self.failing.get((act, name)):
             return said
         unit = self.there[name]
@@ -320,11 +336,20 @@ class FakeDevices:
 
     def __init__(self, *devices: DaxDevice) -> None:
         self._devices = list(devices)
+        self._away: list[DaxDevice] = []
         self.volumes: dict[int, str] = {}
         self.below: dict[int, tuple[str, ...]] = {}
 
     def list(self) -> list[DaxDevice]:
         return self._devices
+
+    def take_away(self, uuid: str) -> None:
+        """Until ``bring_back``."""
+        self._away += [one for one in self._devices if one.uuid == uuid]
+        self._devices = [one for one in self._devices if one.uuid != uuid]
+
+    def bring_back(self) -> None:
+        self._devices, self._away = [*self._devices, *self._away], []
 
     def volume(self, st_dev: int) -> str:
         return self.volumes.get(st_dev, "")

@@ -167,7 +167,7 @@ class Lab:
     program: tuple[str, ...] = DAEMON
     """The agent."""
 
-    def _spawn(self, program: tuple[str, ...]) -> subprocess.Popen[Any]:
+    def spawn(self, program: tuple[str, ...]) -> subprocess.Popen[Any]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [*program, f"--root={self.root}", f"--bus-address={self.address}"], cwd=ROOT, stderr=log
@@ -176,7 +176,7 @@ class Lab:
     def start_agent(self, program: tuple[str, ...] = (), *, mortal: bool = False) -> None:
         """Returns when it has recovered; or, if it is ``mortal``, when it is dead."""
         before = self.log.stat().st_size if self.log.exists() else 0
-        self._agent = agent = self._spawn(program or self.program)
+        self._agent = agent = self.spawn(program or self.program)
 
         def recovered() -> bool:
             """It says so once recovery is over; its name is on the bus before."""
@@ -192,6 +192,11 @@ class Lab:
         assert self._agent
         self._agent.send_signal(number)
         return self.agent_ended()
+
+    @property
+    def agent_pid(self) -> int:
+        assert self._agent
+        return self._agent.pid
 
     def agent_ended(self) -> int:
         """Wait for an end that is not of our making; returns the agent's exit status."""

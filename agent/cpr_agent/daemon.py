@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from cpr_agent import __version__, core, vm
+from cpr_agent.bus.presence import Presence
 from cpr_agent.bus.service import Service
 from cpr_agent.core import acts, upgrade
 from cpr_agent.core.manager import Manager
@@ -32,7 +33,7 @@ from cpr_agent.host.kernels import InstalledKernels
 from cpr_agent.host.kexec import NoKexec, SystemdKexec
 from cpr_agent.host.processes import ProcessRunner
 from cpr_agent.host.programs import KeptPrograms
-from cpr_agent.host.runner import Programs, RunFiles
+from cpr_agent.host.runner import Programs, RunFiles, make_run_directories
 from cpr_agent.host.systemd import Systemd, SystemdRunner, booted, notify, watchdog_interval_s
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.host.units import NoUnits, SystemdUnits
@@ -141,7 +142,7 @@ def build(
         programs=KeptPrograms(paths.programs),
         firmware=KeptFirmware(paths.firmware),
         kernels=InstalledKernels(),
-        kexec=SystemdKexec(systemd, paths.run) if systemd else NoKexec(),
+        kexec=SystemdKexec(systemd, paths.run, paths.state) if systemd else NoKexec(),
         units=SystemdUnits(systemd) if systemd else NoUnits(),
     )
     if not (paths.root / "etc/libvirt/qemu").is_dir():  # libvirt makes it; guests wait for what is imported
@@ -186,24 +187,38 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
     settings = _settings(paths.config)
     kind = settings.agent.runner if runner == "auto" else runner
     systemd = Systemd() if kind == "systemd" or (kind == "auto" and booted()) else None
-    bus = await Service.connect(address)
     make_private_directory(paths.state)
     with locked(paths.state / "lock"):  # an agent on another bus could have the same guests
+        make_run_directories(paths.run)
         manager, domains = build(paths, settings, systemd)
         published = publisher(paths, settings, manager)
-        # Before the name is requested: its reply comes together with the call that started the agent.
-        service = Service(bus, manager, paths.run, logs)
         manager.listeners.add(published)
-        await Service.own_name(bus)  # before anything is touched: there must be no second agent
-        return await _serve(service, manager, domains, published, units=systemd is not None)
+        presence = Presence(
+            manager,
+            address,
+            lambda bus: Service(bus, manager, paths.run, logs),
+            lambda: systemd is None or systemd.use_bus(),
+        )
+        early = systemd is not None and systemd.booting() and manager.ports.boot.booted_by_kexec()
+        if not early and (why := await presence.come()):  # before anything is touched: there must be no second agent
+            log.warning("%s", why)
+        return await _serve(presence, manager, domains, published, Start(units=systemd is not None, early=early))
 
 
-async def _serve(service: Service, manager: Manager, domains: Domains | None, published: Publisher, *, units: bool) -> int:
+class Start(msgspec.Struct, frozen=True):
+    """``units``: systemd runs the VMs. ``early``: guests that a kexec has saved wait, and nothing that they do not need is
+    waited for."""
+
+    units: bool
+    early: bool
+
+
+async def _serve(presence: Presence, manager: Manager, domains: Domains | None, published: Publisher, start: Start) -> int:
     await manager.read_definitions()
     await manager.expect_recovery()
     if domains:
         domains.open()
-    service.open()
+    presence.open()
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -213,17 +228,17 @@ async def _serve(service: Service, manager: Manager, domains: Domains | None, pu
     gc.freeze()  # these objects stay: a collection while a guest stands still need not look at them
     gc.enable()
     known = counted(len(manager.vms), "VM")
-    log.info("cpr-agentd %s: %s, run as %s", __version__, known, "units" if units else "processes")
+    log.info("cpr-agentd %s: %s, run as %s", __version__, known, "units" if start.units else "processes")
     notify(ready=1, status=known)
 
     watchdog = loop.create_task(_feed_watchdog())
     trimming = loop.create_task(_trim_logs(manager.ports.runner))
-    recovering = loop.create_task(_recover(manager))
+    recovering = loop.create_task(_recover(manager, early=start.early))
     importing = loop.create_task(_import_late())
     publishing = loop.create_task(published.run())
     published.wake()
     stopping = loop.create_task(stop.wait())
-    lost = loop.create_task(service.disconnected())
+    lost = loop.create_task(presence.stay())
     await asyncio.wait({stopping, lost}, return_when=asyncio.FIRST_COMPLETED)
     if lost.done():
         # End like a killed agent, which recovery is made for: without the bus no act under way can be undone in order.
@@ -243,11 +258,11 @@ async def _serve(service: Service, manager: Manager, domains: Domains | None, pu
     return 0
 
 
-async def _recover(manager: Manager) -> None:
+async def _recover(manager: Manager, *, early: bool) -> None:
     """After READY: no other unit waits for a QEMU that does not answer."""
     began = time.monotonic()
     try:
-        await manager.recover()
+        await manager.recover(early=early)
         if manager.ledger.phase is not Phase.BOOTED:  # else guests are to be loaded now
             await asyncio.to_thread(manager.ports.history.all)
             for vm in manager.vms.values():

@@ -95,7 +95,7 @@ class LabKexec(FakeKexec):
         super().__init__(runner)
         self._under_way, self._fifo, self._ready = root / "kexec", root / "kexec-said", root / "kexec-ready"
 
-    def promise(self) -> None:
+    def promise(self, drivers: Collection[str]) -> None:  # noqa: ARG002
         self._ready.touch()
 
     def withdraw(self) -> None:

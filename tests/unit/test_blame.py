@@ -64,6 +64,39 @@ def test_the_path_of_a_boot_is_what_the_load_waited_for() -> None:
     assert all(one.end <= other.begin for one, other in pairwise(found))
 
 
+EARLY_BOOT = (
+    unit("systemd-remount-fs.service", 2.3, 2.4),
+    unit("cpr-early.service", 2.4, 2.7, "systemd-remount-fs.service"),
+    unit("srv-backup.mount", 2.6, 32.6),
+    unit("dbus.service", 32.7, 33.0, "srv-backup.mount"),
+    unit("cpr-agent.service", 2.7, 4.0, "dbus.service"),
+    unit(LOADS, 33.0, 33.5, "cpr-agent.service"),
+)
+
+
+def test_guests_that_went_on_early_have_waited_for_what_starts_the_agent_early() -> None:
+    """And not for the bus that its unit is ordered after, or for what that waits for."""
+    found = boot_path(known(*EARLY_BOOT), KERNEL_AT, USERSPACE_AT, 1004.1)
+    assert path(found) == [
+        (PID_1, 1002.0, 1002.3),
+        ("systemd-remount-fs.service", 1002.3, 1002.4),
+        ("cpr-early.service", 1002.4, 1002.7),
+        ("cpr-agent.service", 1002.7, 1004.0),
+    ]
+
+
+def test_an_agent_that_was_restarted_since_is_left_out() -> None:
+    units = {one.name: one for one in EARLY_BOOT}
+    units["cpr-agent.service"] = replace(units["cpr-agent.service"], began_s=40.0, ended_s=41.0)
+    found = boot_path(known(*units.values()), KERNEL_AT, USERSPACE_AT, 1004.1)
+    assert [cost.what for cost in found] == [PID_1, "systemd-remount-fs.service", "cpr-early.service"]
+
+
+def test_a_boot_in_which_nobody_was_early_is_walked_as_ever() -> None:
+    units = (*BOOT, unit("cpr-early.service"))
+    assert boot_path(known(*units), KERNEL_AT, USERSPACE_AT, 1012.6)[-1].what == "cpr-agent.service"
+
+
 def test_a_device_is_waited_for_until_it_is_there() -> None:
     """Its unit begins then, and says nothing of the time before."""
     units = (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -27,9 +28,15 @@ class SlowSystemd:
     def __init__(self) -> None:
         self.asked, self.go = asyncio.Event(), asyncio.Event()
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.boots = False
+        self.modes: list[str] = []
         self._job: asyncio.Task[None] | None = None
 
-    async def start_unit(self, name: str) -> str:  # noqa: ARG002
+    def booting(self) -> bool:
+        return self.boots
+
+    async def start_unit(self, name: str, mode: str) -> str:  # noqa: ARG002
+        self.modes.append(mode)
         self._job = asyncio.ensure_future(self._start())
         self.asked.set()
         await asyncio.shield(self._job)
@@ -88,6 +95,33 @@ def test_a_unit_whose_start_is_cancelled_is_ended_by_a_kill(tmp_path: Path) -> N
         assert await place.pid()
         await place.kill()
         assert not await place.pid()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("boots", "kind", "mode"),
+    [
+        (True, "load", "ignore-dependencies"),
+        (True, "start", "replace"),
+        (False, "load", "replace"),
+    ],
+)
+def test_a_guest_that_is_loaded_while_the_host_boots_does_not_wait_for_the_order_of_its_unit(
+    tmp_path: Path, *, boots: bool, kind: Literal["start", "load"], mode: str
+) -> None:
+    async def story() -> None:
+        systemd = SlowSystemd()
+        systemd.boots = boots
+        place = UnitPlace("web1", "web1", files(tmp_path), systemd, Installed())  # type: ignore[arg-type]  # all that is used
+        start = asyncio.ensure_future(place.start(launch(user="root", log=str(tmp_path / "web1.log"), kind=kind)))
+        await systemd.asked.wait()
+        start.cancel()
+        systemd.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        await place.kill()
+        assert systemd.modes == [mode]
 
     asyncio.run(story())
 

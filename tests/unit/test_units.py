@@ -202,6 +202,12 @@ class FakeSystemd:
     def version(self) -> int:
         return int(self.results.pop(0))
 
+    def mounts_to_come(self) -> set[str]:
+        return {"srv.mount", "srv-vm\\x20images.mount", "mnt-backup.mount"}
+
+    def active_state(self, name: str) -> str:
+        return "active" if name in ("dev-vg-web1.device", "sys-subsystem-net-devices-tap1.device") else "inactive"
+
     def manager_monotonic_s(self, name: str) -> float:
         return {"UserspaceTimestampMonotonic": 3.5, "InitRDTimestampMonotonic": 1.25}[name]
 
@@ -298,7 +304,7 @@ def test_the_least_uptime_is_that_of_the_files_and_of_the_command_line(
 
 
 def kexec(version: int, run_dir: Path) -> SystemdKexec:
-    return SystemdKexec(FakeSystemd(str(version)), run_dir)  # type: ignore[arg-type]
+    return SystemdKexec(FakeSystemd(str(version)), run_dir, run_dir)  # type: ignore[arg-type]
 
 
 def test_a_systemd_that_delays_no_shutdown_is_not_asked_for_more(tools: Path) -> None:
@@ -311,3 +317,39 @@ def test_one_that_does_has_what_its_files_say(tools: Path) -> None:
     asked = says(tools, "systemd-analyze", "# /etc/systemd/system.conf\n[Manager]\nMinimumUptimeSec=1h\n")
     assert asyncio.run(kexec(261, tools).minimum_uptime_s()) == 3600.0
     assert asked.read_text().split() == ["cat-config", "--no-pager", "systemd/system.conf"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "name"),
+    [
+        ("/", "mount", "-.mount"),
+        ("/srv//images/", "mount", "srv-images.mount"),
+        ("/srv/vm images", "mount", "srv-vm\\x20images.mount"),
+        ("/mnt/a-b", "mount", "mnt-a\\x2db.mount"),
+        ("/.hidden/.x", "mount", "\\x2ehidden-.x.mount"),
+        ("/mnt/\u00fc", "mount", "mnt-\\xc3\\xbc.mount"),
+        ("/dev/disk/by-id/wwn-0x5:1", "device", "dev-disk-by\\x2did-wwn\\x2d0x5:1.device"),
+    ],
+)
+def test_a_unit_is_named_after_its_path_as_systemd_escape_does(path: str, kind: str, name: str) -> None:
+    assert units.unit_name(path, kind) == name
+
+
+def test_what_a_guest_waits_for_is_mounts_on_the_way_and_its_devices() -> None:
+    lacking = of_systemd().lacking(
+        ["/srv/vm images/web1.qcow2", "/mnt/pmem/web1", "/mnt/backups"], ["/dev/vg/web1", "/dev/vg/web2"], ["tap1", "tap2"]
+    )
+    assert lacking == [
+        "srv-vm\\x20images.mount",
+        "srv.mount",
+        "dev-vg-web2.device",
+        "sys-subsystem-net-devices-tap2.device",
+    ]
+
+
+def test_a_promise_leaves_the_next_boot_what_the_guests_memory_needs_and_a_withdrawal_nothing(tmp_path: Path) -> None:
+    kexec = SystemdKexec(FakeSystemd(), tmp_path, tmp_path)  # type: ignore[arg-type]
+    kexec.promise({"nd_pmem", "device_dax"})
+    assert {"nd_pmem", "device_dax"} <= set((tmp_path / "early").read_text().splitlines())
+    kexec.withdraw()
+    assert not (tmp_path / "early").exists()

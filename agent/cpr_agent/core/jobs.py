@@ -122,6 +122,11 @@ class Job(msgspec.Struct):
         self.guests[vm] = GuestStep(step, time.time(), error)
         self.listener.job_changed(self)
 
+    def forget(self, vm: str) -> None:
+        """It is left to another job."""
+        self.guests.pop(vm, None)
+        self.listener.job_changed(self)
+
     @contextlib.contextmanager
     def guest(self, vm: str, doing: Step, done: Step) -> Iterator[None]:
         """While a guest's part of the job lasts."""

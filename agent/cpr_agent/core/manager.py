@@ -122,22 +122,23 @@ class Manager:
         self._recovered.clear()
         await asyncio.gather(*(vm.expect_recovery() for vm in self.vms.values()))
 
-    async def recover(self) -> None:
+    async def recover(self, *, early: bool = False) -> None:
         """Finish or take back what an earlier agent left. What may have to wait for devices or for guests goes on as a
-        job."""
+        job. ``early``: guests that a kexec has saved go on now, and do not wait for the load of all."""
         try:
             await self._on_each(Vm.recover, "it could not be recovered")
-            await self._recover_all()
+            await self._recover_all(early=early)
         except (CprError, OSError) as error:
             log.error("what an earlier agent left of an act on all VMs could not be ended: %s", error)
         finally:
             self._recovered.set()
 
-    async def _recover_all(self) -> None:
+    async def _recover_all(self, *, early: bool) -> None:
         if await self._transaction.recover(self.jobs):
             return
-        if self.ledger.phase is Phase.BOOTED:
-            pass  # cpr-load.service asks for the load of all
+        if self.ledger.phase is Phase.BOOTED:  # cpr-load.service asks for the load of all
+            if early and self.ports.boot.booted_by_kexec():
+                self.jobs.start("load-early", self._transaction.load_early)
         elif interrupted := [vm for vm in self.vms.values() if vm.load_interrupted()]:
             self.jobs.start("recover", lambda job: self._transaction.load_again(job, interrupted))
 
@@ -364,6 +365,7 @@ class Manager:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RECOVERY_S):
                 await self._recovered.wait()
+        self._transaction.end_waiting()
         await self.jobs.drain(60.0)
         for vm in self.vms.values():
             await vm.close()

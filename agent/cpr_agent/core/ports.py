@@ -565,8 +565,9 @@ class Kexec(Protocol):
     def inhibit(self, why: str) -> AbstractAsyncContextManager[None]:
         """Nobody may restart the host by other means meanwhile."""
 
-    def promise(self) -> None:
-        """Tell the gate that every guest is saved in this boot."""
+    def promise(self, drivers: Collection[str]) -> None:
+        """Tell the gate that every guest is saved in this boot, and the next boot that they go first. Their memory has
+        these ``drivers``. Raises OSError."""
 
     def withdraw(self) -> None:
         """Take that back."""
@@ -602,6 +603,10 @@ class Units(Protocol):
 
     async def start(self, name: str) -> str:
         """Likewise."""
+
+    def lacking(self, paths: Collection[str], devices: Collection[str], interfaces: Collection[str]) -> list[str]:
+        """Units that are not active yet: mounts on the way to ``paths`` that the boot is about to make, ``devices`` by
+        their nodes, network ``interfaces``. A start of each waits until it is there."""
 
     async def stops(self, boot_id: str, since: float, until: float) -> list[UnitStop]:
         """The units that an earlier boot's shutdown has stopped in this time (epoch s); empty without a persistent

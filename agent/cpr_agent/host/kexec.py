@@ -8,13 +8,14 @@ import contextlib
 import logging
 import re
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from pystemd.dbusexc import DBusBaseError
 
 from cpr_agent.core.model import Finding
+from cpr_agent.files import write_atomically
 from cpr_agent.host.systemd import Systemd
 from cpr_agent.host.units import said
 
@@ -26,6 +27,8 @@ _NEEDED = {
     "cpr-gate.service": "a kexec would not be stopped while a guest is unsaved",
     "cpr-load.service": "the guests would not be loaded after boot",
 }
+EARLY = "early"
+_KVM = ("kvm_amd", "kvm_intel")
 INHIBIT_TIMEOUT_S = 10.0
 DELAYS_SINCE = 261
 """The version of systemd that began to delay the shutdown of a host that has not been up for long."""
@@ -35,11 +38,13 @@ T = TypeVar("T")
 
 
 class SystemdKexec:
-    """``promise`` and ``withdraw`` write and remove the file that units/gate looks for, in ``run_dir``."""
+    """``promise`` and ``withdraw`` write and remove two files: in ``run_dir`` the one that units/gate looks for, and in
+    ``state`` the one that units/start-early looks for after the boot."""
 
-    def __init__(self, systemd: Systemd, run_dir: Path) -> None:
+    def __init__(self, systemd: Systemd, run_dir: Path, state: Path) -> None:
         self._systemd = systemd
         self._ready = run_dir / "kexec-ready"
+        self._early = state / EARLY
 
     possible = True
 
@@ -80,11 +85,15 @@ class SystemdKexec:
             child.stdin.close()
             await _within(child.wait())
 
-    def promise(self) -> None:
+    def promise(self, drivers: Collection[str]) -> None:
+        """Udev would load these modules, and KVM's, but late."""
+        modules = sorted({*drivers, *(name for name in _KVM if Path(f"/sys/module/{name}").exists())})
+        write_atomically(self._early, "".join(f"{name}\n" for name in modules).encode())
         self._ready.write_text(Path("/proc/sys/kernel/random/boot_id").read_text())
 
     def withdraw(self) -> None:
         self._ready.unlink(missing_ok=True)
+        self._early.unlink(missing_ok=True)
 
     async def pending(self) -> bool:
         return self._systemd.job_of("kexec.target") is not None
@@ -133,7 +142,7 @@ class NoKexec:
     async def inhibit(self, why: str) -> AsyncIterator[None]:  # noqa: ARG002 - the port's
         yield
 
-    def promise(self) -> None:
+    def promise(self, drivers: Collection[str]) -> None:
         """There is no gate to promise anything to."""
 
     def withdraw(self) -> None:

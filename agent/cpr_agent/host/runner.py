@@ -39,6 +39,15 @@ MAX_LOG_BYTES = 8 << 20
 
 _INVENTORY = msgspec.json.Decoder(Inventory)
 """Made once, as in store/schema.py."""
+_DIRECTORIES = {
+    "": 0o755,
+    "vm": 0o755,
+    "setup": 0o700,
+    "launched": 0o700,
+    "tickets": 0o711,
+    "gate": 0o711,
+    "monitor": 0o711,
+}
 SECOND = ":b"
 """What tells a VM's second place from its first; no name of a VM has a colon."""
 
@@ -264,6 +273,12 @@ class RunFiles:
 
     def _record(self, place: str) -> Path:
         return self._launched / f"{place}.json"
+
+
+def make_run_directories(run_dir: Path) -> None:
+    """As units/cpr-agent.tmpfiles has them, which at boot comes after an agent that was started early. Raises OSError."""
+    for name, mode in _DIRECTORIES.items():
+        _make_directory(run_dir / name, mode)
 
 
 def places_of(vm: str) -> tuple[str, str]:

@@ -5,13 +5,19 @@
 bus connection of its own: a call would swallow into its queue what the event loop waits for on the descriptor. Signatures
 are those of org.freedesktop.systemd1(5); pystemd's own objects ask for an introspection of some 50 KB of XML each time that
 one is made, which takes longer than all else.
+
+PID 1 has a socket of its own, for root alone, which is there before the message bus is. The agent begins with that, and
+goes over to the bus once there is one: over its own socket PID 1 sends every signal to everybody, and it closes the
+connections when it executes itself anew (bus_foreach_bus() in src/core/dbus.c; daemon-reexec).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,7 @@ from typing import Any
 from pystemd.daemon import notify as sd_notify
 from pystemd.daemon import watchdog_enabled
 from pystemd.dbusexc import DBusBaseError
-from pystemd.dbuslib import DBus, apply_signature, path_encode
+from pystemd.dbuslib import DBus, DBusAddress, apply_signature, path_encode
 
 from cpr_agent.core.model import Launch
 from cpr_agent.core.threads import Threads
@@ -29,7 +35,13 @@ from cpr_agent.host.isolation import Installer, made_for
 from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, RunFiles, places_of
 from cpr_agent.host.users import Users
 
+log = logging.getLogger(__name__)
+
 JOB_TIMEOUT_S = 300.0
+PRIVATE = Path("/run/systemd/private")
+LOST = "the connection to systemd was lost"
+OUT_OF_ORDER = "ignore-dependencies"
+"""A job's mode (org.freedesktop.systemd1(5), StartUnit): the unit starts at once, and alone."""
 _NAME = b"org.freedesktop.systemd1"
 _PATH = b"/org/freedesktop/systemd1"
 _MANAGER = b"org.freedesktop.systemd1.Manager"
@@ -55,31 +67,46 @@ def watchdog_interval_s() -> float:
 
 
 class Systemd:
-    """PID 1 over the system bus."""
+    """PID 1 over its own socket until ``use_bus``; over the system bus from then on, and where there is no such socket."""
 
-    def __init__(self) -> None:
-        self._calls = DBus()
-        self._calls.open()
-        self._call("Subscribe")
-        self._signals = DBus()
-        self._signals.open()
+    def __init__(self, private: Path | None = None) -> None:
         self._jobs: dict[str, asyncio.Future[str]] = {}
-
-        def job_removed(message: Any, error: Any = None, userdata: Any = None) -> None:  # noqa: ARG001 - pystemd's callback
-            message.process_reply(False)
-            _, job, _, result = message.body
-            future = self._jobs.get(job.decode())
-            if future and not future.done():
-                future.set_result(result.decode())
-
-        self._callback = job_removed  # pystemd keeps no reference, and wants to set an attribute on it
-        self._signals.match_signal(_NAME, _PATH, _MANAGER, b"JobRemoved", self._callback)
-        asyncio.get_running_loop().add_reader(self._signals.get_fd(), self._drain)
+        own = private or (PRIVATE if os.geteuid() == 0 else None)
+        self._links = _Links(self._removed, self._lost, own if own and own.is_socket() else None)
 
     def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._signals.get_fd())
-        self._signals.close()
-        self._calls.close()
+        self._links.close()
+
+    def use_bus(self) -> bool:
+        """The system bus is there. Returns whether PID 1 is there, too, and is asked over it from now on; jobs that are
+        waited for end as ever."""
+        if not self._links.private:
+            return True
+        try:
+            links = _Links(self._removed, self._lost)
+        except DBusBaseError:
+            return False
+        before, self._links = self._links, links
+        before.drain()
+        before.close()
+        return True
+
+    def _removed(self, job: str, result: str) -> None:
+        future = self._jobs.get(job)
+        if future and not future.done():
+            future.set_result(result)
+
+    def _lost(self) -> None:
+        """Nobody tells any more of the end of these jobs."""
+        for future in self._jobs.values():
+            if not future.done():
+                future.set_result(LOST)
+
+    def _live(self) -> _Links:
+        """Raises DBusBaseError."""
+        if self._links.closed:
+            self._links = _Links(self._removed, self._lost, self._links.private)
+        return self._links
 
     async def start_unit(self, name: str, mode: str = "replace", timeout_s: float | None = JOB_TIMEOUT_S) -> str:
         """Start and wait for the job's end; returns its result, ``"done"`` if all is well."""
@@ -136,7 +163,8 @@ class Systemd:
     def shutdown_blockers(self) -> list[tuple[str, str]]:
         """Who blocks a shutdown by logind, and why (org.freedesktop.login1(5), ListInhibitors)."""
         try:
-            reply = self._calls.call_method(*_LOGIN, b"ListInhibitors", [])
+            with DBus() as bus:  # not PID 1's own socket, at which there is no logind
+                reply = bus.call_method(*_LOGIN, b"ListInhibitors", [])
         except DBusBaseError:
             return []
         return [
@@ -152,6 +180,15 @@ class Systemd:
     def manager_monotonic_s(self, name: str) -> float:
         """A timestamp of the manager, in seconds since the kernel's own start; 0 if there is none."""
         return float(self._property(_PATH, "Manager", name, "t")) / 1e6
+
+    def booting(self) -> bool:
+        """Whether the jobs of the boot are not done yet (org.freedesktop.systemd1(5), SystemState)."""
+        return bytes(self._property(_PATH, "Manager", "SystemState", "s")) in (b"initializing", b"starting")
+
+    def mounts_to_come(self) -> set[str]:
+        """Units of mounts that a job of PID 1 is about to start."""
+        listed = self._call("ListUnitsByPatterns", "asas", (), ("*.mount",))
+        return {bytes(unit[0]).decode() for unit in listed if unit[3] != b"active" and unit[7]}
 
     def version(self) -> int:
         """Of PID 1: 257 for "257.13-1~deb13u1"; 0 if it can't be told."""
@@ -170,21 +207,101 @@ class Systemd:
         finally:
             del self._jobs[job.decode()]
 
-    def _call(self, member: str, signature: str = "", *arguments: str | int) -> Any:
+    def _call(self, member: str, signature: str = "", *arguments: str | int | Sequence[str]) -> Any:
         """One of the Manager's methods; raises DBusBaseError."""
-        plain = [one.encode() if isinstance(one, str) else one for one in arguments]
-        typed = apply_signature(signature.encode(), plain)
-        return self._calls.call_method(_NAME, _PATH, _MANAGER, member.encode(), typed).body
+        return self._live().call(member, signature, *arguments)
 
     def _property(self, path: bytes, interface: str, name: str, kind: str) -> Any:
         """Raises DBusBaseError."""
-        return self._calls.get_property(_NAME, path, _NAME + f".{interface}".encode(), name.encode(), kind.encode())
+        return self._live().get(path, interface, name, kind)
 
-    def _drain(self) -> None:
+
+class _Links:
+    """The connections to PID 1: one for calls and one for signals, or a single one at its own socket ``private``.
+    ``removed`` hears of the end of each job, with its result; ``lost`` of the end of the single connection."""
+
+    def __init__(self, removed: Callable[[str, str], None], lost: Callable[[], None], private: Path | None = None) -> None:
+        """Raises DBusBaseError."""
+        self.private = private
+        self.closed = False
+        self._lost = lost
+        self._loop = asyncio.get_running_loop()
+        self._calls = DBusAddress(f"unix:path={private}".encode(), peer_to_peer=True) if private else DBus()
+        self._calls.open()
+        self._signals = self._calls
+
+        def job_removed(message: Any, error: Any = None, userdata: Any = None) -> None:  # noqa: ARG001 - pystemd's callback
+            message.process_reply(False)
+            _, job, _, result = message.body
+            removed(job.decode(), result.decode())
+
+        self._callback = job_removed  # pystemd keeps no reference, and wants to set an attribute on it
+        try:
+            self._call("Subscribe")
+            if not private:
+                self._signals = DBus()
+                self._signals.open()
+            # Between two that are alone nobody has a name.
+            self._signals.match_signal(None if private else _NAME, _PATH, _MANAGER, b"JobRemoved", self._callback)
+        except DBusBaseError:
+            self._calls.close()
+            raise
+        self._fd = self._signals.get_fd()
+        self._loop.add_reader(self._fd, self.drain)
+
+    def call(self, member: str, signature: str, *arguments: str | int | Sequence[str]) -> Any:
+        try:
+            return self._call(member, signature, *arguments)
+        finally:
+            self._drain_later()
+
+    def get(self, path: bytes, interface: str, name: str, kind: str) -> Any:
+        try:
+            return self._calls.get_property(_NAME, path, _NAME + f".{interface}".encode(), name.encode(), kind.encode())
+        finally:
+            self._drain_later()
+
+    def _call(self, member: str, signature: str = "", *arguments: str | int | Sequence[str]) -> Any:
+        typed = apply_signature(signature.encode(), [_plain(one) for one in arguments])
+        return self._calls.call_method(_NAME, _PATH, _MANAGER, member.encode(), typed).body
+
+    def _drain_later(self) -> None:
+        """A call over the only connection takes signals from its descriptor, too."""
+        if self.private:
+            self._loop.call_soon(self.drain)
+
+    def drain(self) -> None:
         """sd_bus_process(3) does one thing a call, which may be one without a message: two empty ones are the end."""
+        if self.closed:
+            return
         empty = 0
-        while empty < 2:
-            empty = empty + 1 if self._signals.process().is_empty() else 0
+        try:
+            while empty < 2:
+                empty = empty + 1 if self._signals.process().is_empty() else 0
+        except DBusBaseError as error:
+            if not self.private:
+                raise
+            log.warning("%s: %s", LOST, error)
+        else:
+            if self._signals.get_fd() >= 0:  # sd-bus closes it when the other end has
+                return
+        self.close()
+        self._lost()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._fd)
+        self._signals.close()
+        if self._calls is not self._signals:
+            self._calls.close()
+
+
+def _plain(argument: str | int | Sequence[str]) -> bytes | int | list[bytes]:
+    if isinstance(argument, str):
+        return argument.encode()
+    return argument if isinstance(argument, int) else [one.encode() for one in argument]
 
 
 class Setup:
@@ -266,9 +383,12 @@ class UnitPlace(QemuPlace):
         unit = self._unit
         await self._setup.vm(launch, self._files.run_dir, places_of(self._vm))
         try:
+            # While the host boots, a saved guest waits for nothing but what is its own, which is there (ADR 33). At a
+            # shutdown its unit has its order.
+            mode = OUT_OF_ORDER if launch.kind == "load" and self._systemd.booting() else "replace"
             with self._files.ticket(launch, self._place) as offer:
                 # To its end, so that ``kill`` finds its process: the job would go on without a caller.
-                result = await uninterrupted(self._systemd.start_unit(unit))
+                result = await uninterrupted(self._systemd.start_unit(unit, mode))
                 if result == "done" and not await offer.until_ready(await self.pid(), READY_TIMEOUT_S):
                     result = "QEMU was not reached"
         except DBusBaseError as error:

@@ -11,16 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from pystemd.dbusexc import DBusBaseError
 
 from cpr_agent.core.model import BootTimes, Unit, UnitStop
 from cpr_agent.host.systemd import Systemd
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 120.0
 """systemctl reads all properties of each unit: a fraction of a second, and long on an emulated host."""
@@ -30,7 +34,7 @@ MAX_BYTES = 16 << 20
 """Far more than the units of any host, or the stops of a shutdown."""
 LINE_BYTES = 1 << 20
 
-OWN: Final = ("cpr-agent.service", "cpr-save.service", "cpr-gate.service", "cpr-load.service")
+OWN: Final = ("cpr-agent.service", "cpr-early.service", "cpr-save.service", "cpr-gate.service", "cpr-load.service")
 _UNNAMED_NEEDS: Final = (
     "dbus.socket",
     "dbus.service",
@@ -79,6 +83,18 @@ class SystemdUnits:
     async def start(self, name: str) -> str:
         return await self._done(self._systemd.start_unit, name)
 
+    def lacking(self, paths: Collection[str], devices: Collection[str], interfaces: Collection[str]) -> list[str]:
+        """Nodes and interfaces have a unit once udev has done with them (systemd.device(5))."""
+        named = [unit_name(path, "device") for path in devices]
+        named += [unit_name(f"/sys/subsystem/net/devices/{one}", "device") for one in interfaces]
+        try:
+            to_come = self._systemd.mounts_to_come()
+            mounts = dict.fromkeys(name for path in sorted(paths) for name in _mounts_of(path) if name in to_come)
+            return [*mounts, *(name for name in named if self._systemd.active_state(name) != "active")]
+        except DBusBaseError as error:
+            log.warning("systemd does not say what is mounted: %s", error)
+            return []
+
     async def _done(self, act: Any, name: str) -> str:
         try:
             result = await act(name, timeout_s=None)
@@ -118,6 +134,9 @@ class NoUnits:
 
     start = stop
 
+    def lacking(self, paths: Collection[str], devices: Collection[str], interfaces: Collection[str]) -> list[str]:  # noqa: ARG002
+        return []
+
     async def stops(self, boot_id: str, since: float, until: float) -> list[UnitStop]:  # noqa: ARG002 - likewise
         return []
 
@@ -154,6 +173,25 @@ async def said(*command: str, until: Callable[[str], object] = lambda line: None
                 while child.stdout and await child.stdout.read(LINE_BYTES):
                     pass
                 await child.wait()
+
+
+def unit_name(path: str, kind: str) -> str:
+    """The unit of a mount or a device at ``path`` (systemd.unit(5), "String Escaping for Inclusion in Unit Names")."""
+    plain = "/".join(part for part in path.split("/") if part)
+
+    def escaped(character: str, first: bool) -> str:  # noqa: FBT001
+        if character == "/":
+            return "-"
+        if (character.isascii() and character.isalnum()) or character in ":_" or (character == "." and not first):
+            return character
+        return "".join(f"\\x{byte:02x}" for byte in character.encode())
+
+    return f"{''.join(escaped(one, not number) for number, one in enumerate(plain)) or '-'}.{kind}"
+
+
+def _mounts_of(path: str) -> Iterator[str]:
+    """The names that mounts on the way to it would have."""
+    return (unit_name(str(one), "mount") for one in (Path(path), *Path(path).parents))
 
 
 def units_of(lines: Iterable[str]) -> Iterator[Unit]:

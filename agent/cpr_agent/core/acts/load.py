@@ -208,7 +208,7 @@ async def load(machine: Machine, request: LoadRequest) -> str:
             try:
                 await load_by_either(machine, manifest, request)
             except (ProofFailed, DeviceMissing) as error:
-                lost = await _lost(machine, manifest, error)
+                lost = await _lost(machine, manifest, error) if request.cold_start else ""
                 if not lost:
                     raise
                 raise _MemoryLost(lost) from error

@@ -25,10 +25,12 @@ class SaveRequest(msgspec.Struct, frozen=True):
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
-    """``filename`` "" is where the manifest says. A device is awaited before the ``turn``."""
+    """``filename`` "" is where the manifest says. A device is awaited before the ``turn``. Unless ``cold_start``,
+    lost memory is an error, whatever the definition wants."""
 
     filename: str = ""
     turn: Turn | None = None
+    cold_start: bool = True
 
 
 class Replacement(enum.StrEnum):

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from cpr_agent.core.model import BootTimes, Finding, Unit, UnitStop
 from cpr_agent.core.past import Record
@@ -25,6 +26,7 @@ from cpr_agent.words import length, size
 log = logging.getLogger(__name__)
 
 LOADS = "cpr-load.service"
+AGENT, EARLY = "cpr-agent.service", "cpr-early.service"
 LEAST_S = 0.05
 """Shorter costs are left out: together they are a small part of any pause."""
 MOST = 100
@@ -100,7 +102,7 @@ def kernel_costs(
 def boot_path(known: Dependents, kernel_at: float, userspace_at: float, load_at: float) -> list[Cost]:
     """From the begin of userspace to that of the first load; ``kernel_at`` is when the units' own clock began (epoch s)."""
     out: list[Cost] = []
-    waiter = _last_waiter(known)
+    waiter, known = _last_waiter(known, load_at - kernel_at)
     seen: set[str] = set()
     while waiter and (now := _before(waiter, known.units, seen)):
         seen.add(now.name)
@@ -125,14 +127,22 @@ def boot_path(known: Dependents, kernel_at: float, userspace_at: float, load_at:
     return out[::-1]
 
 
-def _last_waiter(known: Dependents) -> Unit | None:
-    """The unit that the first load waited for: the first VM's own, where what it is ordered after was done later than the
-    agent was ready to load."""
+def _last_waiter(known: Dependents, load_s: float) -> tuple[Unit | None, Dependents]:
+    """The unit that the first load waited for, and all units as their order was then.
+
+    That is the first VM's own, where what it is ordered after was done later than the agent was ready to load. Where guests
+    went on early (ADR 33) the load waited for the agent, and the agent for the unit that has started it. ``load_s`` is on
+    the units' own clock."""
     units, loads = known.units, known.units.get(LOADS)
+    agent, early = units.get(AGENT), units.get(EARLY)
+    if agent and early and early.began_s and not (loads and loads.began_s and loads.began_s <= load_s):
+        last = AGENT if agent.ended_s <= load_s else EARLY  # the agent has started anew since
+        in_order = {**units, AGENT: replace(agent, after=frozenset({EARLY}))}
+        return Unit(name=LOADS, after=frozenset({last}), began_s=load_s), known._replace(units=in_order)
     vms = [unit for name in known.vms if (unit := units.get(name)) and unit.began_s]
     first = min(vms, key=lambda unit: unit.began_s, default=None)
     before = _before(first, units)
-    return first if before and not (loads and before.ended_s <= loads.began_s) else loads
+    return (first if before and not (loads and before.ended_s <= loads.began_s) else loads), known
 
 
 def _before(unit: Unit | None, units: Mapping[str, Unit], seen: Collection[str] = ()) -> Unit | None:

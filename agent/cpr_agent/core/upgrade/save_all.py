@@ -60,7 +60,8 @@ async def promise(scope: Scope) -> None:
     await on_all(scope.vms(), lambda vm: vm.refresh())
     if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.machine.powered_off and vm.state not in _SAVED]:
         raise SaveFailed(f"not saved: {', '.join(f'{vm.name} ({vm.state})' for vm in unsaved)}")
-    scope.ports.kexec.promise()
+    ram = [one for vm in scope.vms() if (manifest := vm.machine.readable_checkpoint()) for one in manifest.memory]
+    scope.ports.kexec.promise(scope.ports.memory.drivers(tuple(ram)))
     await on_all([vm for vm in scope.vms() if vm.machine.stands_saved and vm.machine.own.delegated], Vm.end_saved)
 
 

@@ -18,6 +18,7 @@ from cpr_agent.core.settings import UpgradeSection
 from cpr_agent.core.undo import Undo
 from cpr_agent.core.upgrade.ledger import OVER, TAKEN_BACK, Kind, Ledger, Phase, Upgrade
 from cpr_agent.core.upgrade.load_all import load_all, load_each
+from cpr_agent.core.upgrade.load_early import load_early
 from cpr_agent.core.upgrade.scope import UNTOUCHED, Scope, reason
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Busy, NothingToDo, SaveFailed
@@ -38,6 +39,10 @@ class Transaction:
         self._ports = ports
         self._ledger = ledger
         self._lock = asyncio.Lock()
+        self._services = asyncio.Event()
+        """Set once somebody asks for the load of all: nobody waits any more for what a single guest lacks."""
+        self._early = False
+        """Whether guests are being loaded early; the load of all comes after that."""
 
     def refuse_when_committed(self) -> None:
         """Raises Busy between the commit and the kexec: a guest that ran on would be lost."""
@@ -160,10 +165,24 @@ class Transaction:
 
     # -- after boot ---------------------------------------------------------------------------------------------------
 
+    def end_waiting(self) -> None:
+        """Whatever a single guest still lacks, it is not waited for any more."""
+        self._services.set()
+
+    async def load_early(self, job: Job) -> None:
+        """Load what the kexec has saved, each guest once what is its own is there. Raises LoadFailed, NothingToDo."""
+        async with self._lock:
+            self._early = True
+            try:
+                await load_early(self._scope, job, self._services)
+            finally:
+                self._early = False
+
     async def load_all(self, job: Job, vms: Iterable[Vm]) -> None:
         """Load every live checkpoint; one that fails does not stop the others. Then start the VMs that were shut down
         because they could not be saved. Raises LoadFailed, NothingToDo, Busy."""
-        self._refuse_second()
+        if not self._early:
+            self._refuse_second()
         if not await self._load_all(job, vms, lambda vm: False):
             raise NothingToDo("no VM has a checkpoint")
 
@@ -175,6 +194,7 @@ class Transaction:
 
     async def _load_all(self, job: Job, vms: Iterable[Vm], starts_too: Callable[[Vm], bool]) -> int:
         """Returns how many there were to load or to start. Raises LoadFailed."""
+        self.end_waiting()
         async with self._lock:
             self.refuse_when_committed()
             of_a_boot = self._ledger.phase in (Phase.BOOTED, Phase.LOADING)
