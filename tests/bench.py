@@ -240,6 +240,7 @@ class Bench:
         self.units.boot()
         self.kernels.is_loaded = None
         self.kexec.promised = self.kexec.under_way = False
+        self.kexec.ended_at_once = set()
 
     def vm(self, work: Callable[[Vm], Awaitable[T]], name: str = "web1") -> T:
         """``run`` with one VM."""

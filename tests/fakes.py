@@ -147,6 +147,7 @@ class FakeKexec:
     def __init__(self, runner: FakeRunner) -> None:
         self.wrong: list[Finding] = []
         self.promised = False
+        self.ended_at_once: set[str] = set()
         self.under_way = False
         self.inhibited = 0
         self.brought_back = 0
@@ -173,7 +174,12 @@ class FakeKexec:
 
     def withdraw(self) -> None:
         self._runner.point("withdraw")
+        self.ended_at_once = set()
         self.promised = False
+
+    def end_at_once(self, places: Collection[str]) -> None:
+        self._runner.point("end-at-once")
+        self.ended_at_once = {Path(place).name for place in places}
 
     async def pending(self) -> bool:
         return self.under_way

@@ -235,6 +235,10 @@ class AnyHistory(RuleBasedStateMachine):
     def a_promise_to_the_gate_is_true(self) -> None:
         if self.bench.kexec.promised:
             assert all(qemu.status != "running" for qemu in self.bench.runner.qemus.values())
+            named = {self.bench.runner.qemus.get(name) for name in self.bench.kexec.ended_at_once} - {None}
+            assert all(qemu.status == "postmigrate" for qemu in named if qemu)
+        else:
+            assert not self.bench.kexec.ended_at_once
 
     @invariant()
     def phases_follow_their_table(self) -> None:

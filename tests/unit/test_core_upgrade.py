@@ -90,6 +90,7 @@ def assert_all_run(bench: Bench, *, booted: tuple[str, ...] = ()) -> None:
         assert bench.qemu(name).count == bench.runner.counts[name]
         assert "manifest.json" not in bench.files(name)
     assert not bench.kexec.promised
+    assert not bench.kexec.ended_at_once
     assert bench.kernels.is_loaded is None
 
 
@@ -98,6 +99,7 @@ def test_all_guests_go_through_into_the_newest_kernel(bench: Bench) -> None:
     assert (job.state, job.step, job.cancellable) == (JobState.CANCELLED, "the host restarts", False), job
     assert bench.kernels.is_loaded == ("6.12.2", bench.kernels.line)
     assert bench.kexec.promised
+    assert bench.kexec.ended_at_once == set(NAMES)
     assert statuses(bench) == {"postmigrate"}
     bench.reboot()
     assert set(bench.run(look).values()) == {VmState.SAVED}
@@ -645,7 +647,7 @@ def test_a_fault_of_the_agents_own_in_one_resume_keeps_no_other_guest_stopped(be
 def test_what_cannot_be_saved_is_shut_down_and_started_again(bench: Bench, policy: Policy) -> None:
     bench.runner.blocked["web2"] = ["it plays the piano"]
     bench.run(until_kexec(bench, UpgradeRequest(policy=policy)))
-    assert set(bench.runner.qemus) == {"web1", "web3"}
+    assert set(bench.runner.qemus) == bench.kexec.ended_at_once == {"web1", "web3"}
     bench.runner.blocked.clear()
     bench.reboot()
     assert bench.run(load_all).result == "done"

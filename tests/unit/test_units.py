@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from cpr_agent.host.kexec import DEFAULT_MINIMUM_UPTIME_S, SystemdKexec, minimum
 from cpr_agent.host.units import STOPPED, STOPPING, NoUnits, initrd_of, said, stops_of, units_of
 from tests.lab import script
 
+ROOT = Path(__file__).parent.parent.parent
 SHOWN = """\
 Id=gitlab.service
 Names=gitlab.service git.service
@@ -353,3 +356,28 @@ def test_a_promise_leaves_the_next_boot_what_the_guests_memory_needs_and_a_withd
     assert {"nd_pmem", "device_dax"} <= set((tmp_path / "early").read_text().splitlines())
     kexec.withdraw()
     assert not (tmp_path / "early").exists()
+
+
+# -- how the unit of a VM stops -------------------------------------------------------------------------------------------
+
+
+def shut_down_by(run_dir: Path, place: str) -> list[str]:
+    """Run what cpr-vm@.service runs as it stops; returns the arguments of the program that it starts, if it starts one."""
+    unit = (ROOT / "units/cpr-vm@.service").read_text().replace("\\\n", "")
+    (command,) = (line.removeprefix("ExecStop=-") for line in unit.splitlines() if line.startswith("ExecStop="))
+    python, asked = run_dir / "python3", run_dir / "asked"
+    script(python, f'echo "$@" >{asked}')
+    command = command.replace("/usr/bin/python3", str(python)).replace("/run/cpr-agent", str(run_dir)).replace("%i", place)
+    subprocess.run(shlex.split(command), check=True)
+    return asked.read_text().split() if asked.exists() else []
+
+
+def test_a_saved_guest_s_qemu_is_ended_without_a_word_while_the_promise_stands(tmp_path: Path) -> None:
+    for place in ("web1", "web2:b", "web3"):
+        (tmp_path / "tickets" / place).mkdir(parents=True)
+    one = kexec(257, tmp_path)
+    one.end_at_once([f"{tmp_path}/vm/web1", f"{tmp_path}/vm/web2:b", f"{tmp_path}/vm/never-started"])
+    assert shut_down_by(tmp_path, "web1") == shut_down_by(tmp_path, "web2:b") == []
+    assert shut_down_by(tmp_path, "web3")[-2:] == [f"{tmp_path}/vm/web3", "90"], "it is not saved"
+    one.withdraw()
+    assert shut_down_by(tmp_path, "web1")[-2:] == [f"{tmp_path}/vm/web1", "90"]

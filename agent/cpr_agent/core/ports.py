@@ -572,6 +572,10 @@ class Kexec(Protocol):
     def withdraw(self) -> None:
         """Take that back."""
 
+    def end_at_once(self, places: Collection[str]) -> None:
+        """The QEMUs in these places (``Place.directory``) hold saved guests: as the host goes down they are ended without
+        a question. ``withdraw`` takes that back, too."""
+
     async def pending(self) -> bool:
         """Whether systemd has a kexec under way."""
 

@@ -38,6 +38,9 @@ _VFIO = ("/dev/vfio", "/dev/iommu")
 _SYSTEM = re.compile(r"/(usr|etc|proc|sys|root|home|boot)(/|$)")
 """No word of a command line opens what is in there."""
 _NO_IMAGES = re.compile(r"/(dev|run|var/log)(/|$)")
+_SHELL = "/{usr/,}bin/{sh,dash,bash} mrix,"
+"""It stops the unit. In each profile, and not in what all have in common: a profile is installed anew when its own text
+changes, and a guest that an older agent has started would be cut off."""
 
 
 class Made(msgspec.Struct, frozen=True):
@@ -109,6 +112,7 @@ def profile_of(launch: Launch, run_dir: Path, places: tuple[str, str]) -> str:
     """Its AppArmor profile (apparmor.d(5)); what all have in common is in policies/apparmor/abstractions/cpr-vm."""
     ram = [node for node in launch.nodes if not node.startswith("/dev/dax")]
     rules = [
+        _SHELL,
         *(_rule(f"{run_dir}/vm/{place}/", "**", "rwk") for place in places),
         *(_rule(f"{run_dir}/tickets/{place}/", "*", "rw") for place in places),
         *(_rule(path, "", "rwk") for path in ram),

@@ -23,7 +23,7 @@ from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import QemuFailed
 from cpr_agent.files import make_private_directory, write_atomically
 from cpr_agent.host.grants import DeviceGrants
-from cpr_agent.host.tickets import Offer, offered
+from cpr_agent.host.tickets import SAVED, Offer, offered
 from cpr_agent.host.users import SHARED_USER
 from cpr_agent.host.waiting import ended
 from cpr_agent.text import printable
@@ -248,6 +248,7 @@ class RunFiles:
         for each in places_of(launch.vm):  # a QEMU that hands its guest over connects to the other place
             _make_owned(self.directory(each), owner)
         _make_directory(self.ticket_directory(place), 0o711)
+        (self.ticket_directory(place) / SAVED).unlink(missing_ok=True)
         ticket = marshal.dumps({"argv": launch.argv, "sockets": launch.sockets, "memory_fds": launch.memory_fds})
         with contextlib.ExitStack() as opened:
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from cpr_agent.handles import peer_of
 from cpr_agent.host.waiting import readable
 
+SAVED = "saved"
+"""A mark beside a ticket's socket, where no VM's user can make it: the QEMU holds a guest that is saved for a kexec."""
 SEND_BYTES = 1 << 20
 """As far as the host allows (net.core.wmem_max): a ticket is one message."""
 

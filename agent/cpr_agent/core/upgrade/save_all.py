@@ -63,6 +63,8 @@ async def promise(scope: Scope) -> None:
     ram = [one for vm in scope.vms() if (manifest := vm.machine.readable_checkpoint()) for one in manifest.memory]
     scope.ports.kexec.promise(scope.ports.memory.drivers(tuple(ram)))
     await on_all([vm for vm in scope.vms() if vm.machine.stands_saved and vm.machine.own.delegated], Vm.end_saved)
+    own = [vm.machine.own for vm in scope.vms() if vm.machine.stands_saved]
+    scope.ports.kexec.end_at_once([place.directory for place in own if not place.delegated])
 
 
 async def _save_each(scope: Scope, job: Job, found: Triage, need: Survives) -> None:
