@@ -39,7 +39,12 @@ GOALS = {
 """Of `make bench`."""
 
 HOST_GOALS = {
-    "boot": Goal("start of userspace to the first guest's cont, against a bare unit with a shell script", 1.3),
+    "kexec-pause": Goal("STOP to RESUME over a kexec, against the bare unit", 1.3),
+    "userspace": Goal("systemd's first line to the first guest's cont, against the bare unit", 1.5),
+    "shutdown": Goal("end of the save to the kexec call, with one guest longer than with none by", 0.3, "s"),
+    "slow-stop": Goal("a unit that takes 30 s to stop, in stop-first: longer pause by", 1, "s"),
+    "slow-boot": Goal("a service and a foreign mount that take 30 s to start: longer pause by", 1, "s"),
+    "without-bus": Goal("guests go on in a boot in which dbus.service never starts", 1, "of 1", at_least=True),
     "early": Goal("cont of the first guest before multi-user.target is reached, by", 0, "s", at_least=True),
 }
 """Of `make bench-host`."""

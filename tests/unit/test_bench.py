@@ -11,6 +11,7 @@ import pytest
 from scripts.bench.__main__ import PARTS
 from scripts.bench.figures import Figure, Runs, table, write
 from scripts.bench.goals import DOMAIN_GOALS, GOALS, HOST_GOALS, Goal
+from scripts.bench.host import ended_at
 from scripts.bench.host import figures as host_figures
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,12 +46,33 @@ def test_each_goal_is_measured_once() -> None:
     assert [name for part in PARTS for name in part.names] == list(GOALS)
 
 
-def test_boots_are_judged_by_who_loaded() -> None:
-    boots = "agent 2.0 15.0 16.5\nbare 2.0 12.0 14.0\nagent 2.0 14.0 13.5\nbare 2.0 12.0 14.0\n"
-    boot, early = host_figures(boots)
-    assert (boot.value, early.value) == (1.25, -0.5)
-    assert [figure.name for figure in (boot, early)] == list(HOST_GOALS)
-    assert (boot.met, early.met) == (True, False)
+def a_kexec(
+    who: str, *, pause: float = 0.0, stopped: float = 0.0, saved: float = 0.0, resumed: float = 0.0
+) -> dict[str, object]:
+    times = {"pause": pause, "stopped": stopped, "saved": saved, "userspace": 2.0, "resumed": resumed, "multi_user": 14.0}
+    return {"who": who, **times}
+
+
+def test_a_kexec_counts_for_whose_it_was() -> None:
+    kexecs = [
+        a_kexec("agent", pause=30.0, stopped=50.0, saved=51.0, resumed=12.0),
+        a_kexec("none", saved=51.0),
+        a_kexec("bare", pause=20.0, resumed=10.0),
+        a_kexec("slow", pause=62.0, stopped=50.0, saved=51.0, resumed=42.0),
+    ]
+    log = "host-vm: boot 1\nbench: kexec at 54.5\nbench: kexec at 54.25\r\nbench: kexec at 9.0\nbench: kexec at 55.0\n"
+    found = host_figures(kexecs, ended_at(log), without_bus=False)
+    assert [one.name for one in found] == list(HOST_GOALS)
+    assert {one.name: one.value for one in found} == {
+        "kexec-pause": 1.5,
+        "userspace": 1.25,
+        "shutdown": 0.25,
+        "slow-stop": 0.5,
+        "slow-boot": 30.0,
+        "without-bus": 0.0,
+        "early": 2.0,
+    }
+    assert [one.name for one in found if not one.met] == ["kexec-pause", "slow-boot", "without-bus"]
 
 
 def test_the_document_has_the_goals() -> None:
