@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from .image import HostVmError, build_image, find_image, image_key, say
+from .newer_kernel import newer_kernel
 from .qemu import qemu_wrapper
 from .vm import Outcome, RunRequest, RunResult, run_host_vm
 
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     wrapper = commands.add_parser("qemu-wrapper", help="print the path of a QEMU 10 that runs on this machine")
     wrapper.set_defaults(act=_qemu_wrapper)
     wrapper.add_argument("--newer", action="store_true", help="of the newer QEMU that Debian has for it")
+
+    newer = "print the path of a newer kernel, for --disk; a scenario unpacks it into /"
+    commands.add_parser("newer-kernel", help=newer).set_defaults(act=_newer_kernel)
 
     run = commands.add_parser("run", help="run a scenario; its verdict is the exit code")
     run.set_defaults(act=_run)
@@ -85,6 +89,11 @@ def _key(_: argparse.Namespace) -> int:
 
 def _qemu_wrapper(arguments: argparse.Namespace) -> int:
     print(qemu_wrapper(find_image().entry, newer=arguments.newer))
+    return 0
+
+
+def _newer_kernel(_: argparse.Namespace) -> int:
+    print(newer_kernel())
     return 0
 
 
