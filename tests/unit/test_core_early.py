@@ -137,6 +137,27 @@ def test_the_load_of_all_ends_the_wait_for_what_never_comes(bench: Bench) -> Non
     assert_unbroken(bench)
 
 
+def test_a_kexec_does_not_wait_for_what_never_comes(bench: Bench) -> None:
+    """systemd gives the save ten minutes, and would shut all guests down after them. Those that waited stay saved."""
+    bench.reboot()
+    mount(bench, "log.mount", bench.root / "log")
+
+    async def story(manager: Manager) -> None:
+        gate = bench.units.gate = Gate()
+        job = early_job(manager)
+        await gate.entered.wait()
+        bench.kexec.under_way = True
+        assert (await ended(manager, manager.before_kexec())).state is JobState.DONE
+        assert job.id not in manager.jobs.current
+
+    bench.run(story, early=True)
+    assert not bench.runner.started
+    del bench.units.there["log.mount"]
+    bench.reboot()
+    bench.run(services)
+    assert_unbroken(bench)
+
+
 def test_a_mount_that_fails_leaves_its_guest_to_the_load_of_all(bench: Bench) -> None:
     bench.reboot()
     mount(bench, "log.mount", bench.root / "log")

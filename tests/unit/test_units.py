@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,89 @@ def test_a_promise_leaves_the_next_boot_what_the_guests_memory_needs_and_a_withd
     assert {"nd_pmem", "device_dax"} <= set((tmp_path / "early").read_text().splitlines())
     kexec.withdraw()
     assert not (tmp_path / "early").exists()
+
+
+# -- the unit that starts the agent early ---------------------------------------------------------------------------------
+
+BOOTS = "12 cpr-load.service start waiting"
+APPARMOR = f"{BOOTS}\n13 apparmor.service start running"
+LOADER = "proc/sys/kernel/bootloader_type"
+LEFT = "var/lib/cpr-agent/early"
+HOST = {
+    LEFT: "nd_pmem\n; reboot\n",
+    LOADER: "209",
+    "sys/module/apparmor/parameters/enabled": "Y",
+    "etc/apparmor.d/cpr-vm.web1.vm": "",
+    "etc/apparmor.d/cpr-agentd.dpkg-dist": "",
+    "run/motd": "",
+}
+"""What a kexec has left, and what units/start-early looks at."""
+
+
+def started_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: str, host: Mapping[str, str] = HOST, parser: int = 0
+) -> list[str]:
+    """Run units/start-early on a ``host`` where PID 1 has these ``jobs``, and apparmor_parser ends with ``parser``; returns
+    the commands that it has run."""
+    ran, tools, text = tmp_path / "ran", tmp_path / "tools", (ROOT / "units/start-early").read_text()
+    for path in ("/var/lib/cpr-agent", "/proc/", "/sys/module", "/etc/apparmor.d", "/run/", "/dev/kvm"):
+        text = text.replace(path, f"{tmp_path}{path}")
+    for path, words in host.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(words)
+    tools.mkdir()
+    script(tools / "systemctl", f'[ "$1" = list-jobs ] && echo "{jobs}" || echo "systemctl $*" >>{ran}')
+    script(tools / "modprobe", f'echo "modprobe $*" >>{ran}; mkdir {tmp_path}/dev; touch {tmp_path}/dev/kvm')
+    script(tools / "systemd-tmpfiles", f'echo "systemd-tmpfiles $*" >>{ran}')
+    script(tools / "apparmor_parser", f'echo "apparmor_parser $*" >>{ran}; exit {parser}')
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
+    text = text.replace("/usr/libexec/cpr-agent/renew-early", script(tmp_path / "renew", "true"))
+    subprocess.run(["sh", "-c", text], check=False)
+    assert not (tmp_path / LEFT).exists(), "each boot has its own"
+    return ran.read_text().replace(f"{tmp_path}/", "/").splitlines() if ran.exists() else []
+
+
+STARTS = "systemctl start --no-block --job-mode=ignore-dependencies cpr-agent.service cpr-save.service"
+
+
+def test_the_agent_starts_early_with_its_modules_and_with_what_saves_for_a_kexec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = "systemd-tmpfiles --create --prefix=/dev/kvm"
+    assert started_early(tmp_path, monkeypatch, BOOTS) == ["modprobe --all --quiet nd_pmem", opened, STARTS]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "host"),
+    [
+        ("12 rescue.service start running", HOST),
+        ("12 cpr-load.service stop waiting", HOST),
+        ("", HOST),
+        (BOOTS, {**HOST, LOADER: "114"}),
+        (BOOTS, {**HOST, "proc/vmcore": ""}),
+    ],
+    ids=["rescue", "on its way down", "no jobs", "no kexec", "crash dump"],
+)
+def test_no_guest_is_part_of_another_boot(
+    jobs: str, host: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert started_early(tmp_path, monkeypatch, jobs, host) == []
+
+
+def test_profiles_are_loaded_first_and_no_copy_that_an_admin_or_dpkg_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = " ".join(f"/etc/apparmor.d/cpr-{name}" for name in ("agentd", "vm", "vm.web1.vm"))
+    assert started_early(tmp_path, monkeypatch, APPARMOR)[2:] == [
+        f"apparmor_parser --replace --write-cache {names}",
+        STARTS,
+    ]
+
+
+def test_no_guest_goes_on_early_without_the_profiles_that_it_is_to_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert STARTS not in started_early(tmp_path, monkeypatch, APPARMOR, parser=1)
 
 
 # -- how the unit of a VM stops -------------------------------------------------------------------------------------------

@@ -383,10 +383,10 @@ class UnitPlace(QemuPlace):
         unit = self._unit
         await self._setup.vm(launch, self._files.run_dir, places_of(self._vm))
         try:
-            # While the host boots, a saved guest waits for nothing but what is its own, which is there (ADR 33). At a
-            # shutdown its unit has its order.
-            mode = OUT_OF_ORDER if launch.kind == "load" and self._systemd.booting() else "replace"
             with self._files.ticket(launch, self._place) as offer:
+                # While the host boots, a saved guest waits for nothing but what is its own, which is there (ADR 33). At a
+                # shutdown its unit has its order.
+                mode = OUT_OF_ORDER if launch.kind == "load" and self._systemd.booting() else "replace"
                 # To its end, so that ``kill`` finds its process: the job would go on without a caller.
                 result = await uninterrupted(self._systemd.start_unit(unit, mode))
                 if result == "done" and not await offer.until_ready(await self.pid(), READY_TIMEOUT_S):

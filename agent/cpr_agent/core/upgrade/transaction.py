@@ -63,7 +63,8 @@ class Transaction:
 
     async def before_kexec(self, job: Job, policy: Policy) -> None:
         """Save for a kexec that systemd is about to do, whether an upgrade or an admin started it, and promise the gate
-        that all guests are saved."""
+        that all guests are saved. Guests that wait for what they lack wait no longer: they are saved as they are."""
+        self.end_waiting()
         async with self._lock:
             if self._ledger.committed:  # an upgrade saved before it started the kexec
                 await upgrade.save_all.promise(self._scope)
