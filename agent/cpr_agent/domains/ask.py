@@ -29,8 +29,9 @@ HELD_S = 300.0
 SHORTEST_S = 0.01
 RETURN_S = 90.0
 """So long an agent that was asked and then killed may take to come back (TimeoutStartSec= of its unit, and a restart)."""
-ABSENT_S = {"prepare": 3.0, "started": RETURN_S}
-"""So long it may take to be there at all: seconds for a restart. In ``started`` it was there a moment ago."""
+ABSENT_S = {"prepare": 10.0, "started": RETURN_S}
+"""So long it may take to be there at all: a restart takes some seconds while a small host boots. In ``started`` it was
+there a moment ago."""
 LOOK_S = 0.1
 """Between two attempts to reach it then; nothing tells a program without libraries that a socket is there."""
 ALIVE, HELD, YES, NO = b".", b"!", b"+", b"-"
