@@ -235,12 +235,20 @@ class Bench:
         if self.kernels.is_loaded and self.kexec.under_way:
             self.host.release = self.kernels.is_loaded[0]
         self.host.boot += 1
-        self.host.by_kexec = self.kexec.under_way
+        self.host.by_kexec = self.kexec.under_way is not None
         self.runner.forget_launches()
         self.units.boot()
         self.kernels.is_loaded = None
-        self.kexec.promised = self.kexec.under_way = False
+        self.kexec.promised, self.kexec.under_way = False, None
         self.kexec.ended_at_once = set()
+
+    def soft_reboot(self) -> None:
+        """The host's userspace starts anew; the kernel stays, and with it all memory and /run."""
+        self.runner.qemus.clear()
+        self.runner.beside.clear()
+        self.host.soft += 1
+        self.units.boot()
+        self.kexec.under_way = None
 
     def vm(self, work: Callable[[Vm], Awaitable[T]], name: str = "web1") -> T:
         """``run`` with one VM."""

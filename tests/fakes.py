@@ -34,6 +34,7 @@ from cpr_agent.core.model import (
     PluggedDevice,
     QemuFacts,
     RunState,
+    Survives,
     Throttle,
     Unit,
     UnitStop,
@@ -64,8 +65,11 @@ class FakeHost(ThisHost):
     start it anew, give it another kernel, step its clock."""
 
     def __init__(self) -> None:
-        super().__init__(userspace_at=self.now)
+        super().__init__()
         self.boot = 1
+        self.soft = 0
+        """How often userspace was started anew since."""
+        self._started_at: dict[str, float] = {}
         self.release = "6.12.1"
         self.stepped_s = 0.0
         self.by_kexec = False
@@ -77,6 +81,12 @@ class FakeHost(ThisHost):
 
     def boot_id(self) -> str:
         return f"boot-{self.boot}"
+
+    def start_id(self) -> str:
+        return f"{self.boot_id()}.{self.soft}" if self.soft else self.boot_id()
+
+    def userspace_at(self) -> float:
+        return self._started_at.setdefault(self.start_id(), self.now())
 
     def kernel(self) -> str:
         return self.release
@@ -147,8 +157,9 @@ class FakeKexec:
     def __init__(self, runner: FakeRunner) -> None:
         self.wrong: list[Finding] = []
         self.promised = False
+        self.outlived: Survives | None = None
         self.ended_at_once: set[str] = set()
-        self.under_way = False
+        self.under_way: Survives | None = None
         self.inhibited = 0
         self.brought_back = 0
         self.least_uptime_s = 0.0
@@ -168,9 +179,10 @@ class FakeKexec:
         finally:
             self.inhibited -= 1
 
-    def promise(self, drivers: Collection[str]) -> None:  # noqa: ARG002
+    def promise(self, drivers: Collection[str], outlives: Survives) -> None:  # noqa: ARG002
         self._runner.point("promise")
         self.promised = True
+        self.outlived = outlives
 
     def withdraw(self) -> None:
         self._runner.point("withdraw")
@@ -181,7 +193,7 @@ class FakeKexec:
         self._runner.point("end-at-once")
         self.ended_at_once = {Path(place).name for place in places}
 
-    async def pending(self) -> bool:
+    async def pending(self) -> Survives | None:
         return self.under_way
 
     async def start(self) -> str:
@@ -204,14 +216,14 @@ class FakeKexec:
         """Events belong to the event loop of an agent's life."""
         self.started, self._end = asyncio.Event(), asyncio.Event()
 
-    def begin(self) -> None:
+    def begin(self, kind: Survives = Survives.KEXEC) -> None:
         """What somebody's `systemctl kexec` does."""
-        self.under_way = True
+        self.under_way = kind
         self._end.clear()
         self.started.set()
 
     def fail(self, said: str = "canceled") -> None:
-        self.under_way, self._said = False, said
+        self.under_way, self._said = None, said
         self.started.clear()
         self._end.set()
 

@@ -121,7 +121,7 @@ def build(
 ) -> tuple[Manager, Domains | None]:
     """The agent without its bus; and libvirt's domains on a host that has libvirt, which are to be opened once their VMs
     are known. ``store`` is another than the one in ``paths``."""
-    host = ThisHost(systemd.userspace_at if systemd else lambda: 0.0)
+    host = ThisHost(systemd.userspace_at, systemd.soft_reboots) if systemd else ThisHost()
     files = RunFiles(paths.run, paths.logs, PROGRAMS)
     users = Users(paths.state / "users")
     threads = Threads()

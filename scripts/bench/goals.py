@@ -44,6 +44,7 @@ HOST_GOALS = {
     "shutdown": Goal("end of the save to the kexec call, with one guest longer than with none by", 0.3, "s"),
     "slow-stop": Goal("a unit that takes 30 s to stop, in stop-first: longer pause by", 1, "s"),
     "slow-boot": Goal("a service and a foreign mount that take 30 s to start: longer pause by", 1, "s"),
+    "soft-reboot": Goal("pause of a guest over a soft reboot, against that over a kexec", 0.6),
     "without-bus": Goal("guests go on in a boot in which dbus.service never starts", 1, "of 1", at_least=True),
     "early": Goal("cont of the first guest before multi-user.target is reached, by", 0, "s", at_least=True),
 }

@@ -95,14 +95,14 @@ class LabKexec(FakeKexec):
         super().__init__(runner)
         self._under_way, self._fifo, self._ready = root / "kexec", root / "kexec-said", root / "kexec-ready"
 
-    def promise(self, drivers: Collection[str]) -> None:  # noqa: ARG002
+    def promise(self, drivers: Collection[str], outlives: Survives) -> None:  # noqa: ARG002
         self._ready.touch()
 
     def withdraw(self) -> None:
         self._ready.unlink(missing_ok=True)
 
-    async def pending(self) -> bool:
-        return self._under_way.exists()
+    async def pending(self) -> Survives | None:
+        return Survives.KEXEC if self._under_way.exists() else None
 
     async def start(self) -> str:
         self._under_way.touch()

@@ -56,6 +56,7 @@ def a_kexec(
 def test_a_kexec_counts_for_whose_it_was() -> None:
     kexecs = [
         a_kexec("agent", pause=30.0, stopped=50.0, saved=51.0, resumed=12.0),
+        a_kexec("soft", pause=15.0, resumed=12.0),
         a_kexec("none", saved=51.0),
         a_kexec("bare", pause=20.0, resumed=10.0),
         a_kexec("slow", pause=62.0, stopped=50.0, saved=51.0, resumed=42.0),
@@ -69,6 +70,7 @@ def test_a_kexec_counts_for_whose_it_was() -> None:
         "shutdown": 0.25,
         "slow-stop": 0.5,
         "slow-boot": 30.0,
+        "soft-reboot": 0.5,
         "without-bus": 0.0,
         "early": 2.0,
     }

@@ -91,7 +91,7 @@ def test_guests_run_before_anybody_asks_for_them_and_the_upgrade_ends_with_the_s
 
 
 def test_after_a_boot_that_was_no_kexec_nothing_is_loaded_early(bench: Bench) -> None:
-    bench.kexec.under_way = False
+    bench.kexec.under_way = None
     bench.reboot()
 
     async def story(manager: Manager) -> None:
@@ -146,7 +146,7 @@ def test_a_kexec_does_not_wait_for_what_never_comes(bench: Bench) -> None:
         gate = bench.units.gate = Gate()
         job = early_job(manager)
         await gate.entered.wait()
-        bench.kexec.under_way = True
+        bench.kexec.under_way = Survives.KEXEC
         assert (await ended(manager, manager.before_kexec())).state is JobState.DONE
         assert job.id not in manager.jobs.current
 

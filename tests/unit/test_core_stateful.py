@@ -99,7 +99,7 @@ class AnyHistory(RuleBasedStateMachine):
             return {vm.state for vm in manager.vms.values()}
 
         self.bench.runner.faults.clear()
-        self.bench.kexec.under_way = False
+        self.bench.kexec.under_way = None
         try:
             assert {VmState.HELD, VmState.SUSPENDED}.isdisjoint(self.bench.run(look)), (
                 "the agent alone puts guests to sleep"
@@ -151,7 +151,7 @@ class AnyHistory(RuleBasedStateMachine):
     @precondition(lambda self: self.bench.kexec.under_way)
     @rule()
     def the_kexec_is_called_off(self) -> None:
-        self.bench.kexec.under_way = False
+        self.bench.kexec.under_way = None
 
     @precondition(lambda self: not self.bench.kexec.under_way)
     @rule(points=lives)
@@ -159,11 +159,12 @@ class AnyHistory(RuleBasedStateMachine):
         async def hook(manager: Manager) -> None:
             self.bench.kexec.begin()
             await through(lambda manager: manager.before_kexec())(manager)
-            self.bench.kexec.under_way = self.bench.kexec.promised  # else the hook cancels it
+            if not self.bench.kexec.promised:  # the hook cancels it
+                self.bench.kexec.under_way = None
 
         self.live(hook, points)
         if not self.bench.kexec.promised:
-            self.bench.kexec.under_way = False
+            self.bench.kexec.under_way = None
 
     @rule(vm=names)
     def a_qemu_dies(self, vm: str) -> None:

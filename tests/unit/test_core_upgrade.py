@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.core.upgrade.ledger import IN_FLIGHT, NEXT, OVER, TAKEN_BACK, Kind, Phase
 from cpr_agent.core.upgrade.preflight import UpgradeRequest, predict
 from cpr_agent.errors import Busy, CprError, InvalidArgument, KernelRefused, QemuFailed, SaveFailed, WrongState
+from cpr_agent.report.story import story_of
 from tests.bench import Bench, ended
 from tests.fakes import AgentKilled, Gate
 
@@ -798,7 +800,7 @@ def test_another_kernel_than_planned_is_on_record(bench: Bench) -> None:
 def test_an_upgrade_that_a_power_cut_ended_was_none(bench: Bench) -> None:
     """And how long guests were off then says nothing of how long the next kexec takes."""
     bench.run(until_kexec(bench))
-    bench.kexec.under_way = False
+    bench.kexec.under_way = None
     bench.reboot()
     bench.run(load_all)
     assert bench.run(outcome) == ("rolled-back", "the host went down while committing, and was not started by a kexec")
@@ -898,7 +900,7 @@ async def before_kexec(manager: Manager) -> Job:
 
 
 def test_a_plain_kexec_is_saved_for(bench: Bench) -> None:
-    bench.kexec.under_way = True
+    bench.kexec.under_way = Survives.KEXEC
     assert bench.run(before_kexec).result == "done"
     assert bench.kexec.promised
     bench.reboot()
@@ -906,8 +908,97 @@ def test_a_plain_kexec_is_saved_for(bench: Bench) -> None:
     assert_all_run(bench)
 
 
+@pytest.fixture
+def in_shm(bench: Bench) -> Iterator[Bench]:
+    """web2 has its RAM in /dev/shm: a kexec would not keep it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        start_afresh_with(bench, f"{directory}/web2")
+        yield bench
+
+
+def start_afresh_with(bench: Bench, memory: str) -> None:
+    bench.define("web2", memory)
+    bench.runner.qemus.clear()
+    bench.runner.forget_launches()
+
+    async def start(manager: Manager) -> None:
+        for name in NAMES:
+            await manager.vm(name).start()
+
+    bench.run(start)
+    bench.runner.started.clear()
+
+
+def test_a_soft_reboot_is_saved_for_also_with_ram_in_shared_memory(in_shm: Bench) -> None:
+    bench = in_shm
+    bench.kexec.under_way = Survives.SOFT_REBOOT
+    assert bench.run(before_kexec).result == "done"
+    assert (bench.kexec.promised, bench.kexec.outlived) == (True, Survives.SOFT_REBOOT)
+    assert bench.kexec.ended_at_once == set(NAMES)
+    bench.soft_reboot()
+    assert bench.run(load_all).result == "done"
+    assert phases(bench) == ["checking", "saving", "saved", "committing", "booted", "loading", "done"]
+    assert_all_run(bench)
+    ports = bench.ports()
+    story = story_of("", ports.journal.records(), ports.history.all(), "host")
+    assert (story.kind, story.kernel_before) == ("soft-reboot", story.kernel_after)
+    assert [span.name for span in story.phases][:4] == ["check", "save", "shutdown", "userspace"]
+    assert {guest.pause_s is not None for guest in story.guests} == {True}
+
+
+def test_a_soft_reboot_would_unmount_a_file_system_in_ram_that_is_not_below_dev(bench: Bench) -> None:
+    start_afresh_with(bench, str(bench.root / "web2.ram"))
+    bench.kexec.under_way = Survives.SOFT_REBOOT
+    assert "does not survive a soft-reboot" in bench.run(before_kexec).result
+    assert not bench.kexec.promised
+    assert_all_run(bench)
+
+
+def test_a_kexec_that_comes_in_place_of_the_soft_reboot_is_refused(in_shm: Bench) -> None:
+    async def story(manager: Manager) -> None:
+        in_shm.kexec.begin(Survives.SOFT_REBOOT)
+        await before_kexec(manager)
+        in_shm.kexec.under_way = Survives.KEXEC
+        assert "does not survive a kexec: web2" in (await before_kexec(manager)).result
+        assert in_shm.kexec.outlived is Survives.SOFT_REBOOT, "the gate knows"
+
+    in_shm.run(story)
+
+
+def test_a_soft_reboot_asks_whether_the_qemu_that_is_installed_can_take_the_guests(bench: Bench) -> None:
+    bench.host.installed = ""
+    bench.kexec.under_way = Survives.SOFT_REBOOT
+    assert "is not there any more" in bench.run(before_kexec).result
+    assert not bench.kexec.promised
+
+
+@pytest.mark.parametrize("end", ["soft reboot", "kexec"])
+def test_an_upgrade_that_a_soft_reboot_ended_has_its_guests_loaded_all_the_same(bench: Bench, end: str) -> None:
+    bench.run(until_kexec(bench))
+    bench.soft_reboot()
+    if end == "kexec":
+        bench.kexec.under_way = Survives.KEXEC
+        bench.reboot()
+    bench.kernels.is_loaded = None
+    assert bench.run(load_all).result == "done"
+    assert_all_run(bench)
+
+
+def test_a_soft_reboot_that_does_not_come_is_taken_back(bench: Bench) -> None:
+    async def call_off(manager: Manager) -> None:
+        bench.kexec.begin(Survives.SOFT_REBOOT)
+        await before_kexec(manager)
+        (watch,) = manager.jobs.current.values()
+        bench.kexec.fail()
+        await ended(manager, watch)
+
+    bench.run(call_off)
+    assert phases(bench)[-1] == "rolled-back"
+    assert_all_run(bench)
+
+
 def test_a_plain_kexec_with_a_guest_that_cannot_be_saved_is_not_promised(bench: Bench) -> None:
-    bench.kexec.under_way = True
+    bench.kexec.under_way = Survives.KEXEC
     bench.runner.faults["web2", "save"] = SaveFailed("no room", vm="web2")
     assert "no room" in bench.run(before_kexec).result
     assert not bench.kexec.promised

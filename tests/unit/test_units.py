@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cpr_agent.core.model import BootTimes, UnitStop
+from cpr_agent.core.model import BootTimes, Survives, UnitStop
 from cpr_agent.host import units
 from cpr_agent.host.kexec import DEFAULT_MINIMUM_UPTIME_S, SystemdKexec, minimum_uptime_s, timespan_s
 from cpr_agent.host.units import STOPPED, STOPPING, NoUnits, initrd_of, said, stops_of, units_of
@@ -353,7 +354,7 @@ def test_what_a_guest_waits_for_is_mounts_on_the_way_and_its_devices() -> None:
 
 def test_a_promise_leaves_the_next_boot_what_the_guests_memory_needs_and_a_withdrawal_nothing(tmp_path: Path) -> None:
     kexec = SystemdKexec(FakeSystemd(), tmp_path, tmp_path)  # type: ignore[arg-type]
-    kexec.promise({"nd_pmem", "device_dax"})
+    kexec.promise({"nd_pmem", "device_dax"}, Survives.KEXEC)
     assert {"nd_pmem", "device_dax"} <= set((tmp_path / "early").read_text().splitlines())
     kexec.withdraw()
     assert not (tmp_path / "early").exists()
@@ -440,6 +441,73 @@ def test_no_guest_goes_on_early_without_the_profiles_that_it_is_to_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert STARTS not in started_early(tmp_path, monkeypatch, APPARMOR, parser=1)
+
+
+# -- the gate -------------------------------------------------------------------------------------------------------------
+
+GATE_KEXEC, GATE_SOFT = ("12 kexec.target start waiting", "13 systemd-soft-reboot.service start running")
+BOOT_ID = "5b1e"
+
+
+def gate(root: Path, jobs: str, *asked: str, promise: str = "", count: str = "1") -> bool:
+    """Whether units/gate lets a host go on that has launched a VM; systemd has these ``jobs``, and says ``count``."""
+    tools, text = root / "tools", (ROOT / "units/gate").read_text()
+    for path in ("/run/cpr-agent/", "/run/nextroot", "/proc/sys", " /var/lib/cpr-agent"):
+        text = text.replace(path, path.replace("/", f"{root}/", 1))
+    for path, words in (
+        ("proc/sys/kernel/random/boot_id", BOOT_ID),
+        ("run/cpr-agent/launched/web1.json", ""),
+        ("var/lib/cpr-agent/journal", ""),
+        *([("run/cpr-agent/kexec-ready", promise)] if promise else []),
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(f"{words}\n")
+    tools.mkdir(exist_ok=True)
+    script(tools / "systemctl", f'[ "$1" = list-jobs ] && echo "{jobs}" || echo -n "{count}"')
+    found = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    return subprocess.run(["sh", "-c", text, "gate", *asked], check=False, capture_output=True, env=found).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("jobs", "promise", "passes"),
+    [
+        (GATE_KEXEC, "", False),
+        (GATE_KEXEC, BOOT_ID, True),
+        (GATE_KEXEC, f"{BOOT_ID} kexec", True),
+        (GATE_KEXEC, f"{BOOT_ID} soft-reboot", False),
+        (GATE_KEXEC, "another kexec", False),
+        (GATE_SOFT, "", False),
+        (GATE_SOFT, f"{BOOT_ID} kexec", True),
+        (GATE_SOFT, f"{BOOT_ID} soft-reboot", True),
+        (f"{GATE_SOFT}\n{GATE_KEXEC}", f"{BOOT_ID} soft-reboot", False),
+        ("", f"{BOOT_ID} soft-reboot", False),
+        ("", f"{BOOT_ID} kexec", True),
+    ],
+)
+def test_the_gate_passes_what_was_promised_and_nothing_that_takes_more(
+    jobs: str, promise: str, *, passes: bool, tmp_path: Path
+) -> None:
+    assert gate(tmp_path, jobs, promise=promise) is passes
+
+
+@pytest.mark.parametrize(("jobs", "wanted"), [("", False), (GATE_SOFT, True), (GATE_KEXEC, True)])
+def test_guests_are_saved_for_a_kexec_and_for_a_soft_reboot(jobs: str, *, wanted: bool, tmp_path: Path) -> None:
+    assert gate(tmp_path, jobs, "wanted") is wanted
+
+
+def test_guests_are_shut_down_for_a_soft_reboot_that_nobody_could_tell_of(tmp_path: Path) -> None:
+    assert not gate(tmp_path, GATE_SOFT, "wanted", count="")
+    assert gate(tmp_path, GATE_SOFT, count=""), "their units have done so"
+    assert gate(tmp_path, f"{GATE_SOFT}\n{GATE_KEXEC}", "wanted", count="")
+    assert not gate(tmp_path, f"{GATE_SOFT}\n{GATE_KEXEC}", count="")
+
+
+def test_guests_are_shut_down_for_a_root_that_has_not_what_was_saved(tmp_path: Path) -> None:
+    (tmp_path / "run/nextroot/usr").mkdir(parents=True)
+    assert not gate(tmp_path, GATE_SOFT, "wanted")
+    (tmp_path / "run/nextroot/var/lib").mkdir(parents=True)
+    (tmp_path / "run/nextroot/var/lib/cpr-agent").symlink_to(tmp_path / "var/lib/cpr-agent")
+    assert gate(tmp_path, GATE_SOFT, "wanted")
 
 
 # -- how the unit of a VM stops -------------------------------------------------------------------------------------------

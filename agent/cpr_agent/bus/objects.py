@@ -470,7 +470,7 @@ def _survives(options: dict[str, Any], default: Survives) -> Survives:
     try:
         return Survives(options.get("survives", default))
     except ValueError as error:
-        raise InvalidArgument(str(error), remedy="survives is kexec or qemu-restart") from None
+        raise InvalidArgument(str(error), remedy=f"survives is one of {', '.join(Survives)}") from None
 
 
 _CHANGE_OPTIONS = {"dry-run": "b", "token": "s"}

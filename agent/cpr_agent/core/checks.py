@@ -208,7 +208,7 @@ def _memory_findings(vm: Vm, ram: Ram, claims: list[tuple[str, MemoryIdentity]])
 
 def _survival(vm: str, memory: MemoryIdentity) -> Finding:
     """Whether this memory outlives a kexec, and why."""
-    if memory.survives.is_enough_for(Survives.KEXEC):
+    if memory.survives is Survives.KEXEC:
         what = f"its RAM in {memory.place} survives a kexec"
         return Finding(severity="info", code=MEMORY_SURVIVES, what=what, why=_why_it_survives(memory), vm=vm)
     return Finding(

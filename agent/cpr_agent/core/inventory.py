@@ -313,7 +313,7 @@ async def reasons(
         await record(ports, launch.vm, live)
         if not kept:
             await keep_firmware(ports, launch)
-    return live, compared + (unnamed_devices(live) if need is Survives.KEXEC else [])
+    return live, compared + ([] if need is Survives.QEMU_RESTART else unnamed_devices(live))
 
 
 class Carried(msgspec.Struct, frozen=True):

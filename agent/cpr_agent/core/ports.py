@@ -36,6 +36,7 @@ from cpr_agent.core.model import (
     PluggedDevice,
     QemuFacts,
     Ram,
+    Survives,
     Throttle,
     Unit,
     UnitStop,
@@ -433,6 +434,9 @@ class Boot(Protocol):
 
     def boot_id(self) -> str: ...
 
+    def start_id(self) -> str:
+        """Of this start of userspace: ``boot_id`` alone, or with a dot and more after a `systemctl soft-reboot`."""
+
     def kernel(self) -> str: ...
 
     def userspace_at(self) -> float:
@@ -565,9 +569,9 @@ class Kexec(Protocol):
     def inhibit(self, why: str) -> AbstractAsyncContextManager[None]:
         """Nobody may restart the host by other means meanwhile."""
 
-    def promise(self, drivers: Collection[str]) -> None:
-        """Tell the gate that every guest is saved in this boot, and the next boot that they go first. Their memory has
-        these ``drivers``. Raises OSError."""
+    def promise(self, drivers: Collection[str], outlives: Survives) -> None:
+        """Tell the gate that every guest is saved in this boot, in RAM that ``outlives`` this, and the next boot that they
+        go first. Their memory has these ``drivers``. Raises OSError."""
 
     def withdraw(self) -> None:
         """Take that back."""
@@ -576,8 +580,9 @@ class Kexec(Protocol):
         """The QEMUs in these places (``Place.directory``) hold saved guests: as the host goes down they are ended without
         a question. ``withdraw`` takes that back, too."""
 
-    async def pending(self) -> bool:
-        """Whether systemd has a kexec under way."""
+    async def pending(self) -> Survives | None:
+        """What guests' RAM has to outlive in what systemd has under way: a kexec, or a soft reboot, which starts userspace
+        anew under the kernel that runs; None if it has neither."""
 
     async def start(self) -> str:
         """Start it. Returns only if the host goes on without it: what systemd said."""

@@ -41,8 +41,6 @@ from cpr_agent.errors import (
     SaveFailed,
 )
 
-IN_RAM = ("tmpfs", "hugetlbfs")
-"""File systems that are gone with the boot."""
 DRAM_PROVIDER = "e820"
 """Of persistent memory that memmap= made of ordinary RAM (drivers/nvdimm/e820.c): a power cut erases it."""
 _KEPT = "the guest was not started; memory and checkpoint are kept as they are"
@@ -273,7 +271,7 @@ async def refuse_other_devices(ports: Ports, manifest: Manifest, found: Inventor
     if manifest.inventory is None:
         return
     kept = kept_paths(ports, manifest.vm)  # firmware is proved by its contents
-    rebooted = manifest.boot_id != ports.boot.boot_id()
+    rebooted = (manifest.start_id or manifest.boot_id) != ports.boot.start_id()
     disks, devices = differences(without(manifest.inventory, kept), without(found, kept), anew=True, rebooted=rebooted)
     remedy = "bring back what it had, and load again"
     _refuse(DiskChanged, "the QEMU that it would go on in has other disks", disks, manifest, remedy)
@@ -300,7 +298,7 @@ async def provably_lost(ports: Ports, manifest: Manifest, error: CprError) -> st
     memory failed its proof; a device that is not there (yet), or another one, proves nothing."""
     rebooted = manifest.boot_id != ports.boot.boot_id()
     for one in manifest.memory:
-        if rebooted and one.survives is not Survives.KEXEC and one.filesystem in IN_RAM:
+        if rebooted and one.survives is not Survives.KEXEC and one.in_ram:
             return f"{one.path} was a file in RAM ({one.filesystem}), and the host was started anew"
     if not isinstance(error, MemoryChanged):
         return ""

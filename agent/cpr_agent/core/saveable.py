@@ -79,7 +79,7 @@ async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = Tr
     reasons += [
         f"its RAM in {one.place} ({one.filesystem}) does not survive a {need}"
         for one in launch.memory
-        if not one.survives.is_enough_for(need)
+        if not one.outlives(need)
     ]
     if reasons:
         raise Blocked(reasons, vm=machine.name)
@@ -96,7 +96,7 @@ async def until_saveable(machine: Machine) -> None:
 def saved_in_volatile(machine: Machine, need: Survives) -> bool:
     """Whether it is saved already, in RAM that would not outlive ``need``."""
     manifest = machine.readable_checkpoint()
-    return manifest is not None and not manifest.survives.is_enough_for(need)
+    return manifest is not None and not all(one.outlives(need) for one in manifest.memory)
 
 
 def may_shut_down(machine: Machine, policy: Policy) -> bool:

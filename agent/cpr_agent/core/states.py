@@ -48,13 +48,12 @@ class RunState(enum.StrEnum):
 
 
 class Survives(enum.StrEnum):
-    """What a VM's RAM outlives."""
+    """What a VM's RAM outlives, or has to."""
 
     QEMU_RESTART = "qemu-restart"
+    SOFT_REBOOT = "soft-reboot"
+    """It has to: the kernel stays, and no process of the host's does. What is known of RAM is one of the others."""
     KEXEC = "kexec"
-
-    def is_enough_for(self, need: Survives) -> bool:
-        return self is Survives.KEXEC or need is Survives.QEMU_RESTART
 
 
 class VmState(enum.StrEnum):

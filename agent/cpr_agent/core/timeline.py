@@ -33,6 +33,8 @@ class GuestTimeline(msgspec.Struct, frozen=True, kw_only=True):
     clock_problem: str = ""
     by_kexec: bool = True
     """False if the host was reset, or lost its power, in between."""
+    soft: bool = False
+    """Its userspace alone was started anew (`systemctl soft-reboot`)."""
     loaded_at: float = 0.0
     """When its state was loaded and its guest about to run; 0 on records of an older agent, as are all below."""
     run_state: str = ""
@@ -60,7 +62,7 @@ class GuestTimeline(msgspec.Struct, frozen=True, kw_only=True):
             marks.append(("shutdown", self.shutdown_at))
         if self.userspace_at:
             start = "kexec + kernel" if self.by_kexec else "reset + kernel"
-            name = start if self.shutdown_at else f"shutdown + {start}"
+            name = start if self.shutdown_at else "shutdown" if self.soft else f"shutdown + {start}"
             marks += [(name, self.userspace_at), ("userspace", self.load_at)]
         else:
             marks.append(("saved", self.load_at))

@@ -182,7 +182,7 @@ class Vm:
     async def require_saveable(self, need: Survives, *, hooks: bool = True) -> None:
         """Raises the error of a save as it would be now, and stops nothing."""
         await saveable.require_saveable(self.machine, need, hooks=hooks)
-        if need is Survives.KEXEC:
+        if need is not Survives.QEMU_RESTART:
             found = self.machine.ports.surroundings.findings_of(self.name)
             around = [finding for finding in found if finding.severity == "error"]
             if reasons := await self.successor_reasons() + [finding.what for finding in around]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pystemd.dbusexc import DBusBaseError
 
-from cpr_agent.core.model import Finding
+from cpr_agent.core.model import Finding, Survives
 from cpr_agent.files import write_atomically
 from cpr_agent.host.systemd import Systemd
 from cpr_agent.host.tickets import SAVED
@@ -30,6 +30,8 @@ _NEEDED = {
 }
 EARLY = "early"
 _KVM = ("kvm_amd", "kvm_intel")
+_TARGETS = {Survives.KEXEC: "kexec.target", Survives.SOFT_REBOOT: "soft-reboot.target"}
+"""The first that has a job counts: the two do not exclude each other."""
 INHIBIT_TIMEOUT_S = 10.0
 DELAYS_SINCE = 261
 """The version of systemd that began to delay the shutdown of a host that has not been up for long."""
@@ -86,11 +88,12 @@ class SystemdKexec:
             child.stdin.close()
             await _within(child.wait())
 
-    def promise(self, drivers: Collection[str]) -> None:
-        """Udev would load these modules, and KVM's, but late."""
-        modules = sorted({*drivers, *(name for name in _KVM if Path(f"/sys/module/{name}").exists())})
-        write_atomically(self._early, "".join(f"{name}\n" for name in modules).encode())
-        self._ready.write_text(Path("/proc/sys/kernel/random/boot_id").read_text())
+    def promise(self, drivers: Collection[str], outlives: Survives) -> None:
+        """Udev would load these modules, and KVM's, but late; over a soft reboot they stay."""
+        if outlives is Survives.KEXEC:
+            modules = sorted({*drivers, *(name for name in _KVM if Path(f"/sys/module/{name}").exists())})
+            write_atomically(self._early, "".join(f"{name}\n" for name in modules).encode())
+        self._ready.write_text(f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {outlives}\n")
 
     def withdraw(self) -> None:
         for mark in self._ready.parent.glob(f"tickets/*/{SAVED}"):
@@ -104,8 +107,11 @@ class SystemdKexec:
             with contextlib.suppress(OSError):
                 (self._ready.parent / "tickets" / Path(place).name / SAVED).touch()
 
-    async def pending(self) -> bool:
-        return self._systemd.job_of("kexec.target") is not None
+    async def pending(self) -> Survives | None:
+        return next((need for need, target in _TARGETS.items() if self._systemd.job_of(target)), None)
+
+    def _job(self) -> bytes | None:
+        return next((job for target in _TARGETS.values() if (job := self._systemd.job_of(target))), None)
 
     async def start(self) -> str:
         """Start the target itself, and not by logind: its RebootWithFlags does a plain reboot where it finds no kernel, and
@@ -113,7 +119,7 @@ class SystemdKexec:
         return await self._systemd.start_unit("kexec.target", mode="replace-irreversibly", timeout_s=None)
 
     async def over(self) -> str:
-        job = self._systemd.job_of("kexec.target")
+        job = self._job()
         return await self._systemd.finished(job, timeout_s=None) if job else "it is no longer under way"
 
     def bring_back(self) -> None:
@@ -151,7 +157,7 @@ class NoKexec:
     async def inhibit(self, why: str) -> AsyncIterator[None]:  # noqa: ARG002 - the port's
         yield
 
-    def promise(self, drivers: Collection[str]) -> None:
+    def promise(self, drivers: Collection[str], outlives: Survives) -> None:
         """There is no gate to promise anything to."""
 
     def withdraw(self) -> None:
@@ -160,8 +166,8 @@ class NoKexec:
     def end_at_once(self, places: Collection[str]) -> None:
         """Who ends the agent's QEMUs knows nothing of a shutdown."""
 
-    async def pending(self) -> bool:
-        return False
+    async def pending(self) -> Survives | None:
+        return None
 
     async def start(self) -> str:
         return "the agent does not run under systemd"

@@ -177,6 +177,10 @@ class Systemd:
         """When this boot's userspace began, epoch seconds (org.freedesktop.systemd1(5))."""
         return float(self._property(_PATH, "Manager", "UserspaceTimestamp", "t")) / 1e6
 
+    def soft_reboots(self) -> int:
+        """Since the kernel's own start; 0 where systemd does not count them (before 256). Raises DBusBaseError."""
+        return int(self._property(_PATH, "Manager", "SoftRebootsCount", "u")) if self.version() >= 256 else 0
+
     def manager_monotonic_s(self, name: str) -> float:
         """A timestamp of the manager, in seconds since the kernel's own start; 0 if there is none."""
         return float(self._property(_PATH, "Manager", name, "t")) / 1e6

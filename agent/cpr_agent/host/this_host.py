@@ -44,11 +44,15 @@ BOOTLOADER_TYPE = Path("/proc/sys/kernel/bootloader_type")
 
 
 class ThisHost:
-    """``userspace_at`` asks systemd when this boot's userspace began (epoch s); 0 means unknown."""
+    """``userspace_at`` asks systemd when this boot's userspace began (epoch s); 0 means unknown. ``soft_reboots`` asks how
+    often it has begun anew since."""
 
-    def __init__(self, userspace_at: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(
+        self, userspace_at: Callable[[], float] = lambda: 0.0, soft_reboots: Callable[[], int] = lambda: 0
+    ) -> None:
         self._userspace_at = userspace_at
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._soft_reboots = soft_reboots()
         self._digests: dict[tuple[int, int, int], str] = {}
         self._versions: dict[str, str] = {}
 
@@ -61,6 +65,9 @@ class ThisHost:
     def boot_id(self) -> str:
         """random(4): new at each boot, also after a kexec."""
         return self._boot_id
+
+    def start_id(self) -> str:
+        return f"{self.boot_id()}.{self._soft_reboots}" if self._soft_reboots else self.boot_id()
 
     def kernel(self) -> str:
         return os.uname().release

@@ -38,7 +38,6 @@ MEASURED_BYTES = 1 << 30
 """Hashed to measure the cost of a full witness: a multiple of each alignment that device-dax has."""
 SHORTER = "it is shorter than it was"
 SWAPS = Path("/proc/swaps")
-_IN_RAM = ("tmpfs", "hugetlbfs")
 """File systems whose pages are in memory all the time, but for those of tmpfs that are swapped out."""
 _CHUNK = 2 << 20
 _READ = 256 << 10
@@ -89,7 +88,7 @@ def prepared_witness(located: Sequence[Located], like: Witness) -> Iterator[Call
 def _is_at_hand(located: Sequence[Located]) -> bool:
     """Whether it is whole, and none of it has to be mapped or read from a disk. Raises OSError."""
     for one in located:
-        if one.identity.filesystem not in _IN_RAM or _swaps():
+        if not one.identity.in_ram or _swaps():
             return False
         with _opened(one) as fd:
             if os.fstat(fd).st_size < one.identity.offset_bytes + one.identity.size_bytes:

@@ -27,6 +27,7 @@ KINDS: Mapping[str, str] = {
     Kind.DRILL: "Drill",
     Kind.BACK: "Way back",
     Kind.KEXEC: "Kexec",
+    Kind.SOFT_REBOOT: "Soft reboot",
     Kind.SAVE_ALL: "Save of all guests",
 }
 

@@ -15,7 +15,7 @@ import msgspec
 from cpr_agent import __version__
 from cpr_agent.core.past import Record, VmEvent
 from cpr_agent.core.timeline import COSTS, Cost, GuestTimeline
-from cpr_agent.core.upgrade.ledger import EVENT, Phase
+from cpr_agent.core.upgrade.ledger import EVENT, Kind, Phase
 from cpr_agent.errors import NoSuchReport
 
 LOAD = "load"
@@ -327,7 +327,9 @@ def _host_phases(chapter: _Chapter, timelines: Sequence[GuestTimeline]) -> tuple
         start = "kexec + kernel" if chapter.fact("by_kexec", default=True) else "reset + kernel"
         down = max((t.shutdown_at for t in timelines), default=0.0)
         marks.append(("shutdown", down))
-        marks.append((start if down else f"shutdown + {start}", float(chapter.fact("userspace_at", 0.0))))
+        soft = chapter.records[0]["kind"] == Kind.SOFT_REBOOT
+        until = start if down else "shutdown" if soft else f"shutdown + {start}"
+        marks.append((until, float(chapter.fact("userspace_at", 0.0))))
         marks.append(("userspace", loading))
     else:
         marks.append(("saved", loading))

@@ -184,7 +184,7 @@ class FileJournal:
             self._told.append(record)
 
     def _stamp(self) -> dict[str, Any]:
-        return {"n": self._next, "at": self._clock.now(), "boot": self._boot.boot_id()}
+        return {"n": self._next, "at": self._clock.now(), "boot": self._boot.start_id()}
 
 
 def _intact(file: BinaryIO) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -51,6 +51,7 @@ def entry(manifest: Manifest, phase: str) -> dict[str, str]:
 async def _timeline(machine: Machine, manifest: Manifest, loaded: LoadTimes, resumed_at: float) -> GuestTimeline:
     clock, boot, times = machine.ports.clock, machine.ports.boot, manifest.times
     rebooted = boot.boot_id() != manifest.boot_id
+    soft = not rebooted and boot.start_id() != (manifest.start_id or manifest.boot_id)
     stepped_s = 0.0
     if not rebooted and times.stopped_uptime_s:
         paused_s = clock.uptime_s() - (clock.now() - resumed_at) - times.stopped_uptime_s
@@ -64,7 +65,8 @@ async def _timeline(machine: Machine, manifest: Manifest, loaded: LoadTimes, res
         stopped_at=times.stopped_at,
         saved_at=times.durable_at,
         shutdown_at=await asyncio.to_thread(boot.boot_ended_at, manifest.boot_id) if rebooted else 0.0,
-        userspace_at=boot.userspace_at() if rebooted else 0.0,
+        userspace_at=boot.userspace_at() if rebooted or soft else 0.0,
+        soft=soft,
         load_at=loaded.load_at - stepped_s,
         memory_at=loaded.memory_at - stepped_s,
         resumed_at=resumed_at - stepped_s,

@@ -100,6 +100,7 @@ async def draft_manifest(
         witness=ports.memory.new_witness(machine.settings.witness.kind),
         vmstate=Vmstate(path="", size_bytes=0, sha256=""),
         boot_id=ports.boot.boot_id(),
+        start_id=ports.boot.start_id(),
         kernel=ports.boot.kernel(),
         times=SaveTimes(requested_at=ports.clock.now(), stopped_at=0.0, written_at=0.0, durable_at=0.0),
         upgrade=request.upgrade,

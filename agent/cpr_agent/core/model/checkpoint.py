@@ -171,6 +171,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     kernel: str
     times: SaveTimes
+    start_id: str = ""
+    """Of the userspace in which it was saved (``Boot.start_id``); "" from an agent that knew no soft reboot."""
     upgrade: str = ""
     wakes: bool = False
     """The agent put the guest to sleep to save it, and wakes it after the load."""

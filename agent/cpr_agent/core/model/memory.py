@@ -65,6 +65,18 @@ class MemoryIdentity(msgspec.Struct, frozen=True, kw_only=True):
                 out.append(Difference(name, _show(name, was), _show(name, now)))
         return out
 
+    @property
+    def in_ram(self) -> bool:
+        """Its file system is gone with the boot."""
+        return self.filesystem in ("tmpfs", "hugetlbfs")
+
+    def outlives(self, need: Survives) -> bool:
+        """Of all file systems in RAM, a soft reboot leaves those mounted that are below /dev (fstab_is_extrinsic() in
+        systemd's src/shared/fstab-util.c); RAM can't be in the others that it leaves."""
+        if need is Survives.QEMU_RESTART or self.survives is Survives.KEXEC:
+            return True
+        return need is Survives.SOFT_REBOOT and self.in_ram and self.path.startswith("/dev/")
+
     def overlaps(self, other: MemoryIdentity) -> bool:
         """True if the two share a byte of the same device or file."""
         return (

@@ -18,7 +18,7 @@ from cpr_agent.core.model import BootTimes, Finding, Unit, UnitStop
 from cpr_agent.core.past import Record
 from cpr_agent.core.timeline import COSTS, INITRD, KERNEL, PID_1, PURGATORY, Cost, GuestTimeline, Part
 from cpr_agent.core.upgrade.dependents import Dependents, dependents
-from cpr_agent.core.upgrade.ledger import Upgrade
+from cpr_agent.core.upgrade.ledger import Kind, Upgrade
 from cpr_agent.core.upgrade.scope import Scope
 from cpr_agent.core.upgrade.stop_first import SETTING, obstacle
 from cpr_agent.words import length, size
@@ -44,8 +44,9 @@ def costs(
     userspace_at, load_at = timelines[0].userspace_at, min(one.load_at for one in timelines)
     saved_at = max(one.saved_at for one in timelines)
     kernel_at = userspace_at - boot.userspace_s if boot.userspace_s else 0.0
+    new_kernel = upgrade.kind is not Kind.SOFT_REBOOT
     shutdown = shutdown_path(stops, saved_at, down_at, known, upgrade.stopped_first) if down_at else []
-    kernel = kernel_costs(down_at, kernel_at, userspace_at, boot, upgrade.kernel_bytes) if kernel_at else []
+    kernel = kernel_costs(down_at, kernel_at, userspace_at, boot, upgrade.kernel_bytes) if kernel_at and new_kernel else []
     up = boot_path(known, kernel_at, userspace_at, load_at) if kernel_at else []
     return [cost for cost in (*shutdown, *kernel, *up) if cost.length_s >= LEAST_S]
 
@@ -176,8 +177,8 @@ async def account(scope: Scope) -> None:
 
 
 def _boot_before(records: Iterable[Record], upgrade: str) -> str:
-    """The boot in which the upgrade began."""
-    return next((str(record["boot"]) for record in records if record.get("upgrade") == upgrade), "")
+    """The boot in which the upgrade began (``Boot.boot_id``)."""
+    return next((str(record["boot"]).partition(".")[0] for record in records if record.get("upgrade") == upgrade), "")
 
 
 # -- in words -----------------------------------------------------------------------------------------------------------

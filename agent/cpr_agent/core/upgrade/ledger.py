@@ -77,6 +77,8 @@ class Kind(enum.StrEnum):
     """A kexec into the kernel before the last upgrade."""
     KEXEC = "kexec"
     """A `systemctl kexec` that an admin typed."""
+    SOFT_REBOOT = "soft-reboot"
+    """A `systemctl soft-reboot` that an admin typed: the kernel stays."""
     SAVE_ALL = "save-all"
     """An admin's own save, which no crash takes back."""
 
@@ -87,7 +89,8 @@ class Kind(enum.StrEnum):
 
 
 class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
-    """One transaction. ``boot`` is the boot in which its phase was entered; times in epoch s."""
+    """One transaction. ``boot`` is the start of userspace in which its phase was entered (``Boot.start_id``); times in
+    epoch s."""
 
     id: str
     kind: Kind
@@ -177,7 +180,7 @@ class Ledger:
     @property
     def rebooted(self) -> bool:
         """Whether the host was started anew since the current phase was entered."""
-        return self.current is not None and self.current.boot != self._boot.boot_id()
+        return self.current is not None and self.current.boot != self._boot.start_id()
 
     @property
     def free(self) -> bool:

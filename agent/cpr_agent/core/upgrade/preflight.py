@@ -213,7 +213,11 @@ def predict(vms: list[str], history: list[GuestTimeline]) -> tuple[float, int] |
     A VM's own last kexecs count, or those of all VMs if it has none. Their median is taken: a clock that was stepped on the
     way must not decide.
     """
-    kexecs = [timeline for timeline in history if timeline.userspace_at and timeline.by_kexec and timeline.pause_s > 0]
+    kexecs = [
+        timeline
+        for timeline in history
+        if timeline.userspace_at and timeline.by_kexec and not timeline.soft and timeline.pause_s > 0
+    ]
     if not kexecs or not vms:
         return None
     from statistics import median  # it brings fractions and decimals, and guests wait for the agent's start

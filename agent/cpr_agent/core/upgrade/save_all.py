@@ -60,8 +60,12 @@ async def promise(scope: Scope) -> None:
     await on_all(scope.vms(), lambda vm: vm.refresh())
     if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.machine.powered_off and vm.state not in _SAVED]:
         raise SaveFailed(f"not saved: {', '.join(f'{vm.name} ({vm.state})' for vm in unsaved)}")
+    outlives = await scope.ports.kexec.pending() or Survives.KEXEC
+    saved = {vm.name: manifest.memory for vm in scope.vms() if (manifest := vm.live_checkpoint())}
+    if lost := [name for name, memory in saved.items() if not all(one.outlives(outlives) for one in memory)]:
+        raise SaveFailed(f"saved in RAM that does not survive a {outlives}: {', '.join(lost)}")
     ram = [one for vm in scope.vms() if (manifest := vm.machine.readable_checkpoint()) for one in manifest.memory]
-    scope.ports.kexec.promise(scope.ports.memory.drivers(tuple(ram)))
+    scope.ports.kexec.promise(scope.ports.memory.drivers(tuple(ram)), outlives)
     await on_all([vm for vm in scope.vms() if vm.machine.stands_saved and vm.machine.own.delegated], Vm.end_saved)
     own = [vm.machine.own for vm in scope.vms() if vm.machine.stands_saved]
     scope.ports.kexec.end_at_once([place.directory for place in own if not place.delegated])

@@ -62,18 +62,21 @@ class Transaction:
                 raise NothingToDo("no VM has a live guest that is not saved yet")
 
     async def before_kexec(self, job: Job, policy: Policy) -> None:
-        """Save for a kexec that systemd is about to do, whether an upgrade or an admin started it, and promise the gate
-        that all guests are saved. Guests that wait for what they lack wait no longer: they are saved as they are."""
+        """Save for a kexec that systemd is about to do, whether an upgrade or an admin started it, or for a soft reboot,
+        and promise the gate that all guests are saved. No guest waits for what it lacks any more: such ones stay saved.
+        Raises SaveFailed, SaveRefused, Busy."""
         self.end_waiting()
         async with self._lock:
             if self._ledger.committed:  # an upgrade saved before it started the kexec
                 await upgrade.save_all.promise(self._scope)
                 return
-            self._begin(Kind.KEXEC, policy)
+            need = await self._ports.kexec.pending() or Survives.KEXEC
+            self._begin(Kind.SOFT_REBOOT if need is Survives.SOFT_REBOOT else Kind.KEXEC, policy)
             async with self._or_refused():
-                await upgrade.uptime.wait(self._ports, job)
-                found = await upgrade.sort.prepare(self._scope, job, Survives.KEXEC, policy)
-            await upgrade.save_all.save(self._scope, job, found, Survives.KEXEC)
+                if need is Survives.KEXEC:
+                    await upgrade.uptime.wait(self._ports, job)
+                found = await upgrade.sort.prepare(self._scope, job, need, policy)
+            await upgrade.save_all.save(self._scope, job, found, need)
             await upgrade.save_all.commit(self._scope, job)
 
     async def upgrade(self, job: Job, plan: Plan, findings: Findings) -> None:
@@ -243,6 +246,7 @@ class Transaction:
 
     def _note_boot(self, current: Upgrade) -> None:
         boot = self._ports.boot
+        self._ports.kexec.withdraw()  # the promise was of the host as it was before a soft reboot, too
         log.info("upgrade %s: booted %s after %s", current.id, boot.kernel(), current.phase)
         self._ledger.enter(
             Phase.BOOTED,
@@ -257,6 +261,7 @@ def _interruption(current: Upgrade, ports: Ports) -> str:
     """Why the boot that was upgraded ended, if not by the upgrade's own kexec: a crash, a reset, a power cut."""
     if current.kind is Kind.SAVE_ALL or current.phase in (Phase.BOOTED, Phase.LOADING):
         return current.interrupted
-    if current.phase is Phase.COMMITTING and ports.boot.booted_by_kexec():
+    by_soft_reboot = current.boot.partition(".")[0] == ports.boot.boot_id()
+    if current.phase is Phase.COMMITTING and (by_soft_reboot or ports.boot.booted_by_kexec()):
         return ""
     return f"the host went down while {current.phase}, and was not started by a kexec"
