@@ -85,6 +85,14 @@ def test_guests_that_went_on_early_have_waited_for_what_starts_the_agent_early()
     ]
 
 
+def test_a_load_of_all_that_came_at_the_same_time_changes_nothing() -> None:
+    units = {one.name: one for one in EARLY_BOOT}
+    units[LOADS] = replace(units[LOADS], began_s=4.05)
+    units["dbus.service"] = replace(units["dbus.service"], began_s=3.0, ended_s=3.5)
+    found = boot_path(known(*units.values()), KERNEL_AT, USERSPACE_AT, 1004.1)
+    assert [cost.what for cost in found][-2:] == ["cpr-early.service", "cpr-agent.service"]
+
+
 def test_an_agent_that_was_restarted_since_is_left_out() -> None:
     units = {one.name: one for one in EARLY_BOOT}
     units["cpr-agent.service"] = replace(units["cpr-agent.service"], began_s=40.0, ended_s=41.0)

@@ -132,11 +132,11 @@ def _last_waiter(known: Dependents, load_s: float) -> tuple[Unit | None, Depende
     """The unit that the first load waited for, and all units as their order was then.
 
     That is the first VM's own, where what it is ordered after was done later than the agent was ready to load. Where guests
-    went on early (ADR 33) the load waited for the agent, and the agent for the unit that has started it. ``load_s`` is on
-    the units' own clock."""
+    went on early (ADR 33) the load waited for the agent, and the agent for the unit that has started it, whatever its
+    own order. ``load_s`` is on the units' own clock."""
     units, loads = known.units, known.units.get(LOADS)
     agent, early = units.get(AGENT), units.get(EARLY)
-    if agent and early and early.began_s and not (loads and loads.began_s and loads.began_s <= load_s):
+    if agent and early and early.began_s and (agent.began_s > load_s or _out_of_order(agent, units)):
         last = AGENT if agent.ended_s <= load_s else EARLY  # the agent has started anew since
         in_order = {**units, AGENT: replace(agent, after=frozenset({EARLY}))}
         return Unit(name=LOADS, after=frozenset({last}), began_s=load_s), known._replace(units=in_order)
@@ -144,6 +144,10 @@ def _last_waiter(known: Dependents, load_s: float) -> tuple[Unit | None, Depende
     first = min(vms, key=lambda unit: unit.began_s, default=None)
     before = _before(first, units)
     return (first if before and not (loads and before.ended_s <= loads.began_s) else loads), known
+
+
+def _out_of_order(unit: Unit, units: Mapping[str, Unit]) -> bool:
+    return any(units[name].ended_s > unit.began_s for name in unit.after if name in units)
 
 
 def _before(unit: Unit | None, units: Mapping[str, Unit], seen: Collection[str] = ()) -> Unit | None:
