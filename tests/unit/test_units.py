@@ -383,14 +383,14 @@ def started_early(
     """Run units/start-early on a ``host`` where PID 1 has these ``jobs``, and apparmor_parser ends with ``parser``; returns
     the commands that it has run."""
     ran, tools, text = tmp_path / "ran", tmp_path / "tools", (ROOT / "units/start-early").read_text()
-    for path in ("/var/lib/cpr-agent", "/proc/", "/sys/module", "/etc/apparmor.d", "/run/", "/dev/kvm"):
+    for path in ("/var/lib/cpr-agent", "/proc/", "/sys/module", "/etc/apparmor.d", "/run/"):
         text = text.replace(path, f"{tmp_path}{path}")
     for path, words in host.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(words)
     tools.mkdir()
     script(tools / "systemctl", f'[ "$1" = list-jobs ] && echo "{jobs}" || echo "systemctl $*" >>{ran}')
-    script(tools / "modprobe", f'echo "modprobe $*" >>{ran}; mkdir {tmp_path}/dev; touch {tmp_path}/dev/kvm')
+    script(tools / "modprobe", f'echo "modprobe $*" >>{ran}')
     script(tools / "systemd-tmpfiles", f'echo "systemd-tmpfiles $*" >>{ran}')
     script(tools / "apparmor_parser", f'echo "apparmor_parser $*" >>{ran}; exit {parser}')
     monkeypatch.setenv("PATH", str(tools), prepend=":")
@@ -406,8 +406,8 @@ STARTS = "systemctl start --no-block --job-mode=ignore-dependencies cpr-agent.se
 def test_the_agent_starts_early_with_its_modules_and_with_what_saves_for_a_kexec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = "systemd-tmpfiles --create --prefix=/dev/kvm"
-    assert started_early(tmp_path, monkeypatch, BOOTS) == ["modprobe --all --quiet nd_pmem", opened, STARTS]
+    opened = "systemd-tmpfiles --create --prefix=/dev/kvm --prefix=/dev/vhost-net --prefix=/dev/vhost-vsock"
+    assert started_early(tmp_path, monkeypatch, BOOTS) == ["modprobe --all --quiet dax nd_pmem", opened, STARTS]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ _NEEDED = {
     "cpr-load.service": "the guests would not be loaded after boot",
 }
 EARLY = "early"
-_KVM = ("kvm_amd", "kvm_intel")
+_OF_QEMU = ("kvm_amd", "kvm_intel", "tun", "vhost_net", "vhost_vsock")
+"""Modules that make a node which QEMU may open."""
 _TARGETS = {Survives.KEXEC: "kexec.target", Survives.SOFT_REBOOT: "soft-reboot.target"}
 """The first that has a job counts: the two do not exclude each other."""
 INHIBIT_TIMEOUT_S = 10.0
@@ -89,9 +90,9 @@ class SystemdKexec:
             await _within(child.wait())
 
     def promise(self, drivers: Collection[str], outlives: Survives) -> None:
-        """Udev would load these modules, and KVM's, but late; over a soft reboot they stay."""
+        """Udev would load these modules, and QEMU's, but late; over a soft reboot they stay."""
         if outlives is Survives.KEXEC:
-            modules = sorted({*drivers, *(name for name in _KVM if Path(f"/sys/module/{name}").exists())})
+            modules = sorted({*drivers, *(name for name in _OF_QEMU if Path(f"/sys/module/{name}").exists())})
             write_atomically(self._early, "".join(f"{name}\n" for name in modules).encode())
         self._ready.write_text(f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {outlives}\n")
 
