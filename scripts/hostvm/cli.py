@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(act=_run)
     run.add_argument("--scenario", type=Path, required=True, help="what runs inside, in each boot")
     run.add_argument("--payload", type=Path, nargs="+", default=[], help="files and directories for the scenario")
-    run.add_argument("--deb", type=Path, nargs="+", default=[], help="packages to install in the first boot")
+    debs = "packages to install in the first boot; may be repeated"
+    run.add_argument("--deb", type=Path, nargs="+", action="extend", default=[], help=debs)
     run.add_argument("--out", type=Path, help="where logs and artefacts go (default: a new directory in /tmp)")
     run.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds (default: %(default)s)")
     run.add_argument("--memory", default="4G", help="default: %(default)s")
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--append", default="", metavar="WORDS", help="more words for the kernel's command line")
     run.add_argument("--follow", action="store_true", help="show the scenario's output")
     run.add_argument("--allow-reboot", action="store_true", help="a reset boots again; without it, it ends the run")
-    run.add_argument("--ssh-port", type=int, metavar="PORT", help="a network card; PORT of 127.0.0.1 leads to its port 22")
+    port = "a network card; PORT of 127.0.0.1 leads to its port INSIDE"
+    run.add_argument("--port", type=_port, metavar="PORT:INSIDE", help=port)
     run.add_argument("--power-cuts", action="store_true", help="the scenario may ask for them; disks keep what is flushed")
     run.add_argument("--seed", type=int, help="of the cuts' random instants (default: random)")
     return parser
@@ -119,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
         append=arguments.append,
         follow=arguments.follow,
         allow_reboot=arguments.allow_reboot,
-        ssh_port=arguments.ssh_port,
+        port=arguments.port,
         cut_seed=_cut_seed(arguments),
     )
     image = find_image()
@@ -134,6 +136,13 @@ def _disk(text: str) -> tuple[str, Path]:
     if not (name.isalnum() and equals and path):
         raise argparse.ArgumentTypeError(f"not NAME=FILE: {text}")
     return name, Path(path)
+
+
+def _port(text: str) -> tuple[int, int]:
+    outside, colon, inside = text.partition(":")
+    if not (outside.isdigit() and colon and inside.isdigit()):
+        raise argparse.ArgumentTypeError(f"not PORT:INSIDE: {text}")
+    return int(outside), int(inside)
 
 
 def _cut_seed(arguments: argparse.Namespace) -> int | None:

@@ -76,8 +76,8 @@ class RunRequest:
     append: str = ""
     follow: bool = False
     allow_reboot: bool = False
-    ssh_port: int | None = None
-    """Of this machine's loopback; leads to port 22 of eth0, which reaches nothing else."""
+    port: tuple[int, int] | None = None
+    """One of this machine's loopback, and that of eth0 to which it leads. eth0 reaches nothing else."""
     cut_seed: int | None = None
     """Of the power cuts' random instants; None: there are none, and the disks forget nothing but cost no flushes."""
 
@@ -211,7 +211,7 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
         *disk("payload", scratch / "payload.tar", "raw"),
         *disk("artefacts", scratch / "artefacts.tar", "raw"),
         *(word for name, path in request.disks.items() for word in disk(name, path, "raw", "readonly=on")),
-        *_network(request.ssh_port),
+        *_network(request.port),
         *("-device", "virtio-rng-pci", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
         *("-chardev", console, "-serial", "chardev:console"),
         *("-chardev", "stdio,id=scenario,signal=off", "-serial", "chardev:scenario"),
@@ -220,10 +220,10 @@ def _command(image: Image, request: RunRequest, scratch: Path) -> list[str]:
     ]
 
 
-def _network(ssh_port: int | None) -> list[str]:
-    if ssh_port is None:
+def _network(port: tuple[int, int] | None) -> list[str]:
+    if port is None:
         return []
-    forward = f"hostfwd=tcp:127.0.0.1:{ssh_port}-:22"
+    forward = f"hostfwd=tcp:127.0.0.1:{port[0]}-:{port[1]}"
     return ["-netdev", f"user,id=network,restrict=on,{forward}", "-device", "virtio-net-pci,netdev=network,romfile="]
 
 

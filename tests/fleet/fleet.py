@@ -51,7 +51,7 @@ class Host:
     def running(self, guests: Path) -> Iterator[None]:
         """From its start to its verdict, which is a pass unless something is raised meanwhile."""
         payload = [guests / "tiny.elf", self._key.with_suffix(".pub")]
-        options = ("--allow-reboot", "--memory=2G", f"--ssh-port={self.port}")
+        options = ("--allow-reboot", "--memory=2G", f"--port={self.port}:22")
         scenario = Path(__file__).parent / "fleet-scenario"
         _, command = scenario_command(scenario, f"fleet/{self.name}", payload, LIFE_S, *options)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
