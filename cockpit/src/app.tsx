@@ -6,7 +6,8 @@ import {
 import { type ReactNode, useEffect, useState } from 'react';
 
 import type { Agent } from './agent';
-import { arrived, expect } from './arrival';
+import type * as decode from './decode';
+import { arrived, COMMITTED, expect } from './arrival';
 import { PageContext, useAdmin, useAgentState, useHost, useLocation } from './hooks';
 import { JobBanners } from './jobs';
 import { MemoryView } from './memory';
@@ -58,7 +59,17 @@ const Start = ({ admin }: { admin: boolean | null }) => {
     </EmptyState>;
 };
 
-const COMMITTED = ["committing"];
+/** The host goes next, unless this is an admin's own save. */
+const SAVING = ["stopping", "saving", "saved"];
+
+function farewell(host: string, upgrade: decode.Upgrade): string {
+    const committed = upgrade.phase === COMMITTED;
+    if (!upgrade.kernelTo)  // it was begun by systemctl
+        return cockpit.format(committed ? _("$0 is on its way") : _("$0 restarts once its guests are saved"), host);
+    return cockpit.format(
+        committed ? _("$0 is on its way into kernel $1") : _("$0 restarts into kernel $1 once its guests are saved"),
+        host, upgrade.kernelTo);
+}
 
 export const App = ({ agent }: { agent: Agent }) => {
     const state = useAgentState(agent);
@@ -66,12 +77,13 @@ export const App = ({ agent }: { agent: Agent }) => {
     const host = useHost(state.manager.hostname);
     const path = useLocation();
     const upgrade = state.manager.lastUpgrade;
-    const leaving = upgrade && COMMITTED.includes(upgrade.phase);
+    const leaving = upgrade &&
+        (upgrade.phase === COMMITTED || (upgrade.kind !== "save-all" && SAVING.includes(upgrade.phase)));
 
     useEffect(() => {
         if (state.link === "live" && upgrade) {
             if (leaving)
-                expect(upgrade.id);
+                expect(upgrade.id, upgrade.phase);
             else if (arrived(upgrade.id, upgrade.phase))
                 cockpit.location.go(["reports", upgrade.id]);
         }
@@ -107,8 +119,7 @@ export const App = ({ agent }: { agent: Agent }) => {
                     </NavItem>)}
                 </NavList>
             </Nav>
-            {leaving && <Notice variant="warning" isLiveRegion
-                               title={cockpit.format(_("$0 is on its way into kernel $1"), host, upgrade.kernelTo)}>
+            {leaving && <Notice variant="warning" isLiveRegion title={farewell(host, upgrade)}>
                 {_("This page will lose the host. Log in again when it is back: the page then opens with the report.")}
             </Notice>}
             {state.link === "restarting" && <Notice variant="info" isLiveRegion title={_("The agent is restarting")}>
