@@ -100,8 +100,9 @@ export const Host = () => {
 const Guests = ({ vms }: { vms: decode.Vm[] }) => <Table aria-label={_("Guests")} variant="compact" gridBreakPoint="grid-lg">
     <Thead>
         <Tr>
-            <Th>{_("Name")}</Th><Th>{_("State")}</Th><Th>{_("Memory")}</Th><Th>{_("Its RAM survives")}</Th>
-            <Th>{_("Last pause")}</Th><Th>{_("Problem")}</Th>
+            <Th modifier="wrap">{_("Name")}</Th><Th modifier="wrap">{_("State")}</Th><Th modifier="wrap">{_("Memory")}</Th>
+            <Th modifier="wrap">{_("Its RAM survives")}</Th><Th modifier="wrap">{_("Last pause")}</Th>
+            <Th modifier="wrap">{_("Problem")}</Th>
         </Tr>
     </Thead>
     <Tbody>

@@ -15,6 +15,16 @@ const _ = cockpit.gettext;
 /** Text that others wrote, as text: see `shown`. */
 export const Foreign = ({ children }: { children: string }) => <bdi>{shown(children)}</bdi>;
 
+/** A sentence of the agent's: between backticks is what an admin types. */
+export const Prose = ({ children }: { children: string }) => {
+    const parts = children.split("`");
+    return parts.length % 2
+        ? <>{parts.map((part, index) => index % 2
+            ? <code key={index}><Foreign>{part}</Foreign></code>
+            : <Foreign key={index}>{part}</Foreign>)}</>
+        : <Foreign>{children}</Foreign>;
+};
+
 export const href = (...path: string[]): string => `#${cockpit.location.encode(path)}`;
 
 /** A message in the page. Its title is no heading: those are the views' own. */
@@ -25,7 +35,7 @@ export const StateLabel = ({ value }: { value: string }) => <Label color={tone(v
 export const Failure = ({ title, text, onClose }: { title: string, text: string, onClose?: () => void }) =>
     <Notice variant="danger" isLiveRegion title={title}
            actionClose={onClose && <AlertActionCloseButton onClose={onClose} />}>
-        <Foreign>{text}</Foreign>
+        <Prose>{text}</Prose>
     </Notice>;
 
 const SEVERITIES: { severity: Severity, variant: "danger" | "warning" | "info", title: (count: number) => string }[] = [
@@ -54,7 +64,7 @@ export const Findings = ({ findings }: { findings: Finding[] }) => {
                         {one.vm && <><strong><Foreign>{one.vm}</Foreign></strong>{": "}</>}
                         <Foreign>{one.what}</Foreign>{" "}
                         {one.why && <><Foreign>{one.why}</Foreign>{" "}</>}
-                        {one.remedy && <em><Foreign>{one.remedy}</Foreign></em>}
+                        {one.remedy && <em><Prose>{one.remedy}</Prose></em>}
                     </ListItem>)}
                 </List>
             </Notice>;

@@ -108,7 +108,10 @@ const Whole = ({ report }: { report: decode.Report }) => <>
         <CardTitle component="h2">{_("Guests")}</CardTitle>
         <CardBody>
             <Table aria-label={_("Guests")} variant="compact">
-                <Thead><Tr><Th>{_("Guest")}</Th><Th>{_("Outcome")}</Th><Th>{_("Pause")}</Th><Th>{_("Phases")}</Th></Tr></Thead>
+                <Thead><Tr>
+                    <Th modifier="wrap">{_("Guest")}</Th><Th modifier="wrap">{_("Outcome")}</Th>
+                    <Th modifier="wrap">{_("Pause")}</Th><Th modifier="wrap">{_("Phases")}</Th>
+                </Tr></Thead>
                 <Tbody>
                     {report.guests.map(guest => <Tr key={guest.vm}>
                         <Td dataLabel={_("Guest")}><a href={href("vm", guest.vm)}><Foreign>{guest.vm}</Foreign></a></Td>

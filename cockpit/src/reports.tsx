@@ -48,8 +48,9 @@ export const ReportsView = () => {
             {reports && reports.length > 0 && <Table aria-label={_("Reports")} variant="compact" gridBreakPoint="grid-lg">
                 <Thead>
                     <Tr>
-                        <Th>{_("Began")}</Th><Th>{_("What")}</Th><Th>{_("Outcome")}</Th><Th>{_("Guests")}</Th>
-                        <Th>{_("Longest pause")}</Th><Th>{_("Kernel")}</Th>
+                        <Th modifier="wrap">{_("Began")}</Th><Th modifier="wrap">{_("What")}</Th>
+                        <Th modifier="wrap">{_("Outcome")}</Th><Th modifier="wrap">{_("Guests")}</Th>
+                        <Th modifier="wrap">{_("Longest pause")}</Th><Th modifier="wrap">{_("Kernel")}</Th>
                     </Tr>
                 </Thead>
                 <Tbody>

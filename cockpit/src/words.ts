@@ -92,6 +92,7 @@ const JOBS: Record<string, string> = {
     "save-all": _("Save of all guests"),
     "before-kexec": _("Save of all guests before a kexec"),
     kexec: _("Kexec"),
+    "soft-reboot": _("Soft reboot"),
     "load-all": _("Load of all guests"),
     load: _("Load of a guest"),
     "refresh-all": _("New QEMUs for all guests"),
@@ -110,6 +111,14 @@ const OUTCOMES: Record<string, string> = {
     "rolled-back": _("Rolled back"),
     held: _("Held"),
     checked: _("Checked only"),
+    checking: _("Being checked"),
+    stopping: _("Under way"),
+    saving: _("Under way"),
+    saved: _("Saved"),
+    committing: _("Under way"),
+    "rolling-back": _("Being rolled back"),
+    booted: _("Under way"),
+    loading: _("Under way"),
 };
 
 export function outcome(value: string): string {
