@@ -97,11 +97,11 @@ test-pause: bootstrap host-root $(DEB) ## Who costs the pause of a real host, an
 	$(PYTHON) -m pytest -s tests/pause
 
 .PHONY: test-cockpit
-test-cockpit: bootstrap host-root build/cockpit/index.html ## The Cockpit page in a real browser, with two real Cockpits
+test-cockpit: bootstrap host-root $(DEB) $(PAGE_DEB) ## The Cockpit page in a real browser, with two real Cockpits, and over a kexec
 	@scripts/bootstrap --cockpit
-	@for release in 12 13; do scripts/cockpit build $$release >/dev/null; done
+	@for release in 12 13 host; do scripts/cockpit build $$release >/dev/null; done
 	rm -rf build/pages
-	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest tests/cockpit || true
+	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest --numprocesses=2 --dist=loadfile tests/cockpit || true
 	@$(PYTHON) -m tests.cockpit.tally
 
 .PHONY: test-fleet

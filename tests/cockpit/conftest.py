@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Frame, FrameLocator, Locator, Page, expect, sync_playwright
 
 from cpr_agent.bus.client import Client
 from tests.bus.conftest import any_qemu, interruptible, running_lab, tiny
@@ -85,33 +85,42 @@ class Desk:
         script(path, f'#!/bin/sh\n[ "$*" = "start cpr-agent.service" ] && touch {self.lab.root}/asked-to-start\n')
 
     def look(self, page: Page, name: str, *, once: bool = False) -> None:
-        """Keep pictures of it, and let axe judge it: light and dark, wide and narrow. ``once`` is for what passes."""
-        PAGES.mkdir(parents=True, exist_ok=True)
-        found = []
-        for scheme in SCHEMES[:1] if once else SCHEMES:
-            for size in (WIDE,) if once else (WIDE, NARROW):
-                page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-                page.set_viewport_size(size)
-                page.screenshot(path=PAGES / f"{name}-{self.version}-{scheme}-{size['width']}.png", full_page=False)
-                too_wide = page.evaluate(TOO_WIDE)
-                assert not too_wide, f"{name} is wider than {size['width']} px"
-                page.evaluate(AXE.read_text() + "; undefined")
-                result = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
-                found += [
-                    f"{scheme} {size['width']}: {one['id']}: {node['html'][:200]} {node['failureSummary']}"
-                    for one in result["violations"]
-                    for node in one["nodes"]
-                ]
-        page.emulate_media(color_scheme="light")
-        page.set_viewport_size(WIDE)
-        note_axe(self.version, len(found))
-        assert not found, "\n".join(found)
+        """Keep pictures of it, and let axe judge it. ``once`` is for what passes."""
+        look(page, page, f"{name}-{self.version}", self.version, once=once)
 
     def end(self) -> None:
         for cockpit in self.cockpits:
             with contextlib.suppress(ProcessLookupError):
                 cockpit.end()
             print(f"--- {cockpit.log}\n{cockpit.log.read_text()}")
+
+
+def picture(page: Page, name: str) -> None:
+    PAGES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PAGES / f"{name}.png", full_page=False)
+
+
+def look(page: Page, frame: Page | Frame, name: str, version: str, *, once: bool = False) -> None:
+    """Keep pictures of a page, and let axe judge what is in ``frame``: light and dark, wide and narrow; or ``once``."""
+    found = []
+    for scheme in SCHEMES[:1] if once else SCHEMES:
+        for size in (WIDE,) if once else (WIDE, NARROW):
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            page.set_viewport_size(size)
+            picture(page, f"{name}-{scheme}-{size['width']}")
+            too_wide = frame.evaluate(TOO_WIDE)
+            assert not too_wide, f"{name} is wider than {size['width']} px"
+            frame.evaluate(AXE.read_text() + "; undefined")
+            result = frame.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+            found += [
+                f"{scheme} {size['width']}: {one['id']}: {node['html'][:200]} {node['failureSummary']}"
+                for one in result["violations"]
+                for node in one["nodes"]
+            ]
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size(WIDE)
+    note_axe(version, len(found))
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture(scope="session")
@@ -142,8 +151,7 @@ def desk(version: str, lab: Lab, browser: Browser, tmp_path: Path) -> Iterator[D
     for context in browser.contexts:
         for number, page in enumerate(context.pages):
             with contextlib.suppress(Exception):
-                PAGES.mkdir(parents=True, exist_ok=True)
-                page.screenshot(path=PAGES / f"last-{version}-{number}.png")
+                picture(page, f"last-{version}-{number}")
         context.close()
     running.end()
     assert running.errors == []
@@ -154,5 +162,5 @@ def row(page: Page, name: str) -> Locator:
     return page.get_by_role("row").filter(has=page.get_by_role("link", name=name, exact=True))
 
 
-def button(where: Page | Locator, name: str) -> Locator:
+def button(where: Page | FrameLocator | Locator, name: str) -> Locator:
     return where.get_by_role("button", name=re.compile(f"^{re.escape(name)}$"))
