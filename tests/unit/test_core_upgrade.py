@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from cpr_agent.core.acts.requests import LoadRequest
+from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Difference, Finding, Kernel, Policy, Survives, VmState
@@ -979,9 +979,36 @@ def test_an_upgrade_that_a_soft_reboot_ended_has_its_guests_loaded_all_the_same(
     if end == "kexec":
         bench.kexec.under_way = Survives.KEXEC
         bench.reboot()
-    bench.kernels.is_loaded = None
     assert bench.run(load_all).result == "done"
+    assert bench.kernels.is_loaded is None, "a reboot would be a kexec into it"
     assert_all_run(bench)
+
+
+def test_a_soft_reboot_changes_nothing_of_the_way_back(bench: Bench) -> None:
+    before = bench.host.kernel()
+    bench.run(until_kexec(bench))
+    bench.reboot()
+    assert bench.run(load_all).result == "done"
+    bench.kexec.under_way = Survives.SOFT_REBOOT
+    assert bench.run(before_kexec).result == "done"
+    bench.soft_reboot()
+    assert bench.run(load_all).result == "done"
+    assert bench.host.kernel() != before
+
+    async def way_back(manager: Manager) -> str:
+        return manager.ledger.booted.kernel_from if manager.ledger.booted else ""
+
+    assert bench.run(way_back) == before
+
+
+def test_one_that_is_held_and_unreadable_stops_no_kexec_of_the_others(bench: Bench) -> None:
+    bench.vm(lambda vm: vm.save(SaveRequest(need=Survives.KEXEC)), "web2")
+    bench.runner.qemus.pop("web2")
+    (manifest,) = (bench.root / "checkpoints/web2").glob("manifest*")
+    manifest.write_text("{")
+    bench.kexec.under_way = Survives.KEXEC
+    assert bench.run(before_kexec).result == "done"
+    assert bench.kexec.promised
 
 
 def test_a_soft_reboot_that_does_not_come_is_taken_back(bench: Bench) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,15 @@ from msgspec.structs import replace
 from cpr_agent.core import inventory
 from cpr_agent.core.inventory import differences, plain_name
 from cpr_agent.core.model import BlockNode, Inventory, OpenFile, PluggedDevice
-from cpr_agent.errors import QemuFailed
+from cpr_agent.core.proof import refuse_other_devices
+from cpr_agent.errors import DiskChanged, QemuFailed
 from cpr_agent.host import this_host
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.vm import replies
 from cpr_agent.vm.inventory import MAX_DEPTH, MAX_DEVICES, Places, brief, disk_name, walk, whole
 from cpr_agent.vm.replies import BlockGraph, GraphEdge, GraphNode, UnreadableReplyError
+from tests.bench import Bench
+from tests.samples import manifest
 from tests.scripted_qmp import ScriptedQmp
 
 
@@ -344,3 +348,14 @@ def test_the_places_of_devices_that_are_named_no_more_are_forgotten() -> None:
     for looks in range(3):  # noqa: B007 - for the answers
         found = asyncio.run(whole(qmp, places))
     assert len(places.known(0)) == len(found.devices) == 2
+
+
+@pytest.mark.parametrize(("start", "same"), [("boot-1", False), ("boot-1.1", True), ("boot-1.2", True)])
+def test_a_disk_may_have_another_number_once_userspace_has_started_anew(start: str, same: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """A soft reboot mounts file systems again; the kernel, and its boot id, stay."""
+    bench = Bench(tmp_path)
+    bench.host.boot, bench.host.soft = 1, int(start.partition(".")[2] or 0)
+    had, found = (Inventory(nodes=(changed(NODE, file=changed(FILE, st_dev=number)),)) for number in (5, 6))
+    saved = manifest(boot_id="boot-1", start_id="boot-1", inventory=had)
+    with contextlib.nullcontext() if same else pytest.raises(DiskChanged):
+        asyncio.run(refuse_other_devices(bench.ports(), saved, found))

@@ -449,27 +449,37 @@ GATE_KEXEC, GATE_SOFT = ("12 kexec.target start waiting", "13 systemd-soft-reboo
 BOOT_ID = "5b1e"
 
 
-def gate(root: Path, jobs: str, *asked: str, promise: str = "", count: str = "1") -> bool:
-    """Whether units/gate lets a host go on that has launched a VM; systemd has these ``jobs``, and says ``count``."""
-    tools, text = root / "tools", (ROOT / "units/gate").read_text()
-    for path in ("/run/cpr-agent/", "/run/nextroot", "/proc/sys", " /var/lib/cpr-agent"):
-        text = text.replace(path, path.replace("/", f"{root}/", 1))
+def on_the_way_down(
+    root: Path, program: str, jobs: str, *asked: str, promise: str = "", version: int = 257
+) -> tuple[int, str]:
+    """Run units/gate or units/save-before-kexec on a host that has launched a VM; systemd has these ``jobs``. Returns the
+    exit status, and what was said or asked of cprctl."""
+    tools, text = root / "tools", (ROOT / "units" / program).read_text()
     for path, words in (
         ("proc/sys/kernel/random/boot_id", BOOT_ID),
         ("run/cpr-agent/launched/web1.json", ""),
-        ("var/lib/cpr-agent/journal", ""),
         *([("run/cpr-agent/kexec-ready", promise)] if promise else []),
     ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(f"{words}\n")
+    for path in ("/run/cpr-agent/", "/run/nextroot", "/proc/sys"):
+        text = text.replace(path, f"{root}{path}")
     tools.mkdir(exist_ok=True)
-    script(tools / "systemctl", f'[ "$1" = list-jobs ] && echo "{jobs}" || echo -n "{count}"')
+    says = f'case $1 in list-jobs) echo "{jobs}" ;; --version) echo "systemd {version} ({version}.1)" ;; esac'
+    script(tools / "systemctl", says)
+    gate = script(tools / "gate", f'[ "${{1:-}}" = wanted ] && cat {root}/wanted')
+    text = text.replace("/usr/libexec/cpr-agent/gate", gate).replace("/usr/bin/cprctl", "echo cprctl")
     found = {"PATH": f"{tools}:{os.environ['PATH']}"}
-    return subprocess.run(["sh", "-c", text, "gate", *asked], check=False, capture_output=True, env=found).returncode == 0
+    done = subprocess.run(["sh", "-c", text, program, *asked], check=False, capture_output=True, env=found, text=True)
+    return done.returncode, done.stdout.strip()
+
+
+def passes(root: Path, jobs: str, promise: str = "") -> bool:
+    return on_the_way_down(root, "gate", jobs, promise=promise)[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("jobs", "promise", "passes"),
+    ("jobs", "promise", "passed"),
     [
         (GATE_KEXEC, "", False),
         (GATE_KEXEC, BOOT_ID, True),
@@ -485,29 +495,57 @@ def gate(root: Path, jobs: str, *asked: str, promise: str = "", count: str = "1"
     ],
 )
 def test_the_gate_passes_what_was_promised_and_nothing_that_takes_more(
-    jobs: str, promise: str, *, passes: bool, tmp_path: Path
+    jobs: str, promise: str, *, passed: bool, tmp_path: Path
 ) -> None:
-    assert gate(tmp_path, jobs, promise=promise) is passes
+    assert passes(tmp_path, jobs, promise) is passed
 
 
-@pytest.mark.parametrize(("jobs", "wanted"), [("", False), (GATE_SOFT, True), (GATE_KEXEC, True)])
-def test_guests_are_saved_for_a_kexec_and_for_a_soft_reboot(jobs: str, *, wanted: bool, tmp_path: Path) -> None:
-    assert gate(tmp_path, jobs, "wanted") is wanted
-
-
-def test_guests_are_shut_down_for_a_soft_reboot_that_nobody_could_tell_of(tmp_path: Path) -> None:
-    assert not gate(tmp_path, GATE_SOFT, "wanted", count="")
-    assert gate(tmp_path, GATE_SOFT, count=""), "their units have done so"
-    assert gate(tmp_path, f"{GATE_SOFT}\n{GATE_KEXEC}", "wanted", count="")
-    assert not gate(tmp_path, f"{GATE_SOFT}\n{GATE_KEXEC}", count="")
-
-
-def test_guests_are_shut_down_for_a_root_that_has_not_what_was_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["kexec", "soft-reboot"])
+def test_the_gate_passes_no_saved_guest_into_a_root_that_does_not_know_it(kind: str, tmp_path: Path) -> None:
+    """It may have come after the save."""
     (tmp_path / "run/nextroot/usr").mkdir(parents=True)
-    assert not gate(tmp_path, GATE_SOFT, "wanted")
-    (tmp_path / "run/nextroot/var/lib").mkdir(parents=True)
-    (tmp_path / "run/nextroot/var/lib/cpr-agent").symlink_to(tmp_path / "var/lib/cpr-agent")
-    assert gate(tmp_path, GATE_SOFT, "wanted")
+    assert not passes(tmp_path, GATE_SOFT, f"{BOOT_ID} {kind}")
+    assert not passes(tmp_path, f"{GATE_SOFT}\n{GATE_KEXEC}", f"{BOOT_ID} {kind}")
+    assert passes(tmp_path, GATE_KEXEC, f"{BOOT_ID} kexec"), "the next kernel mounts its own"
+
+
+def test_the_gate_passes_a_soft_reboot_for_which_guests_are_shut_down_and_no_kexec(tmp_path: Path) -> None:
+    (tmp_path / "run/nextroot/usr").mkdir(parents=True)
+    (tmp_path / "run/cpr-agent").mkdir()
+    (tmp_path / "run/cpr-agent/shut-down").touch()
+    assert passes(tmp_path, GATE_SOFT)
+    assert not passes(tmp_path, f"{GATE_SOFT}\n{GATE_KEXEC}")
+
+
+@pytest.mark.parametrize(
+    ("jobs", "wanted"),
+    [("", ""), (GATE_SOFT, "soft-reboot"), (GATE_KEXEC, "kexec"), (f"{GATE_SOFT}\n{GATE_KEXEC}", "kexec")],
+)
+def test_a_kexec_and_a_soft_reboot_are_told_from_each_other(jobs: str, wanted: str, tmp_path: Path) -> None:
+    assert on_the_way_down(tmp_path, "gate", jobs, "wanted") == (0, wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "version", "nextroot", "saved"),
+    [
+        ("kexec", 257, False, True),
+        ("kexec", 254, True, True),
+        ("soft-reboot", 257, False, True),
+        ("soft-reboot", 255, False, False),
+        ("soft-reboot", 257, True, False),
+        ("", 257, False, False),
+    ],
+)
+def test_guests_are_saved_where_the_next_agent_will_know_of_them(
+    wanted: str, version: int, *, nextroot: bool, saved: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "wanted").write_text(wanted)
+    if nextroot:
+        (tmp_path / "run/nextroot/usr").mkdir(parents=True)
+    assert on_the_way_down(tmp_path, "save-before-kexec", "", version=version) == (
+        (0, "cprctl save --all --before-kexec" if saved else "")
+    )
+    assert (tmp_path / "run/cpr-agent/shut-down").exists() == (bool(wanted) and not saved), "the gate is to know"
 
 
 # -- how the unit of a VM stops -------------------------------------------------------------------------------------------

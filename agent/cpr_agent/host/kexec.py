@@ -31,8 +31,11 @@ _NEEDED = {
 EARLY = "early"
 _OF_QEMU = ("kvm_amd", "kvm_intel", "tun", "vhost_net", "vhost_vsock")
 """Modules that make a node which QEMU may open."""
-_TARGETS = {Survives.KEXEC: "kexec.target", Survives.SOFT_REBOOT: "soft-reboot.target"}
-"""The first that has a job counts: the two do not exclude each other."""
+_STARTED = {
+    Survives.KEXEC: ("kexec.target", "systemd-kexec.service"),
+    Survives.SOFT_REBOOT: ("soft-reboot.target", "systemd-soft-reboot.service"),
+}
+"""Units that systemd starts for it. The first that has a job counts: the two do not exclude each other."""
 INHIBIT_TIMEOUT_S = 10.0
 DELAYS_SINCE = 261
 """The version of systemd that began to delay the shutdown of a host that has not been up for long."""
@@ -109,10 +112,10 @@ class SystemdKexec:
                 (self._ready.parent / "tickets" / Path(place).name / SAVED).touch()
 
     async def pending(self) -> Survives | None:
-        return next((need for need, target in _TARGETS.items() if self._systemd.job_of(target)), None)
+        return next((need for need, units in _STARTED.items() if any(map(self._systemd.job_of, units))), None)
 
     def _job(self) -> bytes | None:
-        return next((job for target in _TARGETS.values() if (job := self._systemd.job_of(target))), None)
+        return next((job for units in _STARTED.values() for unit in units if (job := self._systemd.job_of(unit))), None)
 
     async def start(self) -> str:
         """Start the target itself, and not by logind: its RebootWithFlags does a plain reboot where it finds no kernel, and

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from posixpath import normpath
 from typing import Literal
 
 import msgspec
@@ -75,7 +76,7 @@ class MemoryIdentity(msgspec.Struct, frozen=True, kw_only=True):
         systemd's src/shared/fstab-util.c); RAM can't be in the others that it leaves."""
         if need is Survives.QEMU_RESTART or self.survives is Survives.KEXEC:
             return True
-        return need is Survives.SOFT_REBOOT and self.in_ram and self.path.startswith("/dev/")
+        return need is Survives.SOFT_REBOOT and self.in_ram and normpath(self.path).startswith("/dev/")
 
     def overlaps(self, other: MemoryIdentity) -> bool:
         """True if the two share a byte of the same device or file."""

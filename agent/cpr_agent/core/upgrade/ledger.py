@@ -145,7 +145,8 @@ class Replay(msgspec.Struct, frozen=True):
             current = msgspec.convert(facts, Upgrade)
         except msgspec.ValidationError:
             return self
-        return Replay(current, current if current.phase is Phase.BOOTED and current.kind is not Kind.DRILL else self.booted)
+        started_another = current.phase is Phase.BOOTED and record.get("kernel") != current.kernel_from
+        return Replay(current, current if started_another else self.booted)
 
 
 class Ledger:

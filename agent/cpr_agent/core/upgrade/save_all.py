@@ -14,7 +14,7 @@ from cpr_agent.core.model import Policy, Survives, VmState
 from cpr_agent.core.saveable import may_shut_down
 from cpr_agent.core.turns import Turn, Turns
 from cpr_agent.core.undo import uninterrupted
-from cpr_agent.core.upgrade.ledger import Phase
+from cpr_agent.core.upgrade.ledger import Kind, Phase
 from cpr_agent.core.upgrade.roll_back import or_roll_back
 from cpr_agent.core.upgrade.scope import Failure, Scope, in_turn, names, on_all
 from cpr_agent.core.upgrade.sort import Triage
@@ -60,12 +60,13 @@ async def promise(scope: Scope) -> None:
     await on_all(scope.vms(), lambda vm: vm.refresh())
     if unsaved := [vm for vm in scope.vms() if vm.pid and not vm.machine.powered_off and vm.state not in _SAVED]:
         raise SaveFailed(f"not saved: {', '.join(f'{vm.name} ({vm.state})' for vm in unsaved)}")
-    outlives = await scope.ports.kexec.pending() or Survives.KEXEC
-    saved = {vm.name: manifest.memory for vm in scope.vms() if (manifest := vm.live_checkpoint())}
+    soft = scope.ledger.require_current().kind is Kind.SOFT_REBOOT
+    outlives = Survives.SOFT_REBOOT if soft and await scope.ports.kexec.pending() is not Survives.KEXEC else Survives.KEXEC
+    saved = {vm.name: manifest.memory for vm in scope.vms() if (manifest := vm.machine.readable_checkpoint())}
     if lost := [name for name, memory in saved.items() if not all(one.outlives(outlives) for one in memory)]:
         raise SaveFailed(f"saved in RAM that does not survive a {outlives}: {', '.join(lost)}")
-    ram = [one for vm in scope.vms() if (manifest := vm.machine.readable_checkpoint()) for one in manifest.memory]
-    scope.ports.kexec.promise(scope.ports.memory.drivers(tuple(ram)), outlives)
+    ram = tuple(one for memory in saved.values() for one in memory)
+    scope.ports.kexec.promise(scope.ports.memory.drivers(ram), outlives)
     await on_all([vm for vm in scope.vms() if vm.machine.stands_saved and vm.machine.own.delegated], Vm.end_saved)
     own = [vm.machine.own for vm in scope.vms() if vm.machine.stands_saved]
     scope.ports.kexec.end_at_once([place.directory for place in own if not place.delegated])

@@ -235,6 +235,8 @@ class Transaction:
                 await upgrade.kernel.unload(self._ports.kernels)
             self._ledger.enter(Phase.REFUSED, reason="the agent was interrupted")
         elif self._ledger.rebooted:
+            if current.kind.loads_kernel and _same_kernel(current, self._ports):
+                await upgrade.kernel.unload(self._ports.kernels)
             self._note_boot(current)  # cpr-load.service asks for the load, once memory and disks are there
         elif current.phase in (Phase.BOOTED, Phase.LOADING):  # an earlier agent of this boot was loading
             return jobs.start("recover", lambda job: self.load_all(job, self._scope.vms()))
@@ -261,7 +263,15 @@ def _interruption(current: Upgrade, ports: Ports) -> str:
     """Why the boot that was upgraded ended, if not by the upgrade's own kexec: a crash, a reset, a power cut."""
     if current.kind is Kind.SAVE_ALL or current.phase in (Phase.BOOTED, Phase.LOADING):
         return current.interrupted
-    by_soft_reboot = current.boot.partition(".")[0] == ports.boot.boot_id()
-    if current.phase is Phase.COMMITTING and (by_soft_reboot or ports.boot.booted_by_kexec()):
+    if _same_kernel(current, ports) and current.phase is not Phase.COMMITTING:
+        return f"a soft reboot came while {current.phase}"
+    if _same_kernel(current, ports):
+        return "" if current.kind is Kind.SOFT_REBOOT else "a soft reboot came in place of the kexec"
+    if current.phase is Phase.COMMITTING and ports.boot.booted_by_kexec():
         return ""
     return f"the host went down while {current.phase}, and was not started by a kexec"
+
+
+def _same_kernel(current: Upgrade, ports: Ports) -> bool:
+    """Whether userspace alone was started anew since."""
+    return current.boot.partition(".")[0] == ports.boot.boot_id()
