@@ -23,6 +23,7 @@ from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import QemuFailed
 from cpr_agent.files import make_private_directory, write_atomically
 from cpr_agent.host.grants import DeviceGrants
+from cpr_agent.host.leaders import FIFO, leader_command, make_fifo
 from cpr_agent.host.tickets import SAVED, Offer, offered
 from cpr_agent.host.users import SHARED_USER
 from cpr_agent.host.waiting import ended
@@ -237,9 +238,10 @@ class RunFiles:
             log.warning("VM %s: the admin's socket can't be reached by its path: %s", name, error)
 
     @contextlib.contextmanager
-    def ticket(self, launch: Launch, place: str) -> Iterator[Offer]:
+    def ticket(self, launch: Launch, place: str, *, leader: bool = False) -> Iterator[Offer]:
         """Offer the ticket while this lasts, and record what is started; the record ends with this boot. The log and the
-        RAM are opened here: by their paths they need not be the VM's. Raises QemuFailed, MemoryUnusable, OSError."""
+        RAM are opened here: by their paths they need not be the VM's. With a ``leader`` for systemd-machined (ADR 37).
+        Raises QemuFailed, MemoryUnusable, OSError."""
         self.pids.pop(place, None)
         self.killed.discard(place)
         directory = self.directory(place)
@@ -249,7 +251,11 @@ class RunFiles:
             _make_owned(self.directory(each), owner)
         _make_directory(self.ticket_directory(place), 0o711)
         (self.ticket_directory(place) / SAVED).unlink(missing_ok=True)
-        ticket = marshal.dumps({"argv": launch.argv, "sockets": launch.sockets, "memory_fds": launch.memory_fds})
+        parts = {"argv": launch.argv, "sockets": launch.sockets, "memory_fds": launch.memory_fds}
+        if leader:
+            fifo = make_fifo(self.ticket_directory(place) / FIFO, owner[0] if owner else None)
+            parts["leader"] = leader_command(self.programs.launcher, fifo)
+        ticket = marshal.dumps(parts)
         with contextlib.ExitStack() as opened:
 
             def keep(fd: int) -> int:

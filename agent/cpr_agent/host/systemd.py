@@ -32,6 +32,7 @@ from cpr_agent.core.threads import Threads
 from cpr_agent.core.undo import uninterrupted
 from cpr_agent.errors import QemuFailed
 from cpr_agent.host.isolation import Installer, made_for
+from cpr_agent.host.leaders import machined_is_installed
 from cpr_agent.host.runner import READY_TIMEOUT_S, BaseRunner, QemuPlace, RunFiles, places_of
 from cpr_agent.host.users import Users
 
@@ -387,7 +388,7 @@ class UnitPlace(QemuPlace):
         unit = self._unit
         await self._setup.vm(launch, self._files.run_dir, places_of(self._vm))
         try:
-            with self._files.ticket(launch, self._place) as offer:
+            with self._files.ticket(launch, self._place, leader=machined_is_installed()) as offer:
                 # While the host boots, a saved guest waits for nothing but what is its own, which is there (ADR 33). At a
                 # shutdown its unit has its order.
                 mode = OUT_OF_ORDER if launch.kind == "load" and self._systemd.booting() else "replace"

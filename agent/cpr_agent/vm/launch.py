@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
         descriptors = dict(zip(ticket["memory_fds"], memory, strict=True))
         listeners = {fd: _listen(path) for path, fd in ticket["sockets"].items()}
         descriptors.update({fd: listener.fileno() for fd, listener in listeners.items()})
+        _start_leader(ticket.get("leader"), above=max(descriptors))
         _place(descriptors)
         agent.send(b"R")  # the sockets accept connections from here on
         os.execv(ticket["argv"][0], ticket["argv"])  # noqa: S606 - becoming QEMU is what this program is for
@@ -99,6 +100,20 @@ def _listen(path: str) -> _socket.socket:
     os.chmod(path, 0o660)
     listener.listen(1)
     return listener
+
+
+def _start_leader(argv: list[str] | None, above: int) -> None:
+    """The process that stands for the VM towards systemd-machined (vm/machine-leader). It ends when this one does: QEMU
+    keeps the other end of its stdin, ``above`` the numbers that the command line uses. It inherits the log, and no more."""
+    if not argv:
+        return
+    try:
+        stdin, kept = os.pipe()
+        os.posix_spawn(argv[0], argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)])
+        os.close(stdin)
+        fcntl.fcntl(kept, fcntl.F_DUPFD, above + 1)
+    except OSError as error:  # nothing depends on it
+        print(f"systemd-machined will not know it: {error}", file=sys.stderr)  # noqa: T201 - stderr is the VM's log
 
 
 def _place(descriptors: dict[int, int]) -> None:
