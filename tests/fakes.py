@@ -726,6 +726,7 @@ class FakeRunner:
     def __init__(self) -> None:
         self.qemus: dict[str, FakeQemu] = {}
         self.users: dict[str, str] = {}
+        self.units: dict[str, str] = {}
         self.prepared: list[Launch] = []
         self.beside: dict[str, FakeQemu] = {}
         self.faults: dict[tuple[str, str], Exception] = {}
@@ -820,8 +821,8 @@ class FakeRunner:
     async def prepare(self, launch: Launch) -> None:
         self.prepared.append(launch)
 
-    def unit(self, name: str) -> str:  # noqa: ARG002
-        return ""
+    def unit(self, name: str) -> str:
+        return self.units.get(name, "")
 
     def trim_logs(self) -> None:
         """There are none."""

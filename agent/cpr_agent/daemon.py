@@ -202,13 +202,14 @@ async def serve(paths: Paths, address: str | None, runner: str, logs: LogControl
         early = systemd is not None and systemd.booting() and manager.ports.boot.booted_by_kexec()
         if not early and (why := await presence.come()):  # before anything is touched: there must be no second agent
             log.warning("%s", why)
-        return await _serve(presence, manager, domains, published, Start(units=systemd is not None, early=early))
+        return await _serve(presence, manager, domains, published, Start(paths.run, units=systemd is not None, early=early))
 
 
 class Start(msgspec.Struct, frozen=True):
-    """``units``: systemd runs the VMs. ``early``: guests that a kexec has saved wait, and nothing that they do not need is
-    waited for."""
+    """``run`` is the agent's directory in /run. ``units``: systemd runs the VMs. ``early``: guests that a kexec has saved
+    wait, and nothing that they do not need is waited for."""
 
+    run: Path
     units: bool
     early: bool
 
@@ -235,6 +236,7 @@ async def _serve(presence: Presence, manager: Manager, domains: Domains | None, 
     trimming = loop.create_task(_trim_logs(manager.ports.runner))
     recovering = loop.create_task(_recover(manager, early=start.early))
     importing = loop.create_task(_import_late())
+    listing = loop.create_task(_list_machines(presence, manager, recovering, start))
     publishing = loop.create_task(published.run())
     published.wake()
     stopping = loop.create_task(stop.wait())
@@ -251,6 +253,7 @@ async def _serve(presence: Presence, manager: Manager, domains: Domains | None, 
         await domains.close()
     recovering.cancel()
     importing.cancel()
+    listing.cancel()
     publishing.cancel()
     watchdog.cancel()
     trimming.cancel()
@@ -270,6 +273,22 @@ async def _recover(manager: Manager, *, early: bool) -> None:
     except Exception:
         log.exception("the recovery failed")
     log.info("recovered %s in %.1f s", counted(len(manager.vms), "VM"), time.monotonic() - began)
+
+
+async def _list_machines(presence: Presence, manager: Manager, recovering: asyncio.Task[None], start: Start) -> None:
+    """With systemd-machined, once guests go on and there is a bus."""
+    if not start.units:
+        return
+    await asyncio.wait({recovering})
+    bus = await presence.bus()
+    from cpr_agent.bus.machined import Machined
+    from cpr_agent.core.machines import Machines
+    from cpr_agent.host.leaders import UnitLeaders
+
+    try:
+        await Machines(manager, Machined(bus), UnitLeaders(start.run / "tickets")).run()
+    except Exception:
+        log.exception("systemd-machined hears no more of VMs")
 
 
 async def _import_late() -> None:

@@ -29,6 +29,7 @@ class Presence:
         self._serve = serve
         self._arrived = arrived
         self._service: Service | None = None
+        self._bus: asyncio.Future[AgentBus] = asyncio.get_running_loop().create_future()
         self._opened = False
 
     async def come(self) -> str:
@@ -47,6 +48,7 @@ class Presence:
             bus.disconnect()
             raise
         self._service = service
+        self._bus.set_result(bus)
         for vm in self._manager.vms.values():
             service.vm_changed(vm)
         for job in self._manager.jobs.current.values():
@@ -54,6 +56,10 @@ class Presence:
         if self._opened:
             service.open()
         return ""
+
+    async def bus(self) -> AgentBus:
+        """The connection, once the agent has its name there."""
+        return await asyncio.shield(self._bus)
 
     def open(self) -> None:
         """Answer calls from now on: those that came before the agent had recovered were kept waiting."""

@@ -253,6 +253,12 @@ class Vm:
         async with self._exclusive(Act.STOP):
             await ways[how](self.machine)
 
+    async def power_off(self) -> None:
+        """The power button of a guest that runs or sleeps, for another program of the host's; any other guest is left as it
+        is. Raises CprError."""
+        async with self._admitted(Act.STOP):
+            await acts.start.power_off(self.machine)
+
     async def resume(self) -> None:
         """Take a save back, or let a paused guest go on. Raises ProofFailed, and the VM is held then; CprError."""
         while self._act is Act.RETRY:

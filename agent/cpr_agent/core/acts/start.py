@@ -92,6 +92,15 @@ async def press_power_button(machine: Machine) -> None:
     await machine.end()
 
 
+async def power_off(machine: Machine) -> None:
+    """The same, and no end for a QEMU whose guest has no power button now. Raises WrongState, QemuFailed."""
+    await machine.derive()
+    if machine.qemu and machine.run_state not in (RunState.RUNNING, RunState.SUSPENDED):
+        what = f"is {machine.state}, and its power button can't be pressed"
+        raise WrongState(what, vm=machine.name, left="nothing was done", remedy=f"see `cprctl status {machine.name}`")
+    await press_power_button(machine)
+
+
 async def _ends(machine: Machine, shut_down: asyncio.Event, timeout_s: float) -> bool:
     """Wait until QEMU has ended, or its guest has shut down and QEMU stays (``-action shutdown=pause``)."""
     ended = asyncio.create_task(machine.own.wait_exit(timeout_s))
