@@ -96,6 +96,10 @@ test-original: bootstrap host-root qemu-cpr $(DEB) ## A QEMU with cpr-save and c
 test-pause: bootstrap host-root $(DEB) ## Who costs the pause of a real host, and units that stop before its guests
 	$(PYTHON) -m pytest -s tests/pause
 
+.PHONY: test-machines
+test-machines: bootstrap host-root $(DEB) ## VMs in the list of systemd-machined, through a save, a refresh and a kexec
+	$(PYTHON) -m pytest -s tests/machines
+
 .PHONY: test-cockpit
 test-cockpit: bootstrap host-root $(DEB) $(PAGE_DEB) ## The Cockpit page in a real browser, with two real Cockpits, and over a kexec
 	@scripts/bootstrap --cockpit
