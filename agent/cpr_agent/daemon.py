@@ -236,7 +236,8 @@ async def _serve(presence: Presence, manager: Manager, domains: Domains | None, 
     trimming = loop.create_task(_trim_logs(manager.ports.runner))
     recovering = loop.create_task(_recover(manager, early=start.early))
     importing = loop.create_task(_import_late())
-    listing = loop.create_task(_list_machines(presence, manager, recovering, start))
+    first = {recovering, importing} if start.early else {recovering}
+    listing = loop.create_task(_list_machines(presence, manager, first, start))
     publishing = loop.create_task(published.run())
     published.wake()
     stopping = loop.create_task(stop.wait())
@@ -275,11 +276,11 @@ async def _recover(manager: Manager, *, early: bool) -> None:
     log.info("recovered %s in %.1f s", counted(len(manager.vms), "VM"), time.monotonic() - began)
 
 
-async def _list_machines(presence: Presence, manager: Manager, recovering: asyncio.Task[None], start: Start) -> None:
-    """With systemd-machined, once guests go on and there is a bus."""
+async def _list_machines(presence: Presence, manager: Manager, first: set[asyncio.Task[None]], start: Start) -> None:
+    """With systemd-machined, after ``first`` and once there is a bus. No module of it is imported while guests wait."""
     if not start.units:
         return
-    await asyncio.wait({recovering})
+    await asyncio.wait(first)
     bus = await presence.bus()
     from cpr_agent.bus.machined import Machined
     from cpr_agent.core.machines import Machines
