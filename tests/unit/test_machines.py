@@ -241,7 +241,7 @@ def test_poweroff_presses_the_power_button(hall: Hall, caplog: pytest.LogCapture
         await hall.settle()
         await vm.idle()
         assert vm.state is VmState.STOPPED
-        assert "VM web1: machinectl presses its power button" in caplog.text
+        assert "VM web1: machinectl asks for its power button" in caplog.text
 
     hall.run(story)
 

@@ -181,7 +181,7 @@ class Machines(Listener):
                 )
             if jobs := [job.kind for job in self._manager.jobs.current.values() if job.kind not in HARMLESS_JOBS]:
                 raise Busy(f"belongs to a host in the middle of {', '.join(jobs)}", vm=vm.name, left="nothing was done")
-            log.info("VM %s: machinectl presses its power button", vm.name)
+            log.info("VM %s: machinectl asks for its power button", vm.name)
             await vm.power_off()
         except (CprError, OSError) as error:
             log.warning("machinectl %s is refused: %s", word, error)
