@@ -949,7 +949,8 @@ def test_a_soft_reboot_is_saved_for_also_with_ram_in_shared_memory(in_shm: Bench
 def test_a_soft_reboot_would_unmount_a_file_system_in_ram_that_is_not_below_dev(bench: Bench) -> None:
     start_afresh_with(bench, str(bench.root / "web2.ram"))
     bench.kexec.under_way = Survives.SOFT_REBOOT
-    assert "does not survive a soft-reboot" in bench.run(before_kexec).result
+    job = bench.run(before_kexec)
+    assert "does not survive a soft-reboot" in job.result, job.guests
     assert not bench.kexec.promised
     assert_all_run(bench)
 
