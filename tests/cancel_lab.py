@@ -133,7 +133,7 @@ class CancelLab:
         for guest, before in zip(self.lab.guests, self.before, strict=True):
             until(partial(has_one_qemu, guest), f"{guest.name} has one QEMU, not {qemus(guest)}")
             now = self.found(guest)
-            assert now.status == before.status
+            assert now.status == before.status, f"{guest.name} is {now.status}, and was {before.status}"
             if before.status == "paused":
                 assert now.counted == before.counted
                 assert guest.report.problems == ()
