@@ -55,7 +55,8 @@ def qemu(tickets: Path) -> Iterator[subprocess.Popen[str]]:
 def leader_of(qemu: subprocess.Popen[str]) -> int:
     assert qemu.stdout
     assert qemu.stdout.readline()
-    pid = UnitLeaders(Path()).leader(qemu.pid)
+    while not (pid := UnitLeaders(Path()).leader(qemu.pid)):  # it is not the shell yet
+        os.sched_yield()
     wait_until_it_reads(pid)
     return pid
 

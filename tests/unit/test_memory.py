@@ -446,3 +446,28 @@ def test_a_node_counts_once_its_driver_is_there(tmp_path: Path) -> None:
     node.unlink()
     node.touch()
     assert devices.has_driver(str(node))
+
+
+# -- a soft reboot --------------------------------------------------------------------------------------------------------
+
+
+def at(path: str, filesystem: str) -> MemoryIdentity:
+    return replace(FILE, path=path, filesystem=filesystem, survives=Survives.QEMU_RESTART)
+
+
+@pytest.mark.parametrize(
+    ("memory", "outlives"),
+    [
+        (DEVDAX, True),
+        (at("/dev/shm/web1", "tmpfs"), True),
+        (at("/dev/hugepages/web1", "hugetlbfs"), True),
+        (at("/mnt/ram/web1", "tmpfs"), False),
+        (at("/hugepages/web1", "hugetlbfs"), False),
+        (at("/dev/../mnt/ram/web1", "tmpfs"), False),
+        (at("/srv/web1", "ext4"), False),
+    ],
+)
+def test_a_soft_reboot_leaves_devices_and_what_is_in_ram_below_dev(memory: MemoryIdentity, *, outlives: bool) -> None:
+    """systemd unmounts all other file systems. A file on a disk is written back, and counts as lost."""
+    assert memory.outlives(Survives.SOFT_REBOOT) is outlives
+    assert memory.outlives(Survives.QEMU_RESTART)
