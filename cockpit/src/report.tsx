@@ -119,7 +119,7 @@ const Whole = ({ report }: { report: decode.Report }) => <>
                             {shown(guest.outcome)}
                             {guest.why && <div className="cpr-subtle"><Foreign>{guest.why}</Foreign></div>}
                         </Td>
-                        <Td dataLabel={_("Pause")}>{length(guest.pause)}</Td>
+                        <Td dataLabel={_("Pause")} modifier="nowrap">{length(guest.pause)}</Td>
                         <Td dataLabel={_("Phases")}>
                             {guest.spans.map(span => `${phase(span.name)} ${length(span.end - span.begin)}`).join(", ") || "—"}
                         </Td>

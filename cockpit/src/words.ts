@@ -139,7 +139,7 @@ export function trouble(vm: Vm): string {
         return vm.problem;
     if (vm.checkpoint?.error)
         return vm.checkpoint.error;
-    if (vm.blocked.length)
+    if (vm.blocked.length && vm.state !== "saved")
         return cockpit.format(_("Cannot be saved now: $0"), vm.blocked.join("; "));
     if (vm.qemuOutdated)
         return cockpit.format(_("Runs QEMU $0; $1 is installed"), vm.qemuRunning, vm.qemuInstalled || _("another one"));
