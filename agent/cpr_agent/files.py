@@ -14,6 +14,8 @@ from typing import BinaryIO
 from cpr_agent.errors import Busy
 
 _CHUNK_BYTES = 1 << 20
+MAX_COMMAND_LINE_BYTES, MAX_WORDS = 2 << 20, 1 << 16
+"""Of a process: as much as execve(2) takes by default, and more words than any QEMU has."""
 
 
 def sync_directory(path: Path) -> None:
@@ -93,3 +95,16 @@ def rename_aside(path: Path, suffix: str) -> Path:
     aside = path.with_name(f"{path.name}.{suffix}")
     path.rename(aside)
     return aside
+
+
+def command_line_of(pid: int) -> list[bytes]:
+    """The words of a process's command line; none of one that has ended, or whose line is longer than any that a QEMU has:
+    its length is the process's own choice (PR_SET_MM_MAP in prctl(2))."""
+    try:
+        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
+            line = file.read(MAX_COMMAND_LINE_BYTES + 1)
+    except OSError:
+        return []
+    if len(line) > MAX_COMMAND_LINE_BYTES or line.count(b"\0") > MAX_WORDS:
+        return []
+    return line.split(b"\0")[:-1]

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.machines import SERVICE, Listed, Machines
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
-from cpr_agent.errors import Busy, HostFailed, WrongState
+from cpr_agent.errors import Busy, HostFailed, QemuFailed, WrongState
 from tests.bench import Bench
 from tests.fakes import Gate
 
@@ -310,5 +311,76 @@ def test_reboot_is_refused(hall: Hall, caplog: pytest.LogCaptureFixture) -> None
         await hall.settle()
         assert manager.vm("web1").state is VmState.RUNNING
         assert "machinectl reboot is refused: VM web1: can't be rebooted from the host in order" in caplog.text
+
+    hall.run(story)
+
+
+@pytest.mark.parametrize("status", ["io-error", "paused"])
+def test_a_guest_that_stands_is_left_as_it_is_also_by_a_qemu_that_answers_late(hall: Hall, status: str) -> None:
+    """Storage that hangs stops a guest, and keeps its QEMU from answering."""
+
+    async def story(manager: Manager) -> None:
+        vm = manager.vm("web1")
+        await vm.start()
+        await hall.settle()
+        await vm.machine.disconnect()
+        connect, silent = vm.machine._connect, [QemuFailed("does not answer", vm="web1")]
+
+        async def late(timeout_s: float) -> Any:
+            if silent:
+                raise silent.pop()
+            return await connect(timeout_s)
+
+        vm.machine._connect = late  # type: ignore[method-assign]
+        hall.bench.qemu().status = status
+        for _ in range(2):
+            hall.ask("poweroff")
+            await hall.settle()
+            await vm.idle()
+        assert vm.pid
+        assert hall.bench.qemu().status == status
+
+    hall.run(story)
+
+
+def test_a_process_that_machined_took_too_late_does_not_stay_in_the_list(hall: Hall) -> None:
+    async def story(manager: Manager) -> None:
+        registry = hall.registry
+        register = registry.register
+
+        async def late(name: str, leader: int) -> None:
+            await register(name, leader)
+            raise HostFailed("systemd-machined has not answered RegisterMachine within 10 s")
+
+        registry.register = late  # type: ignore[method-assign]
+        registry.unit_of[7] = "ssh.service"
+        vm = manager.vm("web1")
+        await vm.start()
+        await until(lambda: bool(registry.machines))
+        registry.register = register  # type: ignore[method-assign]
+        hall.leaders.pid = 0
+        await until(lambda: hall.machines._retry is not None)
+        hall.machines._retry.cancel()  # type: ignore[union-attr]
+        hall.machines._retry = None
+        hall.machines.vm_changed(vm)
+        await hall.settle()
+        assert not registry.machines
+
+    hall.run(story)
+
+
+def test_machined_that_fails_is_not_asked_more_often_by_a_guest_that_changes_often(hall: Hall) -> None:
+    hall.registry.fault = HostFailed("systemd-machined can't be asked: Unit masked")
+
+    async def story(manager: Manager) -> None:
+        vm = manager.vm("web1")
+        await vm.start()
+        await until(lambda: hall.machines._retry is not None)
+        asked = len(hall.registry.calls)
+        for _ in range(20):
+            hall.machines.vm_changed(vm)
+            await asyncio.sleep(0)
+        assert len(hall.registry.calls) == asked
+        hall.machines._dirty.clear()
 
     hall.run(story)

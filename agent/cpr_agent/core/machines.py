@@ -85,6 +85,9 @@ class Machines(Listener):
         self._complained: dict[str, str] = {}
         """By VM, what was last said of it."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unproved: set[str] = set()
+        """VMs for which machined was asked to take a leader, and not yet looked at which process it took."""
+        self._retry: asyncio.TimerHandle | None = None
         self._retry_s = RETRY_S
 
     def vm_added(self, vm: Vm) -> None:
@@ -108,7 +111,9 @@ class Machines(Listener):
             self._manager.listeners.remove(self)
 
     async def _tidy_all(self) -> None:
-        """One VM after the other: no guest waits for it. A job's end wakes us."""
+        """One VM after the other: no guest waits for it. A job's end wakes us, and the time to ask machined again."""
+        if self._retry:
+            return
         for name in sorted(self._dirty):
             if not all(job.parked.is_set() for job in self._manager.jobs.current.values()):
                 return
@@ -141,9 +146,11 @@ class Machines(Listener):
             del self._units[name]
             self._leaders.unhear(before)
         if not (vm and leader):
-            return  # machined sees the end of a leader by itself
+            if name in self._unproved:  # else machined sees the end of a leader by itself
+                await self._disown(name)
+            return
         self._units[name] = unit
-        self._leaders.hear(unit, partial(self._asked, vm))
+        self._leaders.hear(unit, partial(self._asked, name))
         listed = await self._registry.get(name)
         self._complained.pop("", None)
         self._retry_s = RETRY_S
@@ -153,24 +160,36 @@ class Machines(Listener):
                 await self._registry.unregister(name)
         elif listed and not ours:
             raise WrongState(f"{listed.service or 'another service'} has a machine of this name ({listed.unit})")
-        elif listed is None or listed.leader != leader:
+        elif listed is None or (listed.leader, listed.unit) != (leader, unit):
             if listed:
                 await self._registry.unregister(name)
             await self._register(name, leader, unit)
             self._complained.pop(name, None)
 
+    async def _disown(self, name: str) -> None:
+        """Take back what machined may have listed after nobody waited for it any more."""
+        listed = await self._registry.get(name)
+        if listed and listed.service == SERVICE:
+            await self._registry.unregister(name)
+        self._unproved.discard(name)
+
     async def _register(self, name: str, leader: int, unit: str) -> None:
         """machined takes the leader by its number, which may be another process's by then."""
+        self._unproved.add(name)
         await self._registry.register(name, leader)
         listed = await self._registry.get(name)
-        if listed and listed.unit != unit:
+        wrong = listed is not None and listed.unit != unit
+        if wrong:
             await self._registry.unregister(name)
+        self._unproved.discard(name)
+        if wrong:
             raise WrongState(f"its leader (PID {leader}) has ended")
 
     # -- what machined asks ---------------------------------------------------------------------------------------------
 
-    def _asked(self, vm: Vm, word: str) -> None:
-        self._spawn(self._answer(vm, word))
+    def _asked(self, name: str, word: str) -> None:
+        if vm := self._manager.vms.get(name):
+            self._spawn(self._answer(vm, word))
 
     async def _answer(self, vm: Vm, word: str) -> None:
         try:
@@ -194,7 +213,11 @@ class Machines(Listener):
         task.add_done_callback(self._tasks.discard)
 
     def _ask_again_later(self) -> None:
-        asyncio.get_running_loop().call_later(self._retry_s, self._due.set)
+        def again() -> None:
+            self._retry = None
+            self._due.set()
+
+        self._retry = asyncio.get_running_loop().call_later(self._retry_s, again)
         self._retry_s = min(2 * self._retry_s, SLOWEST_S)
 
     def _complain(self, about: str, text: str) -> None:

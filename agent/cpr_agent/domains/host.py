@@ -16,6 +16,7 @@ import msgspec
 from cpr_agent.core.model import VM_NAME
 from cpr_agent.domains import qemu_conf
 from cpr_agent.errors import QemuFailed
+from cpr_agent.files import command_line_of
 from cpr_agent.store.image import STEM
 
 _HEAD_BYTES = 64 << 10
@@ -144,11 +145,7 @@ def kill(pid: int, domain: str) -> bool:
 
 def command_line(pid: int) -> tuple[str, ...]:
     """Of a process; empty if it has ended."""
-    try:
-        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return ()
-    return tuple(os.fsdecode(word) for word in raw.split(b"\0")[:-1])
+    return tuple(map(os.fsdecode, command_line_of(pid)))
 
 
 def maps_whole(pid: int, file: int, offset: int, size: int) -> bool:

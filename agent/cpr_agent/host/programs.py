@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from cpr_agent.files import command_line_of
+
 _BESIDE = ("share", "lib", "lib64", "libexec")
 """A QEMU looks for firmware and modules here, beside its own directory (get_relocated_path() in QEMU's util/cutils.c)."""
 
@@ -23,7 +25,7 @@ class KeptPrograms:
 
     def keep(self, vm: str, pid: int, arguments: Sequence[str]) -> None:
         process = Path(f"/proc/{pid}")
-        if (process / "cmdline").read_bytes().split(b"\0")[1:-1] != [os.fsencode(word) for word in arguments]:
+        if command_line_of(pid)[1:] != [os.fsencode(word) for word in arguments]:
             raise OSError("a wrapper has started it with other arguments than the agent gave")
         program = Path(str((process / "exe").readlink()).removesuffix(" (deleted)"))
         directory = self._root / vm

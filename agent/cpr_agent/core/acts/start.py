@@ -71,6 +71,24 @@ async def boot(machine: Machine, definition: Definition) -> None:
 
 async def press_power_button(machine: Machine) -> None:
     """Then, after the definition's shutdown-timeout, quit QEMU. Raises WrongState, QemuFailed."""
+    if await _has_button(machine) and await _shut_down(machine):
+        return
+    await machine.end()
+
+
+async def power_off(machine: Machine) -> None:
+    """The same, and no end for a QEMU whose guest has no power button now, or does not heed it. Raises WrongState,
+    QemuFailed."""
+    if not await _has_button(machine):
+        what = f"is {machine.state}, and its power button can't be pressed"
+        raise WrongState(what, vm=machine.name, left="nothing was done", remedy=f"see `cprctl status {machine.name}`")
+    if not await _shut_down(machine):
+        remedy = f"`cprctl stop {machine.name}` presses it again, and ends QEMU then"
+        raise QemuFailed("does not heed its power button", vm=machine.name, left="it goes on", remedy=remedy)
+
+
+async def _has_button(machine: Machine) -> bool:
+    """As QEMU says now. Raises WrongState, QemuFailed."""
     await machine.derive()
     _require_running(machine)
     if machine.qemu is None:
@@ -80,25 +98,23 @@ async def press_power_button(machine: Machine) -> None:
             left="the guest was not touched",
             remedy=f"`cprctl stop --hard {machine.name}` ends QEMU",
         )
-    if machine.run_state in (RunState.RUNNING, RunState.SUSPENDED):
-        launch = machine.launched()
-        timeout_s = launch.shutdown_timeout_s if launch else 60.0
-        with machine.hearing("SHUTDOWN") as shut_down:
-            await machine.qemu.powerdown()
-            if await _ends(machine, shut_down, timeout_s):
-                return
-        if not shut_down.is_set():
-            log.warning("VM %s: did not shut down within %.0f s, going on the hard way", machine.name, timeout_s)
-    await machine.end()
+    return machine.run_state in (RunState.RUNNING, RunState.SUSPENDED)
 
 
-async def power_off(machine: Machine) -> None:
-    """The same, and no end for a QEMU whose guest has no power button now. Raises WrongState, QemuFailed."""
-    await machine.derive()
-    if machine.qemu and machine.run_state not in (RunState.RUNNING, RunState.SUSPENDED):
-        what = f"is {machine.state}, and its power button can't be pressed"
-        raise WrongState(what, vm=machine.name, left="nothing was done", remedy=f"see `cprctl status {machine.name}`")
-    await press_power_button(machine)
+async def _shut_down(machine: Machine) -> bool:
+    """Press the button. Returns False if the guest has not shut down within its definition's shutdown-timeout. Raises
+    QemuFailed."""
+    launch = machine.launched()
+    timeout_s = launch.shutdown_timeout_s if launch else 60.0
+    with machine.hearing("SHUTDOWN") as shut_down:
+        await machine.require_qemu().powerdown()
+        if await _ends(machine, shut_down, timeout_s):
+            return True
+    if shut_down.is_set():
+        await machine.end()
+        return True
+    log.warning("VM %s: did not shut down within %.0f s", machine.name, timeout_s)
+    return False
 
 
 async def _ends(machine: Machine, shut_down: asyncio.Event, timeout_s: float) -> bool:
