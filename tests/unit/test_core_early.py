@@ -75,6 +75,14 @@ def mount(bench: Bench, name: str, where: Path) -> None:
     bench.units.there[name] = Unit(name=name, mount_point=str(where), active_state="inactive")
 
 
+async def until_it_waits(bench: Bench, manager: Manager) -> tuple[Gate, Job]:
+    """For a mount; the gate lets that come."""
+    gate = bench.units.gate = Gate()
+    job = early_job(manager)
+    await gate.entered.wait()
+    return gate, job
+
+
 def test_guests_run_before_anybody_asks_for_them_and_the_upgrade_ends_with_the_services(bench: Bench) -> None:
     bench.reboot()
 
@@ -109,9 +117,7 @@ def test_a_mount_that_one_guest_needs_holds_no_other_guest_and_is_waited_for(ben
     mount(bench, "log.mount", bench.root / "log")  # where the logs of both are
 
     async def story(manager: Manager) -> None:
-        gate = bench.units.gate = Gate()
-        job = early_job(manager)
-        await gate.entered.wait()
+        gate, job = await until_it_waits(bench, manager)
         assert not bench.runner.qemus
         gate.go.set()
         await ended(manager, job)
@@ -127,9 +133,7 @@ def test_the_load_of_all_ends_the_wait_for_what_never_comes(bench: Bench) -> Non
     mount(bench, "log.mount", bench.root / "log")
 
     async def story(manager: Manager) -> None:
-        gate = bench.units.gate = Gate()
-        job = early_job(manager)
-        await gate.entered.wait()
+        _, job = await until_it_waits(bench, manager)
         assert (await services(manager)).result == "done"
         assert job.id not in manager.jobs.current
 
@@ -143,9 +147,7 @@ def test_a_kexec_does_not_wait_for_what_never_comes(bench: Bench) -> None:
     mount(bench, "log.mount", bench.root / "log")
 
     async def story(manager: Manager) -> None:
-        gate = bench.units.gate = Gate()
-        job = early_job(manager)
-        await gate.entered.wait()
+        _, job = await until_it_waits(bench, manager)
         bench.kexec.under_way = Survives.KEXEC
         assert (await ended(manager, manager.before_kexec())).state is JobState.DONE
         assert job.id not in manager.jobs.current

@@ -271,7 +271,7 @@ async def refuse_other_devices(ports: Ports, manifest: Manifest, found: Inventor
     if manifest.inventory is None:
         return
     kept = kept_paths(ports, manifest.vm)  # firmware is proved by its contents
-    rebooted = (manifest.start_id or manifest.boot_id) != ports.boot.start_id()
+    rebooted = manifest.saved_in != ports.boot.start_id()
     disks, devices = differences(without(manifest.inventory, kept), without(found, kept), anew=True, rebooted=rebooted)
     remedy = "bring back what it had, and load again"
     _refuse(DiskChanged, "the QEMU that it would go on in has other disks", disks, manifest, remedy)

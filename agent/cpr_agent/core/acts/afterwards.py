@@ -51,7 +51,7 @@ def entry(manifest: Manifest, phase: str) -> dict[str, str]:
 async def _timeline(machine: Machine, manifest: Manifest, loaded: LoadTimes, resumed_at: float) -> GuestTimeline:
     clock, boot, times = machine.ports.clock, machine.ports.boot, manifest.times
     rebooted = boot.boot_id() != manifest.boot_id
-    soft = not rebooted and boot.start_id() != (manifest.start_id or manifest.boot_id)
+    soft = not rebooted and boot.start_id() != manifest.saved_in
     stepped_s = 0.0
     if not rebooted and times.stopped_uptime_s:
         paused_s = clock.uptime_s() - (clock.now() - resumed_at) - times.stopped_uptime_s

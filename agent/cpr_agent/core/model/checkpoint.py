@@ -180,6 +180,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What its QEMU had; None from an agent before schema 4, which did not record it."""
     schema: int = MANIFEST_SCHEMA
 
+    @property
+    def saved_in(self) -> str:
+        """The start of userspace in which it was saved (``Boot.start_id``)."""
+        return self.start_id or self.boot_id
+
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
     """Why a VM is kept untouched. ``error`` is the kind of the failed proof; ``at`` epoch seconds."""
