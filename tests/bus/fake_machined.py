@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A systemd-machined for the private bus. The real one wants PID 1, root, and a system bus of its own.
 
-    python -m tests.bus.fake_machined ADDRESS answers|silence|denies
+    python -m tests.bus.fake_machined ADDRESS answers|silence|denies|nothing|numbers
 
 It answers GetMachine, RegisterMachine, UnregisterMachine and GetAll by the signatures of org.freedesktop.machine1(5), and
-refuses a name with two dots. Prints "ready".
+refuses a name with two dots. With "nothing" all its answers are empty, with "numbers" a machine is one. Prints "ready".
 """
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
-from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
+
+from tests.bus.stand_in import serve
 
 NAME = "org.freedesktop.machine1"
 ROOT = "/org/freedesktop/machine1/machine/"
@@ -56,27 +55,23 @@ class Machined:
         return "o", [ROOT + name]
 
 
-async def serve(address: str, how: str) -> None:
-    bus = await MessageBus(address).connect()
-    machined = Machined()
-
-    def on_message(message: Message) -> Message | bool:
-        if message.message_type is not MessageType.METHOD_CALL or message.destination != NAME:
-            return False
-        if how == "silence":
-            return True
-        if how == "denies":
-            return Message.new_error(message, "org.freedesktop.DBus.Error.AccessDenied", "not you")
-        try:
-            return Message.new_method_return(message, *machined.answer(message))
-        except Refused as error:
-            return Message.new_error(message, *error.args)
-
-    bus.add_message_handler(on_message)
-    await bus.request_name(NAME)
-    print("ready", flush=True)
-    await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+def answer(machined: Machined, message: Message, how: str) -> Message | bool:
+    if message.destination != NAME:
+        return False
+    if how == "silence":
+        return True
+    if how == "denies":
+        return Message.new_error(message, "org.freedesktop.DBus.Error.AccessDenied", "not you")
+    if how == "nothing":
+        return Message.new_method_return(message)
+    if how == "numbers" and message.member == "GetAll":
+        return Message.new_method_return(message, "u", [42])
+    try:
+        return Message.new_method_return(message, *machined.answer(message))
+    except Refused as error:
+        return Message.new_error(message, *error.args)
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], sys.argv[2]))
+    known = Machined()
+    serve(sys.argv[1], NAME, lambda message: answer(known, message, sys.argv[2]))

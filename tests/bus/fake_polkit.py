@@ -8,38 +8,29 @@ Prints "ready", and then each action that it is asked about with the flags, and 
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
-from dbus_next.aio.message_bus import MessageBus
-from dbus_next.constants import MessageType
 from dbus_next.message import Message
+
+from tests.bus.stand_in import serve
 
 NAME = "org.freedesktop.PolicyKit1"
 
 
-async def serve(address: str, answer: str) -> None:
-    bus = await MessageBus(address).connect()
-
-    def on_message(message: Message) -> Message | bool:
-        if message.message_type is MessageType.METHOD_CALL and message.member == "CancelCheckAuthorization":
-            print("cancelled", flush=True)
-            return Message.new_method_return(message)
-        if message.message_type is not MessageType.METHOD_CALL or message.member != "CheckAuthorization":
-            return False
-        _, action, _, flags, _ = message.body
-        print(action, flags, flush=True)
-        if answer == "silence":
-            return True
-        if answer == "error":
-            return Message.new_error(message, f"{NAME}.Error.Failed", "out of order")
-        return Message.new_method_return(message, "(bba{ss})", [[answer == "yes", answer == "challenge", {}]])
-
-    bus.add_message_handler(on_message)
-    await bus.request_name(NAME)
-    print("ready", flush=True)
-    await bus.wait_for_disconnect()  # type: ignore[no-untyped-call]  # dbus_next leaves it untyped
+def answer(message: Message, how: str) -> Message | bool:
+    if message.member == "CancelCheckAuthorization":
+        print("cancelled", flush=True)
+        return Message.new_method_return(message)
+    if message.member != "CheckAuthorization":
+        return False
+    _, action, _, flags, _ = message.body
+    print(action, flags, flush=True)
+    if how == "silence":
+        return True
+    if how == "error":
+        return Message.new_error(message, f"{NAME}.Error.Failed", "out of order")
+    return Message.new_method_return(message, "(bba{ss})", [[how == "yes", how == "challenge", {}]])
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], sys.argv[2]))
+    serve(sys.argv[1], NAME, lambda message: answer(message, sys.argv[2]))

@@ -86,6 +86,18 @@ def test_a_machined_that_can_t_be_asked_is_one_that_fails(address: str, how: str
         ask(address, story, timeout_s=0.2)
 
 
+@pytest.mark.parametrize("how", ["nothing", "numbers"])
+def test_an_answer_of_another_shape_is_one_of_a_machined_that_fails(address: str, how: str) -> None:
+    async def story(registry: Machined) -> None:
+        if how == "numbers":
+            await registry.register("web1", 4711)
+        with pytest.raises(HostFailed, match="answers for web1 with what is no machine"):
+            await registry.get("web1")
+
+    with machined(address, how):
+        ask(address, story)
+
+
 def test_no_machined_is_one_that_fails(address: str) -> None:
     async def story(registry: Machined) -> None:
         with pytest.raises(HostFailed, match="can't be asked"):

@@ -146,6 +146,18 @@ def test_what_is_written_without_end_is_heard_ever_more_seldom(tickets: Path, mo
     assert pauses[-1] > 0.1
 
 
+def test_one_that_waits_until_it_is_heard_is_no_new_one_each_time() -> None:
+    before_s = leaders.DEAF_S
+    heard = 0
+    for _ in range(20):
+        before_s = leaders.deafness(before_s, silent_s=0.0)
+    assert before_s == leaders.DEAFEST_S
+    while before_s > leaders.DEAF_S:
+        before_s = leaders.deafness(before_s, silent_s=before_s)
+        heard += 1
+    assert heard > 5
+
+
 def test_a_ticket_brings_a_leader_only_where_one_is_wanted(tmp_path: Path) -> None:
     async def story(*, wanted: bool) -> bytes:
         files = RunFiles(tmp_path / "run", tmp_path / "log", PROGRAMS._replace(open_memory=open_memory))

@@ -44,16 +44,16 @@ class Machined:
         found = await self._call(*_MANAGER, "GetMachine", "s", name)
         if _is_unknown(found):
             return None
-        path = str(_checked(found).body[0])
-        answer = await self._call(path, "org.freedesktop.DBus.Properties", "GetAll", "s", f"{_NAME}.Machine")
-        if answer.error_name == "org.freedesktop.DBus.Error.UnknownObject":  # it has ended meanwhile
-            return None
-        values: dict[str, Variant] = _checked(answer).body[0]
         try:
+            path = str(_checked(found).body[0])
+            answer = await self._call(path, "org.freedesktop.DBus.Properties", "GetAll", "s", f"{_NAME}.Machine")
+            if answer.error_name == "org.freedesktop.DBus.Error.UnknownObject":  # it has ended meanwhile
+                return None
+            values: dict[str, Variant] = _checked(answer).body[0]
             service, unit = (printable(str(values[key].value), _TEXT_CHARS) for key in ("Service", "Unit"))
             return Listed(service=service, leader=int(values["Leader"].value), unit=unit)
-        except (KeyError, TypeError, ValueError) as error:
-            raise HostFailed(f"systemd-machined describes {name} without {error}") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise HostFailed(f"systemd-machined answers for {name} with what is no machine: {error!r}") from error
 
     async def register(self, name: str, leader: int) -> None:
         _checked(await self._call(*_MANAGER, "RegisterMachine", "sayssus", name, b"", SERVICE, "vm", leader, ""))

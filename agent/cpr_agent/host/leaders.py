@@ -20,7 +20,7 @@ _SHELL = "/bin/sh"
 _PROGRAM = "machine-leader"
 WORDS = ("poweroff", "reboot")
 DEAF_S, DEAFEST_S = 2.0, 300.0
-"""After a request, until the next one of the same VM is heard; twice as long after one that has waited for that."""
+"""After a request, until the next one of the same VM is heard."""
 _READ_BYTES = 1 << 16
 """All that a pipe holds (pipe(7))."""
 MAX_CHILDREN = 64
@@ -73,6 +73,12 @@ class UnitLeaders:
             ear.close()
 
 
+def deafness(before_s: float, silent_s: float) -> float:
+    """After a request that has come ``silent_s`` after the deafness before, of ``before_s``: twice as long after one that
+    has hardly waited, half as long after another."""
+    return min(2 * before_s, DEAFEST_S) if silent_s < before_s else max(before_s / 2, DEAF_S)
+
+
 class _Ear:
     """Hears at a FIFO. It has that open for writing, too: a last writer's end is none of the FIFO's."""
 
@@ -94,8 +100,7 @@ class _Ear:
 
     def _read(self) -> None:
         self._loop.remove_reader(self._fd)
-        insistent = self._loop.time() - self._since < self._deaf_s
-        self._deaf_s = min(2 * self._deaf_s, DEAFEST_S) if insistent else DEAF_S
+        self._deaf_s = deafness(self._deaf_s, self._loop.time() - self._since)
         self._again = self._loop.call_later(self._deaf_s, self._listen)
         with contextlib.suppress(BlockingIOError):
             said = os.read(self._fd, _READ_BYTES).decode(errors="replace").splitlines()
