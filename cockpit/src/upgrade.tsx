@@ -91,6 +91,9 @@ export const UpgradeDialog = ({ onClose }: { onClose: () => void }) => {
                     {findings && <>
                         <div>{_("Predicted pause:")}{" "}<strong>{predicted(findings)}</strong></div>
                         <Findings findings={findings} />
+                        {findings.length > 0 && <div>
+                            <Button variant="secondary" size="sm" onClick={check.again}>{_("Check again")}</Button>
+                        </div>}
                     </>}
                 </div>
                 <FormGroup label={cockpit.format(_("Type $0 to confirm"), shown(host))} fieldId="upgrade-host">

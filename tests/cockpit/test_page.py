@@ -306,6 +306,21 @@ def test_an_upgrade_with_an_obstacle_cannot_begin(desk: Desk) -> None:
     desk.look(page, "upgrade-obstacle")
 
 
+def test_an_obstacle_that_an_admin_has_removed_is_none_when_checked_again(desk: Desk, host: KexecLab) -> None:
+    def multifd(*, on: bool) -> None:
+        host.guests[0].admin("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": on}])
+
+    multifd(on=True)
+    page = desk.session()
+    button(page, "Upgrade kernel…").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label(f"Type {HOST} to confirm").fill(HOST)
+    expect(dialog.get_by_text("multifd")).to_be_visible()
+    multifd(on=False)
+    button(dialog, "Check again").click()
+    expect(button(dialog, f"Restart {HOST} into 6.12.2")).to_be_enabled()
+
+
 def test_a_job_shows_each_guest_and_is_cancelled(desk: Desk, tmp_path: Path) -> None:
     """The next QEMU of web1 waits for a writer at the FIFO."""
     lab, gate = desk.lab, tmp_path / "gate"

@@ -33,8 +33,6 @@ T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 30.0
 """QEMU answers in milliseconds; only a stuck one, or a host in deep trouble, needs more than this."""
-SHORTEST_S = 0.5
-"""What an answer may take of a QEMU with which patience is over."""
 CLOSE_TIMEOUT_S = 1.0
 """For a QEMU to read the last command; one that does not is hung up on."""
 ATTEMPTS = 5
@@ -395,7 +393,7 @@ class SocketQmp(Qmp):
     ) -> list[Any]:
         """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
         refuses. Raises QemuFailed."""
-        timeout_s = min(timeout_s, max(self._patience.left_s(), SHORTEST_S))
+        timeout_s = min(timeout_s, self._patience.next_s())
         try:
             async with asyncio.timeout(timeout_s), self._lock:
                 began = time.monotonic()
@@ -424,7 +422,7 @@ class SocketQmp(Qmp):
     async def _raw(
         self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
     ) -> msgspec.Raw:
-        timeout_s = min(timeout_s, max(self._patience.left_s(), SHORTEST_S))
+        timeout_s = min(timeout_s, self._patience.next_s())
         try:
             # One at a time, so that a descriptor can't reach another command; and the wait for that counts.
             async with asyncio.timeout(timeout_s), self._lock:
