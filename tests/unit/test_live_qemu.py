@@ -108,6 +108,30 @@ def test_however_often_it_is_cancelled_its_migration_is_over_before(act: Callabl
     asyncio.run(story())
 
 
+def test_the_save_of_a_guest_that_stands_still_is_not_cancelled_as_it_ends() -> None:
+    """QEMU would leave it in postmigrate, with half a state in the file."""
+
+    async def story() -> None:
+        peer = Peer()
+        peer.states = ["paused"]
+        looking = peer.gates["query-migrate"] = Gate()
+        migrating = peer.gates["migrate"] = Gate()
+        act = asyncio.ensure_future(save(LiveQemu(peer)))
+        await migrating.entered.wait()
+        migrating.go.set()
+        await turns()
+        act.cancel()
+        await looking.entered.wait()
+        assert "migrate_cancel" not in peer.asked
+        peer.migration = "completed"
+        looking.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await act
+        assert peer.asked.index("query-migrate") < peer.asked.index("migrate_cancel")
+
+    asyncio.run(story())
+
+
 def test_an_offer_that_is_cancelled_as_it_is_made_is_withdrawn() -> None:
     async def story() -> None:
         peer = Peer()

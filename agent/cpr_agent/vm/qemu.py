@@ -172,7 +172,8 @@ class LiveQemu:
         with self._qmp.expecting("STOP") as stopped:
             dialect, was = await self.dialect(), await self.run_state()
             self._resumed, self._stands_in = False, ""
-            ended = await self._migrate(dialect.save, vmstate_fd, timeout_s)
+            give_up = self._cancel_migration if was is RunState.RUNNING else self._cancel_unless_ending
+            ended = await self._migrate(dialect.save, vmstate_fd, timeout_s, give_up)
             if ended != "completed":
                 await uninterrupted(self._let_go_of())
                 raise SaveFailed(f"QEMU could not write its state: {await self._why(ended)}", vm=vm)
@@ -242,8 +243,15 @@ class LiveQemu:
         if state not in SAVEABLE:
             raise LoadFailed(f"QEMU read the state but is {state}, not paused", vm=self._qmp.vm)
 
-    async def _migrate(self, act: Callable[[Qmp, int], Awaitable[None]], fd: int, timeout_s: float) -> str:
-        """Start ``act`` and wait for its end; statuses that are not known count as under way: later QEMUs add some."""
+    async def _migrate(
+        self,
+        act: Callable[[Qmp, int], Awaitable[None]],
+        fd: int,
+        timeout_s: float,
+        give_up: Callable[[], Awaitable[None]] | None = None,
+    ) -> str:
+        """Start ``act`` and wait for its end; statuses that are not known count as under way: later QEMUs add some.
+        ``give_up`` is for a caller who is cancelled, and cancels the migration if it is not given."""
         with self._qmp.expecting("MIGRATION", lambda event: event.status in _ENDED) as end:
             try:
                 await act(self._qmp, fd)
@@ -255,7 +263,7 @@ class LiveQemu:
                 await uninterrupted(self._cancel_migration())
                 return f"it was not done within {timeout_s:.0f} s and was cancelled"
             except asyncio.CancelledError:
-                await uninterrupted(self._cancel_migration())
+                await uninterrupted((give_up or self._cancel_migration)())
                 raise
 
     async def _let_go_of(self) -> None:
@@ -299,6 +307,13 @@ class LiveQemu:
         if status not in ("none", *_ENDED):
             raise QemuFailed(f"QEMU did not cancel its migration within {_SETTLE_S:.0f} s", vm=self._qmp.vm)
         await self._let_go_of()
+
+    async def _cancel_unless_ending(self) -> None:
+        """For a guest that stood still before. A migration that is cancelled as it ends leaves it in postmigrate without a
+        state that another QEMU could read (migration_iteration_finish in migration/migration.c), and nothing leads back to
+        where it was. Nobody waits for this guest, and its state is written within milliseconds."""
+        await poll_until(self._migration_status, lambda now: now in ("none", *_ENDED), _LET_GO_S)
+        await self._cancel_migration()
 
     async def _migration_status(self) -> str:
         return (await self._qmp.ask(MIGRATION)).status
