@@ -58,10 +58,10 @@ test: check ## Everything: lint, unit, bus, one real kexec
 	$(PYTHON) -m pytest -s tests/host
 
 .PHONY: test-faults
-test-faults: bootstrap host-root $(DEB) ## About an hour: kills, power cuts and refused kexecs, and what guests made of them
+test-faults: bootstrap host-root $(DEB) ## Forty minutes: kills, power cuts and refused kexecs, and what guests made of them
 	rm -f build/faults
-	CPR_TEST_EXAMPLES=2000 $(PYTHON) -m pytest tests/unit/test_core_stateful.py
-	CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest -s tests/faults
+	CPR_TEST_EXAMPLES=2000 CPR_TEST_REQUIRE_QEMUS=1 $(PYTHON) -m pytest --numprocesses=2 --dist=worksteal \
+	    tests/faults tests/unit/test_core_stateful.py
 	@$(PYTHON) -m tests.faults.tally
 
 .PHONY: test-corruption
