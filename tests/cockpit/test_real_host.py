@@ -29,10 +29,10 @@ SAYS = """words => {
         throw new Error("the upgrade was taken back");
     return document.body.innerText.includes(words);
 }"""
-BOOT_S = 900.0
-PATIENCE_S = 300.0
+BOOT_S = 1800.0
+PATIENCE_S = 900.0
 """How long anything may take in an emulated host on a slow day; nothing on a good one comes near."""
-LIFE_S = 2400
+LIFE_S = 5400
 
 
 class HostVm:
