@@ -96,6 +96,46 @@ def test_what_was_taken_back_is_told_by_the_journal_alone() -> None:
     assert "disk full" in render(story, "html")
 
 
+CHECKING: dict[str, Any] = {"event": "upgrade-checking", "upgrade": "u1", "kind": "upgrade", "kernel_from": "6.1"}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"event": "upgrade-teleporting"},
+        {"event": "upgrade-teleporting", "upgrade": "u9"},
+        {"event": "upgrade-checking", "upgrade": "u9"},
+        {"event": "upgrade-done"},
+        {**CHECKING, "upgrade": "u9", "kind": "teleport"},
+        {**CHECKING, "upgrade": ["u9"]},
+        {**CHECKING, "upgrade": "u9", "at": 1e308},
+        {**CHECKING, "upgrade": "u9", "at": -1e308},
+        {**CHECKING, "upgrade": "u9", "at": 10**400},
+        {"event": "upgrade-booted", "upgrade": "u1", "userspace_at": "soon"},
+        {"event": "upgrade-booted", "upgrade": "u1", "at": True},
+        {"event": "upgrade-done", "upgrade": "u1", "failures": 7},
+        {"event": "upgrade-done", "upgrade": "u1", "failures": [{"a": [1]}]},
+        {"event": "upgrade-done", "upgrade": "u1", "shut_down": 7},
+        {"event": "upgrade-refused", "upgrade": "u1", "reason": {"a": 1}},
+        {"event": "save-begin"},
+        {"event": "save-begin", "vm": {"a": 1}},
+        {"event": "held", "vm": "web1"},
+        {"event": "held", "vm": "web1", "reason": 5, "evidence": [1]},
+        {"event": "memory-lost", "vm": "web1"},
+        {"event": "saved", "vm": "web1", "stopped_at": [3]},
+    ],
+    ids=str,
+)
+def test_what_a_newer_agent_has_recorded_hides_no_other_report(facts: dict[str, Any]) -> None:
+    """An agent that came back after an upgrade of its own finds such records."""
+    begun = [{**CHECKING, "at": T0}, {"event": "save-begin", "vm": "web1", "at": T0 + 1}]
+    records = [*begun, {"at": T0 + 2, **facts}, {"event": "upgrade-held", "upgrade": "u1", "at": T0 + 3}]
+    (entry,) = list_stories(records, [], 50, 0.0)
+    assert (entry.id, entry.kind, entry.outcome) == ("u1", "upgrade", "held")
+    for name in ("json", "svg", "html"):
+        assert render(story_of("", records, [], "host"), name)
+
+
 def test_a_refused_upgrade_has_no_guests() -> None:
     records = [r for r in upgrade(2)[0] if r["event"] == "upgrade-checking"]
     refused = {"event": "upgrade-refused", "upgrade": UPGRADE, "at": T0, "reason": "cpr-gate.service is disabled"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -24,7 +24,35 @@ COSTLIEST = 6
 """So many costs are drawn."""
 MIN_PREFIX = 4
 _NAMED_IN_ERROR = 5
+_PHASES = frozenset(Phase)
 _ENDS = (Phase.REFUSED, Phase.CHECKED, Phase.ROLLED_BACK, Phase.DONE, Phase.HELD)
+
+
+_Moment = Annotated[float, msgspec.Meta(ge=0, lt=2**40)]
+"""Epoch seconds; a report can show no other year than one of four digits, or a few more."""
+
+
+class _Told(msgspec.Struct):
+    """What a record may say that a story tells."""
+
+    event: str
+    at: _Moment
+    upgrade: str = ""
+    vm: str = ""
+    kind: Kind = Kind.UPGRADE
+    kernel_from: str = ""
+    kernel_to: str = ""
+    kernel: str = ""
+    policy: str = ""
+    reason: str = ""
+    interrupted: str = ""
+    failures: tuple[str, ...] = ()
+    not_started: tuple[str, ...] = ()
+    shut_down: tuple[str, ...] = ()
+    by_kexec: bool = True
+    userspace_at: _Moment = 0.0
+    stopped_at: _Moment = 0.0
+    evidence: tuple[tuple[str, str, str], ...] = ()
 
 
 class Outcome(enum.StrEnum):
@@ -229,12 +257,23 @@ def _find(wanted: str, began: Mapping[str, float], dry: set[str]) -> str:
 def _chapters(records: Iterable[Record]) -> dict[str, _Chapter]:
     out: dict[str, _Chapter] = {}
     current = None
-    for record in records:
-        if str(record["event"]).startswith(EVENT) and (current is None or current.id != record["upgrade"]):
-            current = out.setdefault(str(record["upgrade"]), _Chapter(str(record["upgrade"])))
+    for record in filter(_is_readable, records):
+        if record["event"].startswith(EVENT) and (current is None or current.id != record["upgrade"]):
+            current = out.get(record["upgrade"])
+            if current is None and {"kind", "kernel_from"} <= record.keys():
+                current = out[record["upgrade"]] = _Chapter(record["upgrade"])
         if current:
             current.records.append(record)
     return out
+
+
+def _is_readable(record: Record) -> bool:
+    """False for one that a newer agent wrote in another way, as in the ledger: the older one tells the rest."""
+    try:
+        told = msgspec.convert(record, _Told)
+    except (msgspec.ValidationError, OverflowError):
+        return False
+    return not told.event.startswith(EVENT) or (bool(told.upgrade) and told.event.removeprefix(EVENT) in _PHASES)
 
 
 # -- a load by itself ---------------------------------------------------------------------------------------------------
@@ -369,7 +408,7 @@ def _others(chapter: _Chapter, gone_on: set[str], phases: Sequence[Span]) -> lis
     out = []
     saved: dict[str, list[Record]] = {}
     for record in chapter.records:
-        if record["event"] == VmEvent.SAVE_BEGIN and (not saving_over or record["at"] <= saving_over):
+        if record["event"] == VmEvent.SAVE_BEGIN and record.get("vm") and (not saving_over or record["at"] <= saving_over):
             saved.setdefault(str(record["vm"]), [])
     for record in chapter.records:
         if record.get("vm") in saved:
@@ -404,15 +443,16 @@ def _stayed(vm: str, records: Sequence[Record], phases: Sequence[Span]) -> Guest
         return GuestStory(vm=vm, outcome=Outcome.RESUMED, spans=way, pause_s=resumed_at - stopped_at)
     spans = [save, *(Span(s.name, max(s.begin, saved_at), s.end) for s in phases if s.end > saved_at and s.name != "save")]
     if lost := last(VmEvent.MEMORY_LOST):
-        why = f"its memory is lost: {lost['reason']}"
+        why = f"its memory is lost: {lost.get('reason', '')}"
         return GuestStory(vm=vm, outcome=Outcome.BOOTED_ANEW, spans=_forward(spans), why=why)
     held = last(VmEvent.HELD)
     if held is None:
         return GuestStory(vm=vm, outcome=Outcome.SAVED, spans=_forward(spans))
     if before := [span for span in spans if span.begin < held["at"]]:
         spans = [*before[:-1], Span(before[-1].name, before[-1].begin, float(held["at"]))]
-    evidence = tuple((str(a), str(b), str(c)) for a, b, c in held["evidence"])
-    return GuestStory(vm=vm, outcome=Outcome.HELD, spans=_forward(spans), why=str(held["reason"]), evidence=evidence)
+    evidence = tuple((str(a), str(b), str(c)) for a, b, c in held.get("evidence", ()))
+    why = str(held.get("reason", ""))
+    return GuestStory(vm=vm, outcome=Outcome.HELD, spans=_forward(spans), why=why, evidence=evidence)
 
 
 def _by_begin(guest: GuestStory) -> tuple[bool, float, str]:
