@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
 from qemu.qmp.models import ErrorResponse
@@ -302,10 +303,11 @@ class Qmp(ABC):
     def _hear(self, event: Event) -> None:
         for wait in self._waits:
             if not wait.future.done() and wait.fits(event):
-                if problem := event.problem or _time_problem(event, wait.began):
-                    wait.future.set_exception(QemuFailed(problem, vm=self.vm))
+                believed = _believed(event, wait.began)
+                if believed.problem:
+                    wait.future.set_exception(QemuFailed(believed.problem, vm=self.vm))
                 else:
-                    wait.future.set_result(event)
+                    wait.future.set_result(believed)
         self._tell(event.name)
 
     def _tell(self, name: str) -> None:
@@ -449,12 +451,16 @@ class SocketQmp(Qmp):
         if self._watching:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        with contextlib.suppress(Exception):  # after the peer's end disconnect() raises its cause
-            try:
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._client.disconnect()
-            except TimeoutError:
-                self._client.abort()
+        disconnecting = self._disconnecting()
+        if not (await asyncio.wait({disconnecting}, timeout=CLOSE_TIMEOUT_S))[0]:
+            self._client.abort()
+
+    def _disconnecting(self) -> asyncio.Task[None]:
+        """It is not cancelled: qemu.qmp would leave an error behind that nobody takes. After the peer's end it is its
+        cause."""
+        task = asyncio.create_task(self._client.disconnect())
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return task
 
     async def open(self, path: Path, pid: int) -> None:
         """Connect and negotiate. Raises the errors of qemu.qmp."""
@@ -471,8 +477,7 @@ class SocketQmp(Qmp):
         except AssertionError as error:  # qemu.qmp asserts that the peer has not hung up by now
             raise ConnectError("the connection was lost as it was made", error) from error
         except asyncio.CancelledError:
-            with contextlib.suppress(Exception):
-                await self._client.disconnect()
+            await asyncio.wait({self._disconnecting()})
             raise
         self._watching = asyncio.create_task(self._watch())
 
@@ -482,13 +487,16 @@ class SocketQmp(Qmp):
         self._end("the connection to QEMU was lost")
 
 
-def _time_problem(event: Event, began: float) -> str:
-    """By both clocks, so that a step of the host's own time is no lie of QEMU's."""
+def _believed(event: Event, began: float) -> Event:
+    """At a time at which it can have been: a guest's pause is the time between two. By both clocks, so that a step of the
+    host's own time is no lie of QEMU's; without a ``problem`` up to CLOCK_SLACK_S."""
+    if event.problem:
+        return event
     now = time.time()
-    earliest, latest = now - (time.monotonic() - began) - CLOCK_SLACK_S, now + CLOCK_SLACK_S
-    if earliest <= event.at <= latest:
-        return ""
-    return f"QEMU says that {event.name} was {event.at - now:+.0f} s from now, which can't be"
+    earliest = now - (time.monotonic() - began)
+    if earliest - CLOCK_SLACK_S <= event.at <= now + CLOCK_SLACK_S:
+        return replace(event, at=min(max(event.at, earliest), now))
+    return replace(event, problem=f"QEMU says that {event.name} was {event.at - now:+.0f} s from now, which can't be")
 
 
 async def _connected(vm: str, path: Path, pid: int) -> SocketQmp:
