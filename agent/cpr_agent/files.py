@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import BinaryIO
 from cpr_agent.errors import Busy
 
 _CHUNK_BYTES = 1 << 20
+MAX_RECORD_BYTES = 64 << 20
+"""Of a file that the agent has written for itself; the longest is the manifest of a VM with as many disks as can be."""
 MAX_COMMAND_LINE_BYTES, MAX_WORDS = 2 << 20, 1 << 16
 """Of a process: as much as execve(2) takes by default, and more words than any QEMU has."""
 
@@ -34,6 +38,25 @@ def make_private_directory(path: Path) -> None:
     make_private_directory(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
     sync_directory(path.parent)
+
+
+@contextmanager
+def open_own(path: Path) -> Iterator[BinaryIO]:
+    """A file of the agent's own, to be read. Raises OSError for whatever else has its name, and waits for none: one FIFO
+    would keep the agent from all VMs."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        yield file
+
+
+def read_own(path: Path) -> bytes:
+    """Likewise, the whole of it. Raises OSError, also for a file that is longer than any that the agent writes."""
+    with open_own(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_RECORD_BYTES:
+            raise OSError(errno.EFBIG, "it is larger than any that the agent writes", str(path))
+        return file.read(MAX_RECORD_BYTES)
 
 
 def digest_of(file: BinaryIO, most: int) -> tuple[str, int]:

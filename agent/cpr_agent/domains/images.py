@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from cpr_agent.errors import NotVmstate, SaveFailed
-from cpr_agent.files import make_private_directory, write_atomically
+from cpr_agent.files import make_private_directory, read_own, write_atomically
 from cpr_agent.store.image import header_of, rewritten
 from cpr_agent.store.vmstate import MAX_BYTES
 
@@ -42,7 +42,7 @@ class Images:
         SaveFailed, OSError."""
         path = self._image(domain)
         try:
-            about = msgspec.json.decode(self._about(domain).read_bytes(), type=_About)
+            about = msgspec.json.decode(read_own(self._about(domain)), type=_About)
         except (OSError, msgspec.MsgspecError) as error:
             raise SaveFailed(f"what its save was to be is not known any more: {error}", vm=domain) from error
         with path.open("rb") as file:

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from cpr_agent.core.model import Firmware, KeptFile
-from cpr_agent.files import sync_directory, write_atomically
+from cpr_agent.files import read_own, sync_directory, write_atomically
 from cpr_agent.handles import file_at
 
 INDEX = "index.json"
@@ -62,7 +62,7 @@ class KeptFirmware:
 
     def kept(self, vm: str) -> list[KeptFile]:
         try:
-            return _READ.decode((self._root / vm / INDEX).read_bytes())
+            return _READ.decode(read_own(self._root / vm / INDEX))
         except (OSError, msgspec.MsgspecError):
             return []
 

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from cpr_agent.core.model import Difference, Inventory, Launch, MemoryIdentity, QemuFacts
 from cpr_agent.core.ports import Qemu
 from cpr_agent.errors import QemuFailed
-from cpr_agent.files import make_private_directory, write_atomically
+from cpr_agent.files import make_private_directory, read_own, write_atomically
 from cpr_agent.host.grants import DeviceGrants
 from cpr_agent.host.leaders import FIFO, leader_command, make_fifo
 from cpr_agent.host.tickets import SAVED, Offer, offered
@@ -173,7 +173,7 @@ class RunFiles:
 
     def inventory(self, place: str) -> Inventory | None:
         try:
-            return _INVENTORY.decode(self._inventory(place).read_bytes())
+            return _INVENTORY.decode(read_own(self._inventory(place)))
         except (OSError, msgspec.MsgspecError):
             return None
 
@@ -195,7 +195,7 @@ class RunFiles:
             info = os.stat(f"{self._launched}/{place}.json")  # noqa: PTH116 - for each of them
             version = info.st_ino, info.st_mtime_ns
             if place not in self._read or self._read[place][0] != version:
-                self._read[place] = version, self.programs.read_launch(self._record(place).read_bytes())
+                self._read[place] = version, self.programs.read_launch(read_own(self._record(place)))
             return self._read[place][1]
         except (OSError, msgspec.MsgspecError, KeyError, ValueError):
             return None

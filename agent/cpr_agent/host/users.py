@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from cpr_agent.errors import QemuFailed
-from cpr_agent.files import make_private_directory, write_atomically
+from cpr_agent.files import make_private_directory, read_own, write_atomically
 
 SHARED_USER = "cpr-vm"
 """Of VMs that were defined before each had a user of its own, and where no unit runs them."""
@@ -43,7 +43,7 @@ class Users:
     def recorded(self, vm: str) -> str:
         """ "" if the VM has none yet."""
         try:
-            user = (self._root / vm).read_text().strip()
+            user = read_own(self._root / vm).decode().strip()
         except (OSError, UnicodeError):
             return ""
         return user if user == SHARED_USER or uid_of_user(user) else ""

@@ -17,7 +17,7 @@ import msgspec
 from cpr_agent.core.model import Difference, Held, Manifest, Vmstate
 from cpr_agent.core.paths import AllowedFiles
 from cpr_agent.errors import CheckpointUnreadable, InvalidArgument, NotVmstate, ProofFailed
-from cpr_agent.files import make_private_directory, rename_aside, sync_directory, write_atomically
+from cpr_agent.files import make_private_directory, open_own, read_own, rename_aside, sync_directory, write_atomically
 from cpr_agent.store import vmstate
 from cpr_agent.store.schema import read_manifest
 
@@ -61,7 +61,7 @@ class CheckpointStore:
 
     def _read(self, vm: str, path: Path) -> Manifest | None:
         try:
-            raw = path.read_bytes()
+            raw = read_own(path)
             envelope = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
             body = bytes(envelope["manifest"])
             if hashlib.sha256(body).hexdigest() != msgspec.json.decode(envelope["sha256"], type=str):
@@ -133,7 +133,7 @@ class CheckpointStore:
     def verify(self, manifest: Manifest) -> None:
         """Read from the disk and not from the page cache, as far as the kernel drops clean pages (posix_fadvise(2))."""
         for path in (self._manifest(manifest.vm), Path(manifest.vmstate.path)):
-            with contextlib.suppress(OSError), path.open("rb") as file:
+            with contextlib.suppress(OSError), open_own(path) as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if self._read(manifest.vm, self._manifest(manifest.vm)) != manifest:
             raise CheckpointUnreadable(
@@ -188,7 +188,7 @@ class CheckpointStore:
 
     def held(self, vm: str) -> Held | None:
         try:
-            return _HELD.decode((self.root / vm / "held").read_bytes())
+            return _HELD.decode(read_own(self.root / vm / "held"))
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError, ValueError) as error:
@@ -252,7 +252,9 @@ class PendingVmstate:
             self.fd = self._open(_WRITE)
 
     def too_large(self) -> bool:
-        return os.fstat(self.fd).st_size > vmstate.MAX_BYTES
+        """By its length, or by the room that it takes (fallocate(2), FALLOC_FL_KEEP_SIZE)."""
+        info = os.fstat(self.fd)
+        return max(info.st_size, info.st_blocks * 512) > vmstate.MAX_BYTES
 
     def seal(self) -> Vmstate:
         """Make durable what QEMU has written, which it does not fsync itself, and its name. Without a manifest it is
@@ -276,7 +278,7 @@ class PendingVmstate:
 
     def reader(self) -> int:
         """A descriptor to read the state with; it outlives an abort. Raises OSError."""
-        return self._open(os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return self._open(os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _open(self, flags: int) -> int:
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from cpr_agent.core.timeline import GuestTimeline
-from cpr_agent.files import make_private_directory, write_atomically
+from cpr_agent.files import make_private_directory, read_own, write_atomically
 
 KEPT = 10_000
 """Timelines, of 1 KB each: those of 100 guests that are loaded twice a week, for a year."""
@@ -55,6 +55,6 @@ class History:
 
 def _decoded(path: Path) -> GuestTimeline | None:
     try:
-        return _TIMELINE.decode(path.read_bytes())
+        return _TIMELINE.decode(read_own(path))
     except (msgspec.MsgspecError, OSError):
         return None

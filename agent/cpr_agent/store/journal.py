@@ -19,7 +19,7 @@ import msgspec
 
 from cpr_agent.core.past import COMPACTED, Past, Pasts, Record
 from cpr_agent.core.ports import Boot, Clock
-from cpr_agent.files import make_private_directory, sync_directory, write_atomically
+from cpr_agent.files import make_private_directory, open_own, sync_directory, write_atomically
 from cpr_agent.store.compaction import needed
 from cpr_agent.store.reserve import Reserve
 
@@ -118,7 +118,7 @@ class FileJournal:
             log.warning("the journal could not be made smaller: %s", error)
 
     def _compact(self) -> None:
-        with self._path.open("rb") as file:
+        with open_own(self._path) as file:
             found = list(_intact(file))
         if sum(len(line) for line, _ in found) != self._size:
             log.error(
@@ -149,10 +149,10 @@ class FileJournal:
     # -- its file -----------------------------------------------------------------------------------------------------
 
     def _open(self, flags: int = 0) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o600)
 
     def _open_existing(self) -> None:
-        with self._path.open("rb") as file:
+        with open_own(self._path) as file:
             for line, record in _intact(file):
                 self._take(record, len(line))
             file.seek(self._size)
@@ -163,7 +163,7 @@ class FileJournal:
             log.error("the journal is damaged at its byte %d; it is set aside as %s", self._size, aside)
             aside.unlink(missing_ok=True)
             aside.hardlink_to(self._path)
-            with self._path.open("rb") as file:
+            with open_own(self._path) as file:
                 self._replace(file.read(self._size))
         else:
             self._fd = self._open()
