@@ -12,7 +12,7 @@ import { PageContext, useAdmin, useAgentState, useHost, useLocation } from './ho
 import { JobBanners } from './jobs';
 import { MemoryView } from './memory';
 import { Overview } from './overview';
-import { Failure, Foreign, href, Notice } from './parts';
+import { Failure, href, Notice, Prose } from './parts';
 import { ReportView } from './report';
 import { ReportsView } from './reports';
 import { VmView } from './vm';
@@ -101,7 +101,7 @@ export const App = ({ agent }: { agent: Agent }) => {
         content = <Start admin={admin} />;
     } else if (state.link === "failed") {
         content = <EmptyState headingLevel="h1" titleText={_("The agent cannot be reached")} status="danger">
-            <EmptyStateBody><Foreign>{state.problem}</Foreign></EmptyStateBody>
+            <EmptyStateBody><Prose>{state.problem}</Prose></EmptyStateBody>
             <EmptyStateFooter>
                 <Button onClick={() => window.location.reload()}>{_("Try again")}</Button>
             </EmptyStateFooter>

@@ -4,7 +4,7 @@ import { useState } from 'react';
 
 import type { GuestStep, Job } from './decode';
 import { usePage } from './hooks';
-import { Failure, Foreign, Notice } from './parts';
+import { Failure, Foreign, Notice, Prose } from './parts';
 import { shown } from './words';
 
 const _ = cockpit.gettext;
@@ -35,7 +35,7 @@ const Step = ({ guest }: { guest: GuestStep }) => {
         <Label isCompact color={bad ? "red" : guest.step === "waiting" ? "grey" : "blue"}>
             <Foreign>{guest.vm}</Foreign>{`: ${step}`}
         </Label>
-        {guest.error && <>{" "}<Foreign>{guest.error}</Foreign></>}
+        {guest.error && <>{" "}<Prose>{guest.error}</Prose></>}
     </li>;
 };
 
@@ -53,7 +53,7 @@ const Banner = ({ job, title }: { job: Job, title: string }) => {
         return <Notice variant={good ? "success" : job.result === "cancelled" ? "info" : "danger"} isLiveRegion
                       title={`${title}: ${ending(job)}`}
                       actionClose={<AlertActionCloseButton onClose={() => agent.forget(job.path)} />}>
-            {!good && job.result !== "cancelled" && <Foreign>{job.error || job.result}</Foreign>}
+            {!good && job.result !== "cancelled" && <Prose>{job.error || job.result}</Prose>}
         </Notice>;
     }
     return <Notice variant="info" title={title} className="cpr-job">

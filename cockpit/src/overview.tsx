@@ -8,7 +8,7 @@ import { useEffect, useState } from 'react';
 
 import * as decode from './decode';
 import { useAnswer, usePage } from './hooks';
-import { Confirm, Failure, Foreign, href, Notice, StateLabel } from './parts';
+import { Confirm, Failure, Foreign, href, Notice, Prose, StateLabel } from './parts';
 import { UpgradeDialog } from './upgrade';
 import { kind, length, moment, outcome, shown, size, survival, trouble } from './words';
 import { ROOT } from './agent';
@@ -116,7 +116,7 @@ const Guests = ({ vms }: { vms: decode.Vm[] }) => <Table aria-label={_("Guests")
             <Td dataLabel={_("Memory")}>{size(vm.size)}</Td>
             <Td dataLabel={_("Its RAM survives")}>{survival(vm.survives)}</Td>
             <Td dataLabel={_("Last pause")}>{length(vm.lastPause)}</Td>
-            <Td dataLabel={_("Problem")}>{trouble(vm) ? <Foreign>{trouble(vm)}</Foreign> : "—"}</Td>
+            <Td dataLabel={_("Problem")}>{trouble(vm) ? <Prose>{trouble(vm)}</Prose> : "—"}</Td>
         </Tr>)}
     </Tbody>
 </Table>;

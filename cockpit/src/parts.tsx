@@ -62,8 +62,8 @@ export const Findings = ({ findings }: { findings: Finding[] }) => {
                 <List isPlain isBordered>
                     {found.map((one, index) => <ListItem key={index}>
                         {one.vm && <><strong><Foreign>{one.vm}</Foreign></strong>{": "}</>}
-                        <Foreign>{one.what}</Foreign>{" "}
-                        {one.why && <><Foreign>{one.why}</Foreign>{" "}</>}
+                        <Prose>{one.what}</Prose>{" "}
+                        {one.why && <><Prose>{one.why}</Prose>{" "}</>}
                         {one.remedy && <em><Prose>{one.remedy}</Prose></em>}
                     </ListItem>)}
                 </List>

@@ -5,7 +5,7 @@ import { useState } from 'react';
 
 import * as decode from './decode';
 import { useAnswer, usePage } from './hooks';
-import { Evidence, Failure, Foreign, href, Notice } from './parts';
+import { Evidence, Failure, Foreign, href, Notice, Prose } from './parts';
 import { length, moment, shown } from './words';
 
 const _ = cockpit.gettext;
@@ -96,8 +96,8 @@ const Whole = ({ report }: { report: decode.Report }) => <>
         <CardBody>
             <div className="cpr-stack">
                 <Notice variant={TONES[report.tone] ?? "info"} title={<Foreign>{report.verdict}</Foreign>}>
-                    {report.reason && <Foreign>{report.reason}</Foreign>}
-                    {report.failures.map((failure, index) => <div key={index}><Foreign>{failure}</Foreign></div>)}
+                    {report.reason && <Prose>{report.reason}</Prose>}
+                    {report.failures.map((failure, index) => <div key={index}><Prose>{failure}</Prose></div>)}
                 </Notice>
                 <div className="cpr-subtle">{`${moment(report.startedAt)} – ${moment(report.endedAt)}`}</div>
                 <Timeline report={report} />
@@ -117,7 +117,7 @@ const Whole = ({ report }: { report: decode.Report }) => <>
                         <Td dataLabel={_("Guest")}><a href={href("vm", guest.vm)}><Foreign>{guest.vm}</Foreign></a></Td>
                         <Td dataLabel={_("Outcome")}>
                             {shown(guest.outcome)}
-                            {guest.why && <div className="cpr-subtle"><Foreign>{guest.why}</Foreign></div>}
+                            {guest.why && <div className="cpr-subtle"><Prose>{guest.why}</Prose></div>}
                         </Td>
                         <Td dataLabel={_("Pause")} modifier="nowrap">{length(guest.pause)}</Td>
                         <Td dataLabel={_("Phases")}>

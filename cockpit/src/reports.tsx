@@ -5,7 +5,7 @@ import { useEffect, useState } from 'react';
 
 import * as decode from './decode';
 import { usePage } from './hooks';
-import { Failure, Foreign, href } from './parts';
+import { Failure, Foreign, href, Prose } from './parts';
 import { kind, length, moment, outcome, shown } from './words';
 
 const _ = cockpit.gettext;
@@ -59,7 +59,7 @@ export const ReportsView = () => {
                         <Td dataLabel={_("What")}>{shown(kind(one.kind))}</Td>
                         <Td dataLabel={_("Outcome")}>
                             <OutcomeLabel value={one.outcome} />
-                            {one.reason && <div className="cpr-subtle"><Foreign>{one.reason}</Foreign></div>}
+                            {one.reason && <div className="cpr-subtle"><Prose>{one.reason}</Prose></div>}
                         </Td>
                         <Td dataLabel={_("Guests")}><Foreign>{one.vms.join(", ") || "—"}</Foreign></Td>
                         <Td dataLabel={_("Longest pause")}>{length(one.longestPause)}</Td>

@@ -8,7 +8,7 @@ import { type ReactNode, useEffect, useState } from 'react';
 
 import * as decode from './decode';
 import { useAnswer, usePage } from './hooks';
-import { Confirm, Evidence, Failure, Findings, Foreign, href, Notice, StateLabel } from './parts';
+import { Confirm, Evidence, Failure, Findings, Foreign, href, Notice, Prose, StateLabel } from './parts';
 import { length, moment, shown, size, survival, trouble } from './words';
 
 const _ = cockpit.gettext;
@@ -177,7 +177,7 @@ const Guest = ({ vm }: { vm: decode.Vm }) => {
                     {vm.definition === "changed" && <Notice variant="info" title={_("Its definition has changed")}>
                         {_("The change counts from its next start on.")}
                     </Notice>}
-                    {problem && !vm.held && <Notice variant="warning" title={_("Problem")}><Foreign>{problem}</Foreign></Notice>}
+                    {problem && !vm.held && <Notice variant="warning" title={_("Problem")}><Prose>{problem}</Prose></Notice>}
                     <DescriptionList isHorizontal isCompact columnModifier={{ lg: "2Col" }}>
                         <Fact term={_("In this state since")}>{moment(vm.since)}</Fact>
                         <Fact term={_("Last pause")}>{length(vm.lastPause)}</Fact>
