@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import Guest, Lab, refused, until, without_capital
+from tests.lab import Guest, Lab, QmpRefused, refused, until, without_capital
 
 ROOT_PORT = ("-device", "pcie-root-port,id=rp0,chassis=1,slot=1")
 
@@ -43,6 +43,12 @@ def peripherals(guest: Guest) -> list[str]:
 
 def assert_refused(guest: Guest, *words: str) -> None:
     """Check, save and refresh name the cause, and the guest goes on."""
+    assert_told(guest, *words)
+    guest.assert_unbroken()
+    assert guest.state == "running"
+
+
+def assert_told(guest: Guest, *words: str) -> None:
     found = blocks(guest)
     assert [one["code"] for one in found] == ["blocked"] * len(found), found
     assert found, "check found nothing"
@@ -50,8 +56,6 @@ def assert_refused(guest: Guest, *words: str) -> None:
         refused(guest, "Blocked", *words, member=member)
     for word in words:
         assert any(word in without_capital(one["what"]) for one in found), found
-    guest.assert_unbroken()
-    assert guest.state == "running"
 
 
 def assert_goes_on(guest: Guest) -> None:
@@ -62,6 +66,28 @@ def assert_goes_on(guest: Guest) -> None:
     guest.load()
     guest.assert_unbroken()
     assert guest.pid != before
+
+
+def unplug(guest: Guest, device: str) -> None:
+    """The tiny guest does not answer a request of PCI; a reset lets go of what was asked for."""
+    guest.admin("device_del", id=device)
+    if device in peripherals(guest):
+        guest.admin("system_reset")
+    until(lambda: device not in peripherals(guest), f"{device} is unplugged")
+
+
+def plug(guest: Guest, **device: Any) -> None:
+    """Its disk is free a moment after the device that had it has gone."""
+
+    def plugged() -> bool:
+        try:
+            guest.admin("device_add", **device)
+        except QmpRefused as error:
+            assert "ermission" in str(error)
+            return False
+        return True
+
+    until(plugged, f"{device['id']} is plugged in")
 
 
 def test_what_nobody_changed_goes_on(each_lab: Lab) -> None:
@@ -536,3 +562,53 @@ def test_a_chain_of_the_command_line_is_no_obstacle_to_an_agent_that_recorded_no
     arguments = {"node-name": "top", "snapshot-file": overlay, "snapshot-node-name": "snap", "format": "qcow2"}
     guest.admin("blockdev-snapshot-sync", **arguments)
     assert_refused(guest, "top.qcow2", "its command line names")
+
+
+@pytest.mark.parametrize(
+    "other", [{"logical_block_size": 4096, "physical_block_size": 4096}, {"wwn": 1234}, {"product": "OTHER"}], ids=str
+)
+def test_a_disk_that_came_back_with_other_properties_is_told(each_lab: Lab, other: dict[str, Any]) -> None:
+    """The loaded guest would have those of the command line: 512 bytes a sector where it had 4096."""
+    path = image(each_lab.root / "disk.raw", "raw")
+    node = f"driver=raw,node-name=q0,file.driver=file,file.filename={path}"
+    disk = ("-device", "virtio-scsi-pci,id=s0", "-device", "scsi-hd,id=disk0,drive=q0,bus=s0.0")
+    guest = each_lab.running("web1", "-blockdev", node, *disk)
+    unplug(guest, "disk0")
+    plug(guest, driver="scsi-hd", id="disk0", drive="q0", bus="s0.0", **other)
+    assert_refused(guest, "device peripheral/disk0", *other)
+
+
+CARD = {"id": "net0", "netdev": "n0", "mac": "52:54:00:00:00:09", "bus": "rp0"}
+
+
+def with_card(lab: Lab) -> Guest:
+    card = ",".join(["virtio-net-pci", *(f"{name}={value}" for name, value in CARD.items())])
+    return lab.running("web1", "-netdev", "user,id=n0", *ROOT_PORT, "-device", card)
+
+
+def test_a_network_card_that_came_back_with_more_queues_is_told(each_lab: Lab) -> None:
+    """No QEMU could read its state, and the one that has the guest would have ended by then."""
+    guest = with_card(each_lab)
+    unplug(guest, "net0")
+    guest.admin("device_add", driver="virtio-net-pci", **CARD, mq=True, vectors=7, rx_queue_size=512)
+    assert_told(guest, "device peripheral/net0", "rx_queue_size 256")
+
+
+def test_a_network_that_came_back_as_another_one_is_told(each_lab: Lab) -> None:
+    """The loaded guest would be in the first network again, out of which it was taken."""
+    guest = with_card(each_lab)
+    unplug(guest, "net0")
+    guest.admin("netdev_del", id="n0")
+    guest.admin("netdev_add", type="user", id="n0", net="10.99.0.0/24", restrict=True)
+    guest.admin("device_add", driver="virtio-net-pci", **CARD)
+    assert_told(guest, "network n0", "net=10.99.0.0 restrict=on")
+
+
+def test_a_usb_disk_that_came_back_at_another_port_is_told(each_lab: Lab) -> None:
+    path = image(each_lab.root / "disk.raw", "raw")
+    node = f"driver=raw,node-name=q0,file.driver=file,file.filename={path}"
+    disk = ("-device", "qemu-xhci,id=x", "-device", "usb-storage,id=u0,drive=q0,bus=x.0,port=1")
+    guest = each_lab.running("web1", "-blockdev", node, *disk)
+    unplug(guest, "u0")
+    plug(guest, driver="usb-storage", id="u0", drive="q0", bus="x.0", port="2")
+    assert_refused(guest, "device peripheral/u0", "port 1")

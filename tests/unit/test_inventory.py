@@ -309,6 +309,52 @@ def test_what_an_earlier_agent_did_not_ask_for_makes_no_difference() -> None:
     assert [one.what for one in differences(first, other)[1]] == ["device peripheral/nic0"]
 
 
+def test_of_traits_those_are_told_that_differ_and_an_earlier_agent_asked_for_none() -> None:
+    nic = PluggedDevice(name="peripheral/n0", kind="e1000", own="mac 1", drive="d0")
+    first, other = (Inventory(devices=(replace(nic, traits={"mq": mq, "wwn": "0"}),)) for mq in ("False", "True"))
+    assert differences(Inventory(devices=(nic,)), first) == ([], [])
+    (found,) = differences(first, other)[1]
+    assert (found.expected, found.found) == ("e1000 mac 1 mq False", "e1000 mac 1 mq True")
+    (found,) = differences(first, Inventory(devices=(replace(nic, traits={}, drive=""),)))[1]
+    assert (found.expected, found.found) == (
+        "e1000 mac 1 drive d0 mq False wwn 0",
+        "e1000 mac 1 drive none mq none wwn none",
+    )
+
+
+def one_device(**properties: object) -> PluggedDevice:
+    """As QEMU tells it with these properties."""
+
+    def answers(command: str, arguments: dict[str, object]) -> object:
+        if command == "qom-get":
+            return properties[str(arguments["property"])]
+        listed = [{"name": "d0", "type": "child<scsi-hd>"}] if arguments.get("path") == "/machine/peripheral" else []
+        return {"x-debug-query-block-graph": {}, "human-monitor-command": ""}.get(command, listed)
+
+    (found,) = asyncio.run(whole(ScriptedQmp(answers), Places())).devices
+    return found
+
+
+def test_a_device_has_the_properties_that_its_guest_sees() -> None:
+    told = {"logical_block_size": 4096, "removable": False, "wwn": 0, "product": "DISK", "serial": "s", "lun": 0}
+    found = one_device(parent_bus="/machine/peripheral/s0/s0.0", **told)
+    assert (found.bus, found.address, found.own) == ("s0.0", "lun 0", "serial s")
+    assert found.traits == {"logical_block_size": "4096", "removable": "False", "wwn": "0", "product": "DISK"}
+
+
+def test_two_long_texts_that_begin_alike_are_two() -> None:
+    first, other = (one_device(serial="x" * 900 + end).own for end in "ab")
+    assert first != other
+    assert first is not None
+    assert len(first) < 200
+
+
+def test_a_property_without_end_is_none() -> None:
+    """A QEMU with thousands of devices would have the agent keep megabytes of each."""
+    with pytest.raises(QemuFailed, match="qom-get"):
+        one_device(serial="x" * 1001)
+
+
 def test_a_way_that_gets_long_in_a_circle_is_not_followed() -> None:
     """A few KB of an answer could else become gigabytes: thousands of nodes, each with the names of all above it."""
     with pytest.raises(UnreadableReplyError, match="characters"):

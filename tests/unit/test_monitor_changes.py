@@ -43,7 +43,10 @@ def test_networks_are_found_in_what_a_human_reads() -> None:
         r"hub 0\r\n \ h0\r\ne1000.0: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:56\r\n"
         r" \ n0: index=0,type=user,net=10.0.2.0,restrict=off\r\nn1: index=0,type=vhost-user,x\r\n"
     )
-    assert list(networks(said)) == [Part(name="network n0", kind="user"), Part(name="network n1", kind="vhost-user")]
+    assert list(networks(said)) == [
+        Part(name="network n0", kind="user", leads_to="net=10.0.2.0 restrict=off"),
+        Part(name="network n1", kind="vhost-user", leads_to=""),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def path_of(node: BlockNode) -> str:
 def _device_differences(was: Iterable[PluggedDevice], now: Iterable[PluggedDevice]) -> list[Difference]:
     before, after = ({device.name: device for device in some} for some in (was, now))
     return [
-        Difference(f"device {name}", _described(before.get(name)), _described(after.get(name)))
+        _device_difference(name, before.get(name), after.get(name))
         for name in sorted({*before, *after})
         if not _same_device(before.get(name), after.get(name))
     ]
@@ -225,18 +225,24 @@ def _device_differences(was: Iterable[PluggedDevice], now: Iterable[PluggedDevic
 
 def _same_device(was: PluggedDevice | None, now: PluggedDevice | None) -> bool:
     if was and now and None in (was.own, now.own):
-        return replace(was, own=None) == replace(now, own=None)
+        was, now = replace(was, own=None), replace(now, own=None)
+    if was and now and None in (was.traits, now.traits):
+        was, now = replace(was, traits=None), replace(now, traits=None)
     return was == now
 
 
-def _described(device: PluggedDevice | None) -> str:
+def _device_difference(name: str, was: PluggedDevice | None, now: PluggedDevice | None) -> Difference:
+    before, after = ({**(one.traits or {}), "drive": one.drive} if one else {} for one in (was, now))
+    common = sorted({*before, *after}) if was and now else []
+    differing = [trait for trait in common if before.get(trait) != after.get(trait)]
+    return Difference(f"device {name}", _described(was, before, differing), _described(now, after, differing))
+
+
+def _described(device: PluggedDevice | None, traits: Mapping[str, str], differing: Iterable[str]) -> str:
     if device is None:
         return "not there"
-    return " ".join(
-        filter(
-            None, (device.kind, device.bus and f"on {device.bus}", device.address and f"at {device.address}", device.own)
-        )
-    )
+    where = (device.kind, device.bus and f"on {device.bus}", device.address and f"at {device.address}", device.own)
+    return " ".join(filter(None, (*where, *(f"{name} {traits.get(name) or 'none'}" for name in differing))))
 
 
 def _set_differences(what: str, was: Collection[str], now: Collection[str]) -> list[Difference]:
@@ -380,6 +386,10 @@ def _part_changes(was: Inventory, now: Inventory) -> list[Difference]:
     if was.parts is None or now.parts is None:
         return []
     before, after = ({part.name: part.kind for part in parts} for parts in (was.parts, now.parts))
+    led, leads = ({part.name: part.leads_to for part in parts} for parts in (was.parts, now.parts))
+    for name in {*led} & {*leads}:
+        if None not in (led[name], leads[name]) and led[name] != leads[name]:
+            before[name], after[name] = f"{before[name]} {led[name]}", f"{after[name]} {leads[name]}"
     return _changes(before, after)
 
 

@@ -6,13 +6,14 @@ Questions are sent together, and few before a loaded guest runs, which waits for
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from cpr_agent.core.model import BlockNode, Inventory, Part, PluggedDevice, Throttle
 from cpr_agent.errors import QemuFailed
-from cpr_agent.text import printable
+from cpr_agent.text import MAX_CHARS, printable
 from cpr_agent.vm import replies
 from cpr_agent.vm.devices import PLUGGED, Device
 from cpr_agent.vm.qmp import Qmp
@@ -28,8 +29,7 @@ from cpr_agent.vm.replies import (
     MEMORY_DEVICES,
     QOM_LIMITS,
     QOM_LIST,
-    QOM_NUMBER,
-    QOM_TEXT,
+    QOM_SCALAR,
     BlockBackend,
     BlockGraph,
     Chardev,
@@ -49,11 +49,27 @@ MAX_TOLD = 4 << 20
 """Characters of all nodes, each with its way from the disk: a node that is below itself has many ways, and long ones."""
 MAX_DEVICES = 2048
 """Each is asked for several properties."""
-_ADDRESSES = {"scsi": ("scsi-id", "lun")}
+_ADDRESSES = {"scsi": ("scsi-id", "lun"), "usb": ("port",), "virtserialport": ("nr",), "virtconsole": ("nr",)}
 """The properties that say where a device of this kind is on its bus; ``addr`` of all others, which those of PCI have."""
 _OWN = ("mac", "serial", "netdev", "chardev")
 """Properties by which a guest knows a device, and the parts of QEMU behind it. Not every device has them in its state, and
 none after a reset."""
+_DISK = (
+    *("logical_block_size", "physical_block_size", "wwn", "product", "vendor", "ver", "device_id"),
+    *("removable", "rotation_rate"),
+)
+_VIRTIO = (
+    *("vectors", "mq", "num-queues", "num_queues", "queue-size", "rx_queue_size", "tx_queue_size", "host_mtu"),
+    *("iommu_platform", "packed"),
+)
+"""What a device has that was plugged in again under its name, and has other queues: no state fits both."""
+_TRAITS = {"scsi": _DISK, "ide": _DISK, "nvme": _DISK, "usb": _DISK, "virtio": (*_DISK[:2], *_VIRTIO), "vhost": _VIRTIO}
+MAX_TRAITS = 1 << 20
+"""Characters of all devices' properties."""
+_AT_ONCE = 64
+"""Of so many devices the answers are there at a time."""
+_SHORT = 100
+"""Characters of a property's value that are kept as they are."""
 _BRIDGES = ("pcie-root-port", "pcie-pci-bridge", "pci-bridge")
 """How kinds begin that have neither: libvirt gives a domain a dozen."""
 
@@ -66,8 +82,10 @@ _PARTS: list[Question] = [
     (HUMAN_MONITOR, {"command-line": "info network"}),
 ]
 """No command of QMP tells of networks."""
-_NETWORK = re.compile(r"(?:^|\\n| )([^\s\\]+): index=\d+,type=([\w-]+)")
+_NETWORK = re.compile(r"(?:^|\\n| )([^\s\\]+): index=\d+,type=([\w-]+)([^\s\\]*)")
 """A backend's line in the answer to ``info network``, in which line feeds show as their escapes."""
+_LEADS_TO = re.compile(r",((?:net|restrict|ifname|br)=[^,]*)")
+"""Of such a line; who is connected, and by which descriptor, changes by itself."""
 _NEEDED_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _PLUGGED: list[Question] = [(QOM_LIST, {"path": parent}) for parent in PLUGGED]
 
@@ -76,6 +94,7 @@ class _At(NamedTuple):
     bus: str
     address: str
     own: str
+    traits: dict[str, str]
 
 
 class Places:
@@ -143,9 +162,9 @@ async def _parts(qmp: Qmp, nodes: list[replies.BlockNode] | None, others: Sequen
 
 def networks(said: str) -> Iterator[Part]:
     """``said`` answers ``info network``, and has line feeds as their escapes. A network card is a device."""
-    for id_, kind in _NETWORK.findall(said):
+    for id_, kind, rest in _NETWORK.findall(said):
         if kind != "nic":
-            yield _part(f"network {id_}", kind)
+            yield Part(name=f"network {id_}", kind=kind, leads_to=" ".join(_LEADS_TO.findall(rest)))
 
 
 def _part(name: str, kind: str) -> Part:
@@ -242,28 +261,53 @@ async def _placed(
     for device in devices:
         at, name = known[device], device.path.removeprefix(_ROOT)
         drive = drives.get(name) or drives.get(device.name, "")
-        found = PluggedDevice(name=name, kind=device.kind, bus=at.bus, address=at.address, drive=drive, own=at.own)
+        found = PluggedDevice(
+            name=name, kind=device.kind, bus=at.bus, address=at.address, drive=drive, own=at.own, traits=at.traits
+        )
         placed.append(found)
     return placed
 
 
 async def _ask_places(qmp: Qmp, devices: list[Device]) -> dict[Device, _At]:
-    found = {}
-    wanted = {device: _ADDRESSES.get(device.kind.partition("-")[0], ("addr",)) for device in devices}
-    known_by = {device: () if device.kind.startswith(_BRIDGES) else _OWN for device in devices}
-    asked: list[Question] = [
-        (QOM_NUMBER if name in names else QOM_TEXT, {"path": device.path, "property": name})
-        for device, names in wanted.items()
-        for name in ("parent_bus", *known_by[device], *names)
-    ]
-    answers = iter(await qmp.ask_all(asked) if asked else ())
-    for device, names in wanted.items():
-        bus = (next(answers) or "").rpartition("/")[2]
-        own = " ".join(f"{name} {printable(text, 100)}" for name in known_by[device] if (text := next(answers)))
-        numbers = [(name, next(answers)) for name in names]
-        address = " ".join(f"{name} {number}" for name, number in numbers if number is not None)
-        found[device] = _At(bus, address, own)
+    """Raises QemuFailed."""
+    found: dict[Device, _At] = {}
+    told = 0
+    for start in range(0, len(devices), _AT_ONCE):
+        some = devices[start : start + _AT_ONCE]
+        names = {device: _properties(device) for device in some}
+        asked: list[Question] = [
+            (QOM_SCALAR, {"path": device.path, "property": name}) for device in some for name in names[device]
+        ]
+        answers = iter(await qmp.ask_all(asked))
+        for device in some:
+            said = {name: _shown(answer) for name in names[device] if (answer := next(answers)) not in (None, "")}
+            told += sum(map(len, said.values()))
+            found[device] = _at(device, said)
+        if told > MAX_TRAITS:
+            raise QemuFailed(f"QEMU tells more than {MAX_TRAITS} characters of its devices", vm=qmp.vm)
     return found
+
+
+def _properties(device: Device) -> tuple[str, ...]:
+    own = () if device.kind.startswith(_BRIDGES) else _OWN
+    family = device.kind.partition("-")[0]
+    return ("parent_bus", *own, *_ADDRESSES.get(family, ("addr",)), *_TRAITS.get(family, ()))
+
+
+def _at(device: Device, said: Mapping[str, str]) -> _At:
+    family = device.kind.partition("-")[0]
+    return _At(
+        bus=said.get("parent_bus", "").rpartition("/")[2],
+        address=" ".join(f"{name} {said[name]}" for name in _ADDRESSES.get(family, ("addr",)) if name in said),
+        own=" ".join(f"{name} {said[name]}" for name in _OWN if name in said),
+        traits={name: said[name] for name in _TRAITS.get(family, ()) if name in said},
+    )
+
+
+def _shown(value: object) -> str:
+    """Two long texts that begin alike stay two."""
+    text = printable(str(value), MAX_CHARS)
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]} (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}…)"
 
 
 def _disks(qmp: Qmp, nodes: list[replies.BlockNode] | None, graph: BlockGraph | None) -> tuple[BlockNode, ...]:

@@ -23,6 +23,8 @@ MAX_SIZE = (1 << 63) - 1
 Number = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
 Small = Annotated[int, Meta(ge=0, le=0xFFFF)]
 Word = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+Scalar = Annotated[str, Meta(max_length=1000)] | int | float | bool | None
+"""A device's property. A longer text is none, and would be kept for each of many."""
 MAX_LISTED = 4096
 """Of what a guest has of one kind, of each of which something is asked or said; no host comes near."""
 Listed = Annotated[list[T], Meta(max_length=MAX_LISTED)]
@@ -191,6 +193,7 @@ QOM_TEXT: Query[str] = Query("qom-get", Text)
 QOM_TEXTS: Query[list[str]] = Query("qom-get", list[Text])
 QOM_FLAG: Query[bool] = Query("qom-get", bool)
 QOM_NUMBER: Query[int] = Query("qom-get", Number)
+QOM_SCALAR: Query[Scalar] = Query("qom-get", Scalar)
 QOM_FEATURE_WORDS: Query[list[FeatureWord]] = Query("qom-get", list[FeatureWord])
 
 

@@ -81,6 +81,8 @@ class PluggedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """That it has, if that has a name."""
     own: str | None = None
     """Its MAC address and serial number; None from an agent that did not ask for them."""
+    traits: dict[str, str] | None = None
+    """Other properties by which its guest knows it, or by which its state fits a device or not; None likewise."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +92,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """As in "object iothread1"."""
     kind: str
+    leads_to: str | None = None
+    """Where a network leads; None from an agent that did not ask."""
 
 
 class Throttle(msgspec.Struct, frozen=True, kw_only=True):
