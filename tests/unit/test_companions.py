@@ -63,6 +63,16 @@ TPM = ("-chardev", "socket,id=ct,path=/run/tpm", "-tpmdev", "emulator,id=t0,char
             False,
             False,
         ),
+        (("-nic", "socket,connect=127.0.0.1:7"), "the peer of the network (passt", "127.0.0.1:7", False, False),
+        (("-nic", "stream,addr.type=unix,addr.path=/run/p"), "the peer of the network (passt", "/run/p", False, False),
+        (("-net", "socket,connect=127.0.0.1:7"), "the peer of the network (passt", "127.0.0.1:7", False, False),
+        (("-serial", "tcp:log:7"), "the server of -serial", "log:7", False, True),
+        (("-serial", "mon:telnet:127.0.0.1:7,server=off"), "the server of -serial", "127.0.0.1:7", False, True),
+        (("-parallel", "unix:/run/p"), "the server of -parallel", "/run/p", False, True),
+        (("-hda", "nbd:unix:/run/nbd"), "the NBD server", "/run/nbd", False, False),
+        (("-cdrom", "nbd://store:10809/x"), "the NBD server", "store:10809", False, False),
+        (("-drive", 'file=json:{"driver":"nbd",,"host":"s",,"port":"1"}'), "the NBD server", "s:1", False, False),
+        (("-hda", "json:{'file': {'driver': 'nbd', 'path': '/run/nbd'}}"), "the NBD server", "/run/nbd", False, False),
     ],
 )
 def test_what_a_command_line_needs(arguments: tuple[str, ...], name: str, where: str, *, ends: bool, shared: bool) -> None:
@@ -80,6 +90,13 @@ def test_what_a_command_line_needs(arguments: tuple[str, ...], name: str, where:
         ("-netdev", "stream,id=n,server=on,addr.type=unix,addr.path=/run/n"),
         ("-netdev", "socket,id=n,listen=:1"),
         ("-netdev", "user,id=n"),
+        ("-nic", "socket,listen=:1"),
+        ("-serial", "tcp::7,server=on,wait=off"),
+        ("-serial", "unix:/run/s,server"),
+        ("-serial", "stdio"),
+        ("-serial", "tcp:7"),
+        ("-hda", "/srv/nbd"),
+        ("-drive", 'file=json:{"driver"'),
         ("-drive", "file=/srv/nbd,format=raw"),
         ("-blockdev", '{"driver": "file", "filename"'),
     ],
@@ -97,9 +114,34 @@ def test_who_connects_to_qemu_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (("-device", "vhost-user-fs-pci,chardev=c"), "-device vhost-user-fs-pci"),
+        (("-device", '{"driver":"vhost-user-blk-pci","chardev":"c"}'), "-device vhost-user-blk-pci"),
+        (("-netdev", '{"type":"vhost-user","id":"n","chardev":"c"}'), "-netdev vhost-user"),
+        (("-nic", "vhost-user,chardev=c"), "-nic vhost-user"),
+        (("-nic", "model=e1000,type=vhost-user,chardev=c"), "-nic vhost-user"),
+        (("-net", "vhost-user,chardev=c"), "-net vhost-user"),
+        (("-object", "cryptodev-vhost-user,id=v,chardev=c"), "-object cryptodev-vhost-user"),
+        (("-object", '{"qom-type":"vhost-user-backend","id":"v","chardev":"c"}'), "-object vhost-user-backend"),
+    ],
+)
+def test_every_form_of_vhost_user_is_refused_before_a_save(arguments: tuple[str, str], kind: str) -> None:
+    argv = ("qemu", "-chardev", "socket,id=c,path=/run/c", *arguments)
+    assert [why.partition(" shares")[0] for why in unsaveable(argv)] == [kind]
+    assert [(one.where, one.shared) for one in companions(argv)] == [("/run/c", False)]
+
+
+def test_what_is_no_vhost_user_can_be_saved() -> None:
+    kept = ("-device", "vhost-vsock-pci,guest-cid=3", "-nic", "user,id=vhost-user", "-object", "rng-random,id=vhost-user-x")
+    assert unsaveable(("qemu", *kept, "-chardev", "null,id=vhost-user-x")) == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "listens"),
     [
         (("-chardev", "socket,id=c,path=/run/c,reconnect=1"), False),
+        (("-serial", "unix:/run/c,reconnect=1"), False),
         (("-chardev", "socket,id=c,path=/run/c,reconnect-ms=100"), False),
         (("-chardev", "socket,id=c,path=/run/c,reconnect=0"), True),
         (("-netdev", "stream,id=n,server=off,addr.type=unix,addr.path=/run/n,reconnect=1"), False),

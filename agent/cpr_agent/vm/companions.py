@@ -8,6 +8,7 @@ that starts meanwhile waits for the first one's end, and hangs till then.
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +16,13 @@ from urllib.parse import parse_qs, urlsplit
 
 from cpr_agent.core.model import Companion
 from cpr_agent.errors import InvalidArgument
-from cpr_agent.vm.connections import SWTPM, VIRTIOFSD, companion_of
+from cpr_agent.vm.cmdline import WHOLE_IMAGES
+from cpr_agent.vm.connections import SWTPM, VIRTIOFSD, companion_of, vhost_user
 from cpr_agent.vm.foreign import Option, Value, options_of
 from cpr_agent.vm.retry import poll_until
 
 _END = (SWTPM, VIRTIOFSD)
+_PORTS = ("-serial", "-parallel", "-monitor", "-qmp", "-qmp-pretty", "-debugcon")
 
 
 def companions(argv: Sequence[str]) -> list[Companion]:
@@ -31,13 +34,11 @@ def companions(argv: Sequence[str]) -> list[Companion]:
 def unsaveable(argv: Sequence[str]) -> list[str]:
     """Why a guest can't be saved that has these: a backend of vhost-user has the guest's RAM mapped, for as long as QEMU
     lives and longer, so that nothing could prove who has written to it; and no saved guest could be taken back."""
-    keys = {"-device": "driver", "-netdev": "type"}
-    parts = [(one.name, one.value.first(keys[one.name])) for one in _options(argv) if one.name in keys]
     return [
-        f"{name} {kind} shares the guest's RAM with a program that is not QEMU: shut the guest down, and start it afresh "
-        "without (virtio-blk, vhost-net and NFS need no such program)"
-        for name, kind in parts
-        if (name == "-device" and kind.startswith("vhost-user-")) or (name == "-netdev" and kind == "vhost-user")
+        f"{option.name} {kind} shares the guest's RAM with a program that is not QEMU: shut the guest down, and start it "
+        "afresh without (virtio-blk, vhost-net and NFS need no such program)"
+        for option in _options(argv)
+        if (kind := vhost_user(option))
     ]
 
 
@@ -69,19 +70,38 @@ def _options(argv: Sequence[str]) -> list[Option]:
 def _of(option: Option, needed: dict[str, str]) -> Iterator[Companion]:
     value = option.value
     if option.name == "-chardev" and value.first("backend") == "socket":
-        id_, where = value.keys.get("id", ""), _place(value.keys)
-        who = needed.get(id_, "")
-        server = value.on("server")
-        if where and (who or not server):
-            name, listens = who or f"the server of the character device {id_}", not (server or _retries(value))
-            yield Companion(name=name, where=where, ends=who in _END, shared=not who, listens=listens)
-    elif option.name == "-netdev" and value.first("type") in ("stream", "socket"):
+        id_ = value.keys.get("id", "")
+        yield from _of_chardev(value, needed.get(id_, ""), f"the character device {id_}")
+    elif option.name in _PORTS:
+        yield from _of_chardev(_as_socket(option.text), "", option.name)
+    elif option.name in ("-netdev", "-nic", "-net") and value.first("type") in ("stream", "socket"):
         where = value.keys.get("connect") or ("" if value.on("server") else _place(value.keys, "addr."))
         if where:
-            name = f"the peer of the network {value.keys.get('id', '')} (passt or another)"
+            name = " ".join(filter(None, ("the peer of the network", value.keys.get("id"), "(passt or another)")))
             yield Companion(name=name, where=where, listens=not _retries(value))
     elif option.name in ("-drive", "-blockdev"):
         yield from (Companion(name="the NBD server", where=where) for where in _nbd_servers(value))
+    elif option.name in WHOLE_IMAGES:
+        yield from (Companion(name="the NBD server", where=where) for where in _nbd_servers_of(option.text))
+
+
+def _of_chardev(value: Value, who: str, of: str) -> Iterator[Companion]:
+    where, server = _place(value.keys), value.on("server")
+    if where and (who or not server):
+        name, listens = who or f"the server of {of}", not (server or _retries(value))
+        yield Companion(name=name, where=where, ends=who in _END, shared=not who, listens=listens)
+
+
+def _as_socket(text: str) -> Value:
+    """``tcp:host:port`` or ``unix:path`` with more keys, as those of a character device (qemu_chr_parse_compat() in
+    chardev/char.c); one without keys for another kind of port."""
+    kind, _, rest = text.removeprefix("mon:").partition(":")
+    if kind == "unix":
+        return Value(f"path={rest}")
+    host, colon, port = rest.partition(",")[0].rpartition(":")
+    if kind in ("tcp", "telnet", "tn3270", "websocket") and colon:
+        return Value(f"host={host},port={port}{rest[len(host + colon + port) :]}")
+    return Value("")
 
 
 def _retries(value: Value) -> bool:
@@ -101,8 +121,18 @@ def _nbd_servers(value: Value) -> Iterator[str]:
         prefix, _, last = key.rpartition("driver")
         if not last and word == "nbd" and key in (f"{prefix}driver", "driver") and (not prefix or prefix.endswith(".")):
             yield _place(keys, f"{prefix}server.") or _place(keys, prefix) or "an address of its own"
-        elif key in ("file", "filename") and word.startswith(("nbd:", "nbd+unix:", "nbd+tcp:")):
-            yield _nbd_address(word)
+        elif key in ("file", "filename"):
+            yield from _nbd_servers_of(word)
+
+
+def _nbd_servers_of(image: str) -> Iterator[str]:
+    """QEMU takes JSON after ``json:`` with single quotes too."""
+    if image.startswith(("nbd:", "nbd+unix:", "nbd+tcp:")):
+        yield _nbd_address(image)
+    elif image.startswith("json:"):
+        text = image.removeprefix("json:")
+        with contextlib.suppress(InvalidArgument):  # QEMU says it better
+            yield from _nbd_servers(Value(text if '"' in text else text.replace("'", '"')))
 
 
 def _nbd_address(uri: str) -> str:

@@ -21,6 +21,8 @@ DIES = re.compile(
 
 
 SWTPM, VIRTIOFSD = "swtpm", "virtiofsd"
+_KIND = {"-device": "driver", "-object": "qom-type", **dict.fromkeys(("-netdev", "-nic", "-net"), "type")}
+"""The key that says what an option makes."""
 
 
 class Peer(msgspec.Struct, frozen=True):
@@ -68,15 +70,22 @@ class Connections:
 def companion_of(option: Option) -> tuple[str, str] | None:
     """The character device by which an option needs another program, and which that is."""
     keys = option.value.keys
-    driver = option.value.first("driver" if option.name == "-device" else "type")
-    match option.name:
-        case "-tpmdev" if driver == "emulator":
-            return keys.get("chardev", ""), SWTPM
-        case "-netdev" if driver == "vhost-user":
-            return keys.get("chardev", ""), "the switch's vhost-user port"
-        case "-device" if driver.startswith("vhost-user-") and "chardev" in keys:
-            return keys["chardev"], VIRTIOFSD if driver.startswith("vhost-user-fs") else f"the backend of {driver}"
+    if option.name == "-tpmdev" and option.value.first("type") == "emulator":
+        return keys.get("chardev", ""), SWTPM
+    kind = vhost_user(option)
+    if kind == "vhost-user":
+        return keys.get("chardev", ""), "the switch's vhost-user port"
+    if kind and "chardev" in keys:
+        return keys["chardev"], VIRTIOFSD if kind.startswith("vhost-user-fs") else f"the backend of {kind}"
     return None
+
+
+def vhost_user(option: Option) -> str:
+    """The device, network or object by which an option lets another program have the guest's RAM; "" if it does not."""
+    kind = option.value.first(_KIND.get(option.name, ""))
+    if option.name in ("-netdev", "-nic", "-net"):
+        return kind if kind == "vhost-user" else ""
+    return kind if option.name in _KIND and kind.startswith(("vhost-user-", "cryptodev-vhost-user")) else ""
 
 
 def _peer(option: Option, who: str) -> Peer:

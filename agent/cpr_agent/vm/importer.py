@@ -17,7 +17,7 @@ from cpr_agent.core.model import Bytes, Imported, Note
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import OWN, WRITES_RAM, writes_ram
-from cpr_agent.vm.connections import DIES, Connections
+from cpr_agent.vm.connections import DIES, Connections, vhost_user
 from cpr_agent.vm.foreign import CommandLine, Option, make_option, read_config, split
 from cpr_agent.vm.networks import at_home
 from cpr_agent.vm.paths import whole_paths
@@ -336,6 +336,8 @@ class _Draft:
             return self._left_out(option, why)
         if option.value.keys.get("id") in self._dead:
             return self._left_out(option, "this secret dies with libvirt's domain, or needs one that does")
+        if vhost_user(option):
+            self.note("look", option, _UNSAVED)
         return self._plain(option)
 
     def _device(self, option: Option) -> tuple[str, ...]:
@@ -343,7 +345,7 @@ class _Draft:
             return self._left_out(option, "its memory would not outlive QEMU")
         if writes_ram(option.value.keys):
             return self._left_out(option, WRITES_RAM)
-        if option.value.first("driver").startswith("vhost-user-"):
+        if vhost_user(option):
             self.note("look", option, _UNSAVED)
         bus = option.value.keys.get("bus", "")
         if self._without_config and bus and not {bus, bus.rpartition(".")[0]} & self._buses:
@@ -370,7 +372,7 @@ class _Draft:
         return (option.name, option.text)
 
     def _network(self, option: Option) -> tuple[str, ...]:
-        if option.value.first("type") == "vhost-user":
+        if vhost_user(option):
             self.note("look", option, _UNSAVED)
         changed, why = at_home(option.value, self._interface())
         if changed is not None:
