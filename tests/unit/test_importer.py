@@ -226,6 +226,29 @@ def test_what_needs_a_companion_that_is_gone_is_left_out(users: tuple[str, ...],
         assert [note.argument.split()[0] for note in found.notes if note.outcome == "left out"] == names
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "kept"),
+    [
+        (
+            "-device",
+            '{"driver":"vhost-vsock-pci","id":"v","guest-cid":3,"vhostfd":"25"}',
+            '{"driver":"vhost-vsock-pci","id":"v","guest-cid":3}',
+        ),
+        (
+            "-device",
+            "vhost-scsi-pci,wwpn=naa.5001405bc0ab1234,vhostfd=31,id=h",
+            "vhost-scsi-pci,wwpn=naa.5001405bc0ab1234,id=h",
+        ),
+        ("-object", "iommufd,id=i,fd=7", "iommufd,id=i"),
+    ],
+)
+def test_a_device_by_a_descriptor_is_opened_by_its_path(name: str, device: str, kept: str) -> None:
+    """libvirt starts each <vsock> and each vhost-scsi so."""
+    found = imported(name, device)
+    assert "changed: its descriptor dies with who opened it" in why(found, f"{name} {device}")
+    assert read(found).vm.arguments == (name, kept)
+
+
 @pytest.mark.parametrize(("users", "who"), [(TPM, "swtpm"), (VIRTIOFS, "virtiofsd"), (SWITCH, "vhost-user port")])
 def test_a_client_stays_a_client_and_is_told_who_must_listen(users: tuple[str, ...], who: str) -> None:
     chardev = ("-chardev", "socket,id=c0,path=/run/companions/web1.sock")

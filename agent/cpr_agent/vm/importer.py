@@ -19,7 +19,7 @@ from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import OWN, WRITES_RAM, writes_ram
 from cpr_agent.vm.connections import DIES, Connections, vhost_user
 from cpr_agent.vm.foreign import CommandLine, Option, make_option, read_config, split
-from cpr_agent.vm.networks import at_home
+from cpr_agent.vm.networks import FD_KEYS, at_home
 from cpr_agent.vm.paths import whole_paths
 
 NO_DEVICE = "uuid:see-cprctl-devices"
@@ -267,6 +267,13 @@ class _Draft:
         rest = str(option.value.without(*keys))
         return self._changed(option, rest, why) if rest else self._left_out(option, why)
 
+    def _without_descriptors(self, option: Option) -> tuple[str, ...]:
+        """A device that has no descriptor is opened by QEMU itself."""
+        kept = self._plain(option)
+        if set(FD_KEYS).isdisjoint(option.value.keys):
+            return kept
+        return self._without_keys(option, FD_KEYS, "its descriptor dies with who opened it: QEMU opens it by itself now")
+
     def _enable_kvm(self, option: Option) -> tuple[str, ...]:
         return self._left_out(option, _ONE_ACCEL) if self._accel else self._plain(option)
 
@@ -338,7 +345,7 @@ class _Draft:
             return self._left_out(option, "this secret dies with libvirt's domain, or needs one that does")
         if vhost_user(option):
             self.note("look", option, _UNSAVED)
-        return self._plain(option)
+        return self._without_descriptors(option)
 
     def _device(self, option: Option) -> tuple[str, ...]:
         if option.value.keys.get("memdev") in self._backends:
@@ -350,7 +357,7 @@ class _Draft:
         bus = option.value.keys.get("bus", "")
         if self._without_config and bus and not {bus, bus.rpartition(".")[0]} & self._buses:
             self.note("look", option, f"its bus {bus} was made by the file that was left out (-readconfig)")
-        return self._plain(option)
+        return self._without_descriptors(option)
 
     def _chardev(self, option: Option) -> tuple[str, ...]:
         id_, kind = option.value.keys.get("id", ""), option.value.first("backend")
