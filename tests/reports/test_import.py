@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,9 +107,13 @@ def test_what_is_kept_starts(tmp_path: Path, name: str) -> None:
     write(tmp_path / "share/qemu-server/pve-q35-4.0.cfg", PVE_Q35)
     imported = import_command_line(text, Wanted(device="/dev/shm/x"), tmp_path / "share")
     arguments = [on_this_machine(word, tmp_path) for word in definition(imported).vm.arguments]
+    assert_starts(QEMU, arguments)
+
+
+def assert_starts(qemu: str, arguments: Sequence[str]) -> None:
     own = ["-m", "256M", "-S", "-qmp", "stdio", "-display", "none"]
     ended = subprocess.run(
-        [QEMU, "-sandbox", SANDBOX, *arguments, *own],
+        [qemu, "-sandbox", SANDBOX, *arguments, *own],
         input='{"execute":"qmp_capabilities"}\n{"execute":"quit"}\n',
         capture_output=True,
         text=True,
@@ -117,6 +122,15 @@ def test_what_is_kept_starts(tmp_path: Path, name: str) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert '"QMP"' in ended.stdout
+
+
+OLD = """-no-kvm -realtime mlock=off -balloon virtio -tb-size 16 -tdf -alt-grab -rtc-td-hack -no-kvm-pit-reinjection
+-device sga -drive if=none,id=d,driver=null-co -device virtio-blk-pci,drive=d,scsi=off -chardev tty,id=t,path=/dev/ptmx"""
+
+
+def test_what_no_qemu_takes_any_more_starts(each_qemu: str) -> None:
+    imported = import_command_line(f"{each_qemu} {OLD}", Wanted(device="/dev/shm/x"))
+    assert_starts(each_qemu, definition(imported).vm.arguments)
 
 
 def on_this_machine(word: str, tmp_path: Path) -> str:

@@ -317,6 +317,16 @@ def assert_only_what_was_noted_is_gone(text: str, found: Imported) -> None:
         assert word in arguments or word in noted or said or machine, word
 
 
+def test_an_option_without_a_value_takes_none() -> None:
+    found = imported("-tdf", "-rtc-td-hack", "-no-kvm-pit", "-no-kvm-pit-reinjection", "-usb")
+    assert read(found).vm.arguments[-1:] == ("-usb",)
+
+
+def test_a_program_called_kvm_that_was_told_not_to_take_it_does_not() -> None:
+    assert read(import_command_line("/usr/bin/kvm -no-kvm")).vm.arguments == ("-machine", "accel=tcg")
+    assert read(import_command_line("/usr/bin/kvm -no-kvm -accel tcg")).vm.arguments == ("-accel", "tcg")
+
+
 def test_no_terminal() -> None:
     found = imported("-nographic", "-serial", "mon:stdio")
     assert read(found).vm.arguments == ("-display", "none", "-serial", "null")
@@ -328,6 +338,20 @@ def test_no_terminal() -> None:
         (("-no-hpet",), ("-machine", "hpet=off")),
         (("-no-acpi",), ("-machine", "acpi=off")),
         (("-watchdog", "i6300esb"), ("-device", "i6300esb")),
+        (("-realtime", "mlock=off"), ("-overcommit", "mem-lock=off")),
+        (("-balloon", "virtio,addr=5"), ("-device", "virtio-balloon,addr=5")),
+        (("-balloon", "none"), ()),
+        (("-tb-size", "16"), ()),
+        (("-tdf",), ()),
+        (("-alt-grab",), ()),
+        (("-no-kvm",), ("-machine", "accel=tcg")),
+        (("-no-kvm-pit-reinjection",), ("-global", "kvm-pit.lost_tick_policy=discard")),
+        (("-rtc-td-hack",), ("-rtc", "driftfix=slew")),
+        (("-device", "sga"), ("-machine", "graphics=off")),
+        (("-device", "virtio-blk-pci,id=d,scsi=off"), ("-device", "virtio-blk-pci,id=d")),
+        (("-device", '{"driver":"virtio-blk-pci","scsi":false}'), ("-device", '{"driver":"virtio-blk-pci"}')),
+        (("-chardev", "tty,id=c,path=/dev/ttyS0"), ("-chardev", "serial,id=c,path=/dev/ttyS0")),
+        (("-chardev", "backend=parport,id=c,path=/dev/lp0"), ("-chardev", "backend=parallel,id=c,path=/dev/lp0")),
         (("-display", "gtk,gl=on"), ("-display", "none")),
         (("-sdl",), ("-display", "none")),
         (("-audiodev", "pa,id=snd0,server=/run/user/1000/pulse"), ("-audiodev", "none,id=snd0")),

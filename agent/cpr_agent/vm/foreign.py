@@ -19,9 +19,9 @@ WITHOUT_VALUE = frozenset(
     full-screen h help localtime mem-prealloc no-acpi no-fd-bootchk no-frame no-hpet no-kvm no-kvm-irqchip no-quit
     no-reboot no-shutdown no-user-config nodefaults nodefconfig nographic old-param one-insn-per-tb only-migratable
     portrait preconfig s sdl semihosting show-cursor singlestep snapshot std-vga usb version win2k-hack xen-attach
-    xen-domid-restrict""".split()  # noqa: SIM905
+    xen-domid-restrict no-kvm-pit no-kvm-pit-reinjection rtc-td-hack tdf""".split()  # noqa: SIM905
 )
-"""Options that take no argument (``DEF("...", 0, ...)`` in QEMU's qemu-options.hx, 5.0 to 11.1)."""
+"""Options that take no argument (``DEF("...", 0, ...)`` in QEMU's qemu-options.hx, 5.0 to 11.1), and four of older ones."""
 
 KEYED = frozenset(
     """name m machine M object chardev mon netdev nic net device drive blockdev audiodev action run-with numa tpmdev fw_cfg

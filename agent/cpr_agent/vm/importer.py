@@ -39,9 +39,13 @@ _WHY = {
     "-D": "what QEMU logs is in the VM's log",
     "-soundhw": "QEMU 7.1 and newer have no such option: -audiodev and -device say that; till then there is no sound",
     **dict.fromkeys(
-        ("-writeconfig", "-enable-fips", "-async-teardown", "-portrait", "-rotate", "-singlestep", "-show-cursor"),
+        (
+            *("-writeconfig", "-enable-fips", "-async-teardown", "-portrait", "-rotate", "-singlestep", "-show-cursor"),
+            *("-alt-grab", "-ctrl-grab", "-no-frame", "-no-quit", "-hdachs", "-tdf", "-no-kvm-pit"),
+        ),
         "newer QEMUs have no such option",
     ),
+    "-tb-size": "newer QEMUs have no such option: -accel tcg,tb-size= says that",
 }
 """Options that are left out, and why."""
 
@@ -50,12 +54,17 @@ _INSTEAD = {
     "-no-kvm-irqchip": (("-machine", "kernel-irqchip=off"), "newer QEMUs have no such option"),
     "-nodefconfig": (("-no-user-config",), "newer QEMUs have no such option"),
     "-localtime": (("-rtc", "base=localtime"), "newer QEMUs have no such option"),
+    "-no-kvm-pit-reinjection": (("-global", "kvm-pit.lost_tick_policy=discard"), "newer QEMUs have no such option"),
+    "-rtc-td-hack": (("-rtc", "driftfix=slew"), "newer QEMUs have no such option"),
+    "-std-vga": (("-vga", "std"), "newer QEMUs have no such option"),
     "-no-acpi": (("-machine", "acpi=off"), "QEMU 9 and newer have no such option"),
     "-nographic": (("-display", "none"), "there is no terminal: the serial port and the monitor on it are gone"),
     "-curses": (("-display", "none"), "there is no terminal"),
     "-sdl": (("-display", "none"), "there is no screen"),
 }
 """Options that become others, and why."""
+_RENAMED_BACKENDS = {"tty": "serial", "parport": "parallel"}
+"""Of character devices."""
 _SCREENS = ("gtk", "sdl", "cocoa", "curses", "spice-app", "default")
 _SOUND = ("alsa", "coreaudio", "dsound", "jack", "oss", "pa", "pipewire", "sdl", "sndio")
 """Of a session at a screen. An audiodev that can't reach its server ends QEMU."""
@@ -196,7 +205,8 @@ class _Draft:
                 kept = (kept[0], text)
             if kept:
                 self.arguments.append(kept)
-        said = self._accel or any(one.name == "-enable-kvm" or "accel" in one.value.keys for one in self._options)
+        says = ("-enable-kvm", "-no-kvm")
+        said = self._accel or any(one.name in says or "accel" in one.value.keys for one in self._options)
         if self.line.program.endswith("kvm") and not said:
             self.note("changed", self.line.program, "a QEMU of this name takes KVM; -accel says so, whatever it is called")
             self.arguments.append(("-accel", "kvm"))
@@ -267,15 +277,35 @@ class _Draft:
         rest = str(option.value.without(*keys))
         return self._changed(option, rest, why) if rest else self._left_out(option, why)
 
-    def _without_descriptors(self, option: Option) -> tuple[str, ...]:
+    def _without_dead_keys(self, option: Option) -> tuple[str, ...]:
         """A device that has no descriptor is opened by QEMU itself."""
-        kept = self._plain(option)
-        if set(FD_KEYS).isdisjoint(option.value.keys):
-            return kept
-        return self._without_keys(option, FD_KEYS, "its descriptor dies with who opened it: QEMU opens it by itself now")
+        kept, keys = self._plain(option), set(option.value.keys)
+        if keys & set(FD_KEYS):
+            why = "its descriptor dies with who opened it: QEMU opens it by itself now"
+            kept = self._without_keys(option, FD_KEYS, why)
+        if "scsi" in keys and option.value.first("driver").startswith("virtio-blk"):
+            kept = self._without_keys(option, ("scsi",), "QEMU 9.1 and newer pass no SCSI commands on from virtio-blk")
+        return kept
 
     def _enable_kvm(self, option: Option) -> tuple[str, ...]:
         return self._left_out(option, _ONE_ACCEL) if self._accel else self._plain(option)
+
+    def _no_kvm(self, option: Option) -> tuple[str, ...]:
+        if self._accel:
+            return self._left_out(option, _ONE_ACCEL)
+        self.note("changed", option, "newer QEMUs have no such option")
+        return ("-machine", "accel=tcg")
+
+    def _balloon(self, option: Option) -> tuple[str, ...]:
+        kind, comma, rest = option.text.partition(",")
+        if kind != "virtio":
+            return self._left_out(option, "newer QEMUs have no such option")
+        self.note("changed", option, "newer QEMUs have no such option")
+        return ("-device", f"virtio-balloon{comma}{rest}")
+
+    def _realtime(self, option: Option) -> tuple[str, ...]:
+        self.note("changed", option, "newer QEMUs have no such option")
+        return ("-overcommit", f"mem-lock={option.text.removeprefix('mlock=')}")
 
     def _run_with(self, option: Option) -> tuple[str, ...]:
         if {"user", "chroot"} & set(option.value.keys):
@@ -345,19 +375,22 @@ class _Draft:
             return self._left_out(option, "this secret dies with libvirt's domain, or needs one that does")
         if vhost_user(option):
             self.note("look", option, _UNSAVED)
-        return self._without_descriptors(option)
+        return self._without_dead_keys(option)
 
     def _device(self, option: Option) -> tuple[str, ...]:
         if option.value.keys.get("memdev") in self._backends:
             return self._left_out(option, "its memory would not outlive QEMU")
         if writes_ram(option.value.keys):
             return self._left_out(option, WRITES_RAM)
+        if option.value.first("driver") == "sga":
+            self.note("changed", option, "QEMU 8 and newer have no such device: SeaBIOS itself writes to the serial port")
+            return ("-machine", "graphics=off")
         if vhost_user(option):
             self.note("look", option, _UNSAVED)
         bus = option.value.keys.get("bus", "")
         if self._without_config and bus and not {bus, bus.rpartition(".")[0]} & self._buses:
             self.note("look", option, f"its bus {bus} was made by the file that was left out (-readconfig)")
-        return self._without_descriptors(option)
+        return self._without_dead_keys(option)
 
     def _chardev(self, option: Option) -> tuple[str, ...]:
         id_, kind = option.value.keys.get("id", ""), option.value.first("backend")
@@ -376,6 +409,9 @@ class _Draft:
             self.note("look", option, f"QEMU is the client at {peer.where}: {who} before the VM starts")
         elif peer.who:
             self.note("look", option, f"QEMU makes {peer.where}, and waits there for {peer.who}")
+        if kind in _RENAMED_BACKENDS:
+            why = "newer QEMUs know it by that name alone"
+            return self._changed(option, str(option.value.renamed("backend", _RENAMED_BACKENDS[kind])), why)
         return (option.name, option.text)
 
     def _network(self, option: Option) -> tuple[str, ...]:
@@ -433,6 +469,9 @@ class _Draft:
 _TAKE = {
     "-m": _Draft._take_size,
     "-enable-kvm": _Draft._enable_kvm,
+    "-no-kvm": _Draft._no_kvm,
+    "-balloon": _Draft._balloon,
+    "-realtime": _Draft._realtime,
     "-run-with": _Draft._run_with,
     "-action": _Draft._action,
     "-global": _Draft._global,
