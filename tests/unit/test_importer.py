@@ -7,7 +7,10 @@ import json
 import re
 import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from hypothesis import example, given
@@ -17,8 +20,8 @@ from cpr_agent.core.model import Definition, Imported
 from cpr_agent.errors import InvalidArgument
 from cpr_agent.vm.cmdline import OWN, option
 from cpr_agent.vm.definition import read_definition
-from cpr_agent.vm.foreign import WITHOUT_VALUE, Value
-from cpr_agent.vm.importer import NO_DEVICE, Wanted, import_command_line
+from cpr_agent.vm.foreign import MAX_DIRECTORY, MAX_OPTIONS, WITHOUT_VALUE, Value
+from cpr_agent.vm.importer import MAX_CONFIGS, NO_DEVICE, Wanted, import_command_line
 
 SAMPLES = Path(__file__).parent / "libvirt"
 QEMU = "/usr/bin/qemu-system-x86_64"
@@ -598,3 +601,78 @@ def test_options_without_an_argument_are_qemus() -> None:
     for name in WITHOUT_VALUE:
         for words in lines:
             assert words[0] != f"-{name}" or "=" not in "".join(words[1:2]), words
+
+
+def calls_of(line: str) -> int:
+    """How many functions an import calls: what it costs, on a slow day too."""
+    found = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:  # noqa: ARG001 - Python's signature
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        import_command_line(line)
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "-drive file=/x{n}",
+        "-netdev tap,fd=1",
+        "-a",
+        "-object {{}}",
+        "-device a,drive=b{n}",
+        "-object rng-random,id=a{n},rng=a{m}",
+        "-object rng-random,id=a{m},rng=a{n}",
+        "-object memory-backend-ram,id=a{n}",
+        "-object secret,id=s{n},file=/run/libvirt/x -x a",
+        "-set device.a{n}.b=c",
+        "-chardev socket,id=c{n},fd={n}",
+    ],
+)
+def test_each_option_costs_the_same_however_many_there_are(option: str) -> None:
+    few, many = (
+        calls_of(" ".join(["qemu", *(option.format(n=n, m=n + 1) for n in range(count))])) / count for count in (100, 500)
+    )
+    assert many < 1.5 * few
+
+
+def test_a_long_word_costs_no_more_than_its_characters() -> None:
+    def took_s(length: int) -> float:
+        began = time.perf_counter()
+        with pytest.raises(InvalidArgument, match="not a command line of QEMU"):
+            import_command_line("kvm" * length + "/")
+        return time.perf_counter() - began
+
+    assert took_s(64_000) < 40 * min(took_s(8_000) for _ in range(3))  # eight times as long; by its square it were 64 times
+
+
+def test_what_is_said_of_a_long_line_is_not_much_longer() -> None:
+    paths = ",".join(f"file=a{n}" for n in range(900))
+    found = imported("-drive", paths)
+    assert why(found, "-drive").startswith("look: the path a899 is relative")
+    assert len(found.text) < 4 * len(paths)
+    with pytest.raises(InvalidArgument, match=f"more than {MAX_DIRECTORY} characters"):
+        import_command_line(f"cd /{'d' * MAX_DIRECTORY} && {QEMU} -drive file=a")
+
+
+def test_more_options_than_a_guest_has_are_refused(tmp_path: Path) -> None:
+    imported(*["-usb"] * MAX_OPTIONS)
+    with pytest.raises(InvalidArgument, match=f"more than {MAX_OPTIONS} options.*Leave some out"):
+        imported(*["-usb"] * (MAX_OPTIONS + 1))
+    (tmp_path / "some.cfg").write_text("[usb]\n" * 100)
+    line = f"{QEMU} {'-readconfig /usr/share/some.cfg ' * MAX_CONFIGS}"
+    with pytest.raises(InvalidArgument, match=f"more than {MAX_OPTIONS} options"):
+        import_command_line(line, shared=tmp_path)
+
+
+def test_of_many_configurations_the_last_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "some.cfg").write_text("[usb]\n")
+    found = import_command_line(f"{QEMU} {'-readconfig /usr/share/some.cfg ' * (MAX_CONFIGS + 3)}", shared=tmp_path)
+    outcomes = [note.outcome for note in found.notes if "some.cfg" in note.argument]
+    assert outcomes == ["changed"] * MAX_CONFIGS + ["left out"] * 3

@@ -239,19 +239,22 @@ def keyed(value: str) -> dict[str, str]:
     InvalidArgument."""
     if value.startswith("{"):
         try:
-            return _flat(json.loads(value))
+            found: dict[str, str] = {}
+            _flatten(json.loads(value), "", found)
+            return found
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"{printable(value, 100)} can't be read as JSON: {error}") from error
     words = (word.replace("\0", ",").partition("=") for word in value.replace(",,", "\0").split(","))
     return {key: word for key, _, word in words}
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _flatten(value: dict[str, Any], prefix: str, found: dict[str, str]) -> None:
     """``{"file": {"filename": "x"}}`` as ``file.filename=x``, which is the same to QEMU."""
-    out: dict[str, str] = {}
     for key, word in value.items():
-        out.update(_flat(word, f"{prefix}{key}.") if isinstance(word, dict) else {f"{prefix}{key}": str(word)})
-    return out
+        if isinstance(word, dict):
+            _flatten(word, f"{prefix}{key}.", found)
+        else:
+            found[f"{prefix}{key}"] = str(word)
 
 
 MAX_CPUS = 1 << 16

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
@@ -35,6 +36,10 @@ _AFTER = ("&",)
 _UNQUOTED_JSON = r"""(?<!\S)\{"[^'\\]"""
 """A shell would take its quotes away; ps(1) shows words as they are."""
 CONFIG_BYTES = 64 << 10
+MAX_DIRECTORY = 255
+"""Characters: each relative path, and the note on it, becomes longer by them."""
+MAX_OPTIONS = 1024
+"""Of an import, those in the files that it names included: a domain of libvirt with 300 disks has fewer."""
 
 
 class Value:
@@ -124,18 +129,30 @@ def split(command_line: str) -> CommandLine:
     unquoted = bool(re.search(_UNQUOTED_JSON, command_line))
     text = re.sub(r"\\\r?\n", " ", command_line)
     try:
-        words = _words_as_shown(text) if unquoted else shlex.split(text)
+        words = deque(_words_as_shown(text) if unquoted else shlex.split(text))
     except ValueError as error:
         remedy = "give all of it, as the shell takes it"
         raise InvalidArgument(f"this is not a command line: {error}", remedy=remedy) from None
     environment, directory, user = _take_prefix(words)
     while words and words[-1] in _AFTER:
         words.pop()
-    program = words.pop(0) if words else ""
-    if not re.search(r"(qemu|kvm)[^/]*$", program):
+    program = words.popleft() if words else ""
+    if not re.search("qemu|kvm", program.rpartition("/")[2]):
         what = f"this is not a command line of QEMU: it begins with {program!r}"
         raise InvalidArgument(what, remedy="give all of it, from the program on")
-    return CommandLine(program, options_of(words, joined=unquoted), environment, directory, user, unquoted)
+    pairs = _pairs(words, joined=unquoted)
+    refuse_many(pairs)
+    options = [make_option(name, text) for name, text in pairs]
+    return CommandLine(program, options, environment, directory, user, unquoted)
+
+
+def refuse_many(options: Sequence[object]) -> None:
+    """Raises InvalidArgument for more than MAX_OPTIONS."""
+    if len(options) > MAX_OPTIONS:
+        raise InvalidArgument(
+            f"this command line has more than {MAX_OPTIONS} options, which is the most of an import",
+            remedy="leave some out, and add them to the VM's definition (cpr-vm.toml(5), vm.arguments)",
+        )
 
 
 def _words_as_shown(text: str) -> list[str]:
@@ -149,44 +166,51 @@ def _words_as_shown(text: str) -> list[str]:
     return words
 
 
-def _take_prefix(words: list[str]) -> tuple[list[str], str, str]:
-    """What a shell does before it starts the program: environment, directory, user."""
+def _take_prefix(words: deque[str]) -> tuple[list[str], str, str]:
+    """What a shell does before it starts the program: environment, directory, user. Raises InvalidArgument."""
     environment, directory, user = [], "", ""
     while words:
         if words[0] in _BEFORE:
-            words.pop(0)
+            words.popleft()
         elif re.match(_ENVIRONMENT, words[0]):
-            environment.append(words.pop(0))
+            environment.append(words.popleft())
         elif words[0] == "cd" and len(words) > 2 and words[2] in ("&&", ";"):
             directory = words[1]
-            del words[:3]
+            if len(directory) > MAX_DIRECTORY:
+                what = f"the directory in which QEMU was started has more than {MAX_DIRECTORY} characters"
+                raise InvalidArgument(what, remedy="write paths from the root, and leave out the cd")
+            for _ in range(3):
+                words.popleft()
         elif words[0] == "sudo":
-            words.pop(0)
+            words.popleft()
             user = "root"
             while words and words[0].startswith("-"):
-                if words.pop(0) in ("-u", "--user") and words:
-                    user = words.pop(0)
+                if words.popleft() in ("-u", "--user") and words:
+                    user = words.popleft()
         else:
             break
     return environment, directory, user
 
 
-def options_of(some: Iterable[str], *, joined: bool = False) -> list[Option]:
-    """With ``joined`` a word that belongs to no option is the rest of the one before it, which has a space in it. Raises
-    InvalidArgument."""
-    words = list(some)
-    pairs: list[tuple[str, str]] = []
-    while words:
-        name, text = single_dash(words.pop(0)), ""
-        if not name.startswith("-"):
-            if joined and pairs and pairs[-1][1]:
-                pairs[-1] = (pairs[-1][0], f"{pairs[-1][1]} {name}")
-                continue
-            name, text = "-drive", f"file={name.replace(',', ',,')},index=0,media=disk"
-        elif name[1:] not in WITHOUT_VALUE and words:
-            text = words.pop(0)
-        pairs.append((name, text))
-    return [make_option(name, text) for name, text in pairs]
+def options_of(words: Iterable[str]) -> list[Option]:
+    """Raises InvalidArgument."""
+    return [make_option(name, text) for name, text in _pairs(words, joined=False)]
+
+
+def _pairs(some: Iterable[str], *, joined: bool) -> list[tuple[str, str]]:
+    """Options with their arguments. With ``joined`` a word that belongs to no option is the rest of the one before it,
+    which has a space in it."""
+    words = iter(some)
+    pairs: list[tuple[str, list[str]]] = []
+    for name in map(single_dash, words):
+        if name.startswith("-"):
+            text = "" if name[1:] in WITHOUT_VALUE else next(words, "")
+            pairs.append((name, [text]))
+        elif joined and pairs and pairs[-1][1] != [""]:
+            pairs[-1][1].append(name)
+        else:
+            pairs.append(("-drive", [f"file={name.replace(',', ',,')},index=0,media=disk"]))
+    return [(name, " ".join(parts)) for name, parts in pairs]
 
 
 def make_option(name: str, text: str) -> Option:

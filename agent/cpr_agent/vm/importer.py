@@ -18,14 +18,18 @@ from cpr_agent.errors import InvalidArgument
 from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import OWN, WRITES_RAM, writes_ram
 from cpr_agent.vm.connections import DIES, Connections, vhost_user
-from cpr_agent.vm.foreign import CommandLine, Option, make_option, read_config, split
+from cpr_agent.vm.foreign import CommandLine, Option, make_option, read_config, refuse_many, split
 from cpr_agent.vm.networks import FD_KEYS, at_home
 from cpr_agent.vm.paths import whole_paths
+from cpr_agent.vm.remains import needs, without_remains
 
 NO_DEVICE = "uuid:see-cprctl-devices"
 """Passes for a device as far as a file can be checked, and is none: ``check`` and ``start`` say so."""
 DEFAULT_SIZE = Bytes(128 << 20)
 """What QEMU gives a guest whose command line names no size (qemu(1), ``-m``)."""
+
+MAX_CONFIGS = 16
+"""Files of -readconfig that are looked at. libvirt's domains and Proxmox VE's guests have one or two."""
 
 _WHY = {
     **OWN,
@@ -69,21 +73,8 @@ _SCREENS = ("gtk", "sdl", "cocoa", "curses", "spice-app", "default")
 _SOUND = ("alsa", "coreaudio", "dsound", "jack", "oss", "pa", "pipewire", "sdl", "sndio")
 """Of a session at a screen. An audiodev that can't reach its server ends QEMU."""
 
-_NEEDS = {
-    "drive": ("-drive", "-blockdev"),
-    "netdev": ("-netdev", "-nic", "-net"),
-    "chardev": ("-chardev",),
-    "tpmdev": ("-tpmdev",),
-    "fsdev": ("-fsdev",),
-    "audiodev": ("-audiodev",),
-    **dict.fromkeys(("iothread", "rng", "cryptodev"), ("-object",)),
-}
-"""Keys that name a part which another option makes, and these options."""
-_MADE_UP = re.compile(r"[a-z]+\d+(?:-(?:hd|cd)\d+)?")
-"""How QEMU calls a drive that has no id (drive_new() in blockdev.c)."""
-_NAMES = ("id", "node-name", "name")
-_PORTS = ("-serial", "-parallel")
-
+_AFTER_EQUALS = re.compile(r"=([\w.-]+)")
+"""QEMU's ids have no other characters (id_wellformed() in util/id.c)."""
 _IN_PLACE = ("/dev/dax", "/dev/shm/")  # noqa: S108 - where RAM is that the agent can leave in place
 _UNIT = "vm.user and the VM's unit say that"
 _UNSAVED = "a guest with it can't be saved: its backend has the guest's RAM mapped"
@@ -134,16 +125,21 @@ class _Draft:
 
     def __post_init__(self) -> None:
         self._without_config = False
-        self._options = [one for option in self.line.options for one in self._unfolded(option)]
+        self._networks = self._configs = 0
+        self._options: list[Option] = []
+        for option in self.line.options:
+            self._options += self._unfolded(option)
+            refuse_many(self._options)
         objects = [option.value for option in self._options if option.name == "-object"]
         self._objects = {value.keys.get("id", ""): value for value in objects}
         self._backends = {
             id_ for id_, value in self._objects.items() if value.first("qom-type").startswith("memory-backend-")
         }
         self._monitors = {option.value.first("chardev") for option in self._options if option.name == "-mon"}
-        self._monitors -= {need[1] for option in self._options if option.name != "-mon" for need in _needs(option)}
+        self._monitors -= {need[1] for option in self._options if option.name != "-mon" for need in needs(option)}
         self._dead = {id_ for id_, value in self._objects.items() if DIES.search(value.keys.get("file", ""))}
         self._dead |= {id_ for id_, value in self._objects.items() if value.keys.get("keyid") in self._dead}
+        self._of_devices = {option.value.keys.get("memdev") for option in self._options if option.name == "-device"}
         self._connections = Connections(self._options)
         self._accel = any(option.name == "-accel" for option in self._options)
         self._buses = {option.value.keys["id"] for option in self._options if "id" in option.value.keys}
@@ -154,7 +150,8 @@ class _Draft:
         """An option, or those in the file that it names."""
         if option.name != "-readconfig":
             return [option]
-        inside = read_config(option.text, self.shared)
+        self._configs += 1
+        inside = read_config(option.text, self.shared) if self._configs <= MAX_CONFIGS else None
         if inside is None:
             self._without_config = True
             return [option]
@@ -205,6 +202,7 @@ class _Draft:
                 kept = (kept[0], text)
             if kept:
                 self.arguments.append(kept)
+                self._networks += kept[0] in ("-netdev", "-nic", "-net")
         says = ("-enable-kvm", "-no-kvm")
         said = self._accel or any(one.name in says or "accel" in one.value.keys for one in self._options)
         if self.line.program.endswith("kvm") and not said:
@@ -213,28 +211,9 @@ class _Draft:
 
     def leave_out_remains(self) -> None:
         """Without a part that they name, options would keep QEMU from starting."""
-        while lost := [(words, why) for words in self.arguments if (why := self._why_incomplete(words))]:
-            for words, why in lost:
-                self.note("left out", " ".join(words), why)
-                self.arguments.remove(words)
-
-    def _why_incomplete(self, words: tuple[str, ...]) -> str:
-        made = {name: self._made_by(_NEEDS[name]) for name in _NEEDS}
-        if len(words) != 2:
-            return ""
-        for key, name in _needs(make_option(*words)):
-            if name not in made[key] and not (key == "drive" and _MADE_UP.fullmatch(name)):
-                return f"there is no {key} {name}, which it needs"
-        if words[0] == "-set":
-            group, _, rest = words[1].partition(".")
-            if rest.partition(".")[0] not in self._made_by((f"-{group}",)):
-                return "what it sets a property of is not there"
-        return ""
-
-    def _made_by(self, options: tuple[str, ...]) -> set[str]:
-        """The names of what these options make."""
-        values = [make_option(*words).value for words in self.arguments if words[0] in options and len(words) == 2]
-        return {value.keys[key] for value in values for key in _NAMES if key in value.keys}
+        self.arguments, lost = without_remains(self.arguments)
+        for words, why in lost:
+            self.note("left out", " ".join(words), why)
 
     def _kept(self, option: Option) -> tuple[str, ...]:
         """The words that go into the definition for an option: none, its own, or others."""
@@ -255,7 +234,7 @@ class _Draft:
     def _plain(self, option: Option) -> tuple[str, ...]:
         if dead := DIES.search(option.text):
             self.note("look", option, f"{dead[0]} is not there without who made it")
-        if any(f'"{secret}"' in option.text or f"={secret}" in option.text for secret in self._dead):
+        if not self._dead.isdisjoint(_words_in(option.text)):
             self.note("look", option, "it needs a secret that was left out")
         if option.name == "-drive" and option.value.on("snapshot"):
             self.note("look", option, "what the guest writes is in a temporary file, which ends with the QEMU process")
@@ -368,8 +347,8 @@ class _Draft:
 
     def _object(self, option: Option) -> tuple[str, ...]:
         if (id_ := option.value.keys.get("id")) in self._backends:
-            devices = {one.value.keys.get("memdev") for one in self._options if one.name == "-device"}
-            why = "it is the memory of a device that is left out" if id_ in devices else "[memory] says where the RAM is"
+            own = id_ in self._of_devices
+            why = "it is the memory of a device that is left out" if own else "[memory] says where the RAM is"
             return self._left_out(option, why)
         if option.value.keys.get("id") in self._dead:
             return self._left_out(option, "this secret dies with libvirt's domain, or needs one that does")
@@ -425,8 +404,7 @@ class _Draft:
         return self._plain(option)
 
     def _interface(self) -> str:
-        number = sum(kept[0] in ("-netdev", "-nic", "-net") for kept in self.arguments)
-        return f"{self.name[:12]}-{number}"  # 15 characters are the kernel's limit (IFNAMSIZ)
+        return f"{self.name[:12]}-{self._networks}"  # 15 characters are the kernel's limit (IFNAMSIZ)
 
     def take_memory(self) -> None:
         """The device that was asked for; else the file that the RAM is in already; else none, and that is said."""
@@ -494,13 +472,9 @@ _TAKE = {
 """Options that are more than words, and what makes of one what can be kept of it."""
 
 
-def _needs(option: Option) -> list[tuple[str, str]]:
-    """The parts that an option needs, by what it calls them: ``("chardev", "char0")``."""
-    if option.name in _PORTS and option.text.startswith("chardev:"):
-        return [("chardev", option.text.removeprefix("chardev:"))]
-    if option.name not in ("-device", "-object", "-mon"):
-        return []
-    return [(key, option.value.keys[key]) for key in _NEEDS if option.value.keys.get(key)]
+def _words_in(text: str) -> set[str]:
+    """All that could be the name of a secret: between two quotes, or after an equals sign."""
+    return {*text.split('"')[1:-1], *_AFTER_EQUALS.findall(text)}
 
 
 def _size(count: int) -> str:

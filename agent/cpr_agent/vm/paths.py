@@ -51,10 +51,11 @@ def whole_paths(name: str, text: str, directory: str) -> tuple[str, list[tuple[s
     if text.startswith("{"):
         return _whole_in_json(text, keys, whole), notes
     words = text.replace(",,", "\0").split(",")
-    for index, word in enumerate(words):
-        key, equals, path = word.partition("=")
-        if equals and key in keys:
-            words[index] = f"{key}={whole(path.replace(chr(0), ',')).replace(',', chr(0))}"
+    last = {word.partition("=")[0]: index for index, word in enumerate(words)}  # of a key that comes again QEMU takes this
+    for key in filter(last.__contains__, keys):
+        _, equals, path = words[last[key]].partition("=")
+        if equals:
+            words[last[key]] = f"{key}={whole(path.replace(chr(0), ',')).replace(',', chr(0))}"
     return ",".join(words).replace("\0", ",,"), notes
 
 
