@@ -6,7 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,10 +20,11 @@ from cpr_agent.bus.frames import sendable
 from cpr_agent.bus.library import Message, Variant, marshal
 from cpr_agent.bus.limits import COSTS, HEAVY_IN_ALL, HEAVY_PER_USER, MAX_TEXT_BYTES, Limits, refuse_long_text
 from cpr_agent.bus.listeners import IN_ALL, PER_USER, Listeners
-from cpr_agent.bus.objects import BusObject
-from cpr_agent.bus.service import answered
+from cpr_agent.bus.objects import BusObject, VmObject
+from cpr_agent.bus.service import WORKERS, Service, answered
 from cpr_agent.errors import InvalidArgument, LimitsExceeded
 
+PATIENCE_S = 20.0
 TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
 """Lone surrogates, NUL and all."""
 
@@ -128,3 +132,29 @@ def test_a_bus_that_never_answers_is_said_to_have_timed_out(tmp_path: Path) -> N
         silent.listen()
         with pytest.raises(CallError, match="cannot connect to D-Bus: timed out"):
             asyncio.run(connect())
+
+
+def service_of(manager: Any, run: Path) -> Service:
+    """On a bus on which nobody calls."""
+    bus: Any = SimpleNamespace(add_message_handler=lambda _: None)
+    return Service(bus, manager, run)
+
+
+def test_a_property_is_read_while_texts_of_callers_keep_all_their_threads(tmp_path: Path) -> None:
+    over = threading.Event()
+    vm: Any = SimpleNamespace(name="web1", pid=7)
+    files = SimpleNamespace(program_version=lambda path: f"10.0 of {path}")
+    manager: Any = SimpleNamespace(vms={}, listeners=set(), ports=SimpleNamespace(files=files))
+
+    async def story() -> str:
+        service = service_of(manager, tmp_path)
+        texts = [asyncio.create_task(service.apart(over.wait)) for _ in range(WORKERS)]
+        await asyncio.sleep(0)  # they have begun
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await VmObject(vm, manager, "", service).get_QemuRunning()
+        finally:
+            over.set()
+            await asyncio.gather(*texts)
+
+    assert asyncio.run(story()) == "10.0 of /proc/7/exe"

@@ -47,6 +47,9 @@ class Caller(Protocol):
     async def apart(self, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         """Do blocking work in a thread that no guest's work waits for."""
 
+    async def read(self, reading: Callable[..., Any], *arguments: Any) -> Any:
+        """Likewise something short, for which no work that ``apart`` does is waited for."""
+
 
 class BusObject:
     """One object: ``interface`` of the contract at ``path``. Its method M is ``call_M``, its property P ``get_P``."""
@@ -306,7 +309,7 @@ class VmObject(BusObject):
         return launch.base_argv[0] if launch else self.get_Qemu()
 
     async def _version(self, path: str) -> str:
-        return str(await self._caller.apart(self._manager.ports.files.program_version, path))
+        return str(await self._caller.read(self._manager.ports.files.program_version, path))
 
     def get_RunState(self) -> str:
         return self._vm.run_state

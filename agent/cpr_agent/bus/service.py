@@ -60,7 +60,8 @@ JOB_NEWS_S = 0.1
 REFUSAL_S = 1.0
 """Until the answer to a call that was one too many."""
 WORKERS = 2
-"""Threads for work that callers ask for. No guest waits for these: core's work has threads of its own."""
+"""Threads for work that callers ask for, and as many for short reads, which that work does not delay. No guest waits for
+these: core's work has threads of its own."""
 _ANYWHERE = ("Introspect", "Ping", "GetMachineId")
 """Methods of every path (D-Bus specification, "Standard Interfaces")."""
 _DEPARTURES = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged',arg2=''"
@@ -89,6 +90,7 @@ class Service(Listener):
         self._ended: deque[str] = deque()
         self._listeners = Listeners()
         self._workers: Executor = ThreadPoolExecutor(WORKERS, "callers")
+        self._readers: Executor = ThreadPoolExecutor(WORKERS, "reads")
         self._add(ManagerObject(manager, self))
         if logs:
             self._add(LogObject(logs))
@@ -318,6 +320,9 @@ class Service(Listener):
 
     async def apart(self, work: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._workers, functools.partial(work, *arguments, **more))
+
+    async def read(self, reading: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, reading, *arguments)
 
     # -- signals ------------------------------------------------------------------------------------------------------
 
