@@ -19,6 +19,7 @@ from cpr_agent.core.model import (
     Vmstate,
     Witness,
 )
+from cpr_agent.core.timeline import GuestTimeline
 
 DEVDAX = MemoryIdentity(
     kind="devdax",
@@ -90,3 +91,11 @@ def manifest(**changes: Any) -> Manifest:
         times=SaveTimes(requested_at=1.0, stopped_at=2.0, written_at=3.0, durable_at=4.0),
     )
     return replace(sample, **changes)
+
+
+def timeline(**changes: Any) -> GuestTimeline:
+    times = dict.fromkeys(
+        ("stopped_at", "saved_at", "shutdown_at", "userspace_at", "load_at", "memory_at", "resumed_at"), 0.0
+    )
+    words = {"id": "c", "vm": "web1", "upgrade": "", "kernel_before": "6.1", "kernel_after": "6.1"}
+    return GuestTimeline(**{**words, **times, **changes})

@@ -81,7 +81,7 @@ class Machine:
 
     async def _save_and_load(self, name: str) -> Pause:
         async with Client.connected(self.lab.address) as client:
-            before = len(await client.manager("ListHistory", "a{sv}", {}))
+            before = await _loads(client)
             await client.vm(name, "CprSave", "ssa{sv}", "", "reboot", {})
             replied_at = time.time()
             await client.vm(name, "CprLoad", "sa{sv}", "", {})
@@ -94,7 +94,7 @@ class Machine:
 
     async def _refresh(self, name: str) -> float:
         async with Client.connected(self.lab.address) as client:
-            before = len(await client.manager("ListHistory", "a{sv}", {}))
+            before = await _loads(client)
             await client.vm(name, "Refresh", "a{sv}", {})
             (last,) = await _history(client, before, 1)
         return float(last["pause"])
@@ -105,7 +105,7 @@ class Machine:
 
     async def _save_and_load_all(self, guests: int) -> tuple[float, list[float]]:
         async with Client.connected(self.lab.address) as client:
-            before = len(await client.manager("ListHistory", "a{sv}", {}))
+            before = await _loads(client)
             begun = time.monotonic()
             for member, wanted in (("SaveAll", options(survives="qemu-restart")), ("LoadAll", {})):
                 end = await client.run_job(member, wanted)
@@ -115,12 +115,18 @@ class Machine:
             return took_s, [one["pause"] for one in await _history(client, before, guests)]
 
 
-async def _history(client: Client, before: int, new: int) -> list[dict[str, Any]]:
-    """What came after the first ``before`` entries; they are written after the reply."""
+async def _loads(client: Client) -> set[str]:
+    """The ids of those on record. The agent lists the newest ones alone."""
+    return {str(plain(one)["id"]) for one in await client.manager("ListHistory", "a{sv}", {})}
+
+
+async def _history(client: Client, before: set[str], new: int) -> list[dict[str, Any]]:
+    """Those that came after ``before``; they are written after the reply."""
     async with asyncio.timeout(PATIENCE_S):
-        while len(history := await client.manager("ListHistory", "a{sv}", {})) < before + new:  # noqa: ASYNC110 - nothing tells
+        while len(await _loads(client) - before) < new:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.01)
-    return [dict(plain(one)) for one in history[before:]]
+        told = [dict(plain(one)) for one in await client.manager("ListHistory", "a{sv}", {})]
+    return [one for one in told if one["id"] not in before]
 
 
 def fill(ram: Path, size_bytes: int, part: float) -> None:

@@ -224,6 +224,8 @@ def test_history_and_reports_are_listed_in_parts(lab: Lab) -> None:
     for limit in (0, 501):
         with pytest.raises(CallError, match="It must be 1 to 500"):
             reports(limit)
+        with pytest.raises(CallError, match="It must be 1 to 500"):
+            history(limit=Variant("u", limit))
 
 
 def test_unknown_options_are_refused(lab: Lab) -> None:

@@ -20,9 +20,11 @@ from cpr_agent.bus.frames import sendable
 from cpr_agent.bus.library import Message, Variant, marshal
 from cpr_agent.bus.limits import COSTS, HEAVY_IN_ALL, HEAVY_PER_USER, MAX_TEXT_BYTES, Limits, refuse_long_text
 from cpr_agent.bus.listeners import IN_ALL, PER_USER, Listeners
-from cpr_agent.bus.objects import BusObject, VmObject
+from cpr_agent.bus.objects import MAX_HISTORY, BusObject, ManagerObject, VmObject
 from cpr_agent.bus.service import WORKERS, Service, answered
+from cpr_agent.core.timeline import GuestTimeline
 from cpr_agent.errors import InvalidArgument, LimitsExceeded
+from tests.samples import timeline
 
 PATIENCE_S = 20.0
 TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
@@ -158,3 +160,26 @@ def test_a_property_is_read_while_texts_of_callers_keep_all_their_threads(tmp_pa
             await asyncio.gather(*texts)
 
     assert asyncio.run(story()) == "10.0 of /proc/7/exe"
+
+
+def test_the_newest_loads_are_told_and_gathered_in_a_thread(tmp_path: Path) -> None:
+    threads = set()
+
+    def every() -> list[GuestTimeline]:
+        threads.add(threading.get_ident())
+        return [timeline(id=f"{n}", vm=f"web{n % 2}") for n in range(MAX_HISTORY + 100)]
+
+    manager: Any = SimpleNamespace(vms={}, listeners=set(), ports=SimpleNamespace(history=SimpleNamespace(all=every)))
+
+    async def ids(**wanted: Variant) -> list[int]:
+        target = ManagerObject(manager, service_of(manager, tmp_path))
+        (found,) = await target.call_ListHistory(wanted)
+        return [int(one["id"].value) for one in found]
+
+    assert asyncio.run(ids()) == [*range(100, MAX_HISTORY + 100)]
+    assert asyncio.run(ids(vm=Variant("s", "web1"))) == [*range(1, MAX_HISTORY + 100, 2)]
+    assert asyncio.run(ids(vm=Variant("s", "web1"), limit=Variant("u", 2))) == [MAX_HISTORY + 97, MAX_HISTORY + 99]
+    for limit in (0, MAX_HISTORY + 1):
+        with pytest.raises(InvalidArgument, match=f"It must be 1 to {MAX_HISTORY}"):
+            asyncio.run(ids(limit=Variant("u", limit)))
+    assert threading.get_ident() not in threads

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 Result = Awaitable[list[Any]]
 MANAGE_VMS = "org.cpragent1.manage-vms"
-MAX_REPORTS = 500
-"""Of one call of ListReports."""
+MAX_REPORTS = MAX_HISTORY = 500
+"""Entries of one call of ListReports, and of ListHistory, of which each takes the loop's thread 0.1 ms to send."""
 ANSWER_S = 2.0
 """How long who reads a property waits for QEMU."""
 
@@ -129,17 +129,19 @@ class ManagerObject(BusObject):
 
     async def call_ListHistory(self, options: dict[str, Variant]) -> list[Any]:
         taken = take_options(options, {"vm": "s", "limit": "u"})
-        wanted = [one for one in self._manager.ports.history.all() if one.vm == taken.get("vm", one.vm)]
-        newest = wanted[max(0, len(wanted) - taken.get("limit", len(wanted))) :]
-        return [[_timeline(timeline) for timeline in newest]]
+        limit = _limit(taken.get("limit", MAX_HISTORY), MAX_HISTORY)
+        return [await self._caller.read(self._history, taken.get("vm"), limit)]
+
+    def _history(self, vm: str | None, limit: int) -> list[dict[str, Variant]]:
+        """Blocking: thousands of files may be there."""
+        wanted = [one for one in self._manager.ports.history.all() if vm in (None, one.vm)]
+        return [_timeline(timeline) for timeline in wanted[-limit:]]
 
     async def call_ListReports(self, limit: int, before: float) -> list[Any]:
         from cpr_agent.report.story import list_stories  # as in call_Report
 
-        if not 1 <= limit <= MAX_REPORTS:
-            raise InvalidArgument(f"limit is {limit}", remedy=f"it must be 1 to {MAX_REPORTS}")
         ports = self._manager.ports
-        found = list_stories(ports.journal.records(), ports.history.all(), limit, before)
+        found = list_stories(ports.journal.records(), ports.history.all(), _limit(limit, MAX_REPORTS), before)
         return [[_entry(entry) for entry in found]]
 
     async def call_Report(self, wanted: str, form: str) -> list[Any]:
@@ -467,6 +469,13 @@ async def _job(job: Job, taken: dict[str, Any]) -> list[Any]:
     if taken.get("wait"):
         await job.over()
     return [job_path(job)]
+
+
+def _limit(limit: int, most: int) -> int:
+    """Raises InvalidArgument."""
+    if not 1 <= limit <= most:
+        raise InvalidArgument(f"limit is {limit}", remedy=f"it must be 1 to {most}")
+    return limit
 
 
 def _survives(options: dict[str, Any], default: Survives) -> Survives:

@@ -133,9 +133,9 @@ def cancel(job: int) -> Work:
 
 @command()
 @some_vm_argument
-@click.option("-n", "--number", type=click.IntRange(min=1), help="The newest loads alone, so many.")
+@click.option("-n", "--number", type=click.IntRange(1, 500), help="The newest loads alone, so many; 500 by default.")
 def history(vm: str | None, number: int | None) -> Work:
-    """List the loads of all VMs, or of one: a row each, with its guest's pause, the newest last."""
+    """List the newest loads of all VMs, or of one: a row each, with its guest's pause, the newest last."""
 
     async def work(client: Client, output: Output) -> int:
         wanted = {**options(vm=vm), **({"limit": Variant("u", number)} if number else {})}

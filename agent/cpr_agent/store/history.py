@@ -17,7 +17,7 @@ _TIMELINE = msgspec.json.Decoder(GuestTimeline)
 
 
 class History:
-    """Reads each file once: only the agent writes to the directory."""
+    """Reads each file once: only the agent writes to the directory. ``all`` may run in a thread beside the others."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -45,7 +45,7 @@ class History:
 
     def all(self) -> list[GuestTimeline]:
         paths = {path.name: path for path in self._root.glob("*.json")}
-        for name in paths.keys() - self._read.keys():
+        for name in [name for name in paths if name not in self._read]:
             if timeline := _decoded(paths[name]):
                 self._note(timeline)
             self._read[name] = timeline
