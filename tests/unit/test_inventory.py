@@ -21,7 +21,7 @@ from cpr_agent.errors import DiskChanged, QemuFailed
 from cpr_agent.host import this_host
 from cpr_agent.host.this_host import ThisHost
 from cpr_agent.vm import replies
-from cpr_agent.vm.inventory import MAX_DEPTH, MAX_DEVICES, Places, brief, disk_name, walk, whole
+from cpr_agent.vm.inventory import MAX_DEPTH, MAX_DEVICES, Places, brief, disk_name, parts, walk, whole
 from cpr_agent.vm.replies import BlockGraph, GraphEdge, GraphNode, UnreadableReplyError
 from tests.bench import Bench
 from tests.samples import manifest
@@ -372,6 +372,29 @@ def test_more_devices_than_a_machine_has_are_not_asked_about() -> None:
         with pytest.raises(QemuFailed, match="devices"):
             asyncio.run(ask(qmp))
         assert len(qmp.asked) < 20
+
+
+def test_more_objects_than_a_machine_has_are_not_asked_about() -> None:
+    def answers(command: str, _: dict[str, object]) -> object:
+        groups = [{"name": f"g{number}", "type": "child<throttle-group>"} for number in range(MAX_DEVICES + 1)]
+        return {"qom-list": groups, "human-monitor-command": ""}.get(command, [])
+
+    qmp = ScriptedQmp(answers)
+    with pytest.raises(QemuFailed, match="objects"):
+        asyncio.run(parts(qmp))
+    assert "qom-get" not in qmp.asked
+
+
+def test_limits_by_names_that_no_qemu_has_are_not_kept() -> None:
+    said: dict[str, object] = {"x" * 5000: 1}
+    groups = [{"name": "g0", "type": "child<throttle-group>"}]
+    answers = {"qom-list": groups, "human-monitor-command": "", "qom-get": said}
+    qmp = ScriptedQmp(lambda command, _: answers.get(command, []))
+    with pytest.raises(QemuFailed, match="makes no sense"):
+        asyncio.run(parts(qmp))
+    said.clear()
+    said["iops-write-max-length"] = said["iops-total"] = 7
+    assert [part.kind for part in asyncio.run(parts(qmp)).parts or ()] == ["throttle-group iops-total=7"]
 
 
 class Steady(ScriptedQmp):

@@ -18,7 +18,7 @@ from cpr_agent.errors import InvalidArgument
 from cpr_agent.text import printable, printable_lines
 from cpr_agent.vm.cmdline import OWN, WRITES_RAM, writes_ram
 from cpr_agent.vm.connections import DIES, Connections, vhost_user
-from cpr_agent.vm.foreign import CommandLine, Option, make_option, read_config, refuse_many, split
+from cpr_agent.vm.foreign import CommandLine, Option, read_config, refuse_many, split
 from cpr_agent.vm.networks import FD_KEYS, at_home
 from cpr_agent.vm.paths import whole_paths
 from cpr_agent.vm.remains import needs, without_remains

@@ -48,7 +48,7 @@ MAX_DEPTH = 256
 MAX_TOLD = 4 << 20
 """Characters of all nodes, each with its way from the disk: a node that is below itself has many ways, and long ones."""
 MAX_DEVICES = 2048
-"""Each is asked for several properties."""
+"""Each is asked for several properties; and the most of what ``-object`` makes."""
 _ADDRESSES = {"scsi": ("scsi-id", "lun"), "usb": ("port",), "virtserialport": ("nr",), "virtconsole": ("nr",)}
 """The properties that say where a device of this kind is on its bus; ``addr`` of all others, which those of PCI have."""
 _OWN = ("mac", "serial", "netdev", "chardev")
@@ -172,12 +172,15 @@ def _part(name: str, kind: str) -> Part:
 
 
 async def _objects(qmp: Qmp, listed: Iterable[QomProperty]) -> list[Part]:
-    """Those of ``-object`` and ``object-add``; of a group of throttles with its limits, which qom-set changes."""
+    """Those of ``-object`` and ``object-add``; of a group of throttles with its limits, which qom-set changes. Raises
+    QemuFailed."""
     found = [
         Device(f"/objects/{one.name}", one.type.removeprefix("child<").removesuffix(">"))
         for one in listed
         if one.type.startswith("child<")
     ]
+    if len(found) > MAX_DEVICES:
+        raise QemuFailed(f"QEMU says that it has {len(found)} objects, and {MAX_DEVICES} is the most", vm=qmp.vm)
     groups = [device for device in found if device.kind == "throttle-group"]
     asked: list[Question] = [(QOM_LIMITS, {"path": group.path, "property": "limits"}) for group in groups]
     limits = dict(zip(groups, await qmp.ask_all(asked), strict=True)) if groups else {}

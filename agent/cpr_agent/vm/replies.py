@@ -314,7 +314,10 @@ BLOCK_BACKENDS: Query[list[BlockBackend]] = Query("query-block", Listed[BlockBac
 BLOCK_GRAPH: Query[BlockGraph] = Query("x-debug-query-block-graph", BlockGraph)
 BLOCK_EXPORTS: Query[list[BlockExport]] = Query("query-block-exports", Listed[BlockExport])
 CHARDEVS: Query[list[Chardev]] = Query("query-chardev", Listed[Chardev])
-QOM_LIMITS: Query[dict[str, int]] = Query("qom-get", dict[str, Number])
+QOM_LIMITS: Query[dict[str, int]] = Query(
+    "qom-get", Annotated[dict[Annotated[str, Meta(max_length=32)], Number], Meta(max_length=32)]
+)
+"""ThrottleLimits has 19, the longest of 21 characters."""
 HUMAN_MONITOR: Query[str] = Query("human-monitor-command", Text)
 JOBS: Query[list[BlockJob]] = Query("query-jobs", Listed[BlockJob])
 
