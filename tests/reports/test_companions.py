@@ -142,6 +142,18 @@ def test_a_tpm_is_not_refreshed_and_goes_along_with_a_save(each_lab: Lab, how: l
         guest.assert_unbroken()
 
 
+def test_a_tpm_that_a_signal_has_ended_is_told_before_a_save(each_lab: Lab) -> None:
+    with swtpm(each_lab) as process:
+        guest = with_tpm(each_lab)
+        assert blocks(guest) == []
+        process.kill()
+        process.wait(PATIENCE_S)
+        gone = f"wtpm at {each_lab.root}/tpm.sock has ended, and its guest's TPM with it"
+        until(lambda: gone in str(blocks(guest)), "check tells of it")
+        refused(guest, "Blocked", gone, "start swtpm, and start the guest afresh", member="CprSave")
+        guest.assert_unbroken()
+
+
 def test_a_load_waits_for_a_tpm_that_is_started_again(each_lab: Lab) -> None:
     """The QEMU that saved the guest is there still, and takes its swtpm along."""
     with supervised(each_lab) as pids:

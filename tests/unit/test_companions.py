@@ -17,9 +17,13 @@ from cpr_agent.core.endings import ending
 from cpr_agent.core.model import Companion, VmState
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import LoadFailed, QemuFailed, QemuRefused
+from cpr_agent.vm.blockers import tpm_blockers
 from cpr_agent.vm.companions import companions, missing, unsaveable
+from cpr_agent.vm.dialects import with_cause
 from cpr_agent.vm.networks import forbidden_programs
 from tests.bench import Bench
+from tests.samples import launch
+from tests.scripted_qmp import ScriptedQmp
 
 TPM = ("-chardev", "socket,id=ct,path=/run/tpm", "-tpmdev", "emulator,id=t0,chardev=ct", "-device", "tpm-crb,tpmdev=t0")
 
@@ -214,6 +218,27 @@ def test_one_that_is_missing_is_named(
     ):
         bench.vm(lambda vm: vm.start())
     assert f"VM web1: not there yet: swtpm at {tmp_path}/tpm" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "filename", "said"),
+    [
+        (TPM, "unix:/run/tpm", []),
+        (TPM, "disconnected:unix:/run/tpm", ["swtpm at /run/tpm has ended"]),
+        (("-chardev", "socket,id=ct,fd=25", *TPM[2:]), "disconnected:unix:", ["swtpm has ended"]),
+        (("-chardev", "socket,id=ct,path=/run/log,reconnect=1"), "disconnected:unix:/run/log", []),
+    ],
+)
+def test_a_tpm_that_has_ended_is_told_before_a_save(arguments: tuple[str, ...], filename: str, said: list[str]) -> None:
+    """QEMU alone knows: a socket stays in its directory when a signal has ended who made it."""
+    qmp = ScriptedQmp(lambda *_: [{"label": "ct", "filename": filename}, {"label": "other", "filename": "disconnected:x"}])
+    found = asyncio.run(tpm_blockers(qmp, launch(base_argv=("qemu", *arguments))))
+    assert [why.partition(",")[0] for why in found] == said
+    assert all("start swtpm, and start the guest afresh" in why for why in found)
+
+
+def test_a_tpm_that_gives_no_state_is_named() -> None:
+    assert "(swtpm does not give the TPM's state" in with_cause("pre-save failed: tpm-emulator")
 
 
 def test_every_signal_has_its_words() -> None:

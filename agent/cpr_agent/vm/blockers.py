@@ -8,12 +8,13 @@ import tenacity  # noqa: F401 - a save waits by it (vm/retry.py), and imports no
 from cpr_agent.core.model import Launch
 from cpr_agent.errors import QemuFailed
 from cpr_agent.vm.cmdline import replaced_backends
-from cpr_agent.vm.companions import unsaveable
+from cpr_agent.vm.companions import emulated_tpms, unsaveable
 from cpr_agent.vm.dialects import CONFLICTING
 from cpr_agent.vm.inventory import Question
 from cpr_agent.vm.qmp import Qmp
 from cpr_agent.vm.replies import (
     CAPABILITIES,
+    CHARDEVS,
     COLO,
     JOBS,
     MEMORY_BACKENDS,
@@ -29,6 +30,8 @@ from cpr_agent.vm.replies import (
 )
 
 UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling")
+_GONE = "disconnected:"
+"""Before the address of a socket whose other end was closed (chardev/char-socket.c)."""
 _NO_MODE = Mode(mode="none")
 _JOBS = {"ready": "job-complete or job-cancel", "pending": "job-finalize or job-cancel", "concluded": "job-dismiss"}
 """What ends a job that waits for a command (JobStatus in qapi/job.json)."""
@@ -62,12 +65,24 @@ async def save_blockers(qmp: Qmp, launch: Launch) -> list[str]:
     if (colo or _NO_MODE).mode != "none":
         reasons.append("the VM is part of a COLO pair")
     reasons += [_about_job(job) for job in jobs]
+    reasons += await tpm_blockers(qmp, launch)
     return reasons + unsaveable(launch.base_argv) + migration_blockers(migration)
 
 
 def _about_job(job: BlockJob) -> str:
     remedy = _JOBS.get(job.status, "wait for its end, or job-cancel")
     return f"block or snapshot job {job.id} is {job.status or 'running'}: {remedy}"
+
+
+async def tpm_blockers(qmp: Qmp, launch: Launch) -> list[str]:
+    """QEMU asks swtpm for the TPM's state as it saves, and can't connect to another one while its guest runs."""
+    tpms = emulated_tpms(launch.base_argv)
+    chardevs = await qmp.ask(CHARDEVS) if tpms else []
+    return [
+        f"swtpm{f' at {where}' if where else ''} has ended, and its guest's TPM with it: shut the guest down, "
+        "start swtpm, and start the guest afresh"
+        for where in (tpms[one.label] for one in chardevs if one.label in tpms and one.filename.startswith(_GONE))
+    ]
 
 
 def migration_blockers(migration: Migration) -> list[str]:

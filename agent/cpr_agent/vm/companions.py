@@ -42,6 +42,14 @@ def unsaveable(argv: Sequence[str]) -> list[str]:
     ]
 
 
+def emulated_tpms(argv: Sequence[str]) -> dict[str, str]:
+    """Where the swtpm listens to which a character device leads."""
+    options = _options(argv)
+    ids = {user[0] for option in options if (user := companion_of(option)) and user[1] == SWTPM}
+    chardevs = [option.value.keys for option in options if option.name == "-chardev"]
+    return {keys["id"]: _place(keys) for keys in chardevs if keys.get("id") in ids}
+
+
 async def missing(some: Iterable[Companion], timeout_s: float) -> list[Companion]:
     """Those whose socket on this host nobody has made, also after so long."""
     awaited = [one for one in some if one.listens and one.where.startswith("/")]

@@ -141,7 +141,9 @@ class CprSave(Dialect):
 
 
 def with_cause(what: str) -> str:
-    """QEMU gives some errors by their number alone."""
+    """QEMU gives some errors by their number alone, or by the name of a device."""
+    if "tpm-emulator" in what:
+        return f"{what} (swtpm does not give the TPM's state: look whether it runs)"
     number = re.search(r"Error -(\d+) while saving|migration_stop_vm failed, error (\d+)", what)
     return f"{what} ({os.strerror(int(number[1] or number[2]))})" if number else what
 
