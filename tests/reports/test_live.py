@@ -612,3 +612,29 @@ def test_a_usb_disk_that_came_back_at_another_port_is_told(each_lab: Lab) -> Non
     unplug(guest, "u0")
     plug(guest, driver="usb-storage", id="u0", drive="q0", bus="x.0", port="2")
     assert_refused(guest, "device peripheral/u0", "port 1")
+
+
+def test_a_load_goes_on_with_the_logs_of_its_guest(each_lab: Lab) -> None:
+    """QEMU empties a file that it does not append to."""
+    log, console, other = (each_lab.root / name for name in ("serial.log", "console.log", "other.log"))
+    devices = ("-chardev", f"file,id=x,path={log}", "-chardev", f"null,id=y,logfile={console}")
+    ports = (
+        "-device",
+        "isa-serial,chardev=x,index=1",
+        "-device",
+        "isa-serial,chardev=y,index=2",
+        "-serial",
+        f"file:{other}",
+    )
+    guest = each_lab.running("web1", *devices, *ports)
+    assert [one["what"] for one in guest.call("Check") if one["code"] == "emptied-log"] == [
+        f"A load empties the file of -serial file:{other}."
+    ]
+    for path in (log, console):
+        path.write_text("history\n" * 100)
+    assert_goes_on(guest)
+    assert_goes_on(guest)
+    assert [path.read_text().count("history") for path in (log, console)] == [100, 100]
+    guest.call("Refresh", "a{sv}", {})
+    guest.assert_unbroken()
+    assert [path.read_text().count("history") for path in (log, console)] == [100, 100]

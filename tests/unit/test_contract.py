@@ -15,7 +15,7 @@ from cpr_agent.bus.contract import escape, introspection, read_contract
 from cpr_agent.bus.logs import LogObject
 from cpr_agent.bus.objects import BusObject, JobObject, ManagerObject, VmObject
 from cpr_agent.core.model import Definition, Located, MemorySection, VmSection
-from cpr_agent.vm.cmdline import SANDBOX, cpus, listening_sockets, plan_load, plan_start
+from cpr_agent.vm.cmdline import SANDBOX, cpus, emptied_logs, listening_sockets, plan_load, plan_start
 from cpr_agent.vm.dialects import choose
 from cpr_agent.vm.qemu import LiveQemu
 from tests.samples import DEVDAX, launch, manifest
@@ -120,6 +120,35 @@ def test_a_load_has_the_recorded_arguments_the_pinned_machine_and_waits() -> Non
     assert launch.base_argv == recorded
     assert launch.nodes == ("/dev/dax9.0",)
     assert launch.checkpoint == saved.id
+
+
+@pytest.mark.parametrize(
+    ("chardev", "loaded"),
+    [
+        ("file,id=c,path=/log", "file,id=c,path=/log,append=on"),
+        ("backend=file,id=c,path=/a,,b", "backend=file,id=c,path=/a,,b,append=on"),
+        ("id=c,path=/log,backend=file", "id=c,path=/log,backend=file,append=on"),
+        ("file,id=c,path=/log,append=off", None),
+        ("file,id=c,path=/log,append", None),
+        ("file,id=c,path=/log,noappend", None),
+        ("null,id=file,logfile=/log", "null,id=file,logfile=/log,logappend=on"),
+        ("null,id=c,logfile=/log,logappend=off", None),
+        ("file,id=c,path=/log,logfile=/b,append=on", "file,id=c,path=/log,logfile=/b,append=on,logappend=on"),
+        ("socket,id=c,path=/file,server=on", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["-chardev", "--chardev"])
+def test_a_load_goes_on_with_the_logs_of_its_guest(name: str, chardev: str, loaded: str | None) -> None:
+    recorded = ("qemu", name, chardev, "-serial", "chardev:c")
+    saved = manifest(launch=launch(base_argv=recorded, argv=recorded))
+    found = plan_load(saved, [Located(identity=DEVDAX, node="/dev/dax9.0")], Path("/log"))
+    assert found.argv[:5] == ("qemu", name, loaded or chardev, "-serial", "chardev:c")
+    assert found.base_argv == recorded
+
+
+def test_the_ports_whose_logs_a_load_empties() -> None:
+    argv = ("qemu", "-serial", "file:/a", "--serial", "mon:file:/b", "-parallel", "null", "-chardev", "file,id=c,path=/c")
+    assert emptied_logs(argv) == ["-serial file:/a", "-serial mon:file:/b"]
 
 
 def test_the_sockets_of_a_command_line_are_those_at_which_qemu_listens() -> None:

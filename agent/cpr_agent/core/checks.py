@@ -43,6 +43,7 @@ async def check_vm(
         found += await _guest_findings(vm, launch)
         found += await _disk_findings(vm, ports, launch)
         found += await _lost_findings(vm, ports, launch)
+        found += _log_findings(vm, ports.definitions.emptied_logs(launch))
         found += _companion_findings(vm, ports.definitions.companions(launch))
         found += await _witness_findings(vm, ports, launch)
     return found
@@ -141,6 +142,22 @@ def _companion_findings(vm: Vm, companions: list[Companion]) -> list[Finding]:
         )
         for one in companions
         if one.is_local
+    ]
+
+
+def _log_findings(vm: Vm, ports: list[str]) -> list[Finding]:
+    why = "QEMU begins the file anew whenever it starts, that for a load and for a refresh included"
+    remedy = "have a character device for it: -chardev file,id=…,path=…,append=on -serial chardev:…"
+    return [
+        Finding(
+            severity="info",
+            code="emptied-log",
+            what=f"a load empties the file of {one}",
+            why=why,
+            remedy=remedy,
+            vm=vm.name,
+        )
+        for one in ports
     ]
 
 

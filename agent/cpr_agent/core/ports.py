@@ -273,6 +273,9 @@ class Definitions(Protocol):
     def passwords(self, launch: Launch) -> list[str]:
         """Displays whose password somebody sets on the monitor."""
 
+    def emptied_logs(self, launch: Launch) -> list[str]:
+        """Ports of its QEMU whose files a load empties."""
+
     def images(self, arguments: Sequence[str]) -> list[str]:
         """The paths by which a command line names disks and firmware of the host."""
 

@@ -139,12 +139,36 @@ def plan_load(manifest: Manifest, located: Sequence[Located], log_dir: Path) -> 
     return replace(
         manifest.launch,
         kind="load",
-        argv=(*base, "-machine", f"type={manifest.qemu.machine_type}", "-S", "-incoming", "defer"),
+        argv=(*_appending(base), "-machine", f"type={manifest.qemu.machine_type}", "-S", "-incoming", "defer"),
         memory=ram_of(located),
         nodes=tuple(one.node for one in located),
         log=str(log_dir / f"{manifest.vm}.log"),
         checkpoint=manifest.id,
     )
+
+
+def _appending(argv: Sequence[str]) -> tuple[str, ...]:
+    """With each log of a character device continued, where the admin says nothing of that. QEMU empties a file that it does
+    not append to (qmp_chardev_open_file_source() and qemu_char_open() in chardev)."""
+    out = list(argv)
+    for index, word in enumerate(argv[:-1]):
+        if single_dash(word) == "-chardev":
+            out[index + 1] += "".join(f",{key}=on" for key in _emptied(argv[index + 1]))
+    return tuple(out)
+
+
+def _emptied(chardev: str) -> list[str]:
+    """The keys by which QEMU would append to the files of a character device, as far as nothing is said of them."""
+    keys = keyed(chardev)
+    files = {"append": "file" in (next(iter(keys), ""), keys.get("backend")), "logappend": "logfile" in keys}
+    return [key for key, has in files.items() if has and {key, f"no{key}"}.isdisjoint(keys)]
+
+
+def emptied_logs(argv: Sequence[str]) -> list[str]:
+    """Ports whose file each load empties, because they have no word for a log that goes on."""
+    ports = ("-serial", "-parallel", "-monitor", "-debugcon")
+    found = [(name, value) for name in ports for value in option(argv, name)]
+    return [f"{name} {value}" for name, value in found if value.removeprefix("mon:").startswith("file:")]
 
 
 def plan_transfer(draft: Manifest, located: Sequence[Located], log_dir: Path, directory: Path) -> Launch:

@@ -40,6 +40,7 @@ from cpr_agent.vm.carried import carry
 from cpr_agent.vm.cmdline import (
     collisions,
     cpus,
+    emptied_logs,
     files_below,
     image_files,
     kept_firmware,
@@ -250,6 +251,9 @@ class DefinitionDirectory:
 
     def passwords(self, launch: Launch) -> list[str]:
         return password_displays(launch.base_argv)
+
+    def emptied_logs(self, launch: Launch) -> list[str]:
+        return emptied_logs(launch.base_argv)
 
     def images(self, arguments: Sequence[str]) -> list[str]:
         return image_files(arguments)
