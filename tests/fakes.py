@@ -480,7 +480,14 @@ class FakeQemu:
     async def inventory(self) -> Inventory:
         await self._step("inventory")
         nodes = [
-            BlockNode(disk="d0", role="", node=disk.node, driver=disk.driver, filename=disk.filename)
+            BlockNode(
+                disk="d0",
+                role="",
+                node=disk.node,
+                driver=disk.driver,
+                filename=disk.filename,
+                size_bytes=-(-Path(disk.filename).stat().st_size // 512) * 512,
+            )
             for disk in await self.disks()
         ]
         runner, name = self._runner, self.launch.vm

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -246,6 +247,37 @@ def test_an_image_that_is_not_at_its_path_any_more_is_told(each_lab: Lab, change
     guest = with_disk(each_lab, path, "raw")
     change(path)
     assert_refused(guest, "disk d0", str(path))
+
+
+@pytest.mark.parametrize("size", [2 << 20, 512 << 10])
+def test_a_raw_image_that_was_resized_from_outside_is_told(each_lab: Lab, size: int) -> None:
+    """By truncate, qemu-img resize -U, lvextend: QEMU has the old size until block_resize, and the next one would not."""
+    path = image(each_lab.root / "disk.raw", "raw")
+    guest = with_disk(each_lab, path, "raw", drive=",throttling.iops-total=1000")
+    os.truncate(path, size)
+    assert_refused(guest, "disk d0", str(path), "block_resize")
+    guest.admin("block_resize", device="d0", size=size)
+    assert_goes_on(guest)
+    os.truncate(path, 1 << 20)
+    assert_refused(guest, "disk d0", str(path))
+    os.truncate(path, size)
+    assert_goes_on(guest)
+
+
+def test_a_medium_that_was_written_anew_in_its_place_is_told(each_lab: Lab) -> None:
+    path = image(each_lab.root / "one.iso", "raw")
+    drive = f"file={path},format=raw,media=cdrom,if=none,id=cd,readonly=on"
+    guest = each_lab.running("web1", "-drive", drive, "-device", "ide-cd,drive=cd,id=cd0,bus=ide.0")
+    path.write_bytes(bytes(3 << 20))
+    assert_refused(guest, "disk cd ", str(path), "blockdev-change-medium")
+    guest.admin("blockdev-change-medium", id="cd0", filename=str(path), format="raw")
+    assert_goes_on(guest)
+
+
+def test_an_image_whose_size_is_no_whole_number_of_sectors_is_no_obstacle(each_lab: Lab) -> None:
+    path = image(each_lab.root / "disk.raw", "raw")
+    os.truncate(path, (1 << 20) - 100)
+    assert_goes_on(with_disk(each_lab, path, "raw"))
 
 
 def test_an_image_that_came_back_to_its_path_is_no_obstacle(each_lab: Lab) -> None:

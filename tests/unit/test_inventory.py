@@ -214,6 +214,67 @@ def test_of_a_brief_inventory_names_and_kinds_are_compared() -> None:
     ]
 
 
+def whole_of(size_bytes: int, *drivers: str, **first: Any) -> list[BlockNode]:
+    """A disk of one file that has so many bytes now; QEMU has 1024."""
+    file = changed(FILE, size_bytes=size_bytes)
+    nodes = [
+        changed(NODE, driver=driver, size_bytes=1024, role=".".join(["file"] * depth), file=None)
+        for depth, driver in enumerate(drivers)
+    ]
+    nodes[0] = changed(nodes[0], **first)
+    return [*nodes[:-1], changed(nodes[-1], file=file)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        (whole_of(1024, "raw", "file"), False),
+        (whole_of(1023, "raw", "file"), False),
+        (whole_of(513, "raw", "file"), False),
+        (whole_of(512, "raw", "file"), True),
+        (whole_of(1025, "raw", "file"), True),
+        (whole_of(0, "raw", "file"), True),
+        (whole_of(2048, "file"), True),
+        (whole_of(2048, "raw", "host_device"), True),
+        (whole_of(2048, "throttle", "raw", "file"), True),
+        (whole_of(2048, "copy-on-read", "raw", "file"), True),
+        (whole_of(1024, "throttle", "raw", "file"), False),
+        (whole_of(2048, "qcow2", "file"), False),
+        (whole_of(2048, "raw", "preallocate", "file"), False),
+        (whole_of(2048, "raw", "host_cdrom"), False),
+        (whole_of(2048, "raw", "file", filename='json:{"driver":"raw","size":1024,"file":{}}'), False),
+        (whole_of(2048, "raw", "file", filename='json:{"driver":"raw","offset":512,"file":{}}'), False),
+        (whole_of(2048, "raw", "file", filename="json:{"), False),
+        (whole_of(2048, "raw", "file", filename='json:{"driver":"raw","file":{"locking":"off"}}'), True),
+        ([*whole_of(2048, "raw")[:-1], changed(NODE, driver="nbd")], False),
+    ],
+)
+def test_an_image_that_was_resized_from_outside_is_told(nodes: list[BlockNode], told: bool) -> None:  # noqa: FBT001
+    """A load refuses that: the QEMU that opens the image anew has another size."""
+    found = inventory.resized(Inventory(nodes=tuple(nodes)), ())
+    assert bool(found) == told
+    assert inventory.resized(Inventory(nodes=tuple(nodes)), ("d0",)) == []
+
+
+def test_what_leads_back_from_a_resize_is_told() -> None:
+    said, of_a_medium = (
+        inventory.resized(Inventory(nodes=tuple(whole_of(2048, "raw", "file", read_only=read_only))), ())
+        for read_only in (False, True)
+    )
+    assert said == [
+        "disk d0 (node n): its image /x has 2048 bytes, QEMU has 1024: block_resize it on the monitor, "
+        "or give the image its size back"
+    ]
+    assert "(blockdev-change-medium), or give the image its size back" in of_a_medium[0]
+
+
+def test_a_device_of_which_the_kernel_tells_no_size_is_not_compared() -> None:
+    device = OpenFile(path="/dev/vdb", kind="device", st_dev=5)
+    node = changed(NODE, driver="host_device", file=device)
+    assert inventory.resized(Inventory(nodes=(node,)), ()) == []
+    assert inventory.resized(Inventory(nodes=(changed(node, file=changed(device, size_bytes=1024)),)), ())
+
+
 # -- block devices --------------------------------------------------------------------------------------------------------
 
 

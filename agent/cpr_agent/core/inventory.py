@@ -308,7 +308,7 @@ async def reasons(
     lost, found = _lost_files(disks, looked), Lookup(disks, recorded and without(recorded, kept), looked)
     goes_along = carried(ports, launch, recorded, live).disks
     known = {*lost, *goes_along}
-    compared = [*lost.values(), *_unreadable(read, looked)]
+    compared = [*lost.values(), *_unreadable(read, looked), *resized(disks, lost)]
     follows = ports.definitions.follows(launch)
     if recorded is None and not follows:
         below = ports.definitions.images_below(launch.argv)
@@ -469,6 +469,51 @@ def _lost_files(live: Inventory, now: Mapping[str, OpenFile | None]) -> dict[str
                 f"written would be lost. Copy the disk to a new file (drive-mirror), and have the definition name that one"
             )
     return out
+
+
+_WHOLE = ("raw", "throttle", "copy-on-read", "file", "host_device")
+"""Drivers of nodes that have the size of what is below them. The medium of a host_cdrom may change at any time, and QEMU
+sees it at once."""
+_SECTOR_BYTES = 512
+"""The unit in which QEMU counts the size of an image, and rounds it up (bdrv_nb_sectors)."""
+
+
+def resized(live: Inventory, lost: Collection[str]) -> list[str]:
+    """Disks that are the whole of a file or device whose size was changed from outside: QEMU has the size at which it was
+    opened, till ``block_resize``, and another QEMU would have the size of now. A load refuses that (``_same_node``)."""
+    out = []
+    for disk, nodes in by_disk(live.nodes).items():
+        first, last = nodes[0], nodes[-1]
+        if disk in lost or not all(map(_is_whole, nodes)):
+            continue
+        now = _opened_anew_bytes(last.file)
+        if now is None or now == first.size_bytes:
+            continue
+        way = "open it anew (blockdev-change-medium)" if first.read_only else "block_resize it on the monitor"
+        out.append(
+            f"disk {disk} (node {first.node}): its image {path_of(last)} has {now} bytes, QEMU has {first.size_bytes}: "
+            f"{way}, or give the image its size back"
+        )
+    return out
+
+
+def _is_whole(node: BlockNode) -> bool:
+    """Of a part, or with a size of its own, QEMU writes the name as JSON."""
+    if node.driver not in _WHOLE:
+        return False
+    if node.driver != "raw" or not node.filename.startswith("json:"):
+        return True
+    try:
+        return not {"offset", "size"} & json.loads(node.filename.removeprefix("json:")).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _opened_anew_bytes(file: OpenFile | None) -> int | None:
+    """The size that a QEMU would see which opens it now; None where the kernel does not tell."""
+    if file is None or (file.kind == "device" and not file.size_bytes):
+        return None
+    return -(-file.size_bytes // _SECTOR_BYTES) * _SECTOR_BYTES
 
 
 def _unreadable(paths: Iterable[str], now: Mapping[str, OpenFile | None]) -> list[str]:
