@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
 import pytest
 
@@ -119,3 +120,30 @@ def test_in_a_save_of_all_the_others_go_on(each_lab: Lab) -> None:
     mend_storage(guest)
     until(lambda: guest.state == "running", "the guest goes on by itself")
     guest.assert_unbroken()
+
+
+def test_a_guest_whose_storage_hung_during_its_save_goes_on_by_itself(each_lab: Lab) -> None:
+    """A server of NFS, iSCSI or NBD, or swtpm, that is silent for longer than a save waits for QEMU, and well again."""
+    image, socket = each_lab.root / "disk.raw", each_lab.root / "nbd.sock"
+    image.write_bytes(bytes(1 << 20))
+    with subprocess.Popen(["qemu-nbd", "-f", "raw", "-t", "-k", str(socket), str(image)]) as server:
+        try:
+            until(socket.exists, "the server listens")
+            drive = f"driver=raw,file.driver=nbd,file.server.type=unix,file.server.path={socket},if=none,id=d0"
+            guest = each_lab.running(
+                "web1", "-drive", drive, "-device", "ahci,id=a0", "-device", "ide-hd,drive=d0,bus=a0.0"
+            )
+            io(guest, "write -P 0x11 0 4096")
+            server.send_signal(signal.SIGSTOP)
+            with each_lab.cprctl_started("save", "web1", "--survives", "qemu-restart") as saving:
+                assert saving.wait(180) == 1
+            assert guest.state == "unreachable"
+            assert "`cprctl resume web1` looks at it again" in each_lab.cprctl("check", "web1").stdout
+            server.send_signal(signal.SIGCONT)
+            until(lambda: guest.state == "running", "the agent brings it on", 180)
+            guest.assert_unbroken()
+            guest.save()
+            guest.load()
+            guest.assert_unbroken()
+        finally:
+            server.kill()

@@ -397,6 +397,89 @@ def test_a_guest_that_was_not_let_run_is_tried_again(bench: Bench, monkeypatch: 
     bench.vm(story)
 
 
+async def hangs_in_its_save(bench: Bench, vm: Vm) -> None:
+    """Its storage does, and with it QEMU, which has written its state."""
+    bench.runner.faults["web1", "after-save"] = SaveFailed("QEMU did not answer", vm="web1")
+    for operation in ("run_state", "connect"):
+        bench.runner.faults["web1", operation] = QemuUnreachable("QEMU did not greet", vm="web1")
+    with pytest.raises(SaveFailed, match="is there, with the guest, and does not answer"):
+        await save(vm)
+    assert vm.state is VmState.UNREACHABLE
+
+
+def test_a_guest_whose_qemu_hung_in_its_save_goes_on_once_that_answers(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpr_agent.core.vm.RETRY_S", 0.01)
+    monkeypatch.setattr("cpr_agent.core.vm.MAX_RETRY_S", 0.01)
+
+    async def story(vm: Vm) -> None:
+        await hangs_in_its_save(bench, vm)
+        for _ in range(2):  # it is asked in vain, and again
+            asked = bench.runner.gates["web1", "connect"] = Gate()
+            await asked.entered.wait()
+            asked.go.set()
+        bench.runner.faults.clear()
+        goes_on = bench.runner.gates["web1", "cont"] = Gate()
+        await goes_on.entered.wait()
+        goes_on.go.set()
+        await vm.idle()
+        assert vm.state is VmState.RUNNING
+        assert vm.error == ""
+
+    bench.vm(story)
+    assert bench.records()[-3:] == ["save-undone", "save-undone", "resumed"]
+    assert bench.runner.violations == []
+
+
+def test_an_agent_that_finds_a_silent_qemu_asks_it_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpr_agent.core.vm.RETRY_S", 0.01)
+    bench.dies("before seal", save)
+    bench.runner.faults["web1", "connect"] = QemuUnreachable("QEMU did not greet", vm="web1")
+
+    async def story(vm: Vm) -> None:
+        assert vm.state is VmState.UNREACHABLE
+        bench.runner.faults.clear()
+        goes_on = bench.runner.gates["web1", "cont"] = Gate()
+        await goes_on.entered.wait()
+        goes_on.go.set()
+        await vm.idle()
+
+    bench.vm(story)
+    assert bench.qemu().status == "running"
+    assert bench.runner.violations == []
+
+
+def test_an_act_waits_for_a_look_at_a_silent_qemu_and_is_not_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpr_agent.core.vm.RETRY_S", 0.01)
+
+    async def story(vm: Vm) -> None:
+        await hangs_in_its_save(bench, vm)
+        looked = bench.runner.gates["web1", "connect"] = Gate()
+        await looked.entered.wait()
+        assert not vm.busy
+        stopping = asyncio.ensure_future(vm.stop("hard"))
+        await asyncio.sleep(0)
+        looked.go.set()
+        await stopping
+        assert vm.state is VmState.STOPPED
+
+    bench.vm(story)
+
+
+def test_nobody_is_told_only_to_end_a_qemu_that_is_silent(bench: Bench) -> None:
+    async def story(vm: Vm) -> None:
+        await hangs_in_its_save(bench, vm)
+        with pytest.raises(QemuUnreachable, match="`cprctl resume web1` looks at it again") as caught:
+            await save(vm)
+        assert "storage or swtpm may hang" in caught.value.remedy
+        bench.runner.faults.clear()
+        await vm.resume()
+        assert vm.state is VmState.RUNNING
+
+    bench.vm(story)
+
+
 def test_a_suspended_guest_is_taken_back_by_a_load(bench: Bench) -> None:
     """``cont`` would abort QEMU (measured)."""
     old = bench.qemu()

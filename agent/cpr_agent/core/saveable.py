@@ -27,7 +27,8 @@ def obstacle(machine: Machine) -> CprError | None:
             "can't be saved: its QEMU does not answer",
             vm=machine.name,
             left=nothing,
-            remedy=f"another client may hold its socket, or QEMU hang; `cprctl stop --hard {machine.name}` ends it",
+            remedy="its storage or swtpm may hang, or another client hold its socket: mend that, and "
+            f"`cprctl resume {machine.name}` looks at it again; `cprctl stop --hard {machine.name}` would lose its guest",
         )
     if not machine.pid or machine.qemu is None:
         return WrongState(f"is {machine.state} and can't be saved", vm=machine.name, left=nothing)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Literal
 
 from cpr_agent.core import acts, saveable
@@ -42,7 +42,7 @@ RECOVERY_PATIENCE_S = 3.0
 
 
 RETRY_S = 5.0
-"""After which a guest is tried again that QEMU did not let run; each time twice as long."""
+"""After which a guest is tried again that QEMU did not let run, or did not tell of; each time twice as long."""
 MAX_RETRY_S = 60.0
 
 
@@ -426,13 +426,14 @@ class Vm:
                 self._look_soon()
 
     def _plan_retry(self) -> None:
-        """Storage that failed may be well again soon. Not once this is closed."""
+        """Storage that failed or hung may be well again soon. Not once this is closed."""
         self._stop_retrying()
-        if not recover.is_unfinished(self.machine):
+        again = recover.unfinished(self.machine)
+        if again is None:
             self._retry_s = RETRY_S if self._retry_s else 0.0
         elif self._retry_s:
             loop = asyncio.get_running_loop()
-            self._retry = loop.call_later(self._retry_s, lambda: self.machine.spawn(self._try_again()))
+            self._retry = loop.call_later(self._retry_s, lambda: self.machine.spawn(self._try_again(again)))
             self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
 
     def _stop_retrying(self) -> None:
@@ -440,10 +441,16 @@ class Vm:
             self._retry.cancel()
             self._retry = None
 
-    async def _try_again(self) -> None:
+    async def _try_again(self, again: Callable[[Machine], Awaitable[object]]) -> None:
+        """A silent QEMU is asked before: that takes seconds, and an act that comes then waits, and is not refused."""
+        if self.state is VmState.UNREACHABLE:
+            await self.refresh()
+            if self.state is VmState.UNREACHABLE:
+                self._plan_retry()
+                return
         with contextlib.suppress(CprError):  # the VM's error tells
             async with self._admitted(Act.RETRY):
-                await recover.resume_unfinished(self.machine)
+                await again(self.machine)
 
     def _on_qemu_event(self, event: str) -> None:
         if event not in _STATE_EVENTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from cpr_agent.core import acts
@@ -14,7 +15,7 @@ from cpr_agent.core.acts.sleep import end_sleep
 from cpr_agent.core.beside import settle_sockets
 from cpr_agent.core.gate import Unbroken, let_run
 from cpr_agent.core.machine import BEFORE_IT_RUNS, Machine
-from cpr_agent.core.model import Launch, Manifest, RunState
+from cpr_agent.core.model import Launch, Manifest, RunState, VmState
 from cpr_agent.core.past import InterruptedSave, VmEvent
 
 log = logging.getLogger(__name__)
@@ -125,9 +126,7 @@ async def recover(machine: Machine) -> None:
     if machine.qemu is None:
         return
     past = machine.past
-    if past.in_transfer or past.interrupted_save:  # QEMU may still be at it
-        await machine.qemu.withdraw()
-        await machine.derive()
+    await _withdraw(machine)
     if past.in_refresh or past.interrupted_save:
         await settle_sockets(machine)
     if past.awaits_cold_start:
@@ -143,6 +142,14 @@ async def recover(machine: Machine) -> None:
         end_refresh(machine)
     if machine.qemu and not machine.has_only_loaded:
         await machine.own.settle()
+
+
+async def _withdraw(machine: Machine) -> None:
+    """QEMU may still be at a save or a transfer that was given up. Raises QemuFailed."""
+    past = machine.past
+    if machine.qemu and (past.in_transfer or past.interrupted_save):
+        await machine.qemu.withdraw()
+        await machine.derive()
 
 
 async def _give_back(machine: Machine) -> None:
@@ -161,6 +168,9 @@ async def resume_unfinished(machine: Machine) -> bool:
     """A guest may stand that its recovery, or the undo of an act, could not let run. Returns whether there was one, which
     runs now. Raises CprError."""
     await machine.derive()
+    if not _waits_to_run(machine):
+        return False
+    await _withdraw(machine)
     launch = machine.launched()
     recovery = decide(_facts(machine, launch, None))
     if machine.qemu is None or recovery not in _LETS_RUN:
@@ -171,11 +181,18 @@ async def resume_unfinished(machine: Machine) -> bool:
     return True
 
 
-def is_unfinished(machine: Machine) -> bool:
-    """Whether a guest stands that is to run, and that QEMU did not let run: ``resume_unfinished`` tries again."""
-    if machine.qemu is None or machine.held():
-        return False
-    return decide(_facts(machine, machine.launched(), None)) in _LETS_RUN
+def unfinished(machine: Machine) -> Callable[[Machine], Awaitable[object]] | None:
+    """How to try again where a guest stands that is to run, and that QEMU did not let run. Where QEMU has not answered
+    since a save or a transfer failed, only a recovery finds out how its guest is."""
+    if machine.held():
+        return None
+    if machine.state is VmState.UNREACHABLE:
+        return recover if machine.past.in_transfer or machine.past.interrupted_save else None
+    return resume_unfinished if _waits_to_run(machine) else None
+
+
+def _waits_to_run(machine: Machine) -> bool:
+    return machine.qemu is not None and decide(_facts(machine, machine.launched(), None)) in _LETS_RUN
 
 
 def end_refresh(machine: Machine) -> None:
