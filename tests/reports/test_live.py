@@ -670,3 +670,25 @@ def test_a_load_goes_on_with_the_logs_of_its_guest(each_lab: Lab) -> None:
     guest.call("Refresh", "a{sv}", {})
     guest.assert_unbroken()
     assert [path.read_text().count("history") for path in (log, console)] == [100, 100]
+
+
+# -- saved ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["image", "base", "memory", "state"])
+def test_the_check_of_a_saved_guest_tells_what_a_load_would_refuse(each_lab: Lab, what: str) -> None:
+    base, path = image(each_lab.root / "base.raw", "raw"), each_lab.root / "top.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", path], check=True)
+    guest = with_disk(each_lab, path)
+    guest.save()
+    assert each_lab.cprctl("check", "web1").returncode == 0
+    guest.call("Stop", "s", "hard")
+    assert each_lab.cprctl("check", "web1").returncode == 0
+    gone = {"image": path, "base": base, "memory": guest.ram, "state": guest.checkpoint / "vmstate"}[what]
+    gone.rename(gone.with_name("moved"))
+    found = each_lab.cprctl("check", "web1")
+    assert (found.returncode, "A load would be refused" in found.stdout) == (4, True), found
+    gone.with_name("moved").rename(gone)
+    assert each_lab.cprctl("check", "web1").returncode == 0
+    guest.load()
+    guest.assert_unbroken()

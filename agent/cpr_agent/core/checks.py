@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 
@@ -10,7 +11,7 @@ from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.inventory import carried_now, lost, recorded_of, unnamed_devices
 from cpr_agent.core.model import Companion, Finding, Launch, Manifest, MemoryIdentity, Ram, Survives, overlapping, ram_of
 from cpr_agent.core.ports import Ports
-from cpr_agent.core.proof import DRAM_PROVIDER
+from cpr_agent.core.proof import DRAM_PROVIDER, refuse_changed_disks, refuse_changed_firmware, refuse_spent
 from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.saveable import obstacle
 from cpr_agent.core.separation import image_findings, sharing_findings
@@ -46,6 +47,8 @@ async def check_vm(
         found += _log_findings(vm, ports.definitions.emptied_logs(launch))
         found += _companion_findings(vm, ports.definitions.companions(launch))
         found += await _witness_findings(vm, ports, launch)
+    elif manifest and not vm.busy:
+        found += await _load_findings(vm, ports, manifest)
     return found
 
 
@@ -182,6 +185,46 @@ async def _witness_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Findin
         return [Finding(severity="error", code=error.kind, what=error.what, remedy=error.remedy, vm=vm.name)]
     what = f"the witness of its RAM ({kind}) takes {seconds:.3f} s, at the save and at the load"
     return [Finding(severity="info", code="witness", what=what, vm=vm.name, seconds=seconds)]
+
+
+async def _load_findings(vm: Vm, ports: Ports, manifest: Manifest) -> list[Finding]:
+    """Why a load of its checkpoint would be refused now, by what the load itself asks: but for the contents of its RAM, and
+    for the QEMU that it would go on in."""
+    errors = []
+    for proof in _PROOFS:
+        try:
+            await proof(ports, manifest)
+        except CprError as error:
+            errors.append(error)
+    live = None if vm.busy else vm.machine.readable_checkpoint()
+    if live is None or live.id != manifest.id:  # its guest has gone on meanwhile
+        return []
+    why, remedy = "a load would be refused, and its guest could not go on", "bring back what it was saved with"
+    return [
+        Finding(severity="error", code=error.kind, what=error.what, why=why, remedy=error.remedy or remedy, vm=vm.name)
+        for error in errors
+    ]
+
+
+async def _refuse_spent(ports: Ports, manifest: Manifest) -> None:
+    refuse_spent(ports, manifest)
+
+
+async def _refuse_other_state(ports: Ports, manifest: Manifest) -> None:
+    """It has some hundred KB, and is read whole."""
+
+    def look() -> None:
+        os.close(ports.store.open_vmstate(manifest, ""))
+
+    await ports.threads.run(manifest.vm, look)
+
+
+async def _refuse_lost_memory(ports: Ports, manifest: Manifest) -> None:
+    await ports.memory.relocate(manifest.memory, 0.5)
+
+
+_PROOFS = (_refuse_spent, _refuse_other_state, _refuse_lost_memory, refuse_changed_disks, refuse_changed_firmware)
+"""Those of a load that cost little, and touch nothing."""
 
 
 def _live_checkpoint(vm: Vm, found: list[Finding]) -> Manifest | None:
