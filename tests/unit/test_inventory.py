@@ -458,6 +458,20 @@ def test_limits_by_names_that_no_qemu_has_are_not_kept() -> None:
     assert [part.kind for part in asyncio.run(parts(qmp)).parts or ()] == ["throttle-group iops-total=7"]
 
 
+def test_a_bus_has_its_name_however_long_the_path_to_it() -> None:
+    """libvirt's own names, made of UUIDs, make paths of more than 100 characters."""
+    alias = "ua-21dfda89-0355-4462-b7ed-7d7a01837540"
+
+    def answers(command: str, arguments: dict[str, object]) -> object:
+        if command == "qom-get":
+            return {"parent_bus": f"/machine/peripheral/{alias}/{alias}.0"}[str(arguments["property"])]
+        listed = [{"name": "d0", "type": "child<scsi-hd>"}] if arguments.get("path") == "/machine/peripheral" else []
+        return {"x-debug-query-block-graph": {}, "human-monitor-command": ""}.get(command, listed)
+
+    (found,) = asyncio.run(whole(ScriptedQmp(answers), Places())).devices
+    assert found.bus == f"{alias}.0"
+
+
 class Steady(ScriptedQmp):
     """One that tells of no device that has gone."""
 

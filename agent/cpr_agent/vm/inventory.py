@@ -51,6 +51,7 @@ MAX_DEVICES = 2048
 """Each is asked for several properties; and the most of what ``-object`` makes."""
 _ADDRESSES = {"scsi": ("scsi-id", "lun"), "usb": ("port",), "virtserialport": ("nr",), "virtconsole": ("nr",)}
 """The properties that say where a device of this kind is on its bus; ``addr`` of all others, which those of PCI have."""
+_BUS = "parent_bus"
 _OWN = ("mac", "serial", "netdev", "chardev")
 """Properties by which a guest knows a device, and the parts of QEMU behind it. Not every device has them in its state, and
 none after a reset."""
@@ -283,7 +284,7 @@ async def _ask_places(qmp: Qmp, devices: list[Device]) -> dict[Device, _At]:
         ]
         answers = iter(await qmp.ask_all(asked))
         for device in some:
-            said = {name: _shown(answer) for name in names[device] if (answer := next(answers)) not in (None, "")}
+            said = {name: _shown(name, answer) for name in names[device] if (answer := next(answers)) not in (None, "")}
             told += sum(map(len, said.values()))
             found[device] = _at(device, said)
         if told > MAX_TRAITS:
@@ -294,22 +295,22 @@ async def _ask_places(qmp: Qmp, devices: list[Device]) -> dict[Device, _At]:
 def _properties(device: Device) -> tuple[str, ...]:
     own = () if device.kind.startswith(_BRIDGES) else _OWN
     family = device.kind.partition("-")[0]
-    return ("parent_bus", *own, *_ADDRESSES.get(family, ("addr",)), *_TRAITS.get(family, ()))
+    return (_BUS, *own, *_ADDRESSES.get(family, ("addr",)), *_TRAITS.get(family, ()))
 
 
 def _at(device: Device, said: Mapping[str, str]) -> _At:
     family = device.kind.partition("-")[0]
     return _At(
-        bus=said.get("parent_bus", "").rpartition("/")[2],
+        bus=said.get(_BUS, ""),
         address=" ".join(f"{name} {said[name]}" for name in _ADDRESSES.get(family, ("addr",)) if name in said),
         own=" ".join(f"{name} {said[name]}" for name in _OWN if name in said),
         traits={name: said[name] for name in _TRAITS.get(family, ()) if name in said},
     )
 
 
-def _shown(value: object) -> str:
-    """Two long texts that begin alike stay two."""
-    text = printable(str(value), MAX_CHARS)
+def _shown(name: str, value: object) -> str:
+    """Two long texts that begin alike stay two. Of the path of a bus the name alone counts, which stands at its end."""
+    text = printable(str(value).rpartition("/")[2] if name == _BUS else str(value), MAX_CHARS)
     return text if len(text) <= _SHORT else f"{text[:_SHORT]} (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}…)"
 
 
