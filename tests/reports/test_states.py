@@ -91,6 +91,19 @@ def test_resume_does_what_the_agent_does(each_lab: Lab) -> None:
     guest.assert_unbroken()
 
 
+def test_the_way_on_is_told_for_a_paused_guest_whose_disk_fails_at_its_save(each_lab: Lab) -> None:
+    guest = with_failing_flush(each_lab)
+    guest.admin("stop")
+    said = refused(guest, "SaveFailed", member="CprSave")
+    assert run_state(guest) == "paused" or "`cprctl resume web1` lets it run" in said, said
+    mend_storage(guest)
+    assert each_lab.cprctl("resume", "web1").returncode == 0
+    guest.assert_unbroken()
+    guest.save()
+    guest.load()
+    guest.assert_unbroken()
+
+
 def test_an_agent_that_is_started_anew_brings_it_on(each_lab: Lab) -> None:
     guest = with_failing_flush(each_lab)
     with pytest.raises(CallError):

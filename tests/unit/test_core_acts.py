@@ -106,6 +106,26 @@ def test_a_guest_whose_state_was_not_written_whole_stays_in_its_qemu(bench: Benc
     assert bench.files() == []
 
 
+def test_the_way_on_is_told_for_a_paused_guest_that_its_save_left_in_finish_migrate(bench: Bench) -> None:
+    """Its disk can't be flushed: QEMU has written no state, and lets no save begin."""
+    qemu = bench.qemu()
+    qemu.by_hand("paused")
+
+    async def story(vm: Vm) -> None:
+        written = bench.runner.gates["web1", "after-save"] = Gate()
+        saving = asyncio.ensure_future(save(vm))
+        await written.entered.wait()
+        qemu.status = "finish-migrate"
+        bench.runner.faults["web1", "after-save"] = SaveFailed("can't flush its disks", vm="web1")
+        written.go.set()
+        with pytest.raises(SaveFailed, match=r"finish-migrate now. Mend the cause, then `cprctl resume web1` lets it run"):
+            await saving
+        await vm.resume()
+        assert vm.state is VmState.RUNNING
+
+    bench.vm(story)
+
+
 def test_a_paused_guest_that_its_save_left_standing_can_go_on(bench: Bench) -> None:
     bench.qemu().by_hand("paused")
     bench.runner.faults["web1", "half-written"] = SaveFailed("no room", vm="web1")

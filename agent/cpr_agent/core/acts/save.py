@@ -280,7 +280,10 @@ async def _bring_back(machine: Machine, pending: PendingState, was: Manifest, lo
             return f"the guest stays stopped: {error.what if isinstance(error, CprError) else error}"
     if now == run_state:
         return f"the guest is {now}, as before; no checkpoint was left"
-    return f"the guest was {run_state}; it stands in its QEMU (PID {machine.pid}), which is {now} now"
+    stands = f"the guest was {run_state}; it stands in its QEMU (PID {machine.pid}), which is {now} now"
+    if run_state != RunState.PAUSED:
+        return stands
+    return f"{stands}. Mend the cause, then `cprctl resume {machine.name}` lets it run, and a save is possible again"
 
 
 async def _run_again(machine: Machine, was: Manifest, located: Sequence[Located], state: int) -> RunState:
