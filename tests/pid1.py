@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cpr_agent.bus.frames import MAX_BODY_BYTES, MAX_SENT_BYTES, FrameReader, frame_of, unchanged
+from cpr_agent.bus.frames import MAX_SENT_BYTES, FrameReader, frame_of, parse, unchanged
 from cpr_agent.bus.library import Message, MessageType
 
 MANAGER = ("/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
@@ -58,14 +58,15 @@ class _Talk:
         while (line := stream.readline().lstrip(b"\0")) and not line.startswith(b"BEGIN"):
             connection.sendall(ANSWERS[line[:4]])
         connection.setblocking(False)  # noqa: FBT003 - the library's
-        self._frames = FrameReader(stream, MAX_BODY_BYTES)
+        self._frames = FrameReader(stream)
         self._serial = 0
         self._started = 0
 
     def hear(self) -> None:
         """Raises EOFError, OSError."""
-        while call := self._frames.next():
-            if call.message_type is MessageType.METHOD_CALL:
+        while frame := self._frames.next():
+            call = parse(frame)
+            if call and call.message_type is MessageType.METHOD_CALL:
                 self._answer(call)
 
     def send(self, message: Message) -> None:

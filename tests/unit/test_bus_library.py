@@ -73,10 +73,15 @@ SAME = r"""
 import json, random, sys
 from cpr_agent.bus.client import plain
 from cpr_agent.bus.library import Message, MessageFlag, Variant, marshal, name
-from cpr_agent.bus.frames import lacks_arguments, parse
+from cpr_agent.bus.frames import lacks_arguments, parse, parse_header, read_arguments
 
 def told(frame):
     message = parse(bytearray(frame))
+    late = parse_header(bytearray(frame))
+    assert (message is None) == (late is None)
+    if late and not lacks_arguments(message):
+        assert lacks_arguments(late) == bool(message.signature)
+        assert plain(read_arguments(late).body) == plain(message.body)
     if message is None:
         return None
     kind = [message.path, message.interface, message.member, message.message_type.value, message.flags.value]
@@ -155,6 +160,29 @@ def test_lengths_and_types_that_do_not_fit_are_seen_before_the_library_reads_the
     fits = [("s", b"\1\0\0\0x\0"), ("as", b"\0\0\0\0"), ("ay", b"\1\0\0\0z"), ("v", b"\1y\0\5"), ("(yy)", b"\1\2")]
     program = f"print(*(lacks_arguments(parse(framed(*one))) for one in {fits}))"
     assert set(run(FRAMES + program, *before).split()) == {"False"}
+
+
+MANY = r"""
+from cpr_agent.bus.frames import lacks_arguments, parse, parse_header, read_arguments, signature_of
+from cpr_agent.bus.library import Message, Variant, marshal
+
+def frame(count):
+    values = [Variant("y", 1)] * count
+    return marshal(Message("a.b", "/a", "a.b", "M", signature="av", body=[values], serial=1))
+
+def found(call):
+    return signature_of(call), lacks_arguments(call)
+
+print(lacks_arguments(parse(frame(5000))), *found(parse_header(frame(20_000))))
+for count in (100, 5000, 20_000):
+    print(*found(read_arguments(parse_header(frame(count)))))
+"""
+
+
+@pytest.mark.parametrize("before", [(), (WITHOUT_FAST,)], ids=["fast", "next"])
+def test_arguments_of_a_call_are_read_late_and_have_few_values(before: tuple[Path, ...]) -> None:
+    """An answer's may be many."""
+    assert run(MANY, *before).splitlines() == ["False av True", "av False", "av True", "av True"]
 
 
 DEEP = r"""

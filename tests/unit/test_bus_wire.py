@@ -16,7 +16,7 @@ from typing import cast
 import pytest
 
 from cpr_agent.bus.client import plain
-from cpr_agent.bus.frames import FrameReader, UnsendableError
+from cpr_agent.bus.frames import FrameReader, UnsendableError, parse
 from cpr_agent.bus.library import Message, MessageType, Variant, marshal
 from cpr_agent.bus.service import Service
 from cpr_agent.bus.wire import DAEMON, AddressError, AgentBus, AuthenticationError, ClientBus
@@ -45,7 +45,9 @@ class Peer:
         return said
 
     def heard(self) -> Message:
-        message = self._frames.next()
+        frame = self._frames.next()
+        assert frame
+        message = parse(frame)
         assert message
         return message
 

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Messages as they go over the wire: what may be sent, and how much is read before anybody has looked at it.
 
-dbus-daemon lets messages of 32 MiB through; dbus-next takes a minute to parse one, in which the agent does nothing else.
+dbus-daemon lets messages of 32 MiB through; dbus-next takes a minute to parse one, in which the agent does nothing else. So
+a call's arguments are read once its sender may ask, and only if they are few.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from math import inf
 from typing import Any, Protocol
 
 from cpr_agent.bus.library import Message, marshal, unmarshal
-from cpr_agent.bus.shape import FIXED_BYTES, check, lengths
+from cpr_agent.bus.shape import FIXED_BYTES, MAX_VALUES, check, check_header, lengths
 from cpr_agent.text import printable_lines
 
 log = logging.getLogger(__name__)
@@ -24,8 +27,15 @@ MAX_SENT_BYTES = 16 << 20
 """Of a message of the agent's."""
 MAX_SENT_CHARS = 8 << 20
 """Of one text: the longest is a report."""
-_UNREAD: list[Any] = []
-"""The body of a message whose own was left out."""
+
+
+class _Unread(list[Any]):
+    """In the place of a body that has not been read, or can't be: then there is no ``frame``."""
+
+    def __init__(self, signature: str, frame: bytearray | None) -> None:
+        super().__init__()
+        self.signature = signature
+        self.frame = frame
 
 
 class UnsendableError(ValueError):
@@ -84,20 +94,18 @@ class _Stream(Protocol):
 
 
 class FrameReader:
-    """Messages from ``stream``, which does not block; each whole before the library sees it."""
+    """Frames from ``stream``, which does not block."""
 
-    def __init__(self, stream: _Stream, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, stream: _Stream) -> None:
         self._stream = stream
-        self._max_body_bytes = max_body_bytes
         self._frame = bytearray()
 
-    def next(self) -> Message | None:
+    def next(self) -> bytearray | None:
         """None if it is not all there yet. Raises EOFError, OSError."""
-        while self._fill(FIXED_BYTES) and self._fill(sum(lengths(self._frame))):
-            frame, self._frame = self._frame, bytearray()
-            if message := parse(frame, self._max_body_bytes):
-                return message
-        return None
+        if not (self._fill(FIXED_BYTES) and self._fill(sum(lengths(self._frame)))):
+            return None
+        frame, self._frame = self._frame, bytearray()
+        return frame
 
     def _fill(self, length: int) -> bool:
         while (missing := length - len(self._frame)) > 0:
@@ -113,26 +121,70 @@ class FrameReader:
 def parse(frame: bytearray, max_body_bytes: int = MAX_BODY_BYTES) -> Message | None:
     """``frame`` as a message: without its body, if that is too large, too deep, or makes no sense; None if the rest makes
     none."""
-    header_bytes, body_bytes = lengths(frame)
-    if body_bytes <= max_body_bytes and (message := _read(frame)):
-        return message
-    headless = frame[:header_bytes]
-    headless[4:8] = bytes(4)  # the length of the body (D-Bus specification, "Message Format")
-    message = _read(headless, whole=False)
-    if message:
-        message.body = _UNREAD
+    if lengths(frame)[1] <= max_body_bytes:
+        with contextlib.suppress(_UnreadableError):
+            return _read(frame)
+    return _head(frame, kept=None)
+
+
+def parse_header(frame: bytearray) -> Message | None:
+    """``frame`` as a message whose arguments wait for ``read_arguments``; None if its header makes no sense. To read a body
+    takes up to a second, and its sender may not be allowed to ask at all."""
+    _, body_bytes = lengths(frame)
+    if not body_bytes:
+        return parse(frame)
+    return _head(frame, kept=frame if body_bytes <= MAX_BODY_BYTES else None)
+
+
+def signature_of(message: Message) -> str:
+    """Of its arguments, whether they are read or not."""
+    return message.body.signature if isinstance(message.body, _Unread) else message.signature or ""
+
+
+def read_arguments(message: Message) -> Message:
+    """``message`` with the arguments that ``parse_header`` has left; without, if they are more than anybody can need, or
+    make no sense."""
+    if isinstance(message.body, _Unread) and (frame := message.body.frame) is not None:
+        forget_arguments(message)
+        with contextlib.suppress(_UnreadableError):
+            return _read(frame, MAX_VALUES)
     return message
 
 
+def forget_arguments(message: Message) -> None:
+    """They take up to MAX_BODY_BYTES."""
+    message.body = _Unread(signature_of(message), None)
+
+
 def lacks_arguments(message: Message) -> bool:
-    """Were they left out by ``parse``?"""
-    return message.body is _UNREAD
+    """Were they left out by ``parse``, or not read yet?"""
+    return isinstance(message.body, _Unread)
 
 
-def _read(frame: bytearray, *, whole: bool = True) -> Message | None:
+def _head(frame: bytearray, kept: bytearray | None) -> Message | None:
+    head = frame[: lengths(frame)[0]]
+    head[4:8] = bytes(4)  # the length of the body (D-Bus specification, "Message Format")
     try:
-        check(frame, whole=whole)
-        return unmarshal(frame)
+        signature = check_header(head)
+        message = unmarshal(head)
     except Exception as error:  # the library raises what it likes
         log.warning("a message on the bus can't be read: %r", error)
         return None
+    if message:
+        message.body = _Unread(signature, kept)
+    return message
+
+
+class _UnreadableError(Exception):
+    """A frame that is no message."""
+
+
+def _read(frame: bytearray, most_values: float = inf) -> Message:
+    try:
+        check(frame, most_values)
+        if message := unmarshal(frame):
+            return message
+    except Exception as error:  # the library raises what it likes
+        log.warning("a message on the bus can't be read: %r", error)
+        raise _UnreadableError from error
+    raise _UnreadableError

@@ -14,6 +14,7 @@ from typing import Any
 
 from cpr_agent.bus.frames import MAX_BODY_BYTES, lacks_arguments
 from cpr_agent.bus.library import Message, Variant
+from cpr_agent.bus.shape import MAX_VALUES
 from cpr_agent.errors import InvalidArgument, LimitsExceeded
 
 CALLS_PER_S = 50.0
@@ -133,7 +134,8 @@ def refuse_excess(call: Message) -> None:
     """Raises InvalidArgument if the arguments are more than anybody can need, before anything is made of them."""
     if lacks_arguments(call):
         raise InvalidArgument(
-            f"its arguments have more than {MAX_BODY_BYTES >> 10} KiB, or can't be read", left="nothing was done"
+            f"its arguments have more than {MAX_BODY_BYTES >> 10} KiB or {MAX_VALUES} values, or can't be read",
+            left="nothing was done",
         )
     for value in call.body:
         if not (isinstance(value, str) and call.member in WHOLE_FILES):

@@ -29,7 +29,7 @@ from cpr_agent.bus.contract import (
     read_contract,
     standard_interfaces,
 )
-from cpr_agent.bus.frames import UnsendableError
+from cpr_agent.bus.frames import UnsendableError, forget_arguments, read_arguments, signature_of
 from cpr_agent.bus.library import ErrorType, Message, MessageFlag, MessageType, NameFlag, RequestNameReply, Variant
 from cpr_agent.bus.limits import COSTS, Limits, refuse_excess, refuse_long_text
 from cpr_agent.bus.listeners import Listeners
@@ -160,8 +160,7 @@ class Service(Listener):
             cost = 0.0 if trusted(uid) else COSTS.get(str(call.member), 1.0)
             with self._limits.one_more(uid) if cost else contextlib.nullcontext():
                 if cost:
-                    await self._spend(uid, cost)
-                    refuse_long_text(call)
+                    await self._spend(call, uid, cost)
                 with self._limits.under_way(uid, cost):
                     signature, body = await self._dispatch(call, uid)
             reply = Message.new_method_return(call, signature, body)
@@ -185,12 +184,13 @@ class Service(Listener):
     def _log_failure(self, call: Message) -> None:
         log.exception("%s.%s on %s", *map(_shown, (call.interface, call.member, call.path)))
 
-    async def _spend(self, uid: int, cost: float) -> None:
+    async def _spend(self, call: Message, uid: int, cost: float) -> None:
         """Who goes on to call although he is refused gets each answer late: an answer at once would bring the next call.
         Raises LimitsExceeded."""
         try:
             self._limits.spend(uid, cost)
         except LimitsExceeded:
+            forget_arguments(call)
             await asyncio.sleep(REFUSAL_S)
             raise
 
@@ -217,12 +217,14 @@ class Service(Listener):
         elif interface.name in self._contract:
             await self._authority.require(call, method.action)
             self._listeners.add(str(call.sender), uid)
-        refuse_excess(call)
-        if (call.signature or "") != method.in_signature:
+        if (signature := signature_of(call)) != method.in_signature:
             raise InvalidArgument(
-                f"{interface.name}.{method.name} takes arguments of signature {method.in_signature!r}, "
-                f"not {call.signature!r}"
+                f"{interface.name}.{method.name} takes arguments of signature {method.in_signature!r}, not {signature!r}"
             )
+        call = read_arguments(call)
+        refuse_excess(call)
+        if not trusted(uid):
+            refuse_long_text(call)
         if target and interface.name in self._contract:
             return method.out_signature, await target.method(method.name)(*call.body)
         return method.out_signature, await self._standard_call(method.name, str(call.path), call.body)

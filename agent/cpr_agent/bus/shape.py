@@ -8,7 +8,11 @@ leads it back into what it has read, without an end. Its 2.44 also follows value
 from __future__ import annotations
 
 import struct
+from math import inf
 
+MAX_VALUES = 1024
+"""In the arguments of a call, of which the longest has some dozens of options. 64 KiB hold 30,000, which take dbus-next a
+second to read."""
 MAX_DEPTH = 64
 """Of values in values (D-Bus specification, "Valid Signatures": 32 arrays and 32 structures)."""
 FIXED_BYTES = 16
@@ -31,25 +35,36 @@ def lengths(frame: bytearray) -> tuple[int, int]:
     return FIXED_BYTES + fields_bytes + -fields_bytes % 8, body_bytes
 
 
-def check(frame: bytearray, *, whole: bool = True) -> None:
-    """Raises ShapeError unless the fields and the values of ``frame`` are where they should be. One that is not ``whole``
-    has a header alone."""
+def check(frame: bytearray, most_values: float = inf) -> None:
+    """Raises ShapeError unless the fields and the values of ``frame`` are where they should be, and no more than
+    ``most_values`` of the latter are there."""
+    signature = check_header(frame)
     header_bytes, body_bytes = lengths(frame)
     if header_bytes + body_bytes != len(frame):
         raise ShapeError(f"a frame of {len(frame)} bytes that should have {header_bytes + body_bytes}")
     try:
-        signature = _Walk(frame, FIXED_BYTES, header_bytes).fields()
-        if whole:
-            _Walk(frame, header_bytes, len(frame)).values(signature)
+        _Walk(frame, header_bytes, len(frame), most_values).values(signature)
     except IndexError:  # a type or a byte that is not there
         raise ShapeError("a signature or a value ends too early") from None
+
+
+def check_header(frame: bytearray) -> str:
+    """The body's signature. Raises ShapeError unless the fields of ``frame``'s header are where they should be."""
+    header_bytes, _ = lengths(frame)
+    if len(frame) < header_bytes:
+        raise ShapeError(f"a header of {len(frame)} bytes that should have {header_bytes}")
+    try:
+        return _Walk(frame, FIXED_BYTES, header_bytes).fields()
+    except IndexError:
+        raise ShapeError("a header ends too early") from None
 
 
 class _Walk:
     """From ``at`` to ``end``, both within the frame."""
 
-    def __init__(self, frame: bytearray, at: int, end: int) -> None:
+    def __init__(self, frame: bytearray, at: int, end: int, most_values: float = inf) -> None:
         self._frame, self._at, self._end = frame, at, end
+        self._left = most_values
         self._length = struct.Struct(">I" if frame[0] == _BIG_ENDIAN else "<I")
 
     def fields(self) -> str:
@@ -79,6 +94,9 @@ class _Walk:
 
     def _value(self, signature: str, at: int, depth: int) -> int:
         """Past the value whose type is at ``at`` in ``signature``; returns where the next type is."""
+        self._left -= 1
+        if self._left < 0:
+            raise ShapeError("it has too many values")
         kind = signature[at]
         if kind in _SIZES:
             self._take(_SIZES[kind], _SIZES[kind])
@@ -93,15 +111,21 @@ class _Walk:
         elif kind == "a":
             return self._array(signature, at + 1, depth + 1)
         elif kind in _ENDS:
-            self._take(0, 8)
-            at += 1
-            if signature[at] == _ENDS[kind]:
-                raise ShapeError("a structure of nothing")  # of which an array would have no end
-            while signature[at] != _ENDS[kind]:
-                at = self._value(signature, at, depth + 1)
+            at = self._structure(signature, at, depth)
         else:
             raise ShapeError(f"there is no type {kind!r}")
         return at + 1
+
+    def _structure(self, signature: str, at: int, depth: int) -> int:
+        """Returns where its last bracket is."""
+        self._take(0, 8)
+        end = _ENDS[signature[at]]
+        at += 1
+        if signature[at] == end:
+            raise ShapeError("a structure of nothing")  # of which an array would have no end
+        while signature[at] != end:
+            at = self._value(signature, at, depth + 1)
+        return at
 
     def _array(self, signature: str, at: int, depth: int) -> int:
         size = self._uint32()

@@ -17,7 +17,17 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar, Self
 from urllib.parse import unquote
 
-from cpr_agent.bus.frames import MAX_BODY_BYTES, MAX_MESSAGE_BYTES, MAX_SENT_BYTES, FrameReader, frame_of, shown, unchanged
+from cpr_agent.bus.frames import (
+    MAX_BODY_BYTES,
+    MAX_MESSAGE_BYTES,
+    MAX_SENT_BYTES,
+    FrameReader,
+    frame_of,
+    parse,
+    parse_header,
+    shown,
+    unchanged,
+)
 from cpr_agent.bus.library import ErrorType, Message, MessageFlag, MessageType
 
 log = logging.getLogger(__name__)
@@ -28,6 +38,7 @@ SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
 """Unless $DBUS_SYSTEM_BUS_ADDRESS names another: as sd_bus_open_system(3) has it."""
 MESSAGES_PER_TURN = 8
 """After so many the event loop gets its turn, however many more are waiting."""
+_CALL = MessageType.METHOD_CALL.value
 _MAX_LINE_BYTES = 16 << 10
 _MAX_SERIAL = (1 << 32) - 1
 
@@ -56,7 +67,7 @@ class AgentBus:
         self._sock = sock or _connected(address or os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS)
         self._sock.settimeout(0)
         self._stream = self._sock.makefile("rb")
-        self._frames = FrameReader(self._stream, self.max_body_bytes)
+        self._frames = FrameReader(self._stream)
         self.unique_name = ""
         """As the bus calls this connection, once it has said hello."""
         self._serial = 0
@@ -123,7 +134,8 @@ class AgentBus:
         return written
 
     def add_message_handler(self, handler: Handler) -> None:
-        """``handler`` hears signals and calls. No handler after it hears of one for which it returns true."""
+        """``handler`` hears signals, and calls without their arguments (``read_arguments``). No handler after it hears of
+        one for which it returns true."""
         self._handlers.append(handler)
 
     def disconnect(self) -> None:
@@ -144,10 +156,11 @@ class AgentBus:
     def _read(self) -> None:
         try:
             for _ in range(MESSAGES_PER_TURN):
-                message = self._frames.next()
-                if message is None:
+                frame = self._frames.next()
+                if frame is None:
                     return
-                self._hear(message)
+                if message := self._message(frame):
+                    self._hear(message)
                 if self._end.done():
                     return
         except (OSError, EOFError) as error:
@@ -158,6 +171,9 @@ class AgentBus:
     def _read_on(self) -> None:
         if not self._end.done():
             self._read()
+
+    def _message(self, frame: bytearray) -> Message | None:
+        return parse_header(frame) if frame[1] == _CALL else parse(frame, self.max_body_bytes)
 
     def _hear(self, message: Message) -> None:
         if message.message_type in (MessageType.METHOD_RETURN, MessageType.ERROR):
