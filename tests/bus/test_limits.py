@@ -224,6 +224,25 @@ def test_calls_of_a_user_are_counted_over_all_his_connections() -> None:
         pass
 
 
+def test_there_is_room_for_what_would_not_be_refused() -> None:
+    now = 0.0
+    limits = Limits(lambda: now)
+    assert limits.has_room(":1.1", 1000)
+    for _ in range(UNDER_WAY):
+        limits.begin(":1.1")
+    assert [limits.has_room(":1.1", uid) for uid in (None, 1000)] == [False, False]
+    limits.end(":1.1")
+    assert limits.has_room(":1.1", 1000)
+    limits.spend(1000, BURST - 0.5)
+    assert [limits.has_room(":1.2", uid) for uid in (None, 1000, 1001)] == [True, False, True]
+    now = 0.5 / CALLS_PER_S
+    assert limits.has_room(":1.2", 1000)
+    with contextlib.ExitStack() as under_way:
+        for _ in range(UNDER_WAY_PER_USER):
+            under_way.enter_context(limits.one_more(1001))
+        assert not limits.has_room(":1.3", 1001)
+
+
 def test_a_user_gets_calls_back_with_time() -> None:
     now = 0.0
     limits = Limits(lambda: now)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
 from tests.bus.conftest import qemu_of
-from tests.hostile.conftest import Polkit, User, assert_contained
+from tests.hostile.conftest import Polkit, User, assert_contained, figure
 from tests.hostile.test_qemus import saved_in_s
 from tests.lab import Guest, Lab, script, until
 
@@ -20,6 +21,16 @@ def test_a_text_of_a_caller_ends_nothing(lab: Lab, good: Guest, polkit: Polkit, 
     polkit("looking")
     answers = User(lab, what).answers()
     assert set(answers) <= {"InvalidDefinition", "InvalidArgument", "ok"}
+    assert_contained(lab, good)
+
+
+@pytest.mark.parametrize(("how", "answer"), [("looking", "InvalidArgument"), ("no", "AccessDenied")])
+def test_arguments_of_many_values_are_not_read(lab: Lab, good: Guest, polkit: Polkit, how: str, answer: str) -> None:
+    """64 KiB of them took up to a second, in which nothing else was done."""
+    polkit(how)
+    for what in ("check of many values", "list of many values"):
+        assert User(lab, what).answers() == {answer: 1}
+    assert ("too many values" in lab.log.read_text()) == (how == "looking")
     assert_contained(lab, good)
 
 
@@ -48,6 +59,34 @@ def test_many_calls_cost_roots_save_little(lab: Lab, good: Guest, polkit: Polkit
     assert sum(answers.values()) == calls * connections
     assert "Internal" not in answers
     assert_contained(lab, good)
+
+
+def saved_all_s(lab: Lab) -> float:
+    """How long root's SaveAll takes. Nothing is saved afterwards."""
+    begun = time.monotonic()
+    assert lab.job("SaveAll", survives="qemu-restart") == "done"
+    took_s = time.monotonic() - begun
+    assert lab.job("LoadAll") == "done"
+    return took_s
+
+
+@pytest.mark.parametrize("what", ["calls", "variants", "lists", "signals"])
+def test_messages_that_want_no_answer_cost_roots_save_little(lab: Lab, good: Guest, polkit: Polkit, what: str) -> None:
+    """As fast as the bus takes them, and from a user who may nothing: no call of root's fails, and none waits for long. It
+    took 38 s, and answers of the bus came too late for root to be known."""
+    polkit("no")
+    other = lab.running("other")
+    alone_s = min(saved_all_s(lab) for _ in range(2))
+    user = User(lab, "flood of pings of the bus", connections=2)
+    bus_s = max(saved_all_s(lab) for _ in range(2))
+    user.answers()
+    user = User(lab, f"flood of {what}", connections=2)
+    lab.client(lambda client: client.manager("ListVMs"))
+    beside_s = min(saved_all_s(lab) for _ in range(3))
+    assert user.answers()["frames"] > 100
+    compared = f"SaveAll beside {what} (alone {alone_s:.2f} s, beside pings of the bus {bus_s:.2f} s)"
+    figure(compared, beside_s, 4 * max(alone_s, bus_s) + 2.0, "s")
+    assert_contained(lab, good, other)
 
 
 def test_questions_change_nothing_in_a_qemu_that_hands_its_guest_over(lab: Lab, polkit: Polkit) -> None:

@@ -4,31 +4,38 @@
     python -m tests.hostile.user ADDRESS UID WHAT CALLS CONNECTIONS
 
 Prints "sent" when all calls are, and at the end how often each answer came, in JSON. "storm of WHAT" calls again and again
-until its stdin is closed. "listen" makes no call; it hears signals until then, and prints those.
+until its stdin is closed. "flood of WHAT" does so without waiting for an answer, and wants none. "listen" makes no call; it
+hears signals until then, and prints those.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import socket
 import sys
+import threading
 from collections import Counter
 
 from cpr_agent.bus.client import plain
-from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant
-from cpr_agent.bus.wire import ClientBus
+from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant, marshal
+from cpr_agent.bus.wire import DAEMON, ClientBus
 
 NAME, ROOT = "org.cpragent1", "/org/cpragent1"
 MANAGER, PROPERTIES = f"{NAME}.Manager", "org.freedesktop.DBus.Properties"
 COMMAND_LINE = 'qemu-system-x86_64 -device \'{"x":"\\u0000","fd":1}\' -name guest=\'\\u0000\''
 SURROGATE = 'qemu-system-x86_64 -chardev \'{"id":"\\ud800","backend":"stdio"}\''
+VARIANTS = [Variant("y", 1)] * 15_000
 CALLS: dict[str, tuple[str, str, str, str, list[object]]] = {
     "list": (ROOT, MANAGER, "ListVMs", "", []),
     "check": (ROOT, MANAGER, "Check", "a{sv}", [{}]),
     "check of an upgrade": (ROOT, MANAGER, "Check", "a{sv}", [{"policy": Variant("s", "force")}]),
     "check of a kernel's file": (ROOT, MANAGER, "Check", "a{sv}", [{"kernel-image": Variant("s", "/boot/vmlinuz")}]),
     "check of an initrd": (ROOT, MANAGER, "Check", "a{sv}", [{"initrd": Variant("s", "/etc/shadow")}]),
+    "check of many values": (ROOT, MANAGER, "Check", "a{sv}", [{"policy": Variant("av", VARIANTS)}]),
+    "list of many values": (ROOT, MANAGER, "ListVMs", "av", [VARIANTS]),
     "check-good": (f"{ROOT}/vm/good", f"{NAME}.VM", "Check", "", []),
     "managed": (ROOT, "org.freedesktop.DBus.ObjectManager", "GetManagedObjects", "", []),
     "properties": (f"{ROOT}/vm/good", PROPERTIES, "GetAll", "s", [""]),
@@ -85,6 +92,56 @@ async def storm(address: str, what: str, calls: int, connections: int) -> Counte
     return heard
 
 
+def unasked(signature: str = "", *body: object) -> Message:
+    flags = MessageFlag.NO_REPLY_EXPECTED
+    return Message(NAME, ROOT, MANAGER, "ListVMs", signature=signature, body=list(body), flags=flags)
+
+
+def unasked_signal() -> Message:
+    signal = Message.new_signal(ROOT, MANAGER, "Changed", "av", [VARIANTS])
+    signal.destination = NAME
+    return signal
+
+
+FLOODS = {
+    "pings of the bus": lambda: Message(DAEMON[0], DAEMON[1], f"{DAEMON[2]}.Peer", "Ping", flags=unasked().flags),
+    "calls": unasked,
+    "variants": lambda: unasked("av", VARIANTS),
+    "lists": lambda: unasked("aas", [[] for _ in range(15_900)]),
+    "signals": unasked_signal,
+}
+
+
+def flood(address: str, what: str, connections: int) -> Counter[str]:
+    """Send as fast as the bus takes it, until stdin is closed."""
+    hello, message = Message(*DAEMON, "Hello", serial=1), FLOODS[what]()
+    message.serial = 7
+    frame, over = bytes(marshal(message)), threading.Event()
+    sent: Counter[str] = Counter()
+
+    def send_all() -> None:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address.partition("path=")[2].partition(",")[0])
+            connection.sendall(b"\0AUTH EXTERNAL %s\r\nBEGIN\r\n" % str(os.geteuid()).encode().hex().encode())
+            connection.sendall(bytes(marshal(hello)))
+            connection.settimeout(0.2)
+            rest = memoryview(frame)
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    rest = rest[connection.send(rest) :] or memoryview(frame)
+                    sent["frames"] += len(rest) == len(frame)
+
+    threads = [threading.Thread(target=send_all) for _ in range(connections)]
+    for thread in threads:
+        thread.start()
+    print("sent", flush=True)
+    sys.stdin.read()
+    over.set()
+    for thread in threads:
+        thread.join()
+    return sent
+
+
 async def listen(address: str) -> list[str]:
     bus = await ClientBus(address).connect()
     heard: list[str] = []
@@ -110,6 +167,9 @@ def main(arguments: list[str]) -> None:
     os.setuid(int(uid))
     if what == "listen":
         print(json.dumps(asyncio.run(listen(address))))
+        return
+    if what.startswith("flood of "):
+        print(json.dumps(flood(address, what.removeprefix("flood of "), int(connections))))
         return
     work = storm if what.startswith("storm of ") else send
     print(json.dumps(asyncio.run(work(address, what.removeprefix("storm of "), int(calls), int(connections)))))

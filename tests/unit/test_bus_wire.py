@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import cast
 import pytest
 
 from cpr_agent.bus.client import plain
-from cpr_agent.bus.frames import FrameReader, UnsendableError, parse
-from cpr_agent.bus.library import Message, MessageType, Variant, marshal
+from cpr_agent.bus.frames import FrameReader, UnsendableError, lacks_arguments, parse
+from cpr_agent.bus.library import Message, MessageFlag, MessageType, Variant, marshal
 from cpr_agent.bus.service import Service
-from cpr_agent.bus.wire import DAEMON, AddressError, AgentBus, AuthenticationError, ClientBus
+from cpr_agent.bus.shape import sender
+from cpr_agent.bus.wire import DAEMON, TURN_S, AddressError, AgentBus, AuthenticationError, ClientBus
 
 WAIT_S = 60.0
 
@@ -238,6 +240,91 @@ def test_handlers_are_asked_in_turn_and_one_that_fails_ends_nothing(caplog: pyte
 
     asyncio.run(main())
     assert "ZeroDivisionError" in caplog.text
+
+
+def sent_by(sender: str, message: Message, *more: bytes) -> bytearray:
+    """``message`` as a bus passes it on, with ``more`` fields before the sender: the libraries do not write that."""
+    message.serial = 7
+    frame = marshal(message)
+    (fields_bytes,) = struct.unpack_from("<I", frame, 12)
+    fields = frame[16 : 16 + fields_bytes]
+    for field in (*more, b"\7\1s\0" + struct.pack("<I", len(sender)) + sender.encode() + b"\0"):
+        fields += bytes(-len(fields) % 8) + field
+    body = frame[16 + fields_bytes + -fields_bytes % 8 :]
+    return frame[:12] + struct.pack("<I", len(fields)) + fields + bytes(-len(fields) % 8) + body
+
+
+def test_a_sender_is_found_in_a_header_without_a_library() -> None:
+    unix_fds = b"\x09\1u\0\0\0\0\0"
+    for message in (call(), call("M", "as", ["x"]), Message.new_signal("/a", "a.b", "S", "s", ["x"])):
+        frame = sent_by(":1.66", message, unix_fds)
+        assert sender(frame) == ":1.66"
+        for end in range(16, len(frame)):
+            assert ":1.66".startswith(sender(frame[:end]))
+    unknown = b"\x0a\1y\0\0"
+    assert sender(sent_by(":1.66", call(), unknown)) == ""
+    assert sender(sent_by(":1.66", call(), *[unix_fds] * 16)) == ""
+
+
+def test_a_flood_is_dropped_by_its_headers_while_answers_come() -> None:
+    no_reply = MessageFlag.NO_REPLY_EXPECTED
+    count = 2000
+
+    def talk(peer: Peer) -> None:
+        asked = peer.heard()
+        unasked = Message("a.b", "/a", "a.b", "Flood", flags=no_reply, signature="as", body=[["x"] * 100])
+        peer.sock.sendall(sent_by(":1.66", unasked) * count)
+        peer.sock.sendall(sent_by(":1.66", Message.new_signal("/a", "a.b", "Signal")) * count)
+        peer.sock.sendall(sent_by(":1.66", call("Asked", "s", "x")))
+        peer.sock.sendall(sent_by(":1.8", Message("a.b", "/a", "a.b", "Unasked", flags=no_reply)))
+        peer.sock.sendall(sent_by(DAEMON[0], Message.new_signal("/a", "a.b", "News", "s", ["x"])))
+        peer.answer(asked)
+
+    async def main() -> None:
+        heard: list[tuple[str, str, bool]] = []
+
+        def handler(message: Message) -> bool:
+            heard.append((str(message.sender), str(message.member), lacks_arguments(message)))
+            return True
+
+        async with talking(talk) as bus:
+            bus.add_message_handler(handler)
+            bus.screen(lambda sender: sender != ":1.66")
+            await bus.call(call())
+        assert heard == [(":1.66", "Asked", True), (":1.8", "Unasked", False), (DAEMON[0], "News", False)]
+
+    asyncio.run(main())
+
+
+def test_others_have_their_turn_while_messages_are_read() -> None:
+    count = 50
+
+    def talk(peer: Peer) -> None:
+        asked = peer.heard()
+        peer.sock.sendall(sent_by(":1.8", Message.new_signal("/a", "a.b", "S")) * count)
+        peer.answer(asked)
+
+    async def main() -> None:
+        loop, turns = asyncio.get_running_loop(), 0
+
+        def turn() -> None:
+            nonlocal turns
+            turns += 1
+            loop.call_soon(turn)
+
+        def slow(_: Message) -> bool:
+            until = loop.time() + TURN_S
+            while loop.time() < until:
+                pass
+            return True
+
+        async with talking(talk) as bus:
+            bus.add_message_handler(slow)
+            turn()
+            await bus.call(call())
+            assert turns >= count
+
+    asyncio.run(main())
 
 
 def test_the_agent_s_texts_are_made_fit_and_cprctl_s_are_sent_as_they_are_or_not_at_all() -> None:

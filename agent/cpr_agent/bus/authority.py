@@ -77,6 +77,11 @@ class Authority:
             self._uids.pop(call.sender, None)
             raise
 
+    def known_uid(self, sender: str) -> int | None:
+        """As ``uid`` has found it, without a question; None if it has not."""
+        found = self._uids.get(sender)
+        return found.result() if found and found.done() and not found.cancelled() and not found.exception() else None
+
     async def require(self, call: Message, action: str) -> None:
         """Raises AccessDenied unless the sender of ``call`` may do ``action``."""
         await self._require(call, action, interactive=bool(call.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION))

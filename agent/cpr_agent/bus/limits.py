@@ -66,6 +66,12 @@ class Limits:
             )
         self._under_way[sender] += 1
 
+    def has_room(self, sender: str, uid: int | None) -> bool:
+        """For one more call of this connection. ``uid`` is its user, None for root and for one that is not known yet."""
+        if self._under_way[sender] >= UNDER_WAY:
+            return False
+        return uid is None or (self._of_user[uid] < UNDER_WAY_PER_USER and self._left_of(uid, self._clock()) >= 1.0)
+
     def end(self, sender: str) -> None:
         self._under_way[sender] -= 1
         if not self._under_way[sender]:
@@ -74,8 +80,8 @@ class Limits:
     def spend(self, uid: int, cost: float = 1.0) -> None:
         """Take note of a call by this user. Raises LimitsExceeded if it is one too many."""
         now = self._clock()
-        left, at = self._left.pop(uid, (BURST, now))
-        left = min(BURST, left + (now - at) * CALLS_PER_S) - cost
+        left = self._left_of(uid, now) - cost
+        self._left.pop(uid, None)  # the last who called stands last
         self._left[uid] = max(left, -1.0), now
         while len(self._left) > _KEPT_USERS:
             del self._left[next(iter(self._left))]
@@ -85,6 +91,10 @@ class Limits:
                 left="nothing was done",
                 remedy="wait a second; GetAll and GetManagedObjects answer much in one call",
             )
+
+    def _left_of(self, uid: int, now: float) -> float:
+        left, at = self._left.get(uid, (BURST, now))
+        return min(BURST, left + (now - at) * CALLS_PER_S)
 
     @contextlib.contextmanager
     def one_more(self, uid: int) -> Iterator[None]:

@@ -98,6 +98,7 @@ class Service(Listener):
             self.vm_added(vm)
         manager.listeners.add(self)
         bus.add_message_handler(self._on_message)
+        bus.screen(self._is_heard)
 
     @classmethod
     async def connect(cls, address: str | None) -> AgentBus:
@@ -145,6 +146,11 @@ class Service(Listener):
         task.add_done_callback(self._calls.discard)
         task.add_done_callback(lambda _: self._limits.end(str(message.sender)))
         return True
+
+    def _is_heard(self, sender: str) -> bool:
+        """Whether a call of ``sender`` that wants no answer is looked at."""
+        uid = self._authority.known_uid(sender)
+        return self._limits.has_room(sender, None if uid is None or trusted(uid) else uid)
 
     def _departed(self, message: Message) -> None:
         if message.sender == DAEMON[0] and message.signature == "sss" and not message.body[2]:

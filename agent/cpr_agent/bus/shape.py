@@ -20,7 +20,10 @@ FIXED_BYTES = 16
 _SIZES = {"y": 1, "b": 4, "n": 2, "q": 2, "i": 4, "u": 4, "x": 8, "t": 8, "d": 8, "h": 4}
 _ALIGNMENTS = {**_SIZES, "s": 4, "o": 4, "g": 1, "v": 1, "a": 4, "(": 8, "{": 8}
 _ENDS = {"(": ")", "{": "}"}
+_SENDER_FIELD = 7
 _SIGNATURE_FIELD = 8
+_MOST_FIELDS = 16
+"""Of a header whose sender is looked for. The specification has 9."""
 _BIG_ENDIAN = ord("B")
 
 
@@ -33,6 +36,31 @@ def lengths(frame: bytearray) -> tuple[int, int]:
     order = ">" if frame[0] == _BIG_ENDIAN else "<"
     body_bytes, _, fields_bytes = struct.unpack_from(f"{order}III", frame, 4)
     return FIXED_BYTES + fields_bytes + -fields_bytes % 8, body_bytes
+
+
+def sender(frame: bytearray) -> str:
+    """Of a frame that came over a bus, which sets it; "" if it is not found. It costs a third of ``check_header``."""
+    uint32 = struct.Struct(">I" if frame[0] == _BIG_ENDIAN else "<I").unpack_from
+    at = FIXED_BYTES
+    try:
+        for _ in range(_MOST_FIELDS):
+            at += -at % 8
+            code, kind = frame[at], bytes(frame[at + 1 : at + 4])
+            at += 4
+            if kind == b"\1g\0":
+                at += frame[at] + 2
+            elif kind == b"\1u\0":
+                at += 4
+            elif kind in (b"\1s\0", b"\1o\0"):
+                text, (size,) = at + 4, uint32(frame, at)
+                if code == _SENDER_FIELD:
+                    return frame[text : text + size].decode("ascii", "replace")
+                at = text + size + 1
+            else:
+                break
+    except (IndexError, struct.error):
+        pass
+    return ""
 
 
 def check(frame: bytearray, most_values: float = inf) -> None:

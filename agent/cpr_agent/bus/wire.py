@@ -29,6 +29,7 @@ from cpr_agent.bus.frames import (
     unchanged,
 )
 from cpr_agent.bus.library import ErrorType, Message, MessageFlag, MessageType
+from cpr_agent.bus.shape import sender
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,18 @@ DAEMON = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus
 """Name, path and interface of the bus itself."""
 SYSTEM_BUS = "unix:path=/run/dbus/system_bus_socket"
 """Unless $DBUS_SYSTEM_BUS_ADDRESS names another: as sd_bus_open_system(3) has it."""
-MESSAGES_PER_TURN = 8
-"""After so many the event loop gets its turn, however many more are waiting."""
-_CALL = MessageType.METHOD_CALL.value
+TURN_S = 0.001
+"""After so long a reading the event loop gets its turn, however many more messages are waiting. Each step of a guest's save
+waits for one reading at the most."""
+_READ_AHEAD_BYTES = 256 << 10
+"""Of the socket at once: as much as it holds."""
+_CALL, _SIGNAL = MessageType.METHOD_CALL.value, MessageType.SIGNAL.value
+_NO_REPLY = MessageFlag.NO_REPLY_EXPECTED.value
 _MAX_LINE_BYTES = 16 << 10
 _MAX_SERIAL = (1 << 32) - 1
 
 Handler = Callable[[Message], bool]
+Screen = Callable[[str], bool]
 
 
 class AddressError(ValueError):
@@ -66,13 +72,14 @@ class AgentBus:
         self._loop = asyncio.get_running_loop()
         self._sock = sock or _connected(address or os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or SYSTEM_BUS)
         self._sock.settimeout(0)
-        self._stream = self._sock.makefile("rb")
+        self._stream = self._sock.makefile("rb", _READ_AHEAD_BYTES)
         self._frames = FrameReader(self._stream)
         self.unique_name = ""
         """As the bus calls this connection, once it has said hello."""
         self._serial = 0
         self._calls: dict[int, asyncio.Future[Message]] = {}
         self._handlers: list[Handler] = []
+        self._is_heard: Screen | None = None
         self._unsent: deque[tuple[memoryview, asyncio.Future[None]]] = deque()
         self._end: asyncio.Future[None] = self._loop.create_future()
 
@@ -138,6 +145,11 @@ class AgentBus:
         one for which it returns true."""
         self._handlers.append(handler)
 
+    def screen(self, is_heard: Screen) -> None:
+        """From now on handlers hear no signals but the bus's own, and no call that wants no answer from a sender for which
+        ``is_heard`` returns false. dbus-daemon lets any number of both through: a drop must cost less than it does."""
+        self._is_heard = is_heard
+
     def disconnect(self) -> None:
         """What has not been written is not sent."""
         self._finish(None)
@@ -154,12 +166,13 @@ class AgentBus:
     # -- reading --------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
+        until = self._loop.time() + TURN_S
         try:
-            for _ in range(MESSAGES_PER_TURN):
+            while self._loop.time() < until:
                 frame = self._frames.next()
                 if frame is None:
                     return
-                if message := self._message(frame):
+                if not self._is_dropped(frame) and (message := self._message(frame)):
                     self._hear(message)
                 if self._end.done():
                     return
@@ -171,6 +184,14 @@ class AgentBus:
     def _read_on(self) -> None:
         if not self._end.done():
             self._read()
+
+    def _is_dropped(self, frame: bytearray) -> bool:
+        if self._is_heard is None:
+            return False
+        kind, flags = frame[1:3]
+        if kind == _CALL:
+            return bool(flags & _NO_REPLY) and not self._is_heard(sender(frame))
+        return kind == _SIGNAL and sender(frame) != DAEMON[0]
 
     def _message(self, frame: bytearray) -> Message | None:
         return parse_header(frame) if frame[1] == _CALL else parse(frame, self.max_body_bytes)
