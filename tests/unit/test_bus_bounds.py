@@ -138,7 +138,7 @@ def test_a_bus_that_never_answers_is_said_to_have_timed_out(tmp_path: Path) -> N
 
 def service_of(manager: Any, run: Path) -> Service:
     """On a bus on which nobody calls."""
-    bus: Any = SimpleNamespace(add_message_handler=lambda _: None)
+    bus: Any = SimpleNamespace(add_message_handler=lambda _: None, screen=lambda _: None)
     return Service(bus, manager, run)
 
 

@@ -212,6 +212,7 @@ PROPERTIES = {
     "QOM_TEXTS": ["x"],
     "QOM_FLAG": True,
     "QOM_NUMBER": 1,
+    "QOM_SCALAR": "x",
     "QOM_LIMITS": {"iops-total": 10},
     "QOM_FEATURE_WORDS": [{"cpuid-input-eax": 1, "cpuid-register": "EDX", "features": 7}],
 }

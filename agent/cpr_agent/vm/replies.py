@@ -55,6 +55,14 @@ class Query(Generic[T]):
             raise UnreadableReplyError(printable(str(error), 200)) from error
 
 
+class ScalarQuery(Query[Scalar]):
+    """Of one value, whose type differs; msgspec's hook sees no text that may be a number as well."""
+
+    def read(self, raw: bytes | msgspec.Raw) -> Scalar:
+        value = super().read(raw)
+        return printable(value) if isinstance(value, str) else value
+
+
 class Reply(msgspec.Struct, frozen=True, rename="kebab"):
     """The base of all answers."""
 
@@ -193,7 +201,7 @@ QOM_TEXT: Query[str] = Query("qom-get", Text)
 QOM_TEXTS: Query[list[str]] = Query("qom-get", list[Text])
 QOM_FLAG: Query[bool] = Query("qom-get", bool)
 QOM_NUMBER: Query[int] = Query("qom-get", Number)
-QOM_SCALAR: Query[Scalar] = Query("qom-get", Scalar)
+QOM_SCALAR = ScalarQuery("qom-get", Scalar)
 QOM_FEATURE_WORDS: Query[list[FeatureWord]] = Query("qom-get", list[FeatureWord])
 
 
