@@ -425,7 +425,7 @@ def test_an_event_has_the_time_that_qemu_says() -> None:
     assert _believed(Event("STOP", at, ""), time.monotonic() - 60.0) == Event("STOP", at, "")
 
 
-@pytest.mark.parametrize("off_s", [-4, 4])
+@pytest.mark.parametrize("off_s", [-2, 4])
 def test_an_event_was_not_before_the_wait_for_it_nor_later_than_now(tmp_path: Path, off_s: int) -> None:
     """A pause would be seconds too long, or less than nothing."""
     before = time.time()
