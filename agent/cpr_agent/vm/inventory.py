@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from cpr_agent.core.model import BlockNode, Inventory, Part, PluggedDevice, Throttle
 from cpr_agent.errors import QemuFailed
-from cpr_agent.text import MAX_CHARS, printable
+from cpr_agent.text import printable
 from cpr_agent.vm import replies
 from cpr_agent.vm.devices import PLUGGED, Device
 from cpr_agent.vm.qmp import Qmp
@@ -294,23 +294,29 @@ async def _ask_places(qmp: Qmp, devices: list[Device]) -> dict[Device, _At]:
 
 def _properties(device: Device) -> tuple[str, ...]:
     own = () if device.kind.startswith(_BRIDGES) else _OWN
-    family = device.kind.partition("-")[0]
-    return (_BUS, *own, *_ADDRESSES.get(family, ("addr",)), *_TRAITS.get(family, ()))
+    return (_BUS, *own, *_address_of(device), *_traits_of(device))
+
+
+def _address_of(device: Device) -> tuple[str, ...]:
+    return _ADDRESSES.get(device.kind.partition("-")[0], ("addr",))
+
+
+def _traits_of(device: Device) -> tuple[str, ...]:
+    return _TRAITS.get(device.kind.partition("-")[0], ())
 
 
 def _at(device: Device, said: Mapping[str, str]) -> _At:
-    family = device.kind.partition("-")[0]
     return _At(
         bus=said.get(_BUS, ""),
-        address=" ".join(f"{name} {said[name]}" for name in _ADDRESSES.get(family, ("addr",)) if name in said),
+        address=" ".join(f"{name} {said[name]}" for name in _address_of(device) if name in said),
         own=" ".join(f"{name} {said[name]}" for name in _OWN if name in said),
-        traits={name: said[name] for name in _TRAITS.get(family, ()) if name in said},
+        traits={name: said[name] for name in _traits_of(device) if name in said},
     )
 
 
 def _shown(name: str, value: object) -> str:
     """Two long texts that begin alike stay two. Of the path of a bus the name alone counts, which stands at its end."""
-    text = printable(str(value).rpartition("/")[2] if name == _BUS else str(value), MAX_CHARS)
+    text = str(value).rpartition("/")[2] if name == _BUS else str(value)
     return text if len(text) <= _SHORT else f"{text[:_SHORT]} (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}…)"
 
 
