@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,15 @@ def assert_contained(lab: Lab, *others: Guest) -> None:
     assert rss_mib(lab) <= MAX_RSS_MIB
     for guest in others:
         guest.assert_unbroken()
+
+
+def saved_all_in_s(lab: Lab) -> float:
+    """How long root's SaveAll takes. Nothing is saved afterwards."""
+    began = time.monotonic()
+    assert lab.job("SaveAll", survives="qemu-restart") == "done"
+    took_s = time.monotonic() - began
+    assert lab.job("LoadAll") == "done"
+    return took_s
 
 
 Polkit = Callable[[str], "subprocess.Popen[str]"]

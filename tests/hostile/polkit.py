@@ -11,27 +11,20 @@ password that a user should type, and "cancelled" for each question that is take
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from dbus_next.message import Message
 
-from tests.bus.stand_in import serve
-
-NAME = "org.freedesktop.PolicyKit1"
+from tests.bus.fake_polkit import serve_polkit, verdict
 
 
-def answer(message: Message, how: str) -> Message | bool:
-    if message.member == "CancelCheckAuthorization":
-        print("cancelled", flush=True)
-        return Message.new_method_return(message)
-    if message.member != "CheckAuthorization":
-        return False
-    _, action, _, flags, _ = message.body
+def decide(how: str, message: Message, action: str, flags: int) -> Message | bool:
     allowed = how == "looking" and action.endswith(".inspect")
     if flags & 1 and not allowed and how == "looking":
         print("asked", flush=True)
         return True
-    return Message.new_method_return(message, "(bba{ss})", [[allowed, False, {}]])
+    return verdict(message, yes=allowed)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], NAME, lambda message: answer(message, sys.argv[2]))
+    serve_polkit(sys.argv[1], partial(decide, sys.argv[2]))

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from cpr_agent.bus.client import CallError
-from tests.hostile.conftest import MAX_RSS_MIB, Evil, Polkit, User, assert_contained, figure, rss_mib
+from tests.hostile.conftest import MAX_RSS_MIB, Evil, Polkit, User, assert_contained, figure, rss_mib, saved_all_in_s
 from tests.hostile.test_qemus import FLOODS
 from tests.lab import DAEMON, ROOT, Lab, until
 
@@ -71,14 +71,6 @@ def test_a_save_of_all_beside_a_user_who_calls_without_end(lab: Lab, polkit: Pol
     print(user.answers())
     figure(f"SaveAll beside a storm of {what}, against alone ({alone:.3f} s)", beside / alone, 2.0, "times")
     assert_contained(lab, *guests)
-
-
-def saved_all_in_s(lab: Lab) -> float:
-    began = time.monotonic()
-    assert lab.job("SaveAll", survives="qemu-restart") == "done"
-    took = time.monotonic() - began
-    assert lab.job("LoadAll") == "done"
-    return took
 
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 
 from tests.bus.conftest import qemu_of
-from tests.hostile.conftest import Polkit, User, assert_contained, figure
+from tests.hostile.conftest import Polkit, User, assert_contained, figure, saved_all_in_s
 from tests.hostile.test_qemus import saved_in_s
 from tests.lab import Guest, Lab, script, until
 
@@ -61,28 +60,19 @@ def test_many_calls_cost_roots_save_little(lab: Lab, good: Guest, polkit: Polkit
     assert_contained(lab, good)
 
 
-def saved_all_s(lab: Lab) -> float:
-    """How long root's SaveAll takes. Nothing is saved afterwards."""
-    begun = time.monotonic()
-    assert lab.job("SaveAll", survives="qemu-restart") == "done"
-    took_s = time.monotonic() - begun
-    assert lab.job("LoadAll") == "done"
-    return took_s
-
-
 @pytest.mark.parametrize("what", ["calls", "variants", "lists", "signals"])
 def test_messages_that_want_no_answer_cost_roots_save_little(lab: Lab, good: Guest, polkit: Polkit, what: str) -> None:
     """As fast as the bus takes them, and from a user who may nothing: no call of root's fails, and none waits for long. It
     took 38 s, and answers of the bus came too late for root to be known."""
     polkit("no")
     other = lab.running("other")
-    alone_s = min(saved_all_s(lab) for _ in range(2))
+    alone_s = min(saved_all_in_s(lab) for _ in range(2))
     user = User(lab, "flood of pings of the bus", connections=2)
-    bus_s = max(saved_all_s(lab) for _ in range(2))
+    bus_s = max(saved_all_in_s(lab) for _ in range(2))
     user.answers()
     user = User(lab, f"flood of {what}", connections=2)
     lab.client(lambda client: client.manager("ListVMs"))
-    beside_s = min(saved_all_s(lab) for _ in range(3))
+    beside_s = min(saved_all_in_s(lab) for _ in range(3))
     assert user.answers()["frames"] > 100
     compared = f"SaveAll beside {what} (alone {alone_s:.2f} s, beside pings of the bus {bus_s:.2f} s)"
     figure(compared, beside_s, 4 * max(alone_s, bus_s) + 2.0, "s")
