@@ -74,6 +74,7 @@ class AgentBus:
         self._sock.settimeout(0)
         self._stream = self._sock.makefile("rb", _READ_AHEAD_BYTES)
         self._frames = FrameReader(self._stream)
+        self._reads_on = False
         self.unique_name = ""
         """As the bus calls this connection, once it has said hello."""
         self._serial = 0
@@ -105,7 +106,7 @@ class AgentBus:
         if not answer.startswith(b"OK "):
             raise AuthenticationError(f"authentication failed: {answer.decode(errors='replace').strip()}")
         await self._loop.sock_sendall(self._sock, b"BEGIN\r\n")
-        self._loop.add_reader(self._sock, self._read)
+        self._loop.add_reader(self._sock, self._wake)
         reply = await self.call(Message(*DAEMON, "Hello"))
         if reply.message_type is MessageType.ERROR:
             raise ConnectionRefusedError(error_text(reply))
@@ -165,6 +166,10 @@ class AgentBus:
 
     # -- reading --------------------------------------------------------------------------------------------------------
 
+    def _wake(self) -> None:
+        if not self._reads_on:  # or others had one turn for two readings
+            self._read()
+
     def _read(self) -> None:
         until = self._loop.time() + TURN_S
         try:
@@ -179,9 +184,11 @@ class AgentBus:
         except (OSError, EOFError) as error:
             self._finish(error)
             return
-        self._loop.call_soon(self._read_on)  # the rest is in the stream's buffer, which wakes no reader
+        self._reads_on = True  # the rest is in the stream's buffer, which wakes no reader
+        self._loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
+        self._reads_on = False
         if not self._end.done():
             self._read()
 
