@@ -54,12 +54,19 @@ class OneOfMany(BusObject):
 
 
 def test_an_object_that_fails_is_left_out_of_all(caplog: pytest.LogCaptureFixture) -> None:
-    name = {"Name": Variant("s", "web1")}
-    found = dict(answered([(OneOfMany("/a"), ValueError("liar")), (OneOfMany("/b"), name)]))
-    assert found == {"/b": {"org.cpragent1.VM": name}}
+    name, pid = {"Name": Variant("s", "web1")}, {"MainPID": Variant("u", 7)}
+
+    def rest(one: BusObject) -> dict[str, Variant]:
+        if one.path == "/c":
+            raise ValueError("liar")
+        return pid
+
+    found = dict(answered([(OneOfMany("/a"), ValueError("liar")), (OneOfMany("/b"), name), (OneOfMany("/c"), name)], rest))
+    assert found == {"/b": {"org.cpragent1.VM": {**name, **pid}}}
     assert "/a is left out" in caplog.text
+    assert "/c is left out" in caplog.text
     with pytest.raises(asyncio.CancelledError):
-        list(answered([(OneOfMany("/a"), asyncio.CancelledError())]))
+        list(answered([(OneOfMany("/a"), asyncio.CancelledError())], rest))
 
 
 def test_what_can_be_sent_is_sent_as_it_is() -> None:

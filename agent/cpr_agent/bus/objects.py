@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from cpr_agent import __version__, core
@@ -65,9 +66,12 @@ class BusObject:
         """A property that the contract has as writable; its setter is ``set_P``."""
         getattr(self, f"set_{name}")(value)
 
-    async def property(self, name: str) -> Any:
-        value = getattr(self, f"get_{name}")()
-        return await value if isinstance(value, Awaitable) else value
+    def is_slow(self, name: str) -> bool:
+        """Whether property ``name`` is to be awaited."""
+        return iscoroutinefunction(getattr(self, f"get_{name}"))
+
+    def property(self, name: str) -> Any:
+        return getattr(self, f"get_{name}")()
 
 
 class ManagerObject(BusObject):

@@ -83,6 +83,7 @@ class Service(Listener):
         self._told: dict[str, dict[str, Any]] = {}
         self._told_at: dict[str, float] = {}
         self._changed: set[str] = set()
+        self._telling: set[str] = set()
         self._ready = asyncio.Event()
         self._call: ContextVar[Message] = ContextVar("call")
         self._unknown: set[str] = set()
@@ -265,8 +266,9 @@ class Service(Listener):
                 return [Path("/etc/machine-id").read_text().strip()]
             case "GetManagedObjects":
                 objects = [o for path, o in self._objects.items() if _below_root(path) and path not in self._unknown]
-                values = await asyncio.gather(*map(self._values, objects), return_exceptions=True)
-                return [dict(answered(zip(objects, values, strict=True)))]
+                slow = await asyncio.gather(*map(self._slow, objects), return_exceptions=True)
+                there = [(o, values) for o, values in zip(objects, slow, strict=True) if o is self._objects.get(o.path)]
+                return [dict(answered(there, self._quick))]
             case _:
                 target = self._objects[path]
                 if body[0] not in ("", target.interface):
@@ -305,7 +307,7 @@ class Service(Listener):
         properties = self._contract[target.interface].properties
         if name not in properties:
             raise _Unknown(ErrorType.UNKNOWN_PROPERTY, f"{target.path} has no property {target.interface}.{name}")
-        return Variant(properties[name], await target.property(name))
+        return Variant(properties[name], await target.property(name) if target.is_slow(name) else target.property(name))
 
     def _set(self, target: BusObject, name: str, value: Variant) -> None:
         properties = self._contract[target.interface]
@@ -316,7 +318,21 @@ class Service(Listener):
         target.set(name, value.value)
 
     async def _values(self, target: BusObject) -> dict[str, Variant]:
-        return {name: await self._value(target, name) for name in self._contract[target.interface].properties}
+        return {**await self._slow(target), **self._quick(target)}
+
+    async def _slow(self, target: BusObject) -> dict[str, Variant]:
+        """Properties that take a while to read. Whatever was told of meanwhile is as it was told."""
+        told = self._told.get(target.path)
+        properties = self._contract[target.interface].properties
+        found = {name: await self._value(target, name) for name in properties if target.is_slow(name)}
+        news = self._told.get(target.path)
+        return found if news is None or news is told else {name: news.get(name, value) for name, value in found.items()}
+
+    def _quick(self, target: BusObject) -> dict[str, Variant]:
+        """The others. They are read last, right before they are sent: a signal tells of what changes after that, and nobody
+        who has heard it may be told then of what was before."""
+        properties = self._contract[target.interface].properties
+        return {name: Variant(kind, target.property(name)) for name, kind in properties.items() if not target.is_slow(name)}
 
     # -- the caller -----------------------------------------------------------------------------------------------------
 
@@ -416,13 +432,28 @@ class Service(Listener):
             self._later(lambda: self._tell(path))
 
     async def _tell(self, path: str) -> None:
+        """One at a time of each object: or what was read first could be told last."""
+        if path in self._telling:
+            self._changed.add(path)
+            return
+        self._telling.add(path)
+        try:
+            await self._tell_once(path)
+            while path in self._changed:
+                await self._tell_once(path)
+        finally:
+            self._telling.discard(path)
+
+    async def _tell_once(self, path: str) -> None:
         self._changed.discard(path)
         target = self._objects.get(path)
         if target is None:
             return
         interface = self._contract[target.interface]
-        names = [name for name in interface.properties if name not in interface.silent]
-        now = {name: await self._value(target, name) for name in names}
+        slow = [name for name in interface.properties if name not in interface.silent and target.is_slow(name)]
+        found = {name: await self._value(target, name) for name in slow}
+        quick = self._quick(target)
+        now = {**found, **{name: value for name, value in quick.items() if name not in interface.silent}}
         before = self._told.get(path, {})
         changed = {name: value for name, value in now.items() if before.get(name) != value}
         self._told[path] = now
@@ -448,16 +479,16 @@ class Service(Listener):
 
 
 def answered(
-    found: Iterable[tuple[BusObject, dict[str, Variant] | BaseException]],
+    found: Iterable[tuple[BusObject, dict[str, Variant] | BaseException]], rest: Callable[[BusObject], dict[str, Variant]]
 ) -> Iterator[tuple[str, dict[str, dict[str, Variant]]]]:
-    """Those whose values could be told: the fault of one leaves no caller without the others."""
+    """Those whose values could be told, with the ``rest`` of them: the fault of one leaves no caller without the others."""
     for one, values in found:
-        if isinstance(values, Exception):
-            log.error("%s is left out", one.path, exc_info=values)
-        elif isinstance(values, BaseException):
-            raise values
-        else:
-            yield one.path, {one.interface: values}
+        try:
+            if isinstance(values, BaseException):
+                raise values
+            yield one.path, {one.interface: {**values, **rest(one)}}
+        except Exception:
+            log.exception("%s is left out", one.path)
 
 
 def _internal_error(call: Message) -> Message:
