@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -76,14 +77,21 @@ def limit_group(guest: Guest) -> str:
     return "object tg was throttle-group iops-total=10, is throttle-group iops-total=20"
 
 
-CHANGES = (add_object, add_chardev, add_bitmap, export, limit_group)
+def forward_port(guest: Guest) -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    guest.admin("human-monitor-command", **{"command-line": f"hostfwd_add n0 tcp:127.0.0.1:{port}-:22"})
+    return f"host forward tcp 127.0.0.1:{port} of n0 to 10.0.2.15:22 was not there, is a forwarded port"
+
+
+CHANGES = (add_object, add_chardev, add_bitmap, export, limit_group, forward_port)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_does_not_go_along_is_said(each_lab: Lab, change: Callable[[Guest], str]) -> None:
     """Each is lost with its QEMU, and the guest is the same: that is for an admin to know, and no reason against a save."""
-    group = ("-object", "throttle-group,id=tg,x-iops-total=10")
-    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"), "qcow2", *group)
+    more = ("-object", "throttle-group,id=tg,x-iops-total=10", "-netdev", "user,id=n0", "-device", "e1000,netdev=n0")
+    guest = with_disk(each_lab, image(each_lab.root / "disk.qcow2"), "qcow2", *more)
     assert lost(guest) == []
     said = change(guest)
     assert lost(guest) == [said]

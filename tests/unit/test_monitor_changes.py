@@ -15,7 +15,7 @@ from cpr_agent.core.model import Part, Throttle
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Blocked, QemuRefused
 from cpr_agent.vm.cmdline import password_displays
-from cpr_agent.vm.inventory import networks, throttles
+from cpr_agent.vm.inventory import host_forwards, networks, throttles
 from cpr_agent.vm.replies import BlockBackend, Limits
 from tests.bench import Bench
 
@@ -46,6 +46,23 @@ def test_networks_are_found_in_what_a_human_reads() -> None:
     assert list(networks(said)) == [
         Part(name="network n0", kind="user", leads_to="net=10.0.2.0 restrict=off"),
         Part(name="network n1", kind="vhost-user", leads_to=""),
+    ]
+
+
+def test_forwarded_ports_are_found_in_what_a_human_reads() -> None:
+    """As QEMU 7.2 says it. Connections come and go by themselves."""
+    head = r"  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n"
+    said = (
+        rf"Hub -1 (net0):\r\n{head}"
+        r"  TCP[HOST_FORWARD]  12               *  5558       10.0.2.15    81     0     0\r\n"
+        r"  TCP[ESTABLISHED]   14       127.0.0.1  5558       10.0.2.15    81     0     0\r\n"
+        rf"Hub -1 (net1):\r\n{head}"
+        r"  UDP[HOST_FORWARD]  11       127.0.0.1  5556       10.0.2.15    53     0     0\r\n"
+        r"  UDP[236 sec]       15       10.0.2.15 33070        10.0.2.3    53     0     0\r\n"
+    )
+    assert [name for name, _ in host_forwards(said)] == [
+        "host forward tcp *:5558 of net0 to 10.0.2.15:81",
+        "host forward udp 127.0.0.1:5556 of net1 to 10.0.2.15:53",
     ]
 
 
@@ -88,6 +105,11 @@ def test_a_part_that_was_added_is_told(bench: Bench) -> None:
     assert said(bench, "not-carried") == []
     bench.runner.parts["web1"] = [Part(name="object io1", kind="iothread")]
     assert said(bench, "not-carried") == ["object io1 was not there, is iothread"]
+    assert said(bench, "blocked") == []
+    bench.runner.parts["web1"] = [Part(name="host forward tcp *:5558 of net0 to 10.0.2.15:81", kind="a forwarded port")]
+    assert said(bench, "not-carried") == [
+        "host forward tcp *:5558 of net0 to 10.0.2.15:81 was not there, is a forwarded port"
+    ]
     assert said(bench, "blocked") == []
 
 

@@ -87,6 +87,8 @@ _NETWORK = re.compile(r"(?:^|\\n| )([^\s\\]+): index=\d+,type=([\w-]+)([^\s\\]*)
 """A backend's line in the answer to ``info network``, in which line feeds show as their escapes."""
 _LEADS_TO = re.compile(r",((?:net|restrict|ifname|br)=[^,]*)")
 """Of such a line; who is connected, and by which descriptor, changes by itself."""
+_FORWARDS = re.compile(r"Hub -?\d+ \(([^)\\]+)\):|(\w+)\[HOST_FORWARD\] +\S+ +(\S+) +(\d+) +(\S+) +(\d+)")
+"""In the answer to ``info usernet``: a network, or a port of the host that leads to its guest (libslirp, src/misc.c)."""
 _NEEDED_LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _PLUGGED: list[Question] = [(QOM_LIST, {"path": parent}) for parent in PLUGGED]
 
@@ -151,10 +153,12 @@ async def parts(qmp: Qmp) -> Inventory:
 async def _parts(qmp: Qmp, nodes: list[replies.BlockNode] | None, others: Sequence[Any]) -> tuple[Part, ...]:
     """``others`` answers _PARTS."""
     objects, chardevs, exports, hmp = others
+    nets = list(networks(hmp or ""))
     found = (
         *await _objects(qmp, objects or ()),
         *_chardevs(chardevs or ()),
-        *networks(hmp or ""),
+        *nets,
+        *(await _host_forwards(qmp) if any(net.kind == "user" for net in nets) else ()),
         *(_part(f"export {one.id}", f"{one.type} of {one.node_name}") for one in exports or ()),
         *_bitmaps(nodes or ()),
     )
@@ -166,6 +170,23 @@ def networks(said: str) -> Iterator[Part]:
     for id_, kind, rest in _NETWORK.findall(said):
         if kind != "nic":
             yield Part(name=f"network {id_}", kind=kind, leads_to=" ".join(_LEADS_TO.findall(rest)))
+
+
+async def _host_forwards(qmp: Qmp) -> list[Part]:
+    """Those of ``hostfwd_add``, too. Raises QemuFailed."""
+    found = sorted({*host_forwards(await qmp.ask(HUMAN_MONITOR, {"command-line": "info usernet"}))})
+    if len(found) > MAX_DEVICES:
+        raise QemuFailed(f"QEMU says that it forwards {len(found)} ports, and {MAX_DEVICES} is the most", vm=qmp.vm)
+    return [_part(name, kind) for name, kind in found]
+
+
+def host_forwards(said: str) -> Iterator[tuple[str, str]]:
+    """The name and the kind of each part. ``said`` answers ``info usernet``. One port may lead to several places."""
+    net = ""
+    for hub, protocol, address, port, to, to_port in _FORWARDS.findall(said):
+        net = hub or net
+        if not hub:
+            yield f"host forward {protocol.lower()} {address}:{port} of {net} to {to}:{to_port}", "a forwarded port"
 
 
 def _part(name: str, kind: str) -> Part:
