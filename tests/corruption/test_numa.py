@@ -108,7 +108,7 @@ def test_either_is_another_file_or_none(alike: Guest, number: int) -> None:
     ram.rename(aside)
     caught(alike, "DeviceMissing", f"{ram} cannot be found")
     shutil.copy(aside, ram)
-    caught(alike, "MemoryChanged", f"{ram} is not the memory that was saved", "inode was")
+    caught(alike, "MemoryChanged", f"{ram} is not the memory that its guest is in", "inode was")
     aside.rename(ram)
     loads(alike)
 

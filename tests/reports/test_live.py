@@ -249,6 +249,18 @@ def test_an_image_that_is_not_at_its_path_any_more_is_told(each_lab: Lab, change
     assert_refused(guest, "disk d0", str(path))
 
 
+@pytest.mark.parametrize("change", [Path.unlink, move, move_and_replace])
+def test_memory_that_is_not_at_its_path_any_more_is_told(each_lab: Lab, change: Any) -> None:
+    guest = each_lab.running("web1")
+    path = Path(guest.properties["Memory"]["device"])
+    kept = path.with_suffix(".kept")
+    os.link(path, kept)
+    change(path)
+    assert_refused(guest, str(path), "bring back under this name what its QEMU has open")
+    kept.replace(path)
+    assert_goes_on(guest)
+
+
 @pytest.mark.parametrize("size", [2 << 20, 512 << 10])
 def test_a_raw_image_that_was_resized_from_outside_is_told(each_lab: Lab, size: int) -> None:
     """By truncate, qemu-img resize -U, lvextend: QEMU has the old size until block_resize, and the next one would not."""

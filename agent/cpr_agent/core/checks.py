@@ -16,7 +16,7 @@ from cpr_agent.core.run_states import SAVEABLE
 from cpr_agent.core.saveable import obstacle
 from cpr_agent.core.separation import image_findings, sharing_findings
 from cpr_agent.core.vm import Vm
-from cpr_agent.errors import CheckpointUnreadable, CprError, MemoryUnusable
+from cpr_agent.errors import CheckpointUnreadable, CprError, DeviceMissing, MemoryChanged, MemoryUnusable
 
 MEMORY_SURVIVES = "memory-survives"
 
@@ -181,6 +181,8 @@ async def _witness_findings(vm: Vm, ports: Ports, launch: Launch) -> list[Findin
     try:
         located = await ports.memory.relocate(launch.memory, 0.5)
         kind, seconds = await ports.memory.witness_cost_s(located, vm.machine.settings.witness.kind)
+    except (DeviceMissing, MemoryChanged):  # it is told among what blocks a save
+        return []
     except CprError as error:
         return [Finding(severity="error", code=error.kind, what=error.what, remedy=error.remedy, vm=vm.name)]
     what = f"the witness of its RAM ({kind}) takes {seconds:.3f} s, at the save and at the load"

@@ -14,7 +14,16 @@ from cpr_agent.core.hooks import vetoes
 from cpr_agent.core.machine import Machine
 from cpr_agent.core.model import Inventory, Launch, Policy, QemuFacts, Survives, VmState
 from cpr_agent.core.run_states import RUN_STATES, SAVEABLE
-from cpr_agent.errors import AlreadySaved, Blocked, CprError, QemuFailed, QemuUnreachable, WrongState
+from cpr_agent.errors import (
+    AlreadySaved,
+    Blocked,
+    CprError,
+    DeviceMissing,
+    MemoryChanged,
+    QemuFailed,
+    QemuUnreachable,
+    WrongState,
+)
 
 Fallback = Literal["wait", "shut-down", "refuse"]
 
@@ -57,7 +66,18 @@ async def _look(machine: Machine, need: Survives) -> tuple[Inventory | None, lis
     if qemu is None or launch is None or machine.run_state not in SAVEABLE:
         return None, []
     has, changed = await inventory.reasons(machine.ports, qemu, launch, need)
-    return has, await qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, qemu, has)
+    reasons = await qemu.blocked_reasons(launch) + changed + await sleep_reasons(machine, qemu, has)
+    return has, reasons + await _memory_reasons(machine, launch)
+
+
+async def _memory_reasons(machine: Machine, launch: Launch) -> list[str]:
+    """Why the next QEMU would not find its guest's RAM, which this one has open."""
+    try:
+        await machine.relocated(launch.memory)
+    except (DeviceMissing, MemoryChanged) as error:
+        remedy = "bring back under this name what its QEMU has open, or shut the guest down and start it afresh"
+        return [f"{error.what}: {remedy}"]
+    return []
 
 
 async def require_live(machine: Machine, need: Survives) -> Saveable:
@@ -139,7 +159,7 @@ class Successor:
             return [f"the QEMU that would load it, {path}, is not there any more"]
         facts = await machine.qemu.facts(launch)
         asked = (installed, facts.version, facts.machine_type)
-        if self._asked != asked:
+        if self._asked != asked and not await _memory_reasons(machine, launch):  # it opens the RAM, too
             self._asked, self._reasons = asked, await self._ask(launch, facts)
         return self._reasons
 

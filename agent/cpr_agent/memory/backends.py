@@ -97,7 +97,7 @@ class HostMemory:
             raise MemoryChanged(error.what, left=KEPT, remedy=error.remedy) from error
         if differences := identity.differences(located.identity):
             raise MemoryChanged(
-                f"{located.node} is not the memory that was saved: {'; '.join(map(str, differences))}",
+                f"{located.node} is not the memory that its guest is in: {'; '.join(map(str, differences))}",
                 left=KEPT,
                 remedy="bring the original memory back and load again",
                 evidence=differences,
