@@ -122,6 +122,7 @@ export function vm(path: string, raw: Dict): Vm {
     const memory = dict(p.Memory);
     const checkpoint = dict(p.Checkpoint);
     const held = dict(p.Held);
+    const pid = number(p.MainPID) ?? 0;
     return {
         path,
         name: text(p.Name),
@@ -132,14 +133,14 @@ export function vm(path: string, raw: Dict): Vm {
         cpus: known(p.Cpus),
         autostart: flag(p.Autostart),
         definition: text(p.DefinitionState) || "ok",
-        pid: number(p.MainPID) ?? 0,
+        pid,
         owner: text(p.Owner),
         unit: text(p.Unit),
         user: text(p.User),
         qemu: text(p.Qemu),
         qemuRunning: text(p.QemuRunning),
         qemuInstalled: text(p.QemuInstalled),
-        qemuOutdated: flag(p.QemuOutdated),
+        qemuOutdated: flag(p.QemuOutdated) && pid !== 0,  // its end is announced by the PID alone
         memory: memory.nodes ? list(memory.nodes).map(range) : Object.keys(memory).length ? [range(memory)] : [],
         size: number(memory.size),
         survives: survives(memory.survives),

@@ -170,6 +170,7 @@ def test_what_a_page_shows_of_a_vm(lab: Lab) -> None:
     guest = lab.guest("web1", "-smp", "2")
     shown = guest.properties
     assert (shown["Cpus"], shown["Autostart"], shown["LastPause"], shown["QemuRunning"]) == (2, False, 0.0, "")
+    assert not shown["QemuOutdated"]
     guest.start()
     before = time.time()
     guest.save()

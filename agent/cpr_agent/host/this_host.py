@@ -85,6 +85,8 @@ class ThisHost:
         return self._digests[key]
 
     def program_identity(self, path: str) -> str:
+        if not path:  # to a Path it is the working directory
+            return ""
         try:
             info = Path(path).stat()
         except OSError:
