@@ -181,7 +181,7 @@ def _command_line_findings(the_plan: Plan, ports: Ports, drivers: Collection[str
                 code="command-line",
                 what=f"the new kernel's command line {', '.join(difference)}",
                 why="it decides where persistent memory is: guests' RAM would become free memory, or move",
-                remedy="use --reuse-cmdline",
+                remedy="use `--reuse-cmdline`",
             )
         )
     if banned := sorted(blacklisted(the_plan.command_line) & set(drivers)):
@@ -238,9 +238,10 @@ def _pause_findings(the_plan: Plan, ports: Ports, vms: list[str]) -> list[Findin
         what = f"guests will pause for about {pause_s:.1f} s, as in the last of {count} kexecs of this host"
         out = [Finding(severity="info", code="predicted-pause", what=what, seconds=pause_s)]
     if the_plan.max_pause_s is not None and vms and (predicted is None or predicted[0] > the_plan.max_pause_s):
-        why = "longer than allowed" if predicted else "nothing says that it will be short enough"
-        what = f"the pause may not exceed {the_plan.max_pause_s:g} s, expected are " + (
-            f"{predicted[0]:.1f} s" if predicted else "none that were measured"
+        what = f"the pause may not exceed {the_plan.max_pause_s:g} s, but " + (
+            f"about {predicted[0]:.1f} s are expected" if predicted else "nothing says how long it will be"
         )
-        out.append(Finding(severity="error", code="max-pause", what=what, why=why, remedy="allow more with --max-pause"))
+        why = "guests would pause longer than allowed" if predicted else "this host has no kexec on record"
+        remedy = "allow more with `--max-pause`" if predicted else "measure it with `cprctl drill`, or set no `--max-pause`"
+        out.append(Finding(severity="error", code="max-pause", what=what, why=why, remedy=remedy))
     return out
