@@ -126,6 +126,9 @@ const History = ({ vm }: { vm: decode.Vm }) => {
     </Card>;
 };
 
+/** The page of a held guest shows the reason and the evidence above. */
+const HELD = { what: _("It is held."), remedy: "" };
+
 const Checked = ({ vm }: { vm: decode.Vm }) => {
     const { agent } = usePage();
     const { value, error, again } = useAnswer(
@@ -138,7 +141,7 @@ const Checked = ({ vm }: { vm: decode.Vm }) => {
         </CardHeader>
         <CardBody>
             {error && <Failure title={_("It could not be checked.")} text={error} />}
-            {value && !error && <Findings findings={value} />}
+            {value && !error && <Findings findings={value.map(one => one.code === "held" ? { ...one, ...HELD } : one)} />}
         </CardBody>
     </Card>;
 };
@@ -163,7 +166,7 @@ const Guest = ({ vm }: { vm: decode.Vm }) => {
                 hasNoOffset: true,
                 actions: <div className="cpr-actions">
                     {acts(vm).map((act, index) => <Button key={act.name}
-                        variant={act.danger ? "danger" : index === 0 ? "primary" : "secondary"}
+                        variant={act.danger ? "danger" : index === 0 && vm.state !== "held" ? "primary" : "secondary"}
                         isDisabled={busy !== "" || state.link !== "live"} isLoading={busy === act.name}
                         onClick={() => act.question ? setAsked(act) : begin(act)}>{act.label}</Button>)}
                 </div>,
@@ -172,7 +175,8 @@ const Guest = ({ vm }: { vm: decode.Vm }) => {
             </CardHeader>
             <CardBody>
                 <div className="cpr-stack">
-                    {error && <Failure title={error.title} text={error.text} onClose={() => setError(undefined)} />}
+                    {error && <Failure title={error.title} onClose={() => setError(undefined)}
+                                       text={error.text === vm.held?.reason ? _("Why it is held stands below.") : error.text} />}
                     {vm.description && <div><Foreign>{vm.description}</Foreign></div>}
                     {vm.definition === "changed" && <Notice variant="info" title={_("Its definition has changed")}>
                         {_("The change counts from its next start on.")}
@@ -194,7 +198,7 @@ const Guest = ({ vm }: { vm: decode.Vm }) => {
             <CardBody>
                 <div className="cpr-stack">
                     <Notice variant="danger" title={_("The guest is kept untouched until an administrator decides")}>
-                        <Foreign>{vm.held.reason}</Foreign>
+                        <Prose>{vm.held.reason}</Prose>
                     </Notice>
                     <Evidence rows={vm.held.evidence} />
                 </div>
