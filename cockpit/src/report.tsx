@@ -6,7 +6,7 @@ import { useState } from 'react';
 import * as decode from './decode';
 import { useAnswer, usePage } from './hooks';
 import { Evidence, Failure, Foreign, href, Notice, Prose } from './parts';
-import { length, moment, shown } from './words';
+import { length, period, shown } from './words';
 
 const _ = cockpit.gettext;
 
@@ -99,7 +99,7 @@ const Whole = ({ report }: { report: decode.Report }) => <>
                     {report.reason && <Prose>{report.reason}</Prose>}
                     {report.failures.map((failure, index) => <div key={index}><Prose>{failure}</Prose></div>)}
                 </Notice>
-                <div className="cpr-subtle">{`${moment(report.startedAt)} – ${moment(report.endedAt)}`}</div>
+                <div className="cpr-subtle">{period(report.startedAt, report.endedAt)}</div>
                 <Timeline report={report} />
             </div>
         </CardBody>

@@ -16,6 +16,9 @@ export function shown(text: string): string {
 /** As Intl wants it: Cockpit says pt_BR. */
 const language = (): string | undefined => cockpit.language?.replace("_", "-");
 
+/** Between a number and its unit: no line ends there. */
+const NBSP = "\u00a0";
+
 export function size(bytes: number | undefined): string {
     if (bytes === undefined)
         return "—";
@@ -26,24 +29,33 @@ export function size(bytes: number | undefined): string {
         value /= 1024;
         unit += 1;
     }
-    return `${value.toLocaleString(language(), { maximumFractionDigits: value < 10 ? 1 : 0 })} ${units[unit]}`;
+    return `${value.toLocaleString(language(), { maximumFractionDigits: value < 10 ? 1 : 0 })}${NBSP}${units[unit]}`;
 }
 
 export function length(seconds: number | undefined): string {
     if (seconds === undefined)
         return "—";
     if (seconds < 1)
-        return `${Math.round(seconds * 1000)} ms`;
+        return `${Math.round(seconds * 1000)}${NBSP}ms`;
     if (seconds < 60)
-        return `${seconds.toLocaleString(language(), { maximumFractionDigits: 1 })} s`;
+        return `${seconds.toLocaleString(language(), { maximumFractionDigits: 1 })}${NBSP}s`;
     const whole = Math.round(seconds);
-    return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+    return [Math.floor(whole / 60), "min", whole % 60, "s"].join(NBSP);
 }
+
+const MOMENT = { dateStyle: "medium", timeStyle: "short" } as const;
 
 export function moment(epoch: number | undefined): string {
     if (epoch === undefined)
         return "—";
-    return new Date(epoch * 1000).toLocaleString(language(), { dateStyle: "medium", timeStyle: "short" });
+    return new Date(epoch * 1000).toLocaleString(language(), MOMENT);
+}
+
+/** From one moment to another, with what they have in common once. */
+export function period(begin: number | undefined, end: number | undefined): string {
+    if (begin === undefined || end === undefined || end < begin)
+        return `${moment(begin)} – ${moment(end)}`;
+    return new Intl.DateTimeFormat(language(), MOMENT).formatRange(begin * 1000, end * 1000);
 }
 
 export function survival(survives: Survives): string {

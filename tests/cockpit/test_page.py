@@ -44,7 +44,7 @@ def test_the_overview_follows_what_happens(desk: Desk) -> None:
     expect(row(page, "web1")).to_contain_text("Saved")
     first.load()
     expect(row(page, "web1")).to_contain_text("Running")
-    expect(row(page, "web1")).to_contain_text(re.compile(r"\d m?s"))
+    expect(row(page, "web1")).to_contain_text(re.compile(r"\d\sm?s"))
     second.call("Stop", "s", "hard")
     expect(row(page, "web2")).to_contain_text(re.compile("Stopped|Shut down"))
     desk.lab.guest("web3")
@@ -224,6 +224,7 @@ def test_reports_are_listed_and_drawn_and_downloaded(desk: Desk) -> None:
     table.get_by_role("link").first.click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("Load of web1")
     expect(page.get_by_role("img", name="web1: save")).to_be_visible()
+    expect(page.get_by_role("grid", name="Guests")).to_contain_text(re.compile(r"save \d[\d.]*\u00a0m?s"))
     desk.look(page, "report")
     for name, begin in (("Page (HTML)", b"<!"), ("Picture (SVG)", b"<"), ("Data (JSON)", b"{")):
         with page.expect_download() as download:

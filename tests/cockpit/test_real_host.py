@@ -176,6 +176,6 @@ def upgrade(host: HostVm, page: Page, version: str) -> None:
     log_in(page)
     expect(inner.get_by_role("heading", level=1)).to_contain_text(f"→ {kernel}")
     expect(inner.get_by_text("2 of 2 guests went on")).to_be_visible()
-    expect(guest(inner, "web1")).to_contain_text(re.compile(r"\d s"))
+    expect(guest(inner, "web1")).to_contain_text(re.compile(r"\d\ss"))
     look(page, frame(page), f"host-report-{version}", version)
     frame(page).evaluate("cockpit.spawn(['sh', '-c', 'echo seen >/run/page-seen'], { superuser: 'require' })")
