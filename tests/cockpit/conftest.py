@@ -31,6 +31,12 @@ SCHEMES: Any = ("light", "dark")
 TOO_WIDE = """[...document.querySelectorAll(
     "html, .pf-v6-c-page__main-container, .pf-v6-c-page__main, .pf-v6-c-modal-box__body"
 )].some(one => one.scrollWidth > one.clientWidth + 1)"""
+SETTLED = """dark => {
+    const moves = one => one.playState === "running" && one.effect.getComputedTiming().endTime < Infinity;
+    const themed = document.documentElement.classList.contains("pf-v6-theme-dark") === dark;
+    return themed && !document.getAnimations().some(moves);
+}"""
+"""Its colours are those of the scheme, and nothing moves but what always does."""
 expect.set_options(timeout=PATIENCE_S * 1000)
 
 
@@ -97,7 +103,7 @@ class Desk:
 
 def picture(page: Page, name: str) -> None:
     PAGES.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=PAGES / f"{name}.png", full_page=False)
+    page.screenshot(path=PAGES / f"{name}.png", full_page=False, animations="disabled")
 
 
 def look(page: Page, frame: Page | Frame, name: str, version: str, *, once: bool = False) -> None:
@@ -107,6 +113,7 @@ def look(page: Page, frame: Page | Frame, name: str, version: str, *, once: bool
         for size in (WIDE,) if once else (WIDE, NARROW):
             page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
             page.set_viewport_size(size)
+            frame.wait_for_function(SETTLED, arg=scheme == "dark")
             picture(page, f"{name}-{scheme}-{size['width']}")
             too_wide = frame.evaluate(TOO_WIDE)
             assert not too_wide, f"{name} is wider than {size['width']} px"
