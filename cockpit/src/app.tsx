@@ -130,7 +130,7 @@ export const App = ({ agent }: { agent: Agent }) => {
                 {_("Some things are not shown. Restart cpr-agent.service after an update of its package.")}
             </Notice>}
             {admin === false && <Notice variant="info" title={_("Limited access")}>
-                {_("What this session may not do is refused. Administrative access allows it.")}
+                {_("This session may look. Saving, loading and upgrading need administrative access.")}
             </Notice>}
             <JobBanners jobs={state.jobs} title={job => kind(job.kind)} />
             <View path={path} />

@@ -139,7 +139,7 @@ export function vm(path: string, raw: Dict): Vm {
         qemu: text(p.Qemu),
         qemuRunning: text(p.QemuRunning),
         qemuInstalled: text(p.QemuInstalled),
-        qemuOutdated: flag(p.QemuOutdated),
+        qemuOutdated: flag(p.QemuOutdated) && text(p.QemuRunning) !== "",
         memory: memory.nodes ? list(memory.nodes).map(range) : Object.keys(memory).length ? [range(memory)] : [],
         size: number(memory.size),
         survives: survives(memory.survives),

@@ -72,7 +72,7 @@ export const MemoryView = () => {
         {error && <Failure title={_("The devices cannot be shown.")} text={error} />}
         {value && !value.length && <EmptyState headingLevel="h2" titleText={_("No persistent memory on this host")}>
             <EmptyStateBody>
-                {_("A guest lives through a kexec only if its RAM is in a devdax device. cpr-agent(7) tells how to make one.")}
+                {_("A guest lives through a kexec only if its RAM is in a devdax device. /usr/share/doc/cpr-agent/memory.md tells how to make one.")}
             </EmptyStateBody>
         </EmptyState>}
         {value?.map(device => <Device key={device.uuid || device.node} device={device} />)}

@@ -131,7 +131,7 @@ export const Overview = () => {
         <Host />
         {!memory && (volatile || !vms.length) &&
             <Notice variant="warning" title={_("Nothing on this host keeps memory over a kexec")}>
-                {_("Guests can get a new QEMU, but not a new kernel. cpr-agent(7) tells how to set persistent memory up.")}
+                {_("Guests can get a new QEMU, but not a new kernel. /usr/share/doc/cpr-agent/memory.md tells how to set such memory up.")}
             </Notice>}
         <Card>
             <CardTitle component="h2">{_("Guests")}</CardTitle>

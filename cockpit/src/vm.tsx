@@ -163,7 +163,7 @@ const Guest = ({ vm }: { vm: decode.Vm }) => {
                 hasNoOffset: true,
                 actions: <div className="cpr-actions">
                     {acts(vm).map((act, index) => <Button key={act.name}
-                        variant={act.danger ? "danger" : index === 0 ? "primary" : "secondary"}
+                        variant={act.danger ? "danger" : index || vm.held ? "secondary" : "primary"}
                         isDisabled={busy !== "" || state.link !== "live"} isLoading={busy === act.name}
                         onClick={() => act.question ? setAsked(act) : begin(act)}>{act.label}</Button>)}
                 </div>,
@@ -172,7 +172,7 @@ const Guest = ({ vm }: { vm: decode.Vm }) => {
             </CardHeader>
             <CardBody>
                 <div className="cpr-stack">
-                    {error && <Failure title={error.title} text={error.text} onClose={() => setError(undefined)} />}
+                    {error && !(vm.held && error.text.includes(vm.held.reason)) && <Failure title={error.title} text={error.text} onClose={() => setError(undefined)} />}
                     {vm.description && <div><Foreign>{vm.description}</Foreign></div>}
                     {vm.definition === "changed" && <Notice variant="info" title={_("Its definition has changed")}>
                         {_("The change counts from its next start on.")}
@@ -194,7 +194,7 @@ const Guest = ({ vm }: { vm: decode.Vm }) => {
             <CardBody>
                 <div className="cpr-stack">
                     <Notice variant="danger" title={_("The guest is kept untouched until an administrator decides")}>
-                        <Foreign>{vm.held.reason}</Foreign>
+                        <Prose>{vm.held.reason}</Prose>
                     </Notice>
                     <Evidence rows={vm.held.evidence} />
                 </div>

@@ -97,7 +97,7 @@ class Desk:
 
 def picture(page: Page, name: str) -> None:
     PAGES.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=PAGES / f"{name}.png", full_page=False)
+    page.screenshot(path=PAGES / f"{name}.png", full_page=False, animations="disabled")
 
 
 def look(page: Page, frame: Page | Frame, name: str, version: str, *, once: bool = False) -> None:

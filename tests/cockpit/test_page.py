@@ -407,7 +407,7 @@ def test_a_session_that_may_look_and_not_touch(desk: Desk, polkit: Callable[[str
     guest = desk.lab.running()
     page = desk.session(NOBODY)
     expect(row(page, "web1")).to_contain_text("Running")
-    expect(page.get_by_text("What this session may not do is refused.")).to_be_visible()
+    expect(page.get_by_text("This session may look.")).to_be_visible()
     desk.look(page, "limited-look")
     page.get_by_role("link", name="web1", exact=True).click()
     button(page, "Save").click()

@@ -1183,7 +1183,7 @@ def test_a_clock_that_was_stepped_does_not_decide() -> None:
     assert predicted[0] == 6.5
 
 
-@pytest.mark.parametrize(("known", "words"), [(True, "expected are 20.0 s"), (False, "none that were measured")])
+@pytest.mark.parametrize(("known", "words"), [(True, "20.0 s are expected"), (False, "none was measured yet")])
 def test_a_pause_that_is_too_long_or_not_known_is_refused(bench: Bench, words: str, *, known: bool) -> None:
     async def ask(manager: Manager) -> Job:
         if known:

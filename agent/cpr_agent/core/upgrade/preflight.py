@@ -238,9 +238,8 @@ def _pause_findings(the_plan: Plan, ports: Ports, vms: list[str]) -> list[Findin
         what = f"guests will pause for about {pause_s:.1f} s, as in the last of {count} kexecs of this host"
         out = [Finding(severity="info", code="predicted-pause", what=what, seconds=pause_s)]
     if the_plan.max_pause_s is not None and vms and (predicted is None or predicted[0] > the_plan.max_pause_s):
+        allowed = f"the pause may take {the_plan.max_pause_s:g} s at most"
         why = "longer than allowed" if predicted else "nothing says that it will be short enough"
-        what = f"the pause may not exceed {the_plan.max_pause_s:g} s, expected are " + (
-            f"{predicted[0]:.1f} s" if predicted else "none that were measured"
-        )
+        what = f"{allowed}, and {predicted[0]:.1f} s are expected" if predicted else f"{allowed}, and none was measured yet"
         out.append(Finding(severity="error", code="max-pause", what=what, why=why, remedy="allow more with --max-pause"))
     return out
