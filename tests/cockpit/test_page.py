@@ -180,7 +180,8 @@ def test_a_held_guest_shows_its_evidence(desk: Desk) -> None:
     view(page, "vm", "web1")
     button(page, "Load").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("Held")
-    expect(page.get_by_text("Load failed")).to_be_visible()
+    expect(page.get_by_text("kept untouched until an administrator decides")).to_be_visible()
+    expect(page.get_by_text("Load failed")).to_have_count(0)  # the same words would stand there
     evidence = page.get_by_role("grid", name="Evidence")
     expect(evidence).to_contain_text("witness")
     desk.look(page, "vm-held")
