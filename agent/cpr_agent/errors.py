@@ -77,7 +77,8 @@ class CprError(Exception):
         """The whole message, fit for an admin's screen."""
         subject = f"VM {self.vm}: " if self.vm else ""
         after = (part[0].upper() + part[1:] for part in (self.left, self.remedy) if part)
-        return ". ".join(part.rstrip(".") for part in (subject + self.what, *after)) + "."
+        parts = (subject + self.what, *after)
+        return " ".join(part if part.endswith(("?", "!")) else f"{part.rstrip('.')}." for part in parts)
 
     @property
     def dbus_name(self) -> str:

@@ -163,6 +163,9 @@ def test_history_is_a_row_a_load(lab: Lab) -> None:
     assert "save " in rows[2]
     assert [row.split()[2] for row in lab.cprctl("history", "-n", "1").stdout.splitlines()[2:]] == ["db"]
     assert [row.split()[2] for row in lab.cprctl("history", "web1").stdout.splitlines()[2:]] == ["web1"]
+    lab.guest("fresh")
+    assert exits(lab, 0, "history", "fresh") == "No load is on record.\n"
+    assert exits(lab, 3, "history", "wbe1") == "cprctl: no VM named wbe1; did you mean web1?\n"
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "120"])
@@ -183,7 +186,7 @@ def test_what_is_wrong_stands_in_a_list_that_fits(lab: Lab, tmp_path: Path, colu
     assert ("bad definition" if int(columns) < 100 else "bad definition: unknown key") in rows["broken"]
     assert any("no definition" in line or "definition is gone" in line for line in lines)
     assert ("QEMU" in lines[0]) == (int(columns) > 100)
-    assert any("…" in line.split()[0] for line in lines if line.split())
+    assert any("…" in line.split()[0] for line in lines if line.split()) == (int(columns) < 100)
 
 
 def test_long_texts_wrap_at_words_with_a_hanging_indent(lab: Lab, tmp_path: Path) -> None:
@@ -261,7 +264,8 @@ def exits(lab: Lab, code: int, *arguments: str) -> str:
 
 def test_exit_codes_are_as_documented(lab: Lab) -> None:
     """Refusals by polkit, with 77, are test_polkit's."""
-    assert "nothing to do: no VM has a live guest" in exits(lab, 2, "save", "--all")
+    assert exits(lab, 2, "save", "--all") == "cprctl: nothing to do: no VM has a live guest that is not saved yet.\n"
+    assert "nothing was upgraded or loaded on this host yet" in exits(lab, 3, "report")
     assert "nothing to do: no VM has a checkpoint" in exits(lab, 2, "load", "--all")
     assert "nothing to do" in exits(lab, 2, "load", "--all", "--autostart")
     assert "nothing to do" in exits(lab, 2, "refresh", "--all")
@@ -272,9 +276,14 @@ def test_exit_codes_are_as_documented(lab: Lab) -> None:
     assert "already" in exits(lab, 1, "start", "web1")
     assert "no VM named none" in exits(lab, 3, "stop", "none")
     assert "has no checkpoint" in exits(lab, 3, "load", "web2")
+    assert "is stopped, and has no QEMU that could be replaced" in exits(lab, 1, "refresh", "web2")
+    assert "no adopted domain" in exits(lab, 1, "release", "web2", "--yes")
+    assert "no editor can be used here" in exits(lab, 64, "edit", "web2")
     assert "a kexec" in exits(lab, 4, "save", "--all")
     assert "does not run under systemd" in exits(lab, 4, "upgrade")
-    exits(lab, 5, "--bus-address", "unix:path=/nonexistent/bus", "list")
+    no_bus = exits(lab, 5, "--bus-address", "unix:path=/nonexistent/bus", "list")
+    assert no_bus.startswith("cprctl: cannot connect to D-Bus: ")
+    assert no_bus.endswith("See: systemctl status dbus.service\n")
     exits(lab, 64, "nonsense")
     exits(lab, 64, "save", "--survives", "doomsday", "web1")
     assert "1 guest saved in" in exits(lab, 0, "save", "--all", "--survives", "qemu-restart")

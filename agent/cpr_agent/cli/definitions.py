@@ -55,6 +55,8 @@ def edit(vm: str) -> Work:
     The agent checks the text before it takes the file's place, and then reads it. On this host only.
     """
     require_this_host("edit")
+    if not (sys.stdin.isatty() or _editor()):
+        raise click.UsageError("no editor can be used here: write the definition's file, and `cprctl reload`")
 
     async def work(client: Client, output: Output) -> int:
         path = await _definition_path(client, vm)
@@ -69,7 +71,8 @@ def edit(vm: str) -> Work:
             if problem:
                 return _rescued(output, path, copy, problem)
             if problem is None:
-                return output.error("NothingToDo", f"nothing to do: {path} was left as it is", vm=vm)
+                left = f"{path} was left as it is" if before is not None else f"there is no {path} still"
+                return output.error("NothingToDo", f"nothing to do: {left}", vm=vm)
             _replace(path, copy.read_bytes())
         if vm in await _reload(client):
             return EXIT_FAILED
@@ -101,9 +104,14 @@ async def _edited(client: Client, vm: str, copy: Path, text: str) -> str | None:
             return problem
 
 
+def _editor() -> str:
+    """Which the user has chosen; "" for none."""
+    return os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+
+
 def _run_editor(path: Path) -> str:
     """The problem, or ""."""
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    editor = _editor() or "vi"
     try:
         status = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode
     except (OSError, ValueError) as error:

@@ -190,13 +190,14 @@ async def each(
 
 
 def _call_error(output: Output, error: CallError, host: str, vm: str) -> int:
-    text = without_paths(str(error))
+    text, remedy = without_paths(str(error)), ""
     if exit_code(error.kind) == EXIT_NO_AGENT:
-        where = f" on {host}" if host else ""
-        text = f"the agent is not there: {text}. See{where}: systemctl status cpr-agent.service"
+        where, lacks_bus = f" on {host}" if host else "", error.kind == "NoBus"
+        remedy = f"See{where}: systemctl status {'dbus.service' if lacks_bus else 'cpr-agent.service'}"
+        text = f"{text if lacks_bus else f'the agent is not there: {text}'}. {remedy}"
     elif exit_code(error.kind) == EXIT_DENIED:
         text = f"{text} {_AS_ROOT}" if "sudo" not in text else text
-    return output.error(error.kind, text, vm=vm)
+    return output.error(error.kind, text, vm=vm, remedy=remedy)
 
 
 class _Tables:

@@ -27,6 +27,9 @@ VERY_ROOMY = 140
 NARROW = 78
 """Columns below which a list has what matters most alone."""
 LONGEST_DEVICE = 28
+LEAST, LEAST_NAME, GAP = 20, 11, 2
+"""Characters of a column that gives room up for others, and of a VM's name, where there is too little room for all; and
+those between two columns."""
 STYLES: Mapping[str, str] = {
     VmState.RUNNING: "green",
     VmState.SAVED: "cyan",
@@ -78,7 +81,7 @@ def vms(data: list[dict[str, Any]]) -> None:
         return
     roomy, problems = _width() >= ROOMY, any(map(wrong, data))
     columns: dict[str, Callable[[dict[str, Any]], str | Text]] = {
-        "VM": lambda vm: _middle(vm["Name"], _longest_name()),
+        "VM": lambda vm: vm["Name"],
         "STATE": lambda vm: _styled(vm["State"]),
         "SINCE": lambda vm: since(vm["Since"]),
         "MEMORY": lambda vm: exact_size(vm["Memory"].get("size", 0)),
@@ -101,12 +104,7 @@ def vms(data: list[dict[str, Any]]) -> None:
         columns["DESCRIPTION"] = lambda vm: _short(vm["Description"])
     if _width() < NARROW:
         columns = {name: cell for name, cell in columns.items() if name in ("VM", "STATE", "PROBLEM")}
-    table = _table(*columns)
-    for column in table.columns:
-        column.no_wrap = column.header in _WHOLE
-    for entry in data:
-        table.add_row(*(cell(entry) for cell in columns.values()))
-    _print(table)
+    _print(_with_names(list(columns), [[cell(entry) for cell in columns.values()] for entry in data]))
 
 
 def _in_a_word(vm: dict[str, Any]) -> str:
@@ -147,9 +145,21 @@ def since(at: float) -> str:
     return time.strftime("%H:%M:%S" if today else "%Y-%m-%d", then)
 
 
-def _longest_name() -> int:
-    width = _width()
-    return 24 if width >= ROOMY else 16 if width >= NARROW else 11
+def _with_names(columns: list[str], rows: list[list[str | Text]]) -> Table:
+    """A table in which names of VMs are shortened only where all of them, and something of each column that gives room up
+    for others, don't fit."""
+    others = 0
+    for column, *cells in zip(columns, *rows, strict=True):
+        most = max(len(column), *map(len, cells))
+        others += 0 if column == "VM" else GAP + (most if column in _WHOLE else min(most, LEAST))
+    table = _table(*columns)
+    for column in table.columns:
+        column.no_wrap = column.header in _WHOLE
+    at = columns.index("VM")
+    for row in rows:
+        row[at] = _middle(str(row[at]), max(LEAST_NAME, _width() - others - GAP))
+        table.add_row(*row)
+    return table
 
 
 def _version(words: str) -> str:
@@ -207,7 +217,7 @@ def vm(data: dict[str, Any]) -> None:
         + (f" since {moment(data['Since'])}" if data["Since"] else "")
         + (f" (run state {data['RunState']})" if data["RunState"] else ""),
         "Description": data["Description"],
-        "Memory": ", ".join(map(_range, _ranges(memory)))
+        "Memory": ", ".join(_range(one) for one in _ranges(memory) if one)
         + (f", survives a {memory['survives']}" if "survives" in memory else ""),
         "CPUs": str(data["Cpus"] or ""),
         "QEMU": _qemu(data),
@@ -216,7 +226,7 @@ def vm(data: dict[str, Any]) -> None:
         "User": data["User"],
         "Admin's QMP": data["AdminSocket"],
         "Blocked by": "; ".join(data["BlockedReasons"]),
-        "Definition": _DEFINITIONS.get(data["DefinitionState"], ""),
+        "Definition": _DEFINITIONS.get(data["DefinitionState"], "").format(vm=data["Name"]),
         "Problem": "" if data["Held"] else of_vm(data["Name"], data["Problem"]),
     }
     if data["LastPause"]:
@@ -240,7 +250,7 @@ def vm(data: dict[str, Any]) -> None:
 _DEFINITIONS = {
     "changed": "changed since its QEMU was started; a fresh start takes it",
     "gone": "gone; the VM is here as long as it runs or is saved",
-    "invalid": "can't be used: cprctl edit",
+    "invalid": "can't be used: cprctl edit {vm}",
 }
 
 
@@ -313,7 +323,8 @@ def findings(data: list[dict[str, Any]]) -> None:
 
 def devices(data: list[dict[str, Any]]) -> None:
     if not data:
-        _print("No dax devices are there. Make one with: ndctl create-namespace -f -e NAMESPACE -m devdax -M mem")
+        _print(wrapped("No dax device is there: this host has no persistent memory that is set up for guests."))
+        _print("See /usr/share/doc/cpr-agent/memory.md.")
         return
     table = _table("NODE", "UUID", "OFFSET", "SIZE", "VM")
     table.columns[1].no_wrap = True  # admins copy it to definitions
@@ -350,16 +361,12 @@ def history(data: list[dict[str, Any]]) -> None:
     if not data:
         _print("No load is on record.")
         return
-    roomy = _width() >= ROOMY
-    table = _table("DATE", "VM", "PAUSE", "KERNEL", "REPORT", *(["PHASES"] if roomy else []))
-    table.columns[2].justify = "right"
-    for column in table.columns:
-        column.no_wrap = column.header in _WHOLE
+    roomy, rows = _width() >= ROOMY, []
     for entry in data:
         before, after = entry["kernel-before"], entry["kernel-after"]
         cells: list[str | Text] = [
             day(entry["stopped-at"]),
-            _middle(entry["vm"], _longest_name()),
+            entry["vm"],
             length(entry["pause"]),
             _short(after if before == after else f"{before} -> {after}" if roomy else f"-> {after}"),
             (entry["upgrade"] or entry["id"])[:8],
@@ -368,7 +375,9 @@ def history(data: list[dict[str, Any]]) -> None:
             said = [f"{name} {length(length_s)}" for name, length_s in entry["phases"]]
             said += [f"clock set, {length(entry['clock-behind'])} behind"] if "clock-behind" in entry else []
             cells.append(_short(", ".join(said)))
-        table.add_row(*cells)
+        rows.append(cells)
+    table = _with_names(["DATE", "VM", "PAUSE", "KERNEL", "REPORT", *(["PHASES"] if roomy else [])], rows)
+    table.columns[2].justify = "right"
     _print(table)
     for entry in data:
         if entry["clock-problem"]:

@@ -139,7 +139,10 @@ def history(vm: str | None, number: int | None) -> Work:
 
     async def work(client: Client, output: Output) -> int:
         wanted = {**options(vm=vm), **({"limit": Variant("u", number)} if number else {})}
-        output.show(plain(await client.manager("ListHistory", "a{sv}", wanted)), tables.history)
+        found = plain(await client.manager("ListHistory", "a{sv}", wanted))
+        if vm and not found and vm not in [name for name, _, _ in await client.manager("ListVMs")]:
+            raise CallError("NoSuchVM", "")
+        output.show(found, tables.history)
         return 0
 
     return work

@@ -76,6 +76,8 @@ class Adoption:
         async with self._turn:
             vm = self._household.vms.get(name)
             memory = vm.definition.memory.ranges[0] if vm and vm.definition else None
+            if vm and vm.owner == "agent":
+                raise InvalidArgument("is a VM of the agent's own, and no adopted domain", vm=name, left=NOTHING)
             async with self._changing(name):
                 change = await self._ports.domains.release(name)
                 await self._define(change, wanted)

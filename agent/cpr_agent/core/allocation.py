@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cpr_agent.core.model import DaxDevice, MemoryIdentity
 from cpr_agent.errors import InvalidArgument, MemoryUnusable
+from cpr_agent.words import exact_size
 
 
 class Range(NamedTuple):
@@ -61,7 +62,7 @@ def allocate(
         raise MemoryUnusable(
             f"{size} bytes are no multiple of the alignment of a device that has room for them"
             if unaligned
-            else f"no dax device has {size} bytes free in one piece; the largest piece has {largest}",
+            else f"no dax device has {exact_size(size)} free in one piece; the largest piece has {exact_size(largest)}",
             vm=vm,
             left="nothing was allocated",
             remedy="see `cprctl devices`",

@@ -79,7 +79,7 @@ def _state_findings(vm: Vm) -> list[Finding]:
 def _definition_findings(vm: Vm) -> list[Finding]:
     found = []
     if vm.definition is None:
-        what, why = str(vm.problem or "its definition is gone"), "it could not be started again"
+        what, why = str(vm.problem or "its definition is gone"), "it could not be started"
         found.append(Finding(severity="error", code="definition", what=what, why=why, vm=vm.name))
     if held := vm.held():
         why, remedy = "the guest waits in its memory", f"see `cprctl status {vm.name}`"

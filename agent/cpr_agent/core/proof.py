@@ -166,7 +166,7 @@ async def refuse_changed_ram(ports: Ports, manifest: Manifest, located: Sequence
             f"found {found.digest}",
             vm=manifest.vm,
             left=_KEPT,
-            remedy=f"the guest can't be continued from this memory; `cprctl discard {manifest.vm}` gives it up",
+            remedy=f"the guest can't be continued from this memory; see `cprctl status {manifest.vm}`",
             evidence=[
                 Difference(f"witness of its RAM ({manifest.witness.kind})", manifest.witness.digest, found.digest),
             ],

@@ -37,7 +37,7 @@ from cpr_agent.core.ports import Qemu
 from cpr_agent.core.proof import refuse_lesser_machine, refuse_other_devices
 from cpr_agent.core.saveable import require_live
 from cpr_agent.core.undo import Undo, uninterrupted
-from cpr_agent.errors import CprError, LoadFailed, QemuFailed
+from cpr_agent.errors import CprError, LoadFailed, QemuFailed, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ async def replace(machine: Machine, wanted: Replacement | None = None) -> Replac
     on with it if anything fails. Any other guest gets it in turn, as does one for which that is ``wanted``: a failure then
     leaves it saved. Returns how. Raises CprError."""
     await machine.derive()
+    if not machine.pid and machine.live_checkpoint() is None:
+        what = f"is {machine.state}, and has no QEMU that could be replaced"
+        raise WrongState(what, vm=machine.name, left="nothing was done")
     launch = (await require_live(machine, Survives.QEMU_RESTART)).launch
     _refuse_ending_companions(machine, launch)
     await before_save(machine)

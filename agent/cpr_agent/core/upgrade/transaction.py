@@ -14,6 +14,7 @@ from cpr_agent.core import upgrade
 from cpr_agent.core.jobs import Job, Jobs
 from cpr_agent.core.model import Finding, Policy, Survives
 from cpr_agent.core.ports import Ports
+from cpr_agent.core.saveable import saved_in_volatile
 from cpr_agent.core.settings import UpgradeSection
 from cpr_agent.core.undo import Undo
 from cpr_agent.core.upgrade.ledger import OVER, TAKEN_BACK, Kind, Ledger, Phase, Upgrade
@@ -54,12 +55,15 @@ class Transaction:
     async def save_all(self, job: Job, need: Survives, policy: Policy) -> None:
         """An admin's own save: no kexec follows, and no crash takes it back. Raises SaveFailed, NothingToDo."""
         self._refuse_second()
+        nothing = NothingToDo("no VM has a live guest that is not saved yet")
         async with self._lock:
+            if not any(vm.pid or saved_in_volatile(vm.machine, need) for vm in self._scope.vms()):
+                raise nothing  # and leave no report that would be the last one
             self._begin(Kind.SAVE_ALL, policy)
             async with self._or_refused():
                 found = await upgrade.sort.prepare(self._scope, job, need, policy)
             if not await upgrade.save_all.save(self._scope, job, found, need):
-                raise NothingToDo("no VM has a live guest that is not saved yet")
+                raise nothing
 
     async def before_kexec(self, job: Job, policy: Policy) -> None:
         """Save for a kexec that systemd is about to do, whether an upgrade or an admin started it, or for a soft reboot,
