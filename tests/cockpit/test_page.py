@@ -185,7 +185,7 @@ def test_a_held_guest_shows_its_evidence(desk: Desk) -> None:
     expect(evidence).to_contain_text("witness")
     expect(page.get_by_text("its RAM is not what it was")).to_have_count(1)
     expect(page.get_by_text("It is held.")).to_be_visible()
-    expect(page.locator("code", has_text="cprctl discard web1")).to_be_visible()
+    expect(page.locator("code", has_text="cprctl status web1")).to_be_visible()
     expect(button(page, "Load")).not_to_have_class(re.compile("primary"))
     expect(page.get_by_text("Outdated")).to_be_hidden()
     desk.look(page, "vm-held")
