@@ -89,8 +89,9 @@ class Story:
             machine=SimpleNamespace(claimed_memory=lambda: self._later(self.memory)),
             blocked_reasons=lambda: self._later(self.reasons),
         )
+        self.identified: list[str] = []
         nothing = SimpleNamespace(
-            cpus=lambda _: 1, last=lambda _: None, program_identity=lambda _: "", program_version=lambda _: ""
+            cpus=lambda _: 1, last=lambda _: None, program_identity=self._identity, program_version=lambda _: ""
         )
         ports = SimpleNamespace(definitions=nothing, history=nothing, files=nothing)
         manager: Any = SimpleNamespace(vms={"web1": self.vm}, listeners=set(), ports=ports)
@@ -98,6 +99,10 @@ class Story:
         bus: Any = self.bus
         self.service = Service(bus, manager, run)
         self.service.open()
+
+    def _identity(self, path: str) -> str:
+        self.identified.append(path)
+        return ""
 
     async def _later(self, asked: list[asyncio.Future[Any]]) -> Any:
         asked.append(asyncio.get_running_loop().create_future())
@@ -167,5 +172,20 @@ def test_what_was_read_first_is_not_told_last(tmp_path: Path) -> None:
         before.set_result(())
         await story.until(story.bus.told)
         assert story.bus.told()[-1]["State"] == "running"
+
+    asyncio.run(main())
+
+
+def test_what_no_signal_tells_is_not_read_for_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        story = Story(tmp_path)
+        await story.begin()
+        story.identified.clear()
+        story.becomes(VmState.SAVED)
+        await story.until(lambda: story.memory)
+        story.memory.pop().set_result(())
+        await story.until(story.bus.told)
+        assert story.bus.told() == [{"State": "saved"}]
+        assert story.identified == []
 
     asyncio.run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import cache
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -66,9 +67,11 @@ class BusObject:
         """A property that the contract has as writable; its setter is ``set_P``."""
         getattr(self, f"set_{name}")(value)
 
-    def is_slow(self, name: str) -> bool:
+    @classmethod
+    @cache
+    def is_slow(cls, name: str) -> bool:
         """Whether property ``name`` is to be awaited."""
-        return iscoroutinefunction(getattr(self, f"get_{name}"))
+        return iscoroutinefunction(getattr(cls, f"get_{name}"))
 
     def property(self, name: str) -> Any:
         return getattr(self, f"get_{name}")()

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -328,11 +328,15 @@ class Service(Listener):
         news = self._told.get(target.path)
         return found if news is None or news is told else {name: news.get(name, value) for name, value in found.items()}
 
-    def _quick(self, target: BusObject) -> dict[str, Variant]:
+    def _quick(self, target: BusObject, but: Container[str] = ()) -> dict[str, Variant]:
         """The others. They are read last, right before they are sent: a signal tells of what changes after that, and nobody
         who has heard it may be told then of what was before."""
         properties = self._contract[target.interface].properties
-        return {name: Variant(kind, target.property(name)) for name, kind in properties.items() if not target.is_slow(name)}
+        return {
+            name: Variant(kind, target.property(name))
+            for name, kind in properties.items()
+            if name not in but and not target.is_slow(name)
+        }
 
     # -- the caller -----------------------------------------------------------------------------------------------------
 
@@ -452,8 +456,7 @@ class Service(Listener):
         interface = self._contract[target.interface]
         slow = [name for name in interface.properties if name not in interface.silent and target.is_slow(name)]
         found = {name: await self._value(target, name) for name in slow}
-        quick = self._quick(target)
-        now = {**found, **{name: value for name, value in quick.items() if name not in interface.silent}}
+        now = {**found, **self._quick(target, interface.silent)}
         before = self._told.get(path, {})
         changed = {name: value for name, value in now.items() if before.get(name) != value}
         self._told[path] = now

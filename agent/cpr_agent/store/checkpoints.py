@@ -47,6 +47,9 @@ class CheckpointStore:
         path = self._manifest(vm)
         try:
             info = path.stat()
+        except FileNotFoundError:
+            self._known.pop(vm, None)
+            return None
         except OSError:  # the reader says what is wrong, if anything
             self._known.pop(vm, None)
             return self._read(vm, path)
