@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import tenacity  # noqa: F401 - a save waits by it (vm/retry.py), and imports nothing while its guest stands still
 
 from cpr_agent.core.model import Launch
@@ -23,10 +26,12 @@ from cpr_agent.vm.replies import (
     QOM_FLAG,
     QOM_TEXT,
     REPLAY,
+    STATUS,
     BlockJob,
     MemoryBackend,
     Migration,
     Mode,
+    Query,
 )
 
 UNDER_WAY = ("setup", "active", "device", "pre-switchover", "wait-unplug", "cancelling")
@@ -43,14 +48,16 @@ _ASKED: list[Question] = [
     (REPLAY, {}),
     (JOBS, {}),
     (MIGRATION, {}),
+    (STATUS, {}),
 ]
 
 
-async def save_blockers(qmp: Qmp, launch: Launch) -> list[str]:
+async def save_blockers(qmp: Qmp, launch: Launch) -> tuple[str, list[str]]:
+    """The run state as QEMU has it, and the reasons. Raises QemuFailed."""
     colo, *known = await qmp.ask_all(_ASKED)
     if None in known:
         raise QemuFailed("QEMU does not say all that a save depends on", vm=qmp.vm)
-    backends, capabilities, parameters, replay, jobs, migration = known
+    backends, capabilities, parameters, replay, jobs, migration, status = known
     reasons = await memory_blockers(qmp, launch, backends)
     on = {one.capability for one in capabilities if one.state}
     reasons += [
@@ -66,7 +73,7 @@ async def save_blockers(qmp: Qmp, launch: Launch) -> list[str]:
         reasons.append("the VM is part of a COLO pair")
     reasons += [_about_job(job) for job in jobs]
     reasons += await tpm_blockers(qmp, launch)
-    return reasons + unsaveable(launch.base_argv) + migration_blockers(migration)
+    return status.status, reasons + unsaveable(launch.base_argv) + migration_blockers(migration)
 
 
 def _about_job(job: BlockJob) -> str:
@@ -96,23 +103,30 @@ async def memory_blockers(qmp: Qmp, launch: Launch, backends: list[MemoryBackend
     there = {backend.id for backend in backends}
     reasons = [f"its RAM is not in the memory backend {name}" for name in sizes if name not in there]
     unused = replaced_backends(launch.argv)
-    for backend in backends:
-        if backend.id not in unused:
-            reasons += await _backend_blockers(qmp, backend, sizes)
-    return reasons
+    used = [backend for backend in backends if backend.id not in unused]
+    kinds = [_property(QOM_TEXT, backend, "type") for backend in used]
+    discards = [_property(QOM_FLAG, backend, "discard-data") for backend in used]
+    answers = await qmp.ask_all([*kinds, *discards])
+    found = zip(used, zip(answers[: len(used)], answers[len(used) :], strict=True), strict=True)
+    return reasons + [reason for backend, said in found if (reason := _backend_blocker(backend, said, sizes))]
 
 
-async def _backend_blockers(qmp: Qmp, backend: MemoryBackend, sizes: dict[str, int]) -> list[str]:
+def _property(query: Query[Any], backend: MemoryBackend, name: str) -> Question:
+    return query, {"path": f"/objects/{backend.id}", "property": name}
+
+
+def _backend_blocker(backend: MemoryBackend, said: tuple[str | None, bool | None], sizes: Mapping[str, int]) -> str:
+    """``said``: its type, and whether it has discard-data."""
+    kind, discards = said
     name = f"memory backend {backend.id or '?'}"
-    path = f"/objects/{backend.id}"
     if not backend.share:
-        return [f"{name} is private (share=off): all of it would go to the state file"]
-    if (kind := await qmp.property(QOM_TEXT, path, "type", "")) != "memory-backend-file":
-        return [f"{name} has no name outside QEMU ({kind}): it would die with QEMU"]
+        return f"{name} is private (share=off): all of it would go to the state file"
+    if kind != "memory-backend-file":
+        return f"{name} has no name outside QEMU ({kind or ''}): it would die with QEMU"
     if backend.id not in sizes:
-        return [f"{name} is not one that the agent put there and can prove"]
-    if await qmp.property(QOM_FLAG, path, "discard-data", absent=False):
-        return [f"{name} has discard-data=on: QEMU would free the RAM when it exits"]
+        return f"{name} is not one that the agent put there and can prove"
+    if discards:
+        return f"{name} has discard-data=on: QEMU would free the RAM when it exits"
     if backend.size != sizes[backend.id]:
-        return [f"{name} has {backend.size} bytes, not {sizes[backend.id]}"]
-    return []
+        return f"{name} has {backend.size} bytes, not {sizes[backend.id]}"
+    return ""

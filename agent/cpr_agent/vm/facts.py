@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -30,8 +31,8 @@ from cpr_agent.vm.replies import (
 _MACHINE_TYPE: dict[str, object] = {"path": "/machine", "property": "type"}
 
 
-async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFacts:
-    """All but its disks; of firmware files the paths alone, which are those of its command line."""
+async def lasting(qmp: Qmp, launch: Launch, version: str) -> QemuFacts:
+    """What does not change while a QEMU lives; and how many CPUs it has, which does. Raises QemuFailed."""
     cpus, kind, tpms = await qmp.ask_all([(CPUS, {}), (QOM_TEXT, _MACHINE_TYPE), (TPMS, {})])
     if cpus is None or kind is None:
         raise QemuFailed("QEMU does not say what its machine and its CPUs are", vm=qmp.vm)
@@ -39,15 +40,32 @@ async def facts(qmp: Qmp, launch: Launch, version: str, dialect: str) -> QemuFac
     return QemuFacts(
         version=version,
         machine_type=_pinned(kind),
-        dialect=dialect,
+        dialect="",
         cpu=replace(cpu, features=await _features(qmp, launch)) if cpu.words else cpu,
         tpm=_named_tpms(tpms or []),
-        firmware=tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.base_argv)),
     )
 
 
-async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> tuple[str, list[Difference]]:
-    """The version of this QEMU, and parts of its machine that a guest saved in ``was`` would miss. A guest waits for it."""
+async def cpu_count(qmp: Qmp) -> int:
+    cpus = await qmp.ask(CPUS)
+    return len(cpus)
+
+
+def firmware(launch: Launch) -> tuple[FileDigest, ...]:
+    """The paths alone, which are those of its command line."""
+    return tuple(FileDigest(path=path, sha256="") for path in firmware_files(launch.base_argv))
+
+
+class Compared(NamedTuple):
+    """``lasting`` is None where only QEMU itself could say what that is."""
+
+    version: str
+    lasting: QemuFacts | None
+    differences: list[Difference]
+
+
+async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> Compared:
+    """Parts of its machine that a guest saved in ``was`` would miss. A guest waits for it. Raises QemuFailed."""
     version, kind, tpms, cpus = await qmp.ask_all([(VERSION, {}), (QOM_TEXT, _MACHINE_TYPE), (TPMS, {}), (CPUS, {})])
     is_now = _text_of(version) if version else ""
     out = older(was.version, is_now)
@@ -60,7 +78,9 @@ async def machine_differences(qmp: Qmp, was: QemuFacts, launch: Launch) -> tuple
         out.append(Difference("number of CPUs", str(was.cpu.count), str(cpu.count)))
     if gone := _gone(was.cpu.words, cpu.words):
         out.append(Difference("CPU features", await _named(qmp, gone, was.cpu, launch), "they are gone"))
-    return is_now, out
+    # The same words in the same QEMU have the same names, for which QEMU would build a CPU.
+    same = not out and is_now == was.version and cpu == replace(was.cpu, features=())
+    return Compared(is_now, was if same else None, out)
 
 
 async def remote_disk_differences(qmp: Qmp, was: QemuFacts) -> list[Difference]:

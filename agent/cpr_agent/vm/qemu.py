@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from cpr_agent import vm
 from cpr_agent.core.model import Difference, DiskIdentity, Inventory, Launch, PluggedDevice, QemuFacts, RunState, Throttle
 from cpr_agent.core.run_states import SAVEABLE
@@ -56,6 +58,7 @@ class LiveQemu:
         self._transfers: bool | None = None
         self._places = inventory.Places()
         self._version = ""
+        self._lasting: QemuFacts | None = None
         self._resumed = False
         """Whether its guest has begun to run since this connection, or since the last save, began."""
         self._nowhere = ""
@@ -114,10 +117,16 @@ class LiveQemu:
         return self._version
 
     async def facts(self, launch: Launch) -> QemuFacts:
-        return await facts.facts(self._qmp, launch, await self.version(), (await self.dialect()).name)
+        if self._lasting is None:
+            self._lasting = found = await facts.lasting(self._qmp, launch, await self.version())
+        else:  # CPUs can be plugged
+            cpu = replace(self._lasting.cpu, count=await facts.cpu_count(self._qmp))
+            found = replace(self._lasting, cpu=cpu)
+        dialect = (await self.dialect()).name
+        return replace(found, dialect=dialect, disks=(), firmware=facts.firmware(launch))
 
     async def differences(self, was: QemuFacts, launch: Launch) -> list[Difference]:
-        self._version, found = await facts.machine_differences(self._qmp, was, launch)
+        self._version, self._lasting, found = await facts.machine_differences(self._qmp, was, launch)
         return [*found, *await facts.remote_disk_differences(self._qmp, was)]
 
     async def lacks(self, was: QemuFacts) -> list[Difference]:
@@ -150,10 +159,11 @@ class LiveQemu:
 
     async def blocked_reasons(self, launch: Launch) -> list[str]:
         """All reasons that QMP can tell. Changes nothing in QEMU."""
-        would_wake = await self.run_state() is RunState.SUSPENDED and not await self._keeps_suspended()
-        reasons = [f"the guest is suspended, and {_WOULD_WAKE}"] if would_wake else []
         await self.dialect()
-        return reasons + await vm.blockers.save_blockers(self._qmp, launch)
+        status, reasons = await vm.blockers.save_blockers(self._qmp, launch)
+        if status == RunState.SUSPENDED and not await self._keeps_suspended():
+            reasons.insert(0, f"the guest is suspended, and {_WOULD_WAKE}")
+        return reasons
 
     async def until_saveable(self, launch: Launch, timeout_s: float) -> list[str]:
         return await poll_until(lambda: self.blocked_reasons(launch), lambda reasons: not reasons, timeout_s, slowest_s=1.0)
