@@ -14,15 +14,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec.structs import replace
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
+from qemu.qmp import ConnectError, ExecInterruptedError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
-from qemu.qmp.models import ErrorResponse
 from qemu.qmp.protocol import require
-from qemu.qmp.qmp_client import BadReplyError, GreetingError, NegotiationError
+from qemu.qmp.qmp_client import GreetingError, NegotiationError
 
 from cpr_agent.errors import QemuFailed, QemuRefused, QemuUnreachable
 from cpr_agent.handles import peer_of, socket_at, uid_of
@@ -73,6 +72,51 @@ class _Wait(msgspec.Struct, frozen=True):
     began: float
 
 
+Command = tuple[str, Mapping[str, object]]
+"""Its name and its arguments."""
+_ENCODE = msgspec.json.Encoder().encode
+
+
+class _Answers(Generic[T]):
+    """``all`` has the answers to ``count`` commands, once these are there."""
+
+    def __init__(self, count: int, read: Callable[[int, Message], T]) -> None:
+        self.all: asyncio.Future[list[T]] = asyncio.get_running_loop().create_future()
+        self._read = read
+        self._found: dict[int, T] = {}
+        self._count = count
+        if not count:
+            self.all.set_result([])
+
+    def take(self, number: int, answer: Message | ExecInterruptedError) -> None:
+        """A failure of one is that of all."""
+        if self.all.done():
+            return
+        try:
+            if isinstance(answer, ExecInterruptedError):
+                raise answer
+            self._found[number] = self._read(number, answer)
+        except (QMPError, QemuFailed) as error:
+            self.all.set_exception(error)
+        else:
+            if len(self._found) == self._count:
+                self.all.set_result([self._found[one] for one in range(self._count)])
+
+
+class _Slot:
+    """Where the parent puts the answer to one command, or that there will be none."""
+
+    def __init__(self, answers: _Answers[Any], number: int) -> None:
+        self._answers = answers
+        self._number = number
+
+    async def put(self, answer: Message) -> None:
+        self.put_nowait(answer)
+
+    def put_nowait(self, answer: Message | ExecInterruptedError) -> None:
+        self._answers.take(self._number, answer)
+
+
 class _Client(QMPClient):
     """QMPClient with messages that are decoded by ``replies.MESSAGE``: an answer stays bytes until its type is known.
 
@@ -106,21 +150,22 @@ class _Client(QMPClient):
             self._writer.transport.abort()
 
     @require(Runstate.RUNNING)
-    async def execute(
-        self,
-        cmd: str,
-        arguments: Mapping[str, object] | None = None,
-        oob: bool = False,  # noqa: FBT001, FBT002, ARG002 - the parent's
-    ) -> object:
-        """As the parent's, which encodes each message three times. Raises StateError at once if the connection has
-        ended: no answer would come."""
-        message = Message({"execute": cmd, "arguments": arguments or {}}, eager=False)
-        reply = await self._execute(message)
-        if "error" in reply:
-            raise ExecuteError(ErrorResponse(reply), message, reply)
-        if "return" not in reply:
-            raise BadReplyError("an answer without a value", reply, message)
-        return reply["return"]
+    async def answers(self, asked: Sequence[Command], read: Callable[[int, Message], T]) -> list[T]:
+        """What ``read`` makes of each answer as it comes, of which each may have MAX_MESSAGE_BYTES. The commands go in one
+        message, past the parent's queues and tasks for each: a QEMU is asked some 70 questions in a save and a load. Raises
+        QMPError; StateError at once if the connection has ended: no answer would come; whatever ``read`` raises."""
+        answers = _Answers(len(asked), read)
+        ids = [self._get_exec_id() for _ in asked]
+        for number, id_ in enumerate(ids):
+            self._pending[id_] = _Slot(answers, number)  # type: ignore[assignment]  # of a queue, it has what the parent needs
+        sent = zip(asked, ids, strict=True)
+        lines = [_ENCODE({"execute": command, "arguments": given, "id": id_}) for (command, given), id_ in sent]
+        try:
+            await self._outgoing.put(Message(b"\n".join([*lines, b""]), eager=False))
+            return await answers.all
+        finally:
+            for id_ in ids:
+                del self._pending[id_]
 
     def _do_send(self, msg: Message) -> None:
         """Commands that wait go in one write(2): each wakes QEMU, which may take the processor at once."""
@@ -157,7 +202,7 @@ class _Client(QMPClient):
             if bytes(envelope.answer):
                 message["return"] = envelope.answer
             if envelope.error:
-                message["error"] = {"class": envelope.error.class_, "desc": envelope.error.desc}
+                message["error"] = envelope.error.desc
             if bytes(envelope.QMP):
                 message["QMP"] = _greeting(envelope.QMP)
             return Message(message, eager=False)
@@ -395,57 +440,58 @@ class SocketQmp(Qmp):
     ) -> list[Any]:
         """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
         refuses. Raises QemuFailed."""
+
+        def read(number: int, answer: Message) -> Any:
+            query = asked[number][0]
+            return None if "error" in answer else self._decode(query, self._value(query.command, answer))
+
+        commands = [(query.command, arguments) for query, arguments in asked]
         timeout_s = min(timeout_s, self._patience.next_s())
         try:
-            async with asyncio.timeout(timeout_s), self._lock:
-                began = time.monotonic()
-                sent = (self._answer(query, arguments) for query, arguments in asked)
-                try:
-                    answers = await asyncio.gather(*sent, return_exceptions=True)
-                finally:
-                    self._patience.waited(time.monotonic() - began)
+            return await self._answers(commands, read, None, timeout_s)
         except TimeoutError:
             raise QemuFailed(f"QEMU did not answer within {timeout_s:.3g} s", vm=self.vm) from None
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
-
-    async def _answer(self, query: Query[T], arguments: dict[str, object]) -> T | None:
-        """Decoded as it comes: each may have MAX_MESSAGE_BYTES, of which little is kept. Raises QemuFailed."""
-        try:
-            answer = await self._client.execute(query.command, arguments)
-        except ExecuteError:
-            return None
         except (QMPError, OSError) as error:
-            raise QemuFailed(f"QEMU went away during {query.command}: {_reason(error)}", vm=self.vm) from error
-        return self._decode(query, answer if isinstance(answer, msgspec.Raw) else b"")
+            raise QemuFailed(f"QEMU went away during {commands[0][0]}: {_reason(error)}", vm=self.vm) from error
+
+    async def _answers(
+        self, commands: Sequence[Command], read: Callable[[int, Message], T], fd: int | None, timeout_s: float
+    ) -> list[T]:
+        """Raises TimeoutError, QMPError, OSError; whatever ``read`` raises."""
+        # One at a time, so that a descriptor can't reach another command; and the wait for that counts.
+        async with asyncio.timeout(timeout_s), self._lock:
+            began = time.monotonic()
+            if fd is not None:
+                self._client.send_fd_scm(fd)
+            try:
+                return await self._client.answers(commands, read)
+            finally:
+                self._patience.waited(time.monotonic() - began)
+
+    def _value(self, command: str, answer: Message) -> msgspec.Raw:
+        """Raises QemuFailed."""
+        value = answer.get("return")
+        if not isinstance(value, msgspec.Raw):
+            raise QemuFailed(f"QEMU gave no answer to {command}", vm=self.vm)
+        return value
 
     async def _raw(
         self, command: str, arguments: dict[str, object] | None, fd: int | None, timeout_s: float
     ) -> msgspec.Raw:
+        def read(_: int, answer: Message) -> msgspec.Raw:
+            if "error" in answer:
+                raise QemuRefused(f"QEMU refused {command}: {answer['error']}", vm=self.vm)
+            return self._value(command, answer)
+
         timeout_s = min(timeout_s, self._patience.next_s())
         try:
-            # One at a time, so that a descriptor can't reach another command; and the wait for that counts.
-            async with asyncio.timeout(timeout_s), self._lock:
-                began = time.monotonic()
-                if fd is not None:
-                    self._client.send_fd_scm(fd)
-                try:
-                    answer = await self._client.execute(command, arguments)
-                finally:
-                    self._patience.waited(time.monotonic() - began)
-        except ExecuteError as error:
-            raise QemuRefused(f"QEMU refused {command}: {error}", vm=self.vm) from error
+            return (await self._answers([(command, arguments or {})], read, fd, timeout_s))[0]
         except TimeoutError:
             raise QemuUnreachable(f"QEMU did not answer {command} within {timeout_s:.3g} s", vm=self.vm) from None
         except (QMPError, OSError) as error:
             raise QemuUnreachable(
                 f"the connection to QEMU was lost during {command}: {_reason(error)}", vm=self.vm
             ) from error
-        if not isinstance(answer, msgspec.Raw):
-            raise QemuFailed(f"QEMU gave no answer to {command}", vm=self.vm)
-        return answer
 
     async def close(self) -> None:
         if self._watching:

@@ -394,7 +394,6 @@ class EventData(Reply, frozen=True):
 
 class ErrorInfo(Reply, frozen=True):
     desc: Text
-    class_: Text = msgspec.field(name="class", default="GenericError")
 
 
 class Envelope(Reply, frozen=True, rename=None):
