@@ -31,6 +31,9 @@ class ProcessRunner(BaseRunner):
 
 class ProcessPlace(QemuPlace):
     async def _main_pid(self) -> int:
+        child = self._files.children.get(self._place)
+        if child:  # nobody else has its number before it is waited for
+            return child.pid if child.poll() is None else 0
         try:
             pid, started = self._files.pid_file(self._place).read_text().split()
         except (OSError, ValueError):

@@ -153,7 +153,7 @@ class RunFiles:
         self._log_dir = log_dir
         self._in_second = {path.name for path in (run_dir / "second").glob("*")}
         self._launched = run_dir / "launched"
-        self._read: dict[str, tuple[tuple[int, int], Launch]] = {}
+        self._read: dict[str, Launch] = {}
 
     def own(self, name: str) -> str:
         return name + SECOND if name in self._in_second else name
@@ -186,19 +186,18 @@ class RunFiles:
     def record(self, place: str, launch: Launch) -> None:
         """Until the host starts anew. Raises OSError."""
         make_private_directory(self._launched)
+        self._read.pop(place, None)
         write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
 
     def launch(self, place: str) -> Launch | None:
-        """Each VM that is started or loaded asks for the memory of all the others: a record is read once, as it is replaced
-        as a whole or not at all."""
-        try:
-            info = os.stat(f"{self._launched}/{place}.json")  # noqa: PTH116 - for each of them
-            version = info.st_ino, info.st_mtime_ns
-            if place not in self._read or self._read[place][0] != version:
-                self._read[place] = version, self.programs.read_launch(read_own(self._record(place)))
-            return self._read[place][1]
-        except (OSError, msgspec.MsgspecError, KeyError, ValueError):
-            return None
+        """Each VM that is started or loaded asks for the memory of all the others: a record is read once, as no other agent
+        writes one."""
+        if place not in self._read:
+            try:
+                self._read[place] = self.programs.read_launch(read_own(self._record(place)))
+            except (OSError, msgspec.MsgspecError, KeyError, ValueError):
+                return None
+        return self._read[place]
 
     def launched_all(self) -> list[str]:
         return sorted({path.stem.removesuffix(SECOND) for path in self._launched.glob("*.json")})

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -25,13 +26,13 @@ _END = (SWTPM, VIRTIOFSD)
 _PORTS = ("-serial", "-parallel", "-monitor", "-qmp", "-qmp-pretty", "-debugcon")
 
 
-def companions(argv: Sequence[str]) -> list[Companion]:
+def companions(argv: tuple[str, ...]) -> list[Companion]:
     options = _options(argv)
     needed = {user[0]: user[1] for option in options if (user := companion_of(option))}
     return [one for option in options for one in _of(option, needed)]
 
 
-def unsaveable(argv: Sequence[str]) -> list[str]:
+def unsaveable(argv: tuple[str, ...]) -> list[str]:
     """Why a guest can't be saved that has these: a backend of vhost-user has the guest's RAM mapped, for as long as QEMU
     lives and longer, so that nothing could prove who has written to it; and no saved guest could be taken back."""
     return [
@@ -42,7 +43,7 @@ def unsaveable(argv: Sequence[str]) -> list[str]:
     ]
 
 
-def emulated_tpms(argv: Sequence[str]) -> dict[str, str]:
+def emulated_tpms(argv: tuple[str, ...]) -> dict[str, str]:
     """Where the swtpm listens to which a character device leads."""
     options = _options(argv)
     ids = {user[0] for option in options if (user := companion_of(option)) and user[1] == SWTPM}
@@ -67,12 +68,13 @@ def _is_socket(path: str) -> bool:
         return False
 
 
-def _options(argv: Sequence[str]) -> list[Option]:
+@lru_cache(maxsize=256)
+def _options(argv: tuple[str, ...]) -> tuple[Option, ...]:
     """None of a command line that QEMU would not take either."""
     try:
-        return options_of(argv[1:])
+        return tuple(options_of(argv[1:]))
     except InvalidArgument:
-        return []
+        return ()
 
 
 def _of(option: Option, needed: dict[str, str]) -> Iterator[Companion]:
