@@ -245,6 +245,12 @@ def test_options_that_do_not_go_together_are_refused(arguments: tuple[str, ...],
     assert (ended.returncode, said in ended.stderr) == (64, True), ended
 
 
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("help",)])
+def test_help_that_was_asked_for_is_printed_to_be_read(arguments: tuple[str, ...]) -> None:
+    ended = cprctl(*arguments)
+    assert (ended.returncode, "Usage: cprctl" in ended.stdout, ended.stderr) == (0, True, "")
+
+
 def test_an_output_without_utf8_shows_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)

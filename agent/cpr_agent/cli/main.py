@@ -117,8 +117,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except click.UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and newer; older ones exit with 0 here
-            error.show()
+        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and newer; older ones print it, and exit with 0
+            click.echo(error.format_message())
             sys.exit(0)
         if error.ctx:
             click.echo(error.ctx.get_usage(), err=True)

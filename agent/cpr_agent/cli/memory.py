@@ -31,7 +31,10 @@ def memory() -> None:
 @click.option("--size", default="", help="As 4G (default: the size in the VM's definition).")
 @click.option("--device", default="", help="On this device: its uuid, or its node (default: the best fit on any).")
 def memory_allocate(vm: str, size: str, device: str) -> Work:
-    """Print the [memory] section for a VM: a free, aligned range of a dax device. Reserves nothing."""
+    """Find a free range for a VM's RAM.
+
+    Prints the [memory] section: an aligned range of a dax device. Reserves nothing.
+    """
 
     async def work(client: Client, output: Output) -> int:
         wanted = options(size=size, device=device)
