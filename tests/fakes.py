@@ -311,11 +311,7 @@ class FakeHooks:
         self.failing: dict[tuple[str, str], str] = {}
         self.ran: list[tuple[str, str, str]] = []
         self.statuses: list[dict[str, str]] = []
-        self.there = False
         self._runner = runner
-
-    def any(self) -> bool:
-        return self.there or bool(self.failing)
 
     async def run(
         self,

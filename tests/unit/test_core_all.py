@@ -7,15 +7,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
-from cpr_agent.core import saveable
 from cpr_agent.core.acts.requests import LoadRequest, SaveRequest
 from cpr_agent.core.jobs import Job, JobState
 from cpr_agent.core.listener import Listener
 from cpr_agent.core.manager import Manager
 from cpr_agent.core.model import Survives, VmState
-from cpr_agent.core.settings import UpgradeSection
 from cpr_agent.core.upgrade.ledger import Phase
 from cpr_agent.core.vm import Vm
 from cpr_agent.errors import Busy, LoadFailed, QemuFailed, QemuRefused, SaveFailed, WrongState
@@ -89,19 +86,9 @@ def test_nothing_is_asked_any_more_once_the_first_guest_stops(bench: Bench, aske
     assert journal(bench, "save-begin") == ["last", "middle", "first"]
 
 
-@pytest.mark.parametrize("why", ["a hook", "a unit in stop-first", "time"])
 @pytest.mark.parametrize("failing", NAMES)
-def test_one_that_has_no_answer_in_the_end_stops_no_guest_of_any_order(
-    bench: Bench, failing: str, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The question that its check has answered, asked once more right before the save where something may have changed
-    meanwhile."""
-    if why == "a hook":
-        bench.hooks.there = True
-    elif why == "time":
-        monkeypatch.setattr(saveable, "LOOK_S", 0.0)
-    else:
-        bench.settings = replace(bench.settings, upgrade=UpgradeSection(stop_first=("backup.service",)))
+def test_one_that_has_no_answer_in_the_end_stops_no_guest_of_any_order(bench: Bench, failing: str) -> None:
+    """The question that its check has answered, asked once more right before the save."""
     bench.runner.at["before upgrade-saving"] = lambda: bench.runner.faults.update(
         {(failing, "inventory"): QemuFailed("its QEMU does not answer", vm=failing)}
     )
@@ -110,16 +97,6 @@ def test_one_that_has_no_answer_in_the_end_stops_no_guest_of_any_order(
     assert journal(bench, "save-begin") == []
     assert statuses(bench) == dict.fromkeys(NAMES, "running")
     assert all("manifest.json" not in bench.files(name) for name in NAMES)
-
-
-def test_a_guest_is_not_looked_at_twice_where_nothing_happens_between(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(saveable, "LOOK_S", 60.0)
-    bench.runner.at["before upgrade-saving"] = lambda: bench.runner.faults.update(
-        {(name, "inventory"): QemuFailed("it is looked at again", vm=name) for name in NAMES}
-    )
-    assert bench.run(save_all).result == "done"
 
 
 def test_a_guest_that_has_to_sleep_does_so_when_its_own_group_is_saved(bench: Bench) -> None:

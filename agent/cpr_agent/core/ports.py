@@ -654,9 +654,6 @@ class Hooks(Protocol):
         """Run those of ``phase`` for a VM, in order; returns those that failed, were unsafe, or took too long. At once
         where there are none."""
 
-    def any(self) -> bool:
-        """Whether there are programs of any phase."""
-
 
 class History(Protocol):
     def add(self, timeline: GuestTimeline) -> None: ...

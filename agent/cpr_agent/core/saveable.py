@@ -48,19 +48,11 @@ def obstacle(machine: Machine) -> CprError | None:
     return None
 
 
-LOOK_S = 1.0
-"""So long a look at a QEMU is good for the save that it was made for: another one takes 2 to 10 ms of each guest's, and
-the guests of one host are looked at before the first of them stops."""
-
-
 class Saveable(msgspec.Struct, frozen=True):
-    """How the QEMU of a guest that can be saved was started, and what it has; None for one that is saved. Its RAM outlives
-    ``need``. ``until``: s of the uptime."""
+    """How the QEMU of a guest that can be saved was started, and what it has; None for one that is saved."""
 
     launch: Launch
     has: Inventory | None
-    need: Survives
-    until: float
 
 
 async def blocked_reasons(machine: Machine, need: Survives = Survives.QEMU_RESTART) -> list[str]:
@@ -88,15 +80,11 @@ async def _memory_reasons(machine: Machine, launch: Launch) -> list[str]:
     return []
 
 
-async def require_live(machine: Machine, need: Survives, looked: Saveable | None = None) -> Saveable:
-    """``looked`` is a look that was made for this save. It is good where nothing of the admin's runs or ends between the
-    check and the save. Raises CprError if its guest can't be saved."""
+async def require_live(machine: Machine, need: Survives) -> Saveable:
+    """Raises CprError if its guest can't be saved."""
     if machine.live_checkpoint():
         remedy = f"`cprctl resume {machine.name}` takes the save back"
         raise AlreadySaved("is already saved", vm=machine.name, remedy=remedy)
-    fresh = looked and looked.need is need and machine.ports.clock.uptime_s() < looked.until
-    if looked and fresh and not machine.ports.hooks.any() and not machine.settings.upgrade.stop_first:
-        return looked
     return await require_saveable(machine, need)
 
 
@@ -105,7 +93,6 @@ async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = Tr
     if error := obstacle(machine):
         raise error
     launch = machine.launched()
-    until = machine.ports.clock.uptime_s() + LOOK_S
     if launch is None:
         raise Blocked(["the record of how its QEMU was started is gone"], vm=machine.name)
     has, reasons = await _look(machine, need)
@@ -117,7 +104,7 @@ async def require_saveable(machine: Machine, need: Survives, *, hooks: bool = Tr
     ]
     if reasons:
         raise Blocked(reasons, vm=machine.name)
-    return Saveable(launch, has, need, until)
+    return Saveable(launch, has)
 
 
 async def until_saveable(machine: Machine) -> None:

@@ -78,8 +78,6 @@ class Vm:
         """Whether QEMU has told of something since the act's last look at it."""
         self._due = False
         """Whether a look at it waits for its turn."""
-        self._looked: saveable.Saveable | None = None
-        """What the last check before a save has seen, unless QEMU has told of something since."""
 
     # -- facts that others read -----------------------------------------------------------------------------------------
 
@@ -183,14 +181,12 @@ class Vm:
 
     async def require_saveable(self, need: Survives, *, hooks: bool = True) -> None:
         """Raises the error of a save as it would be now, and stops nothing."""
-        self._looked = None
-        looked = await saveable.require_saveable(self.machine, need, hooks=hooks)
+        await saveable.require_saveable(self.machine, need, hooks=hooks)
         if need is not Survives.QEMU_RESTART:
             found = self.machine.ports.surroundings.findings_of(self.name)
             around = [finding for finding in found if finding.severity == "error"]
             if reasons := await self.successor_reasons() + [finding.what for finding in around]:
                 raise Blocked(reasons, vm=self.name, remedy="; ".join(finding.remedy for finding in around))
-        self._looked = looked
 
     async def require_saveable_in_time(self, need: Survives) -> None:
         """Likewise, after a wait for obstacles that pass, where the definition says to wait."""
@@ -283,8 +279,7 @@ class Vm:
             what = f"mode {request.mode!r} is not supported"
             raise InvalidArgument(what, vm=self.name, left="nothing was saved", remedy='use mode "reboot"')
         async with self._exclusive(Act.SAVE):
-            looked, self._looked = self._looked if request.upgrade else None, None
-            found = await saveable.require_live(self.machine, request.need, looked)
+            found = await saveable.require_live(self.machine, request.need)
             if request.upgrade:  # it has run the hooks of all its guests, before the first of them stopped
                 return await acts.save.save(self.machine, found.launch, request, found.has)
             await before_save(self.machine)  # a hook may change what its QEMU has
@@ -458,7 +453,6 @@ class Vm:
                 await again(self.machine)
 
     def _on_qemu_event(self, event: str) -> None:
-        self._looked = None
         if event not in _STATE_EVENTS:
             return
         if self._act:

@@ -38,14 +38,6 @@ class HookDirectory:
         self._timeout_s = timeout_s
         self._places = asyncio.Semaphore(AT_ONCE)
 
-    def any(self) -> bool:
-        try:
-            return any(any(directory.iterdir()) for directory in self._root.iterdir() if directory.is_dir())
-        except FileNotFoundError:
-            return False
-        except OSError:  # ``run`` says what is wrong
-            return True
-
     async def run(self, phase: HookPhase, vm: str, upgrade: str, facts: Mapping[str, object]) -> list[HookFailure]:
         directory = self._root / f"{phase}.d"
         try:
