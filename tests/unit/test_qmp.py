@@ -281,6 +281,45 @@ def test_an_answer_of_another_shape_names_its_command_and_its_vm(tmp_path: Path)
     assert caught.value.vm == "web1"
 
 
+def test_of_two_answers_the_first_counts(tmp_path: Path) -> None:
+    """QEMU answers a batch; the id of its first question comes twice before the others."""
+
+    async def act() -> list[Any]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(raw(GREETING))
+            writer.write(raw({"return": {}, "id": json.loads(await reader.read(65536)).get("id")}))
+            first, second = [json.loads(await reader.readline())["id"] for _ in range(2)]
+            for id_, status in ((first, "running"), (first, "paused"), (second, "debug")):
+                writer.write(raw({"return": {"status": status}, "id": id_}))
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "qmp"):
+            qmp = await SocketQmp.connect("web1", tmp_path / "qmp", 20.0)
+            answers = await qmp.ask_all([(replies.STATUS, {}), (replies.STATUS, {})])
+            await qmp.close()
+            return [answer.status for answer in answers]
+
+    assert asyncio.run(act()) == ["running", "debug"]
+
+
+def test_what_cannot_be_sent_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def act(qmp: SocketQmp) -> object:
+        with pytest.raises(UnicodeEncodeError):
+            await qmp.execute("qom-get", {"path": "\ud800"})
+        return await qmp.ask(replies.STATUS)
+
+    assert talk(tmp_path / "qmp", act, answer={"status": "running"}) == replies.Status("running")
+
+
+def test_no_question_needs_no_qemu(tmp_path: Path) -> None:
+    async def act(qmp: SocketQmp) -> list[Any]:
+        await qmp.close()
+        return await qmp.ask_all([])
+
+    assert talk(tmp_path / "qmp", act) == []
+
+
 def test_a_message_that_cannot_be_read_ends_that_connection(tmp_path: Path) -> None:
     for number, said in enumerate((b"nonsense\n", b"[" * 100_000 + b"\n", b'{"id": 7}\n', b'{"error": 5}\n')):
         with pytest.raises(QemuFailed, match="connection to QEMU was lost during query-status"):

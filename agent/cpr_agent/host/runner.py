@@ -186,8 +186,8 @@ class RunFiles:
     def record(self, place: str, launch: Launch) -> None:
         """Until the host starts anew. Raises OSError."""
         make_private_directory(self._launched)
-        self._read.pop(place, None)
         write_atomically(self._record(place), msgspec.json.encode(launch), durable=False)
+        self._read.pop(place, None)
 
     def launch(self, place: str) -> Launch | None:
         """Each VM that is started or loaded asks for the memory of all the others: a record is read once, as no other agent

@@ -85,12 +85,10 @@ class _Answers(Generic[T]):
         self._read = read
         self._found: dict[int, T] = {}
         self._count = count
-        if not count:
-            self.all.set_result([])
 
     def take(self, number: int, answer: Message | ExecInterruptedError) -> None:
-        """A failure of one is that of all."""
-        if self.all.done():
+        """A failure of one is that of all; a second answer is none."""
+        if self.all.done() or number in self._found:
             return
         try:
             if isinstance(answer, ExecInterruptedError):
@@ -156,10 +154,10 @@ class _Client(QMPClient):
         QMPError; StateError at once if the connection has ended: no answer would come; whatever ``read`` raises."""
         answers = _Answers(len(asked), read)
         ids = [self._get_exec_id() for _ in asked]
-        for number, id_ in enumerate(ids):
-            self._pending[id_] = _Slot(answers, number)  # type: ignore[assignment]  # of a queue, it has what the parent needs
         sent = zip(asked, ids, strict=True)
         lines = [_ENCODE({"execute": command, "arguments": given, "id": id_}) for (command, given), id_ in sent]
+        for number, id_ in enumerate(ids):
+            self._pending[id_] = _Slot(answers, number)  # type: ignore[assignment]  # of a queue, it has what the parent needs
         try:
             await self._outgoing.put(Message(b"\n".join([*lines, b""]), eager=False))
             return await answers.all
@@ -440,6 +438,9 @@ class SocketQmp(Qmp):
     ) -> list[Any]:
         """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
         refuses. Raises QemuFailed."""
+
+        if not asked:
+            return []
 
         def read(number: int, answer: Message) -> Any:
             query = asked[number][0]
