@@ -106,6 +106,7 @@ class Machine:
         self.qemu: Qemu | None = None
         self.ports = ports
         self.settings = settings
+        self._awaits_end = False
         self.neighbours = neighbours
         self._on_event = on_event
         self._late_sleep_until = 0.0
@@ -403,9 +404,16 @@ class Machine:
         return now in (RunState.RUNNING, RunState.SUSPENDED) or not (loading or now is RunState.POSTMIGRATE)
 
     async def _after_end(self) -> None:
-        """A QEMU's connection ends a moment before its process does: derive again if that is what its silence meant."""
-        if await self.own.wait_exit(EXIT_S):
-            self._on_event("GONE")
+        """A QEMU's connection ends a moment before its process does: derive again if that is what its silence meant. One at
+        a time: each wait has a descriptor, and a QEMU that answers nonsense may be asked a hundred times a second."""
+        if self._awaits_end:
+            return
+        self._awaits_end = True
+        try:
+            if await self.own.wait_exit(EXIT_S):
+                self._on_event("GONE")
+        finally:
+            self._awaits_end = False
 
     # -- its QEMU -----------------------------------------------------------------------------------------------------
 

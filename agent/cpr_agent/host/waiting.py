@@ -11,7 +11,9 @@ import select
 
 async def readable(fd: int, timeout_s: float) -> bool:
     """Wait until ``fd`` has something to read; False on timeout."""
-    if select.select([fd], [], [], 0)[0]:
+    poll = select.poll()  # select(2) takes none above 1023
+    poll.register(fd, select.POLLIN)
+    if poll.poll(0):
         return True
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
