@@ -303,8 +303,8 @@ async def reasons(
     images = [path for path in ports.definitions.images(launch.argv) if path not in kept]
     read = [path for path in ports.definitions.read_at_start(launch) if path not in kept]
     wanted = {*(file.path for file in (recorded or live).named), *images, *read}
-    look = partial(_look_at_all, ports.files, wanted)
-    looked = await ports.threads.run(launch.vm, look) if wanted else {}
+    look = ports.files.look_at
+    looked = await ports.threads.run(launch.vm, lambda: {path: look(path) for path in wanted}) if wanted else {}
     disks = without(live, kept)
     lost, found = _lost_files(disks, looked), Lookup(disks, recorded and without(recorded, kept), looked)
     goes_along = carried(ports, launch, recorded, live).disks
@@ -321,11 +321,6 @@ async def reasons(
         if not kept:
             await keep_firmware(ports, launch)
     return live, compared + ([] if need is Survives.QEMU_RESTART else unnamed_devices(live))
-
-
-def _look_at_all(files: Files, paths: Iterable[str]) -> dict[str, OpenFile | None]:
-    """Blocking."""
-    return {path: files.look_at(path) for path in paths}
 
 
 class Carried(msgspec.Struct, frozen=True):

@@ -132,7 +132,6 @@ class _Client(QMPClient):
         self.unplugged = 0
         """The number of DEVICE_DELETED among them."""
         self._heard = heard
-        self._unsent = bytearray()
         self._in_turn = 0
         self.logger.disabled = True  # its errors reach us as exceptions
 
@@ -150,7 +149,7 @@ class _Client(QMPClient):
     @require(Runstate.RUNNING)
     async def answers(self, asked: Sequence[Command], read: Callable[[int, Message], T]) -> list[T]:
         """What ``read`` makes of each answer as it comes, of which each may have MAX_MESSAGE_BYTES. The commands go in one
-        message, past the parent's queues and tasks for each: a QEMU is asked some 70 questions in a save and a load. Raises
+        message and one write(2), which wakes QEMU once, past the parent's queues and tasks for each. Raises
         QMPError; StateError at once if the connection has ended: no answer would come; whatever ``read`` raises."""
         answers = _Answers(len(asked), read)
         ids = [self._get_exec_id() for _ in asked]
@@ -164,14 +163,6 @@ class _Client(QMPClient):
         finally:
             for id_ in ids:
                 del self._pending[id_]
-
-    def _do_send(self, msg: Message) -> None:
-        """Commands that wait go in one write(2): each wakes QEMU, which may take the processor at once."""
-        self._unsent += bytes(msg)
-        if self.runstate is not Runstate.RUNNING or self._outgoing.empty():
-            assert self._writer
-            self._writer.write(bytes(self._unsent))
-            self._unsent.clear()
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg  # the parent formats each for a log, which takes as long as all else that is done for it
@@ -438,7 +429,6 @@ class SocketQmp(Qmp):
     ) -> list[Any]:
         """The answers, in order, to questions that are sent at once: a guest may wait for them. None for one that this QEMU
         refuses. Raises QemuFailed."""
-
         if not asked:
             return []
 
